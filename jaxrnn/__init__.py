@@ -1,0 +1,109 @@
+"""jaxrnn: recurrent networks for JAX, as pure functions over pytrees."""
+
+from jaxrnn.cell import Cell
+from jaxrnn.cells.activations import activation
+from jaxrnn.cells.chrono import chrono_init
+from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMCarry, ConvLSTMParams, conv_lstm_init, conv_lstm_step
+from jaxrnn.cells.elman import Elman, ElmanCarry, ElmanGates, ElmanParams, elman_init, elman_step, irnn_init
+from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.gru import GRU, GRUCarry, GRUGates, GRUNorm, GRUParams, gru_init, gru_step
+from jaxrnn.cells.indrnn import IndRNN, IndRNNCarry, IndRNNGates, IndRNNParams, indrnn_init, indrnn_step
+from jaxrnn.cells.lstm import LSTM, LSTMCarry, LSTMGates, LSTMNorm, LSTMParams, lstm_init, lstm_step
+from jaxrnn.cells.mgu import MGU, MGUCarry, MGUGates, MGUParams, mgu_init, mgu_step
+from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
+from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.layers import (
+    Apply,
+    Dropout,
+    Embed,
+    EmbedParams,
+    Layer,
+    LayerNorm,
+    LayerNormParams,
+    Linear,
+    LinearParams,
+)
+from jaxrnn.pool import Pool, PoolCarry
+from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
+from jaxrnn.sequence import Explanation, explain, last, rollout, scan, step
+from jaxrnn.summary import Summary, SummaryRow, summary
+from jaxrnn.wrap import EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "MGU",
+    "Apply",
+    "Bidirectional",
+    "BidirectionalPair",
+    "Cell",
+    "ConvLSTM",
+    "ConvLSTMCarry",
+    "ConvLSTMParams",
+    "Dropout",
+    "Elman",
+    "ElmanCarry",
+    "ElmanGates",
+    "ElmanParams",
+    "Embed",
+    "EmbedParams",
+    "EmitCarry",
+    "Emitted",
+    "Explanation",
+    "GRUCarry",
+    "GRUGates",
+    "GRUNorm",
+    "GRUParams",
+    "GatedCell",
+    "GatedWeights",
+    "IndRNN",
+    "IndRNNCarry",
+    "IndRNNGates",
+    "IndRNNParams",
+    "LSTMCarry",
+    "LSTMGates",
+    "LSTMNorm",
+    "LSTMParams",
+    "Layer",
+    "LayerNorm",
+    "LayerNormParams",
+    "LearnedCarry",
+    "LearnedCarryParams",
+    "Linear",
+    "LinearParams",
+    "MGUCarry",
+    "MGUGates",
+    "MGUParams",
+    "Pool",
+    "PoolCarry",
+    "RecurrentDropout",
+    "Residual",
+    "Stack",
+    "Summary",
+    "SummaryRow",
+    "WeightDrop",
+    "Zoneout",
+    "activation",
+    "chrono_init",
+    "conv_lstm_init",
+    "conv_lstm_step",
+    "elman_init",
+    "elman_step",
+    "explain",
+    "gru_init",
+    "gru_step",
+    "indrnn_init",
+    "indrnn_step",
+    "irnn_init",
+    "last",
+    "lstm_init",
+    "lstm_step",
+    "mgu_init",
+    "mgu_step",
+    "rollout",
+    "scan",
+    "step",
+    "summary",
+]

@@ -1,0 +1,189 @@
+"""Cell: what a recurrence is, to everything that runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABCMeta, abstractmethod
+from typing import Any, NamedTuple, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrnn.engines.arrays import cast_like
+from jaxrnn.engines.choose import IMPLEMENTATIONS, Implementation, choose
+from jaxrnn.engines.loop import time_loop
+
+_XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
+REFUSALS: dict[str, str] = {name: _XLA_ONLY for name in IMPLEMENTATIONS if name != "xla"}
+
+
+@dataclass_transform(frozen_default=True)
+class CellType(ABCMeta):
+    """Makes every subclass of `Cell` a frozen dataclass, a pytree without leaves, and guards its fields."""
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any):
+        super().__init__(name, bases, namespace, **kwargs)
+        dataclasses.dataclass(frozen=True, repr=False)(cls)  # type: ignore[call-overload]
+        jax.tree_util.register_static(cls)
+
+    def __call__(cls, *args: Any, **kwargs: Any):
+        cell = super().__call__(*args, **kwargs)
+        for field in dataclasses.fields(cell):
+            value = _frozen(getattr(cell, field.name), f"{cls.__name__}: {field.name}")
+            object.__setattr__(cell, field.name, value)
+        return cell
+
+
+def _frozen(value: Any, name: str) -> Any:
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return tuple(_frozen(each, name) for each in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, (np.ndarray, jax.Array)):
+        try:
+            hash(value)
+            return value
+        except TypeError:
+            pass
+    raise TypeError(
+        f"{name} must be hashable, got {type(value).__name__}: configuration is a value, "
+        "and arrays to differentiate or vmap belong in the params"
+    )
+
+
+class Cell(metaclass=CellType):
+    """A recurrence as a frozen value: `step(params, carry, x) -> (carry, y)`, and how to begin.
+
+    A subclass lists its configuration as annotated fields and defines `init`, `initial_carry` and `step`; it is then a
+    frozen, hashable dataclass that `jit` takes as an ordinary argument. `jaxrnn.scan` gives it lengths, masks, resets,
+    both directions, rematerialisation, and every composition.
+
+    A step keeps the structure and shapes of the carry. Numbers to differentiate or vmap belong in the params; what is
+    constant over a sequence (an image vector, encoder states) can be passed in them too.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from typing import NamedTuple
+        >>> class Params(NamedTuple):
+        ...     decay: jax.Array
+        >>> class Leaky(jaxrnn.Cell):
+        ...     size: int
+        ...     def init(self, key, dtype=jnp.float32):
+        ...         return Params(jnp.full(self.size, 0.5, dtype))
+        ...     def initial_carry(self, params, batch_shape=()):
+        ...         return jnp.zeros((*batch_shape, self.size), params.decay.dtype)
+        ...     def step(self, params, carry, x, noise=None):
+        ...         carry = params.decay * carry + (1 - params.decay) * x
+        ...         return carry, carry
+        >>> cell = Leaky(2)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((3, 2)))
+        >>> carry
+        Array([0.875, 0.875], dtype=float32)
+    """
+
+    # Trailing axes of x that belong to one step; for a pytree x, a pytree of that structure.
+    input_ndim = 1
+    # The field of the carry that the recurrent product reads and that the step puts out, for cells that have one.
+    recurrent_state = None
+    # The fields of the params that are weights of the recurrent product.
+    recurrent_weights = ()
+    # Whether y has the size of x, whatever that is.
+    pointwise = False
+    # Whether a sequence goes in and a single y comes out.
+    ends_time = False
+
+    @abstractmethod
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
+        """Parameters drawn at random, a pytree of arrays."""
+
+    @abstractmethod
+    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
+        """The carry that a sequence starts from, leaves (*batch_shape, ...)."""
+
+    @abstractmethod
+    def step(self, params: Any, carry: Any, x: Any, noise: Any = None) -> tuple[Any, Any]:
+        """One step: (carry', y). `noise` is None (deterministic) or `(sequence, steps[t])`, drawn by `self.noise`."""
+
+    def noise(self, key: Array, length: int, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """Noise of one call: what is drawn once per sequence, and what per step, with a leading axis `length`."""
+        return None, None
+
+    def scan(
+        self,
+        params: Any,
+        carry: Any,
+        xs: Any,
+        *,
+        fresh: Any,
+        valid: Array | None,
+        reset: Array | None,
+        reverse: bool,
+        noise: Any,
+        remat_every: int | None,
+        implementation: Implementation,
+    ) -> tuple[Any, Any]:
+        """`step` over the first axis of `xs`: (final carry, ys). Call `jaxrnn.scan` instead, which prepares all this.
+
+        An override honours every argument: `carry` and `fresh` are given, `valid` and `reset` are None or bool
+        (T, *batch), `xs` is zero at invalid steps and `ys` must be, `noise` is None or `(sequence, steps)`.
+        """
+        choose("scan", implementation, REFUSALS, cell=self)
+        sequence, steps = (None, None) if noise is None else noise
+
+        def step(carry, inputs):
+            x, drawn = inputs
+            new, y = self.step(params, carry, x, None if noise is None else (sequence, drawn))
+            return cast_like(new, carry, owner=type(self).__name__), y
+
+        return time_loop(
+            step,
+            carry,
+            (xs, steps),
+            fresh=fresh,
+            valid=valid,
+            reset=reset,
+            reverse=reverse,
+            remat_every=remat_every,
+        )
+
+    def parts(self, params: Any, given: Any) -> tuple[Part, ...]:
+        """The cells that this one is made of, where `params` are its own and x has the size `given`, if known."""
+        return ()
+
+    def __repr__(self):
+        def default(field):
+            value = getattr(self, field.name)
+            return type(value) is type(field.default) and value == field.default
+
+        fields = [f for f in dataclasses.fields(self) if f.repr and not default(f)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
+
+
+class Part(NamedTuple):
+    """One of the cells that a composition is made of: its name there, its params, and the size of its x, if known."""
+
+    name: str
+    cell: Cell
+    params: Any
+    given: Any
+
+
+def input_size(cell: Cell) -> Any:
+    """The size of one step's input, or None where the cell does not say."""
+    return getattr(cell, "input_size", None)
+
+
+def output_size(cell: Cell, given: Any = None) -> Any:
+    """The size of one step's output, for an input of size `given`, or None where it is not known."""
+    if cell.pointwise:
+        return given
+    size = getattr(cell, "output_size", None)
+    # A layer that acts on the last axis keeps the others.
+    return (*given[:-1], size) if isinstance(given, tuple) and isinstance(size, int) else size
+
+
+def check_cell(owner: object, name: str, value: Any) -> None:
+    """`value` is a cell."""
+    if not isinstance(value, Cell):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a cell, got {value!r}")

@@ -1,0 +1,1 @@
+"""One file per recurrence: its equations, parameters and initialisers."""

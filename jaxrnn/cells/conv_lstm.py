@@ -1,0 +1,223 @@
+"""The convolutional LSTM, in one, two or three spatial dimensions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.lstm import LSTMGates
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype
+
+
+class ConvLSTMParams(NamedTuple):
+    """w_x (*K, D, 4H), w_h (*K, H, 4H), b (4H,) or None; gates in the order i f g o."""
+
+    w_x: Array
+    w_h: Array
+    b: Array | None
+
+
+class ConvLSTMCarry(NamedTuple):
+    """h and c, each (..., *S', H)."""
+
+    h: Array
+    c: Array
+
+
+class ConvLSTM(Cell):
+    """The LSTM whose products are convolutions (∗), over images, volumes or series of features: `conv_lstm_step`.
+
+        i, f, g, o = split(x ∗ w_x + h ∗ w_h + b)
+        c' = σ(f) c + σ(i) tanh(g)
+        h' = σ(o) tanh(c'),  y = h'
+
+    Channels are last: x (..., *S, D), y (..., *S', H), S' being the spatial shape that the input convolution gives. The
+    recurrent convolution has stride 1 and keeps it.
+
+    Args:
+      spatial_shape: S, one to three sizes.
+      input_channels: D. hidden_size: H, channels out.
+      kernel_size: K, a number or one for each spatial dimension.
+      strides, dilation: of the input convolution, a number or one for each dimension.
+      padding: of the input convolution, "SAME" or "VALID".
+      gate_activation, activation: of i, f, o; of g and c'.
+
+    Reference: Shi et al. 2015, Convolutional LSTM network.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.ConvLSTM((8, 6), 3, 4, strides=2)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 8, 6, 3)))
+        >>> ys.shape
+        (7, 5, 4, 3, 4)
+    """
+
+    spatial_shape: tuple[int, ...]
+    input_channels: int
+    hidden_size: int
+    kernel_size: int | tuple[int, ...] = 3
+    strides: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    padding: str = "SAME"
+    gate_activation: Activation = "sigmoid"
+    activation: Activation = "tanh"
+
+    recurrent_state = "h"
+    recurrent_weights = ("w_h",)
+
+    def __post_init__(self):
+        check.size(self, "input_channels", self.input_channels)
+        check.size(self, "hidden_size", self.hidden_size)
+        if not isinstance(self.spatial_shape, (tuple, list)) or not 1 <= len(self.spatial_shape) <= 3:
+            raise ValueError(f"ConvLSTM: spatial_shape must hold one to three sizes, got {self.spatial_shape!r}")
+        if self.padding not in ("SAME", "VALID"):
+            raise ValueError(f"ConvLSTM: padding must be 'SAME' or 'VALID', got {self.padding!r}")
+        for name in ("spatial_shape", "kernel_size", "strides", "dilation"):
+            for size in self._each(name):
+                check.size(self, name, size)
+        if min(self._state_shape) < 1:
+            raise ValueError(
+                f"ConvLSTM: spatial_shape {self.spatial_shape} is smaller than the kernel under padding 'VALID'"
+            )
+        for spec in (self.gate_activation, self.activation):
+            activation(spec)
+
+    def _each(self, name: str) -> tuple[int, ...]:
+        value = getattr(self, name)
+        dimensions = len(self.spatial_shape)
+        value = (value,) * dimensions if isinstance(value, int) else tuple(value)
+        if len(value) != dimensions:
+            raise ValueError(f"ConvLSTM: {name} must hold {dimensions} numbers, one per dimension, got {value}")
+        return value
+
+    @property
+    def _state_shape(self) -> tuple[int, ...]:
+        def size(n, k, stride, dilation):
+            return -(-n // stride) if self.padding == "SAME" else -(-(n - (k - 1) * dilation) // stride)
+
+        names = ("spatial_shape", "kernel_size", "strides", "dilation")
+        return tuple(map(size, *(self._each(name) for name in names)))
+
+    @property
+    def input_ndim(self) -> int:  # type: ignore[override]
+        return len(self.spatial_shape) + 1
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        return (*self.spatial_shape, self.input_channels)
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        return (*self._state_shape, self.hidden_size)
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> ConvLSTMParams:
+        return conv_lstm_init(key, self.input_channels, self.hidden_size, self._each("kernel_size"), dtype=dtype)
+
+    def initial_carry(self, params: ConvLSTMParams, batch_shape: tuple[int, ...] = ()) -> ConvLSTMCarry:
+        zeros = jnp.zeros((*batch_shape, *self.output_size), params.w_x.dtype)
+        return ConvLSTMCarry(zeros, zeros)
+
+    def gates(self, params: ConvLSTMParams, carry: ConvLSTMCarry, x: Array, noise: Any = None) -> LSTMGates:
+        """The activated gates of one step."""
+        check.params(self, params)
+        if x.shape[x.ndim - self.input_ndim :] != self.input_size:
+            raise ValueError(f"x: expected (..., {', '.join(map(str, self.input_size))}), got {x.shape}")
+        dtype = compute_dtype(x, params)
+        params = cast(params, dtype)
+        wide = accumulator(dtype, carry.h.dtype, carry.c.dtype)
+        h = carry.h.astype(wide)
+        if noise is not None and noise[0] is not None:
+            h = h * noise[0].astype(wide)
+        ones = (1,) * len(self.spatial_shape)
+        u = _convolve(x.astype(dtype), params.w_x, self._each("strides"), self._each("dilation"), self.padding)
+        v = _convolve(h.astype(dtype), params.w_h, ones, ones, "SAME")
+        pre = u.astype(wide) + v.astype(wide)
+        pre = pre if params.b is None else pre + params.b.astype(wide)
+        i, f, g, o = jnp.split(pre, 4, axis=-1)
+        φ = activation(self.gate_activation)
+        return LSTMGates(φ(i), φ(f), activation(self.activation)(g), φ(o))
+
+    def step(self, params, carry, x, noise=None):
+        i, f, g, o = self.gates(params, carry, x, noise)
+        c = f * carry.c.astype(f.dtype) + i * g
+        h = o * activation(self.activation)(c)
+        new = cast_like(ConvLSTMCarry(h, c), carry, owner="ConvLSTM")
+        return new, h.astype(compute_dtype(x, params))
+
+
+def _convolve(x, w, strides, dilation, padding):
+    # The operands are widened after rounding: a convolution of half precision has no gradient with a wider result.
+    wide = accumulator(x.dtype)
+    batch, inner = x.shape[: x.ndim - w.ndim + 1], x.shape[x.ndim - w.ndim + 1 :]
+    spatial = "DHW"[: w.ndim - 2]
+    y = lax.conv_general_dilated(
+        x.reshape(math.prod(batch), *inner).astype(wide),
+        w.astype(wide),
+        window_strides=strides,
+        padding=padding,
+        rhs_dilation=dilation,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+    )
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def conv_lstm_init(
+    key: Array, input_channels: int, hidden_size: int, kernel_size: tuple[int, ...], *, dtype: Any = jnp.float32
+) -> ConvLSTMParams:
+    """Parameters of `conv_lstm_step`: kernels normal of variance 1/(fan in) per gate, forget bias 1, other biases 0.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.conv_lstm_init(jax.random.key(0), 3, 4, (5,)).w_x.shape
+    (5, 3, 16)
+    """
+    k_x, k_h = jax.random.split(key)
+    wide = accumulator(dtype)
+    draw = jax.nn.initializers.lecun_normal()
+    return ConvLSTMParams(
+        w_x=draw(k_x, (*kernel_size, input_channels, 4 * hidden_size), wide).astype(dtype),
+        w_h=draw(k_h, (*kernel_size, hidden_size, 4 * hidden_size), wide).astype(dtype),
+        b=jnp.zeros(4 * hidden_size, dtype).at[hidden_size : 2 * hidden_size].set(1),
+    )
+
+
+def conv_lstm_step(
+    params: ConvLSTMParams, carry: ConvLSTMCarry, x: Array, noise: Any = None, **options: Any
+) -> tuple[ConvLSTMCarry, Array]:
+    """One step of a convolutional LSTM.
+
+        i, f, g, o = split(x ∗ w_x + h ∗ w_h + b)
+        c' = σ(f) c + σ(i) tanh(g)
+        h' = σ(o) tanh(c')
+
+    Args:
+      params: `ConvLSTMParams` with w_x (*K, D, 4H), w_h (*K, H, 4H), b (4H,) or None; gates i f g o.
+      carry: `ConvLSTMCarry(h, c)`, each (..., *S', H).
+      x: input, (..., *S, D).
+      noise: None, or `(mask, None)` with a factor on h in h ∗ w_h.
+      options: `strides`, `dilation`, `padding`, `gate_activation`, `activation`, as of `ConvLSTM`.
+
+    Returns:
+      The new carry, and the output h', (..., *S', H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+    Reference: Shi et al. 2015, Convolutional LSTM network.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.conv_lstm_init(jax.random.key(0), 3, 4, (5,))
+        >>> carry = jaxrnn.ConvLSTMCarry(jnp.zeros((8, 4)), jnp.zeros((8, 4)))
+        >>> carry, y = jaxrnn.conv_lstm_step(params, carry, jnp.ones((8, 3)))
+        >>> y.shape
+        (8, 4)
+    """
+    *kernel_size, channels, _ = params.w_x.shape
+    spatial_shape = x.shape[x.ndim - len(kernel_size) - 1 : -1]
+    cell = ConvLSTM(spatial_shape, channels, params.w_h.shape[-2], tuple(kernel_size), **options)
+    return cell.step(params, carry, x, noise)

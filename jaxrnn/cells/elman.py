@@ -1,0 +1,149 @@
+"""The simple recurrent network."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.initializers import lecun_normal, orthogonal
+from jaxrnn.engines.arrays import accumulator
+from jaxrnn.engines.gated import GatedWeights
+
+
+class ElmanParams(NamedTuple):
+    """w_x (D, H), w_h (H, H), b (H,) or None."""
+
+    w_x: Array
+    w_h: Array
+    b: Array | None
+
+
+class ElmanCarry(NamedTuple):
+    """h (..., H)."""
+
+    h: Array
+
+
+class ElmanGates(NamedTuple):
+    """h, the new state, (..., H)."""
+
+    h: Array
+
+
+class Elman(GatedCell):
+    """The simple recurrent network: `elman_step` as a cell.
+
+        h' = φ(x w_x + h w_h + b),  y = h'
+
+    Args:
+      input_size: D. hidden_size: H.
+      activation: φ, "tanh" by default; see `jaxrnn.activation`.
+
+    Reference: Elman 1990, Finding structure in time. Keras' SimpleRNN, torch's RNN, Flax's SimpleCell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.Elman(3, 16)
+        >>> params = cell.init(jax.random.key(0))
+        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 5, 3)))
+        >>> carry.h.shape, ys.shape
+        ((5, 16), (7, 5, 16))
+    """
+
+    input_size: int
+    hidden_size: int
+    activation: Activation = "tanh"
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        activation(self.activation)
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> ElmanParams:
+        return elman_init(key, self.input_size, self.hidden_size, dtype=dtype)
+
+    def initial_carry(self, params: ElmanParams, batch_shape: tuple[int, ...] = ()) -> ElmanCarry:
+        return ElmanCarry(jnp.zeros((*batch_shape, self.hidden_size), params.w_x.dtype))
+
+    def weights(self, params: ElmanParams) -> GatedWeights:
+        return GatedWeights(params.w_x, params.b, params.w_h)
+
+    def gates(self, params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None) -> ElmanGates:
+        """The new state, which is all that this cell computes."""
+        return self._activate(*self.products(params, carry, x, noise))
+
+    def gate(self, theta, carry, u, v, w):
+        h = self._activate(theta, carry, u, v, w).h
+        return ElmanCarry(h), h
+
+    def _activate(self, theta, carry, u, v, w):
+        return ElmanGates(activation(self.activation)(u + v))
+
+
+def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> ElmanParams:
+    """Parameters of `elman_step`: w_x LeCun normal, w_h orthogonal, b zero.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.elman_init(jax.random.key(0), 3, 16).w_x.shape
+    (3, 16)
+    """
+    k_x, k_h = jax.random.split(key)
+    return ElmanParams(
+        w_x=lecun_normal(k_x, input_size, hidden_size, 1, dtype),
+        w_h=orthogonal(k_h, hidden_size, hidden_size, 1, dtype),
+        b=jnp.zeros(hidden_size, dtype),
+    )
+
+
+def irnn_init(
+    key: Array, input_size: int, hidden_size: int, *, scale: float = 1.0, dtype: Any = jnp.float32
+) -> ElmanParams:
+    """Parameters for `Elman(activation="relu")` that remember: w_h = scale · I, w_x normal of deviation 0.001, b zero.
+
+    Reference: Le, Jaitly & Hinton 2015, A simple way to initialize recurrent networks of rectified linear units.
+
+        >>> import jax, jaxrnn
+        >>> jaxrnn.irnn_init(jax.random.key(0), 3, 2).w_h
+        Array([[1., 0.],
+               [0., 1.]], dtype=float32)
+    """
+    w_x = 1e-3 * jax.random.normal(key, (input_size, hidden_size), accumulator(dtype))
+    return ElmanParams(w_x.astype(dtype), scale * jnp.eye(hidden_size, dtype=dtype), jnp.zeros(hidden_size, dtype))
+
+
+def elman_step(
+    params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None, *, activation: Activation = "tanh"
+) -> tuple[ElmanCarry, Array]:
+    """One step of a simple recurrent network.
+
+        h' = φ(x w_x + h w_h + b)
+
+    Args:
+      params: `ElmanParams` with w_x (D, H), w_h (H, H), b (H,) or None.
+      carry: `ElmanCarry(h)`, (..., H).
+      x: input, (..., D).
+      noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
+      activation: φ.
+
+    Returns:
+      The new carry, and the output h', (..., H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.elman_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.elman_step(params, jaxrnn.ElmanCarry(jnp.zeros(16)), jnp.ones(3))
+        >>> y.shape
+        (16,)
+    """
+    return Elman(*params.w_x.shape, activation=activation).step(params, carry, x, noise)

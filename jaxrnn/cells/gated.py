@@ -1,0 +1,76 @@
+"""What the cells with one recurrent product and elementwise gates share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.engines.gated import GatedWeights, gated_products, gated_scan, gated_step
+
+
+class GatedCell(Cell):
+    """A cell of the form that `engines.gated` runs. Its noise is a mask on what the recurrent product reads.
+
+    A subclass has a field `hidden_size`, names its carry `h` and its recurrent weights `w_h`, and defines `weights` and
+    `gate`, and `mid` where a step has a second product.
+    """
+
+    recurrent_state = "h"
+    recurrent_weights = ("w_h",)
+
+    @abstractmethod
+    def weights(self, params: Any) -> GatedWeights:
+        """The arrays of one step; `theta` is what `gate` and `mid` read."""
+
+    @abstractmethod
+    def gate(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]:
+        """(carry', y) from the input product u, the recurrent product v and the second product w, if any."""
+
+    def mid(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array:
+        """What the second product reads; s is the recurrent part of the carry under its mask."""
+        raise TypeError(f"{type(self).__name__} has no second product")
+
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return gated_step(self, self.weights(params), carry, x, _mask(noise))
+
+    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+        check.params(self, params)
+        return gated_scan(
+            self,
+            self.weights(params),
+            carry,
+            xs,
+            fresh=fresh,
+            valid=valid,
+            reset=reset,
+            reverse=reverse,
+            mask=_mask(noise),
+            remat_every=remat_every,
+            implementation=implementation,
+        )
+
+    def products(self, params: Any, carry: Any, x: Array, noise: Any = None):
+        """What `gate` reads at one step: (θ, carry, u, v, w)."""
+        check.params(self, params)
+        return gated_products(self, self.weights(params), carry, x, _mask(noise))
+
+
+def _mask(noise):
+    return None if noise is None else noise[0]
+
+
+def normalize(x: Array) -> Array:
+    """(x − mean) / √(variance + 10⁻⁵) over the last axis."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+
+
+def clip(x: Array, bound: float | None) -> Array:
+    """`x` within ±bound, or as it is."""
+    return x if bound is None else jnp.clip(x, -bound, bound)

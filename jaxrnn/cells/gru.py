@@ -1,0 +1,227 @@
+"""The gated recurrent unit, in its two forms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.gated import GatedCell, clip, normalize
+from jaxrnn.cells.initializers import lecun_normal, orthogonal
+from jaxrnn.engines.gated import GatedWeights
+
+
+class GRUNorm(NamedTuple):
+    """Gains of the normalised x w_x and h w_h, each (3H,)."""
+
+    x: Array
+    h: Array
+
+
+class GRUParams(NamedTuple):
+    """w_x (D, 3H), w_h (H, 3H), b (3H,) or None: gates r z n. b_hn (H,), or None: only where the reset comes after.
+
+    norm: see `GRUNorm`, or None.
+    """
+
+    w_x: Array
+    w_h: Array
+    b: Array | None
+    b_hn: Array | None = None
+    norm: GRUNorm | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """H, from the arrays."""
+        return self.w_h.shape[0]
+
+
+class GRUCarry(NamedTuple):
+    """h (..., H)."""
+
+    h: Array
+
+
+class GRUGates(NamedTuple):
+    """The activated gates r and z and the candidate n, each (..., H)."""
+
+    r: Array
+    z: Array
+    n: Array
+
+
+class _Theta(NamedTuple):
+    b: Array | None
+    b_hn: Array | None
+    norm: GRUNorm | None
+
+
+class GRU(GatedCell):
+    """The gated recurrent unit: `gru_step` as a cell.
+
+        r, z = σ(x w_xr + h w_hr + b_r), σ(x w_xz + h w_hz + b_z)
+        n = tanh(x w_xn + b_n + r (h w_hn + b_hn))        reset_after=True
+        n = tanh(x w_xn + b_n + (r h) w_hn)               reset_after=False
+        h' = (1 − z) n + z h,  y = h'
+
+    The two forms are different functions: no map of weights leads from one to the other.
+
+    Args:
+      input_size: D. hidden_size: H.
+      reset_after: the reset gate acts after the recurrent product (PyTorch, cuDNN, Keras 3, Flax) or before it (the
+        published equations, Haiku, ONNX by default).
+      layer_norm: LN(x w_x) γ_x + b and LN(h w_h) γ_h in place of the products, each over all the gates that one product
+        feeds: r z n, or in the second form r z and then n.
+      gate_clip: what every gate's activation reads within ±gate_clip (ONNX's `clip`).
+      gate_activation, activation: of r and z; of n. See `jaxrnn.activation`.
+
+    Reference: Cho et al. 2014, arXiv 1406.1078 (v1 resets after the product, v3 before).
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.GRU(3, 16)
+        >>> params = cell.init(jax.random.key(0))
+        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((5, 7, 3)), time_axis=1)
+        >>> carry.h.shape, ys.shape
+        ((5, 16), (5, 7, 16))
+    """
+
+    input_size: int
+    hidden_size: int
+    reset_after: bool = True
+    layer_norm: bool = False
+    gate_clip: float | None = None
+    gate_activation: Activation = "sigmoid"
+    activation: Activation = "tanh"
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        check.threshold(self, "gate_clip", self.gate_clip)
+        for spec in (self.gate_activation, self.activation):
+            activation(spec)
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> GRUParams:
+        return gru_init(
+            key,
+            self.input_size,
+            self.hidden_size,
+            reset_after=self.reset_after,
+            layer_norm=self.layer_norm,
+            dtype=dtype,
+        )
+
+    def initial_carry(self, params: GRUParams, batch_shape: tuple[int, ...] = ()) -> GRUCarry:
+        return GRUCarry(jnp.zeros((*batch_shape, self.hidden_size), params.w_x.dtype))
+
+    def weights(self, params: GRUParams) -> GatedWeights:
+        theta = _Theta(params.b if self.layer_norm else None, params.b_hn, params.norm)
+        b = None if self.layer_norm else params.b
+        if self.reset_after:
+            return GatedWeights(params.w_x, b, params.w_h, None, theta)
+        rz = 2 * self.hidden_size
+        return GatedWeights(params.w_x, b, params.w_h[:, :rz], params.w_h[:, rz:], theta)
+
+    def gates(self, params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None) -> GRUGates:
+        """The activated gates of one step."""
+        theta, _, u, v, w = self.products(params, carry, x, noise)
+        return self._activate(theta, u, v, w)
+
+    def gate(self, theta, carry, u, v, w):
+        _, z, n = self._activate(theta, u, v, w)
+        h = (1 - z) * n + z * carry.h
+        return GRUCarry(h), h
+
+    def mid(self, theta, carry, s, u, v):
+        u, v, _ = self._normalized(theta, u, v, None)
+        return self._reset(u, v) * s
+
+    def _activate(self, theta, u, v, w: Any) -> GRUGates:
+        u, v, w = self._normalized(theta, u, v, w)
+        φ, ψ = activation(self.gate_activation), activation(self.activation)
+        _, u_z, u_n = jnp.split(u, 3, axis=-1)
+        r = self._reset(u, v)
+        z = φ(clip(u_z + v[..., self.hidden_size : 2 * self.hidden_size], self.gate_clip))
+        if self.reset_after:
+            v_n = v[..., 2 * self.hidden_size :]
+            w = r * (v_n if theta.b_hn is None else v_n + theta.b_hn)
+        return GRUGates(r, z, ψ(clip(u_n + w, self.gate_clip)))
+
+    def _reset(self, u, v):
+        h = self.hidden_size
+        return activation(self.gate_activation)(clip(u[..., :h] + v[..., :h], self.gate_clip))
+
+    def _normalized(self, theta, u, v, w):
+        if not self.layer_norm:
+            return u, v, w
+        gain_v, gain_w = jnp.split(theta.norm.h, [v.shape[-1]])
+        u = normalize(u) * theta.norm.x
+        u = u if theta.b is None else u + theta.b
+        return u, normalize(v) * gain_v, None if w is None else normalize(w) * gain_w
+
+
+def gru_init(
+    key: Array,
+    input_size: int,
+    hidden_size: int,
+    *,
+    reset_after: bool = True,
+    layer_norm: bool = False,
+    dtype: Any = jnp.float32,
+) -> GRUParams:
+    """Parameters of `gru_step`: per gate w_x LeCun normal and w_h orthogonal, biases zero, gains one.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.gru_init(jax.random.key(0), 3, 16)
+    >>> params.w_h.shape, params.b_hn.shape
+    ((16, 48), (16,))
+    """
+    k_x, k_h = jax.random.split(key)
+    ones = jnp.ones(3 * hidden_size, dtype)
+    return GRUParams(
+        w_x=lecun_normal(k_x, input_size, hidden_size, 3, dtype),
+        w_h=orthogonal(k_h, hidden_size, hidden_size, 3, dtype),
+        b=jnp.zeros(3 * hidden_size, dtype),
+        b_hn=jnp.zeros(hidden_size, dtype) if reset_after else None,
+        norm=GRUNorm(ones, ones) if layer_norm else None,
+    )
+
+
+def gru_step(params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None, **options: Any) -> tuple[GRUCarry, Array]:
+    """One step of a gated recurrent unit.
+
+        r, z = σ(x w_xr + h w_hr + b_r), σ(x w_xz + h w_hz + b_z)
+        n = tanh(x w_xn + b_n + r (h w_hn + b_hn))
+        h' = (1 − z) n + z h
+
+    Args:
+      params: `GRUParams` with w_x (D, 3H), w_h (H, 3H), b (3H,) or None, b_hn (H,) or None; gates in the order r, z, n.
+        Layer normalisation follows from the arrays that are there.
+      carry: `GRUCarry(h)`, (..., H).
+      x: input, (..., D).
+      noise: None, or `(mask, None)` with a factor on h in its products, (..., H).
+      options: `reset_after`, `gate_clip`, `gate_activation`, `activation`, as of `GRU`.
+
+    Returns:
+      The new carry, and the output h', (..., H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+    Reference: Cho et al. 2014. The form of PyTorch, cuDNN, Keras 3 and Flax.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.gru_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.gru_step(params, jaxrnn.GRUCarry(jnp.zeros(16)), jnp.ones(3))
+        >>> y.shape
+        (16,)
+    """
+    cell = GRU(params.w_x.shape[0], params.hidden_size, layer_norm=params.norm is not None, **options)
+    return cell.step(params, carry, x, noise)

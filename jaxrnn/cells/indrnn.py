@@ -1,0 +1,134 @@
+"""The independently recurrent network."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.engines.arrays import accumulator
+from jaxrnn.engines.gated import GatedWeights
+
+
+class IndRNNParams(NamedTuple):
+    """w_x (D, H), w_h (H,), b (H,) or None."""
+
+    w_x: Array
+    w_h: Array
+    b: Array | None
+
+
+class IndRNNCarry(NamedTuple):
+    """h (..., H)."""
+
+    h: Array
+
+
+class IndRNNGates(NamedTuple):
+    """h, the new state, (..., H)."""
+
+    h: Array
+
+
+class IndRNN(GatedCell):
+    """The independently recurrent network, each unit seeing its own past only: `indrnn_step` as a cell.
+
+        h' = φ(x w_x + w_h h + b),  y = h'
+
+    With "relu", |w_h| ≤ 2^(1/T) keeps the state within a factor of 2 over T steps; clip w_h to it while training.
+
+    Args:
+      input_size: D. hidden_size: H.
+      activation: φ, "relu" by default; see `jaxrnn.activation`.
+
+    Reference: Li et al. 2018, Independently recurrent neural network (IndRNN).
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.IndRNN(3, 16)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> ys.shape
+        (7, 16)
+    """
+
+    input_size: int
+    hidden_size: int
+    activation: Activation = "relu"
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        activation(self.activation)
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> IndRNNParams:
+        return indrnn_init(key, self.input_size, self.hidden_size, dtype=dtype)
+
+    def initial_carry(self, params: IndRNNParams, batch_shape: tuple[int, ...] = ()) -> IndRNNCarry:
+        return IndRNNCarry(jnp.zeros((*batch_shape, self.hidden_size), params.w_x.dtype))
+
+    def weights(self, params: IndRNNParams) -> GatedWeights:
+        return GatedWeights(params.w_x, params.b, params.w_h)
+
+    def gates(self, params: IndRNNParams, carry: IndRNNCarry, x: Array, noise: Any = None) -> IndRNNGates:
+        """The new state, which is all that this cell computes."""
+        return self._activate(*self.products(params, carry, x, noise))
+
+    def gate(self, theta, carry, u, v, w):
+        h = self._activate(theta, carry, u, v, w).h
+        return IndRNNCarry(h), h
+
+    def _activate(self, theta, carry, u, v, w):
+        return IndRNNGates(activation(self.activation)(u + v))
+
+
+def indrnn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> IndRNNParams:
+    """Parameters of `indrnn_step`: w_x LeCun normal, w_h uniform in [0, 1), b zero.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.indrnn_init(jax.random.key(0), 3, 16).w_h.shape
+    (16,)
+    """
+    k_x, k_h = jax.random.split(key)
+    return IndRNNParams(
+        w_x=lecun_normal(k_x, input_size, hidden_size, 1, dtype),
+        w_h=jax.random.uniform(k_h, (hidden_size,), accumulator(dtype)).astype(dtype),
+        b=jnp.zeros(hidden_size, dtype),
+    )
+
+
+def indrnn_step(
+    params: IndRNNParams, carry: IndRNNCarry, x: Array, noise: Any = None, *, activation: Activation = "relu"
+) -> tuple[IndRNNCarry, Array]:
+    """One step of an independently recurrent network.
+
+        h' = φ(x w_x + w_h h + b)
+
+    Args:
+      params: `IndRNNParams` with w_x (D, H), w_h (H,), b (H,) or None.
+      carry: `IndRNNCarry(h)`, (..., H).
+      x: input, (..., D).
+      noise: None, or `(mask, None)` with a factor on h in w_h h, (..., H).
+      activation: φ.
+
+    Returns:
+      The new carry, and the output h', (..., H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.indrnn_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.indrnn_step(params, jaxrnn.IndRNNCarry(jnp.zeros(16)), jnp.ones(3))
+        >>> y.shape
+        (16,)
+    """
+    return IndRNN(*params.w_x.shape, activation=activation).step(params, carry, x, noise)

@@ -1,0 +1,74 @@
+"""Checks of arguments: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+
+
+def size(owner: object, name: str, value: Any) -> None:
+    """`value` is an integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{type(owner).__name__}: {name} must be an integer, got {value!r}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{type(owner).__name__}: {name} must be at least 1, got {value}")
+
+
+def rate(owner: object, name: str, value: Any, *, one_allowed: bool = False) -> None:
+    """`value` is a probability, below 1 unless `one_allowed`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
+    if not (0 <= value < 1 or (one_allowed and value == 1)):
+        interval = "[0, 1]" if one_allowed else "[0, 1)"
+        raise ValueError(f"{type(owner).__name__}: {name} must lie in {interval}, got {value}")
+
+
+def threshold(owner: object, name: str, value: Any) -> None:
+    """`value` is None or a positive number."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number or None, got {value!r}")
+    if not value > 0 or math.isnan(value):
+        raise ValueError(f"{type(owner).__name__}: {name} must be positive, got {value}")
+
+
+def concrete(value: Any) -> bool:
+    """Whether the numbers in `value` can be read now."""
+    if isinstance(value, jax.core.Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+@functools.cache
+def shapes_of_params(cell) -> Any:
+    """The shapes and dtypes that `cell.init` would allocate."""
+    return jax.eval_shape(cell.init, jax.random.key(0))
+
+
+def params(cell: Any, given: Any) -> None:
+    """`given` has the type and shapes of `cell.init`, or None in place of an array."""
+    expected = shapes_of_params(cell)
+    if type(given) is not type(expected):
+        raise TypeError(f"params: {cell!r} takes {type(expected).__name__}, got {type(given).__name__}")
+    structure, leaves = _with_none(expected)
+    given_structure, given_leaves = _with_none(given)
+    if structure != given_structure:
+        raise TypeError(f"params: {cell!r} takes {structure}, got {given_structure}")
+    for (path, want), (_, have) in zip(leaves, given_leaves, strict=True):
+        name = f"params{jax.tree_util.keystr(path)}"
+        if want is None and have is not None:
+            raise ValueError(f"{name}: {cell!r} has no such parameter and expects None, got shape {np.shape(have)}")
+        if want is not None and have is not None and np.shape(have) != want.shape:
+            raise ValueError(f"{name}: {cell!r} expects shape {want.shape}, got {np.shape(have)}")
+
+
+def _with_none(tree: Any):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    return structure, leaves

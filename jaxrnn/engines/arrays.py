@@ -1,0 +1,75 @@
+"""Dtypes, products and selections, shared by everything above."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def inexact(leaf) -> bool:
+    """Whether a leaf holds floating or complex numbers."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def compute_dtype(x: Array, params: Any):
+    """The dtype a layer computes in: that of `x` if it is floating or complex, else that of its params."""
+    if inexact(x):
+        return x.dtype
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if inexact(leaf)]
+    return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
+
+
+def accumulator(*dtypes):
+    """The dtype of sums of products of `dtypes`: at least float32."""
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def cast(tree: Any, dtype) -> Any:
+    """`tree` with its floating and complex leaves in `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if inexact(leaf) else leaf, tree)
+
+
+def cast_like(new: Any, old: Any, *, owner: str) -> Any:
+    """The carry `new` in the dtypes of `old`; raises if the structure, a shape or the kind of number changed."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise TypeError(
+            f"{owner}.step: the carry it returns must have the structure that it took, "
+            f"{jax.tree.structure(old)}; got {jax.tree.structure(new)}"
+        )
+
+    def like(path, new, old):
+        new = jnp.asarray(new)
+        where = f"{owner}.step: carry{jax.tree_util.keystr(path)}"
+        if new.shape != old.shape:
+            raise ValueError(f"{where} must keep its shape {old.shape}; got {new.shape}")
+        if new.dtype == old.dtype:
+            return new
+        if not jnp.can_cast(new.dtype, old.dtype, casting="same_kind"):
+            raise TypeError(f"{where} must keep its dtype {old.dtype}; {new.dtype} cannot be cast to it")
+        return new.astype(old.dtype)
+
+    return jax.tree_util.tree_map_with_path(like, new, old)
+
+
+def dot(x: Array, w: Array) -> Array:
+    """x w over the last axis of `x`, accumulated in at least float32."""
+    if x.shape[-1:] != w.shape[:1]:
+        raise ValueError(f"x: expected (..., {w.shape[0]}) for weights of shape {w.shape}, got {x.shape}")
+    return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
+
+
+def select(flag: Array, on: Any, off: Any) -> Any:
+    """`on` where `flag` (a prefix of the leaves' axes) is true, else `off`. A selection, so NaN does not cross."""
+
+    def pick(on, off):
+        return jnp.where(flag.reshape(flag.shape + (1,) * (on.ndim - flag.ndim)), on, off)
+
+    return jax.tree.map(pick, on, off)
+
+
+def zero_where_not(flag: Array | None, tree: Any) -> Any:
+    """`tree`, with zeros where `flag` is given and false."""
+    return tree if flag is None else select(flag, tree, jax.tree.map(jnp.zeros_like, tree))

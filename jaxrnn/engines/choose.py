@@ -1,0 +1,80 @@
+"""Which implementation of an engine runs, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+ENGINES = ("scan", "gated_scan", "linear_scan")
+IMPLEMENTATIONS = ("xla", "native", "associative", "chunked", "pallas")
+
+Implementation = str | Mapping[str, str] | None
+
+
+class EngineCall(NamedTuple):
+    """One call of an engine: what runs it, and why the other implementations do not."""
+
+    engine: str
+    cell: str
+    implementation: str
+    refused: dict[str, str]
+
+    def __str__(self):
+        lines = [f"{self.engine}: {self.implementation}  for {self.cell}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.refused.items()])
+
+
+_calls: contextvars.ContextVar[list[EngineCall] | None] = contextvars.ContextVar("calls", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[EngineCall]]:
+    """Collects the engine calls that are traced inside."""
+    calls: list[EngineCall] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def check(implementation: Implementation) -> None:
+    """Raises if `implementation` names no engine or no implementation at all."""
+    if isinstance(implementation, Mapping):
+        for engine in implementation:
+            if engine not in ENGINES:
+                raise ValueError(f"implementation: expected engines among {ENGINES}, got {engine!r}")
+        names = tuple(implementation.values())
+    else:
+        names = () if implementation is None else (implementation,)
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} or None, got {name!r}")
+
+
+def choose(engine: str, implementation: Implementation, refusals: Mapping[str, str], *, cell: object) -> str:
+    """The implementation of `engine` that runs: the one that was named, else the fastest.
+
+    Args:
+      engine: the engine's name.
+      implementation: None, a name, or a mapping from engine to name.
+      refusals: for each implementation that cannot run this call, the reason.
+      cell: whose recurrence it is, for messages.
+
+    Raises:
+      ValueError: if the named implementation cannot run this call, saying why and which can.
+    """
+    check(implementation)
+    name = implementation.get(engine) if isinstance(implementation, Mapping) else implementation
+    supported = [each for each in IMPLEMENTATIONS if each not in refusals]
+    if name is not None and name in refusals:
+        raise ValueError(
+            f"implementation: {engine} cannot run {cell!r} as {name!r}: {refusals[name]}; supported here: {supported}"
+        )
+    chosen = name or supported[0]
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(EngineCall(engine, repr(cell), chosen, dict(refusals)))
+    return chosen

@@ -1,0 +1,145 @@
+"""The engine of gated recurrences: one product that reads the carry, then elementwise gates.
+
+u = x w_x + b
+v = (m s) w_h             s the recurrent part of the carry, m a noise mask
+w = mid(θ, carry, m s, u, v) w_2      where a step has a second product
+carry', y = gate(θ, carry, u, v, w)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot
+from jaxrnn.engines.choose import Implementation, choose
+from jaxrnn.engines.loop import time_loop
+
+REFUSALS = {
+    "native": "no compiled kernel is built",
+    "associative": "the recurrence is not linear",
+    "chunked": "the recurrence is not linear",
+    "pallas": "no kernel is written",
+}
+
+
+class GatedWeights(NamedTuple):
+    """The arrays of one step, G columns for all gates that the products feed.
+
+    w_x: (D, G). b: (G,) or None. w_h: dense (S, G), block-diagonal (N, S/N, G/N) or diagonal (S,).
+    w_2: (S2, G2), or None without a second product. theta: the learned vectors that `gate` and `mid` read.
+    """
+
+    w_x: Array
+    b: Array | None
+    w_h: Array
+    w_2: Array | None = None
+    theta: Any = ()
+
+
+class GatedRecurrence(Protocol):
+    """What the engine asks of a cell; its own name says `recurrent_state`, the carry's field that the product reads."""
+
+    recurrent_state: str
+
+    def gate(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]: ...
+
+    def mid(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array: ...
+
+
+def recurrent_product(s: Array, w_h: Array) -> Array:
+    """s w_h, for a dense, block-diagonal or diagonal w_h."""
+    if w_h.ndim == 1:
+        return (s * w_h).astype(accumulator(s.dtype))
+    if w_h.ndim == 2:
+        return dot(s, w_h)
+    blocks, rows, columns = w_h.shape
+    s = s.reshape(*s.shape[:-1], blocks, rows)
+    v = jnp.einsum("...ni,nij->...nj", s, w_h, preferred_element_type=accumulator(s.dtype))
+    return v.reshape(*v.shape[:-2], blocks * columns)
+
+
+def _products(cell, weights: GatedWeights, carry, x, mask, dtype, wide):
+    """(carry, u, v, w) in the wide dtype, from products of operands in `dtype`; `weights` are already in `dtype`."""
+
+    def narrow(array):
+        return array.astype(dtype)
+
+    carry = cast(carry, wide)
+    theta = cast(weights.theta, wide)
+    u = dot(narrow(x), weights.w_x).astype(wide)
+    if weights.b is not None:
+        u = u + weights.b.astype(wide)
+    s = getattr(carry, cell.recurrent_state)
+    if mask is not None:
+        s = s * mask.astype(wide)
+    v = recurrent_product(narrow(s), weights.w_h).astype(wide)
+    w = None
+    if weights.w_2 is not None:
+        w = dot(narrow(cell.mid(theta, carry, s, u, v)), weights.w_2).astype(wide)
+    return theta, carry, u, v, w
+
+
+def _dtypes(weights, carry, x):
+    dtype = compute_dtype(x, weights)
+    return dtype, accumulator(dtype, *(leaf.dtype for leaf in carry))
+
+
+def gated_products(cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None):
+    """What `gate` takes at one step: (θ, carry, u, v, w), in the dtype that gates compute in."""
+    dtype, wide = _dtypes(weights, carry, x)
+    return _products(cell, cast(weights, dtype), carry, x, mask, dtype, wide)
+
+
+def gated_step(
+    cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None
+) -> tuple[Any, Array]:
+    """One step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation."""
+    dtype, wide = _dtypes(weights, carry, x)
+    return _step(cell, cast(weights, dtype), carry, x, mask, dtype, wide)
+
+
+def _step(cell, weights, carry, x, mask, dtype, wide):
+    new, y = cell.gate(*_products(cell, weights, carry, x, mask, dtype, wide))
+    return cast_like(new, carry, owner=type(cell).__name__), y.astype(dtype)
+
+
+def gated_scan(
+    cell: GatedRecurrence,
+    weights: GatedWeights,
+    carry: Any,
+    xs: Array,
+    *,
+    fresh: Any,
+    valid: Array | None,
+    reset: Array | None,
+    reverse: bool,
+    mask: Array | None,
+    remat_every: int | None,
+    implementation: Implementation,
+) -> tuple[Any, Array]:
+    """The recurrence over the first axis of `xs`: (final carry, ys).
+
+    Args:
+      cell: the recurrence: `gate`, `mid`, and the name of the carry's recurrent part.
+      weights: its arrays.
+      carry: the carry before the first step, leaves (*batch, ...).
+      xs: (T, *batch, D), zero at invalid steps.
+      fresh: the carry that a reset starts from.
+      valid: bool (T, *batch) or None; an invalid step keeps the carry and puts out 0.
+      reset: bool (T, *batch) or None; a boundary before step t.
+      reverse: from the last step to the first.
+      mask: factor on the recurrent part of the carry where the product reads it, (*batch, S), or None.
+      remat_every: store one carry every so many steps for the backward pass, or None for all.
+      implementation: see `choose`.
+    """
+    choose("gated_scan", implementation, REFUSALS, cell=cell)
+    dtype, wide = _dtypes(weights, carry, xs)
+    weights = cast(weights, dtype)
+
+    def step(carry, x):
+        return _step(cell, weights, carry, x, mask, dtype, wide)
+
+    return time_loop(step, carry, xs, fresh=fresh, valid=valid, reset=reset, reverse=reverse, remat_every=remat_every)

@@ -1,0 +1,255 @@
+"""Layers without time: cells with an empty carry, which act on each step by itself."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.gated import normalize
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, zero_where_not
+
+
+class Layer(Cell):
+    """A cell that remembers nothing: y = apply(params, x). It accepts every implementation name."""
+
+    @abstractmethod
+    def apply(self, params: Any, x: Array, noise: Any = None) -> Array:
+        """The output of one step."""
+
+    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> tuple[()]:
+        return ()
+
+    def step(self, params, carry, x, noise=None):
+        return carry, self.apply(params, x, noise)
+
+    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+        if noise is None:
+            ys = jax.vmap(lambda x: self.apply(params, x))(xs)
+        else:
+            sequence, steps = noise
+            ys = jax.vmap(lambda x, drawn: self.apply(params, x, (sequence, drawn)))(xs, steps)
+        return carry, zero_where_not(valid, ys)
+
+
+class LinearParams(NamedTuple):
+    """w (D, O), b (O,) or None."""
+
+    w: Array
+    b: Array | None
+
+
+class Linear(Layer):
+    """y = x w + b.
+
+    Args:
+      input_size: D. output_size: O.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> layer = jaxrnn.Linear(3, 2)
+        >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+        (7, 5, 2)
+    """
+
+    input_size: int
+    output_size: int
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "output_size", self.output_size)
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> LinearParams:
+        """w LeCun normal, b zero."""
+        w = lecun_normal(key, self.input_size, self.output_size, 1, dtype)
+        return LinearParams(w, jnp.zeros(self.output_size, dtype))
+
+    def apply(self, params, x, noise=None):
+        check.params(self, params)
+        dtype = compute_dtype(x, params)
+        y = dot(x.astype(dtype), params.w.astype(dtype))
+        if params.b is not None:
+            y = y + params.b.astype(dtype).astype(y.dtype)
+        return y.astype(dtype)
+
+
+class EmbedParams(NamedTuple):
+    """w (V, O)."""
+
+    w: Array
+
+
+class Embed(Layer):
+    """y = w[x] for integers x: one row per token.
+
+    A token outside [0, V) raises where its value is known, and gives NaN where it is traced.
+
+    Args:
+      vocabulary: V. output_size: O.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> layer = jaxrnn.Embed(10, 4)
+        >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.array([[3, 1], [4, 1]]))[1].shape
+        (2, 2, 4)
+    """
+
+    vocabulary: int
+    output_size: int
+
+    input_ndim = 0
+
+    def __post_init__(self):
+        check.size(self, "vocabulary", self.vocabulary)
+        check.size(self, "output_size", self.output_size)
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> EmbedParams:
+        """w normal of variance 1/O."""
+        w = jax.random.normal(key, (self.vocabulary, self.output_size), accumulator(dtype))
+        return EmbedParams((w / self.output_size**0.5).astype(dtype))
+
+    def apply(self, params, x, noise=None):
+        check.params(self, params)
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"x: Embed expects integers, got {x.dtype}")
+        if check.concrete(x) and x.size:
+            low, high = np.min(x), np.max(x)
+            if low < 0 or high >= self.vocabulary:
+                raise ValueError(f"x: expected tokens in [0, {self.vocabulary}), got {low} to {high}")
+        known = (x >= 0) & (x < self.vocabulary)
+        rows = params.w[jnp.where(known, x, 0)]
+        return jnp.where(known[..., None], rows, jnp.full_like(rows, jnp.nan))
+
+    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+        return carry, zero_where_not(valid, self.apply(params, xs))
+
+
+class LayerNormParams(NamedTuple):
+    """scale (D,), b (D,) or None."""
+
+    scale: Array
+    b: Array | None
+
+
+class LayerNorm(Layer):
+    """y = (x − mean) / √(variance + 10⁻⁵) · scale + b over the last axis.
+
+    Args:
+      size: D.
+
+    Reference: Ba, Kiros & Hinton 2016, Layer normalization.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> layer = jaxrnn.LayerNorm(2)
+        >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.array([[0.0, 2.0]]))[1].round(3)
+        Array([[-1.,  1.]], dtype=float32)
+    """
+
+    size: int
+
+    pointwise = True
+
+    def __post_init__(self):
+        check.size(self, "size", self.size)
+
+    @property
+    def input_size(self) -> int:
+        return self.size
+
+    @property
+    def output_size(self) -> int:
+        return self.size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> LayerNormParams:
+        """scale one, b zero."""
+        return LayerNormParams(jnp.ones(self.size, dtype), jnp.zeros(self.size, dtype))
+
+    def apply(self, params, x, noise=None):
+        check.params(self, params)
+        if x.shape[-1:] != (self.size,):
+            raise ValueError(f"x: expected (..., {self.size}), got {x.shape}")
+        dtype = compute_dtype(x, params)
+        wide = accumulator(dtype)
+        y = normalize(x.astype(dtype).astype(wide)) * params.scale.astype(dtype).astype(wide)
+        if params.b is not None:
+            y = y + params.b.astype(dtype).astype(wide)
+        return y.astype(dtype)
+
+
+class Apply(Layer):
+    """y = fn(x), for an activation by name or a function of one step's x with any leading axes.
+
+    Args:
+      fn: a name or `(name, alpha, beta)`, see `jaxrnn.activation`, or a callable. A callable is compared by identity
+        and may neither print as an expression nor pickle.
+
+        >>> import jax.numpy as jnp, jaxrnn
+        >>> jaxrnn.scan(jaxrnn.Apply("relu"), (), None, jnp.array([[-1.0, 2.0]]))[1]
+        Array([[0., 2.]], dtype=float32)
+    """
+
+    fn: Activation
+
+    def __post_init__(self):
+        activation(self.fn)
+
+    @property
+    def pointwise(self) -> bool:  # type: ignore[override]
+        return not callable(self.fn)
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> tuple[()]:
+        return ()
+
+    def apply(self, params, x, noise=None):
+        return activation(self.fn)(x)
+
+
+class Dropout(Layer):
+    """y = m x / (1 − rate), m Bernoulli(1 − rate), where a key is given; else y = x.
+
+    Args:
+      rate: the probability that an entry becomes 0, in [0, 1).
+      per_sequence: draw one m per sequence (variational) and not one per step.
+
+    Reference: Srivastava et al. 2014; per sequence: Gal & Ghahramani 2016.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> ys = jaxrnn.scan(jaxrnn.Dropout(0.5), (), None, jnp.ones((1, 8)), key=jax.random.key(0))[1]
+        >>> sorted(set(ys.ravel().tolist()))
+        [0.0, 2.0]
+    """
+
+    rate: float
+    per_sequence: bool = False
+
+    pointwise = True
+
+    def __post_init__(self):
+        check.rate(self, "rate", self.rate)
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> tuple[()]:
+        return ()
+
+    def noise(self, key, length, batch_shape):
+        # Keys, since the shape of a step's x is not known here.
+        if self.per_sequence:
+            return jax.random.split(key, batch_shape), None
+        return None, jax.random.split(key, (length, *batch_shape))
+
+    def apply(self, params, x, noise=None):
+        if noise is None or self.rate == 0:
+            return x
+        keys = noise[0] if self.per_sequence else noise[1]
+
+        def draw(key):
+            return jax.random.bernoulli(key, 1 - self.rate, x.shape[keys.ndim :])
+
+        for _ in range(keys.ndim):
+            draw = jax.vmap(draw)
+        return jnp.where(draw(keys), x / (1 - self.rate), jnp.zeros_like(x))

@@ -1,0 +1,162 @@
+"""From a sequence to one output."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn.cell import Cell, Part, check_cell, output_size
+from jaxrnn.compose import Bidirectional, Stack
+from jaxrnn.engines.arrays import select
+from jaxrnn.engines.loop import final_index, starts
+
+
+class PoolCarry(NamedTuple):
+    """The cell's carry; of the steps since the last fresh start the pooled outputs (..., O) and the number (...)."""
+
+    cell: Any
+    value: Array
+    count: Array
+
+
+class Pool(Cell):
+    """One y for a whole sequence: the cell's last, mean or greatest output over the valid steps; 0 without any.
+
+    It pools what came since the last reset, and goes on across chunks: the pooled outputs are part of the carry. One
+    step puts out what is pooled so far. Of a `Bidirectional` (also on top of a `Stack`), "last" is each direction's own
+    final output: the forward cell's at the last valid step, the backward cell's at the first.
+
+    Args:
+      cell: a cell that says its output size.
+      how: "last", "mean" or "max".
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.Pool(jaxrnn.GRU(3, 4), "mean")
+        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+        (5, 4)
+    """
+
+    cell: Cell
+    how: str = "last"
+
+    ends_time = True
+
+    def __post_init__(self):
+        check_cell(self, "cell", self.cell)
+        if self.how not in ("last", "mean", "max"):
+            raise ValueError(f"Pool: how must be 'last', 'mean' or 'max', got {self.how!r}")
+        if self.cell.ends_time:
+            raise ValueError(f"Pool: {self.cell!r} ends the time axis already")
+        if output_size(self.cell, getattr(self.cell, "input_size", None)) is None:
+            raise TypeError(f"Pool: the output size of the cell must be known, and is not for {self.cell!r}")
+
+    @property
+    def _by_direction(self) -> Cell | None:
+        """The cell that pools each direction by itself, where "last" asks for it."""
+        match self.how, self.cell:
+            case "last", Bidirectional(forward=forward, backward=backward, merge=merge):
+                return Bidirectional(Pool(forward), Pool(backward), merge)
+            case "last", Stack(cells=(*below, top), skip=False) if Pool(top)._by_direction:
+                return Stack((*below, Pool(top)))
+        return None
+
+    @property
+    def input_ndim(self):  # type: ignore[override]
+        return self.cell.input_ndim
+
+    @property
+    def input_size(self) -> Any:
+        return getattr(self.cell, "input_size", None)
+
+    @property
+    def output_size(self) -> Any:
+        return output_size(self.cell, self.input_size)
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
+        return self.cell.init(key, dtype)
+
+    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
+        if self._by_direction:
+            return self._by_direction.initial_carry(params, batch_shape)
+        size = self.output_size
+        dtype = jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params)), jnp.float32)
+        return PoolCarry(
+            self.cell.initial_carry(params, batch_shape),
+            jnp.zeros((*batch_shape, *(size if isinstance(size, tuple) else (size,))), dtype),
+            jnp.zeros(batch_shape, jnp.int32),
+        )
+
+    def noise(self, key, length, batch_shape):
+        return self.cell.noise(key, length, batch_shape)
+
+    def step(self, params, carry, x, noise=None):
+        if self._by_direction:
+            return self._by_direction.step(params, carry, x, noise)
+        cell, y = self.cell.step(params, carry.cell, x, noise)
+        seen = carry.count > 0
+        new = y.astype(carry.value.dtype)
+        match self.how:
+            case "last":
+                value = new
+            case "mean":
+                value = carry.value + new
+            case _:
+                value = select(seen, jnp.maximum(carry.value, new), new)
+        carry = PoolCarry(cell, value, carry.count + 1)
+        return carry, self._output(carry).astype(y.dtype)
+
+    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+        arguments = {
+            "valid": valid,
+            "reset": reset,
+            "reverse": reverse,
+            "noise": noise,
+            "remat_every": remat_every,
+            "implementation": implementation,
+        }
+        if self._by_direction:
+            return self._by_direction.scan(params, carry, xs, fresh=fresh, **arguments)
+        cell, ys = self.cell.scan(params, carry.cell, xs, fresh=fresh.cell, **arguments)
+        value, count, pooled = carry.value, carry.count, valid
+        start = starts(reset, valid, reverse)
+        if start is not None:
+            counted = start.astype(jnp.int32)
+            after = lax.cumsum(counted, reverse=not reverse) - counted
+            pooled = after == 0 if valid is None else valid & (after == 0)
+            restarted = start.any(0)
+            value, count = select(restarted, (fresh.value, fresh.count), (value, count))
+        if pooled is None:
+            pooled = jnp.ones((ys.shape[0], *count.shape), bool)
+        carry = PoolCarry(
+            cell, self._pooled(value, count, ys, pooled, reverse), count + pooled.sum(0, dtype=count.dtype)
+        )
+        return carry, self._output(carry).astype(ys.dtype)
+
+    def _pooled(self, value, count, ys, pooled, reverse):
+        """`value`, which holds `count` outputs, with the `pooled` ones of `ys`."""
+        ys, any_new = ys.astype(value.dtype), pooled.any(0)
+        if ys.shape[0] == 0:
+            return value
+        match self.how:
+            case "last":
+                index = final_index(pooled, reverse)
+                index = index.reshape(1, *index.shape, *(1,) * (ys.ndim - 1 - index.ndim))
+                return select(any_new, jnp.take_along_axis(ys, index, axis=0)[0], value)
+            case "mean":
+                return value + select(pooled, ys, jnp.zeros_like(ys)).sum(0)
+            case _:
+                least = jnp.full_like(ys, -jnp.inf)
+                new = select(any_new, select(pooled, ys, least).max(0), value)
+                return select((count > 0) & any_new, jnp.maximum(value, new), new)
+
+    def _output(self, carry):
+        if self.how != "mean":
+            return carry.value
+        count = jnp.maximum(carry.count, 1).astype(carry.value.dtype)
+        return carry.value / count.reshape(count.shape + (1,) * (carry.value.ndim - count.ndim))
+
+    def parts(self, params, given):
+        return (Part("cell", self.cell, params, given),)

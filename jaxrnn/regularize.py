@@ -1,0 +1,205 @@
+"""Noise on the recurrence: on what its product reads, on its weights, on its carry."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import inexact
+from jaxrnn.wrap import Wrapper
+
+
+@functools.cache
+def _carry_shapes(cell: Cell, batch_shape: tuple[int, ...]) -> Any:
+    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), jax.random.key(0))
+
+
+class RecurrentDropout(Wrapper):
+    """Variational dropout on the recurrent product: (m h) w_h, m one mask per sequence, entries 0 or 1/(1 − rate).
+
+    The carry itself is not masked. Without a key it is the cell.
+
+    Args:
+      cell: a cell that names its recurrent product: Elman, LSTM, GRU, MGU, IndRNN, ConvLSTM.
+      rate: the probability that an entry of m is 0, in [0, 1).
+
+    Raises:
+      TypeError: for any other cell; other wrappers go around this one.
+
+    Reference: Gal & Ghahramani 2016, A theoretically grounded application of dropout in recurrent neural networks.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.RecurrentDropout(jaxrnn.GRU(3, 4), 0.25)
+        >>> params = cell.init(jax.random.key(0))
+        >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
+        (7, 4)
+    """
+
+    rate: float
+
+    def __post_init__(self):
+        Wrapper.__post_init__(self)
+        check.rate(self, "rate", self.rate)
+        if self.cell.recurrent_state is None or isinstance(self.cell, Wrapper):
+            raise TypeError(
+                f"RecurrentDropout: cell must name its recurrent product (Elman, LSTM, GRU, MGU, IndRNN, ConvLSTM), "
+                f"got {self.cell!r}; other wrappers go around RecurrentDropout"
+            )
+
+    def noise(self, key, length, batch_shape):
+        shape = getattr(_carry_shapes(self.cell, batch_shape), str(self.cell.recurrent_state)).shape
+        keep = jax.random.bernoulli(key, 1 - self.rate, shape)
+        return jnp.where(keep, 1 / (1 - self.rate), 0.0), None
+
+    def step(self, params, carry, x, noise=None):
+        return self.cell.step(params, carry, x, noise)
+
+    def scan(self, params, carry, xs, **arguments):
+        return self.cell.scan(params, carry, xs, **arguments)
+
+
+class WeightDropNoise(NamedTuple):
+    """Which recurrent weights are kept, one mask per weight, and the noise of the cell inside."""
+
+    keep: tuple
+    cell: Any
+
+
+class WeightDrop(Wrapper):
+    """DropConnect on the recurrent weights: w_h becomes k w_h / (1 − rate), k Bernoulli(1 − rate).
+
+    One k per call, for all rows, which keeps the product a matrix product; vmap over keys for one per row. Without a
+    key it is the cell.
+
+    Args:
+      cell: a cell that names its recurrent weights, or `RecurrentDropout` around one.
+      rate: the probability that a weight is dropped, in [0, 1).
+
+    Raises:
+      TypeError: for any other cell.
+
+    Reference: Wan et al. 2013; on recurrent weights: Merity et al. 2018, Regularizing and optimizing LSTM language
+    models.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.WeightDrop(jaxrnn.LSTM(3, 4), 0.5)
+        >>> params = cell.init(jax.random.key(0))
+        >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
+        (7, 4)
+    """
+
+    rate: float
+
+    def __post_init__(self):
+        Wrapper.__post_init__(self)
+        check.rate(self, "rate", self.rate)
+        if not self.cell.recurrent_weights or isinstance(self.cell, WeightDrop):
+            raise TypeError(
+                f"WeightDrop: cell must name its recurrent weights (Elman, LSTM, GRU, MGU, IndRNN, ConvLSTM, or "
+                f"RecurrentDropout around one), got {self.cell!r}"
+            )
+
+    def noise(self, key, length, batch_shape):
+        own, inner = jax.random.split(key)
+        shapes = check.shapes_of_params(self.cell)
+        keys = jax.random.split(own, len(self.recurrent_weights))
+        keep = tuple(
+            jax.random.bernoulli(each, 1 - self.rate, getattr(shapes, name).shape)
+            for each, name in zip(keys, self.recurrent_weights, strict=True)
+        )
+        sequence, steps = self.cell.noise(inner, length, batch_shape)
+        return WeightDropNoise(keep, sequence), steps
+
+    def step(self, params, carry, x, noise=None):
+        params, noise = self._drop(params, noise)
+        return self.cell.step(params, carry, x, noise)
+
+    def scan(self, params, carry, xs, *, noise, **arguments):
+        params, noise = self._drop(params, noise)
+        return self.cell.scan(params, carry, xs, noise=noise, **arguments)
+
+    def _drop(self, params, noise):
+        if noise is None:
+            return params, None
+        (keep, inner), steps = noise
+        weights = [getattr(params, name) for name in self.recurrent_weights]
+        dropped = [jnp.where(k, w / (1 - self.rate), jnp.zeros_like(w)) for k, w in zip(keep, weights, strict=True)]
+        return params._replace(**dict(zip(self.recurrent_weights, dropped, strict=True))), (inner, steps)
+
+
+class ZoneoutNoise(NamedTuple):
+    """Which entries of the carry stay, and the noise of the cell inside."""
+
+    stay: Any
+    cell: Any
+
+
+class Zoneout(Wrapper):
+    """Entries of the carry keep their old value: carry' = z carry + (1 − z) step(carry), z Bernoulli(rate) per step.
+
+    Without a key the expectation, z = rate. Where the cell puts out a part of its carry (h of LSTM, GRU, Elman, MGU,
+    IndRNN, ConvLSTM), y is that part after zoneout; the y of any other cell is its own.
+
+    Args:
+      cell: any cell that runs step by step.
+      rate: the probability that an entry stays, in [0, 1]; or a tuple of one for each floating leaf of the carry, in
+        order: `(rate_h, rate_c)` for an LSTM.
+
+    Reference: Krueger et al. 2017, Zoneout: regularizing RNNs by randomly preserving hidden activations.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.Zoneout(jaxrnn.LSTM(3, 4), (0.05, 0.5))
+        >>> params = cell.init(jax.random.key(0))
+        >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
+        (7, 4)
+    """
+
+    rate: float | tuple[float, ...]
+
+    def __post_init__(self):
+        Wrapper.__post_init__(self)
+        rates = self.rate if isinstance(self.rate, (tuple, list)) else (self.rate,)
+        for rate in rates:
+            check.rate(self, "rate", rate, one_allowed=True)
+        leaves = [leaf for leaf in jax.tree.leaves(_carry_shapes(self.cell, ())) if inexact(leaf)]
+        if isinstance(self.rate, (tuple, list)) and len(self.rate) != len(leaves):
+            raise ValueError(
+                f"Zoneout: rate must be a number or hold {len(leaves)}, one per floating leaf of the carry, "
+                f"got {self.rate!r}"
+            )
+
+    def _rates(self, carry):
+        """A rate for each leaf of `carry`, None for those that are not floating."""
+        leaves, structure = jax.tree.flatten(carry)
+        rates = iter(self.rate if isinstance(self.rate, tuple) else (self.rate,) * len(leaves))
+        return leaves, [next(rates) if inexact(leaf) else None for leaf in leaves], structure
+
+    def noise(self, key, length, batch_shape):
+        own, inner = jax.random.split(key)
+        leaves, rates, _ = self._rates(_carry_shapes(self.cell, batch_shape))
+        keys = jax.random.split(own, len(leaves))
+        stay = [
+            None if rate is None else jax.random.bernoulli(each, rate, (length, *leaf.shape))
+            for each, leaf, rate in zip(keys, leaves, rates, strict=True)
+        ]
+        sequence, steps = self.cell.noise(inner, length, batch_shape)
+        return sequence, ZoneoutNoise(stay, steps)
+
+    def step(self, params, carry, x, noise=None):
+        inner = None if noise is None else (noise[0], noise[1].cell)
+        new, y = self.cell.step(params, carry, x, inner)
+        old_leaves, rates, structure = self._rates(carry)
+        stay = [None] * len(rates) if noise is None else noise[1].stay
+
+        def zone(old, new, rate, stay):
+            if rate is None:
+                return new
+            return jnp.where(stay, old, new) if stay is not None else rate * old + (1 - rate) * new
+
+        new = jax.tree.unflatten(structure, map(zone, old_leaves, jax.tree.leaves(new), rates, stay))
+        return new, y if self.recurrent_state is None else getattr(new, self.recurrent_state).astype(y.dtype)

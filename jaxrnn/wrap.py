@@ -1,0 +1,159 @@
+"""Cells around one other cell."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn.engines.arrays import inexact
+
+
+class Wrapper(Cell):
+    """A cell around one other, whose params, carry, sizes and noise are that cell's unless it says otherwise."""
+
+    cell: Cell
+
+    def __post_init__(self):
+        check_cell(self, "cell", self.cell)
+        if self.cell.ends_time:
+            raise ValueError(
+                f"{type(self).__name__}: {self.cell!r} ends the time axis; put {type(self).__name__} inside the Pool"
+            )
+
+    @property
+    def input_ndim(self):  # type: ignore[override]
+        return self.cell.input_ndim
+
+    @property
+    def recurrent_state(self):  # type: ignore[override]
+        return self.cell.recurrent_state
+
+    @property
+    def recurrent_weights(self):  # type: ignore[override]
+        return self.cell.recurrent_weights
+
+    @property
+    def pointwise(self):  # type: ignore[override]
+        return self.cell.pointwise
+
+    @property
+    def input_size(self) -> Any:
+        return input_size(self.cell)
+
+    @property
+    def output_size(self) -> Any:
+        return output_size(self.cell, self.input_size)
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
+        return self.cell.init(key, dtype)
+
+    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
+        return self.cell.initial_carry(params, batch_shape)
+
+    def noise(self, key, length, batch_shape):
+        return self.cell.noise(key, length, batch_shape)
+
+    def parts(self, params, given):
+        return (Part("cell", self.cell, params, given),)
+
+
+class Residual(Wrapper):
+    """y = x + (the cell's y), for a cell whose output has the shape of its input.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> cell = jaxrnn.Residual(jaxrnn.GRU(3, 3))
+    >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))[1].shape
+    (7, 3)
+    """
+
+    recurrent_state = None  # type: ignore[assignment]
+
+    def __post_init__(self):
+        Wrapper.__post_init__(self)
+        if None not in (self.input_size, self.output_size) and self.input_size != self.output_size:
+            raise ValueError(
+                f"Residual: x has size {self.input_size} and y {self.output_size}, which cannot be added: {self.cell!r}"
+            )
+
+    def step(self, params, carry, x, noise=None):
+        carry, y = self.cell.step(params, carry, x, noise)
+        return carry, _add(x, y)
+
+    def scan(self, params, carry, xs, **arguments):
+        carry, ys = self.cell.scan(params, carry, xs, **arguments)
+        return carry, _add(xs, ys)
+
+
+def _add(x, y):
+    if x.shape != y.shape or not inexact(x):
+        raise ValueError(f"x: Residual adds x to y, so both must have one shape, floating: got {x} and {y}")
+    return x + y.astype(x.dtype)
+
+
+class LearnedCarryParams(NamedTuple):
+    """The cell's params, and the carry to start from, without batch axes."""
+
+    cell: Any
+    carry: Any
+
+
+class LearnedCarry(Wrapper):
+    """The cell with a trainable initial carry, which every fresh start and every reset reads.
+
+    >>> import jax, jaxrnn
+    >>> cell = jaxrnn.LearnedCarry(jaxrnn.GRU(3, 4))
+    >>> cell.init(jax.random.key(0)).carry.h.shape
+    (4,)
+    """
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> LearnedCarryParams:
+        """The cell's params, and the carry that it starts from by itself."""
+        params = self.cell.init(key, dtype)
+        return LearnedCarryParams(params, self.cell.initial_carry(params))
+
+    def initial_carry(self, params: LearnedCarryParams, batch_shape: tuple[int, ...] = ()) -> Any:
+        if not isinstance(params, LearnedCarryParams):
+            raise TypeError(f"params: LearnedCarry takes LearnedCarryParams, got {type(params).__name__}")
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*batch_shape, *leaf.shape)), params.carry)
+
+    # The weights of the recurrent product lie one level down.
+    recurrent_weights = ()  # type: ignore[assignment]
+
+    def step(self, params, carry, x, noise=None):
+        return self.cell.step(params.cell, carry, x, noise)
+
+    def scan(self, params, carry, xs, **arguments):
+        return self.cell.scan(params.cell, carry, xs, **arguments)
+
+    def parts(self, params, given):
+        return (Part("cell", self.cell, params.cell, given),)
+
+
+class Emitted(NamedTuple):
+    """The output of a step, and the carry after it."""
+
+    y: Any
+    carry: Any
+
+
+class EmitCarry(Wrapper):
+    """The cell with the carry after every step among its outputs: y becomes `Emitted(y, carry)`.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> cell = jaxrnn.EmitCarry(jaxrnn.LSTM(3, 4))
+    >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))
+    >>> ys.carry.c.shape
+    (7, 5, 4)
+    """
+
+    recurrent_state = None  # type: ignore[assignment]
+    pointwise = False  # type: ignore[assignment]
+    output_size = None  # type: ignore[assignment]
+
+    def step(self, params, carry, x, noise=None):
+        carry, y = self.cell.step(params, carry, x, noise)
+        return carry, Emitted(y, carry)
