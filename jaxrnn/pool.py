@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from jaxrnn.cell import Cell, Part, check_cell, output_size
 from jaxrnn.compose import Bidirectional, Stack
-from jaxrnn.engines.arrays import select
+from jaxrnn.engines.arrays import accumulator, inexact, select
 from jaxrnn.engines.loop import final_index, starts
 
 
@@ -82,7 +82,7 @@ class Pool(Cell):
         if self._by_direction:
             return self._by_direction.initial_carry(params, batch_shape)
         size = self.output_size
-        dtype = jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params)), jnp.float32)
+        dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params) if inexact(leaf)))
         return PoolCarry(
             self.cell.initial_carry(params, batch_shape),
             jnp.zeros((*batch_shape, *(size if isinstance(size, tuple) else (size,))), dtype),

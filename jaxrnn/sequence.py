@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.engines import choose
-from jaxrnn.engines.arrays import cast_like, inexact, zero_where_not
+from jaxrnn.engines.arrays import accumulator, cast_like, inexact, zero_where_not
 from jaxrnn.engines.choose import EngineCall, Implementation
 from jaxrnn.engines.loop import final
 
@@ -365,8 +365,8 @@ def _carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[in
 def _widen(carry: Any, params: Any, xs: Any) -> Any:
     """`carry` in the widest precision of float32, the params and floating xs."""
     leaves = [leaf for leaf in jax.tree.leaves((params, xs)) if inexact(leaf)]
-    real = jnp.result_type(jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(leaf.dtype, real)) if inexact(leaf) else leaf, carry)
+    real = accumulator(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
+    return jax.tree.map(lambda leaf: leaf.astype(accumulator(leaf.dtype, real)) if inexact(leaf) else leaf, carry)
 
 
 def _check_feedback(following: Any, x: Any) -> None:

@@ -120,6 +120,7 @@ class ConvLSTM(Cell):
         return conv_lstm_init(key, self.input_channels, self.hidden_size, self._each("kernel_size"), dtype=dtype)
 
     def initial_carry(self, params: ConvLSTMParams, batch_shape: tuple[int, ...] = ()) -> ConvLSTMCarry:
+        check.params(self, params)
         zeros = jnp.zeros((*batch_shape, *self.output_size), params.w_x.dtype)
         return ConvLSTMCarry(zeros, zeros)
 

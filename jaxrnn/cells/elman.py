@@ -72,7 +72,7 @@ class Elman(GatedCell):
         return elman_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: ElmanParams, batch_shape: tuple[int, ...] = ()) -> ElmanCarry:
-        return ElmanCarry(jnp.zeros((*batch_shape, self.hidden_size), params.w_x.dtype))
+        return ElmanCarry(self.zeros(params, batch_shape, self.hidden_size))
 
     def weights(self, params: ElmanParams) -> GatedWeights:
         return GatedWeights(params.w_x, params.b, params.w_h)

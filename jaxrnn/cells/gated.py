@@ -55,6 +55,11 @@ class GatedCell(Cell):
             implementation=implementation,
         )
 
+    def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
+        """A part of the initial carry, (*batch_shape, size), in the params' dtype."""
+        check.params(self, params)
+        return jnp.zeros((*batch_shape, size), params.w_x.dtype)
+
     def products(self, params: Any, carry: Any, x: Array, noise: Any = None):
         """What `gate` reads at one step: (θ, carry, u, v, w)."""
         check.params(self, params)

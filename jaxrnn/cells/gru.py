@@ -119,7 +119,7 @@ class GRU(GatedCell):
         )
 
     def initial_carry(self, params: GRUParams, batch_shape: tuple[int, ...] = ()) -> GRUCarry:
-        return GRUCarry(jnp.zeros((*batch_shape, self.hidden_size), params.w_x.dtype))
+        return GRUCarry(self.zeros(params, batch_shape, self.hidden_size))
 
     def weights(self, params: GRUParams) -> GatedWeights:
         theta = _Theta(params.b if self.layer_norm else None, params.b_hn, params.norm)

@@ -73,7 +73,7 @@ class IndRNN(GatedCell):
         return indrnn_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: IndRNNParams, batch_shape: tuple[int, ...] = ()) -> IndRNNCarry:
-        return IndRNNCarry(jnp.zeros((*batch_shape, self.hidden_size), params.w_x.dtype))
+        return IndRNNCarry(self.zeros(params, batch_shape, self.hidden_size))
 
     def weights(self, params: IndRNNParams) -> GatedWeights:
         return GatedWeights(params.w_x, params.b, params.w_h)

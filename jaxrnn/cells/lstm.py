@@ -133,10 +133,8 @@ class LSTM(GatedCell):
         )
 
     def initial_carry(self, params: LSTMParams, batch_shape: tuple[int, ...] = ()) -> LSTMCarry:
-        dtype = params.w_x.dtype
-        return LSTMCarry(
-            jnp.zeros((*batch_shape, self.output_size), dtype), jnp.zeros((*batch_shape, self.hidden_size), dtype)
-        )
+        h = self.zeros(params, batch_shape, self.output_size)
+        return LSTMCarry(h, self.zeros(params, batch_shape, self.hidden_size))
 
     def weights(self, params: LSTMParams) -> GatedWeights:
         theta = _Theta(params.b if self.layer_norm else None, params.peephole, params.norm)

@@ -71,7 +71,7 @@ class MGU(GatedCell):
         return mgu_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: MGUParams, batch_shape: tuple[int, ...] = ()) -> MGUCarry:
-        return MGUCarry(jnp.zeros((*batch_shape, self.hidden_size), params.w_x.dtype))
+        return MGUCarry(self.zeros(params, batch_shape, self.hidden_size))
 
     def weights(self, params: MGUParams) -> GatedWeights:
         h = self.hidden_size

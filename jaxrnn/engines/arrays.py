@@ -19,12 +19,18 @@ def compute_dtype(x: Array, params: Any):
     if inexact(x):
         return x.dtype
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if inexact(leaf)]
-    return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
+    return _widest(*dtypes) if dtypes else jnp.result_type(float)
 
 
 def accumulator(*dtypes):
     """The dtype of sums of products of `dtypes`: at least float32."""
-    return jnp.result_type(jnp.float32, *dtypes)
+    return _widest(jnp.float32, *dtypes)
+
+
+def _widest(*dtypes):
+    # Asked for by name, so a strict `jax_numpy_dtype_promotion` need not forbid it.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def cast(tree: Any, dtype) -> Any:

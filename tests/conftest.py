@@ -1,0 +1,22 @@
+"""What all tests share: strict dtypes, and x64 where a module asks for it."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _settings(request):
+    """Strict promotion, unless a module says `PROMOTION`; float64 where it says `X64 = True`."""
+    module = request.module
+    promotion = getattr(module, "PROMOTION", "strict")
+    with jax.numpy_dtype_promotion(promotion), jax.enable_x64(getattr(module, "X64", False)):
+        yield
+
+
+def pytest_collection_modifyitems(config, items):
+    """The full tier runs only when `-m` names it."""
+    if "full" in (config.option.markexpr or ""):
+        return
+    kept = [item for item in items if "full" not in item.keywords]
+    config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
+    items[:] = kept

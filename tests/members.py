@@ -1,0 +1,272 @@
+"""Every cell and composition that the contract is tested on. A new cell joins by one line."""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrnn import (
+    GRU,
+    LSTM,
+    MGU,
+    Apply,
+    Bidirectional,
+    Cell,
+    ConvLSTM,
+    Dropout,
+    Elman,
+    Embed,
+    EmitCarry,
+    IndRNN,
+    LayerNorm,
+    LearnedCarry,
+    Linear,
+    Pool,
+    RecurrentDropout,
+    Residual,
+    Stack,
+    WeightDrop,
+    Zoneout,
+)
+
+D, H = 2, 3
+TIME, BATCH = 6, 5
+
+
+class OwnParams(NamedTuple):
+    w: jax.Array
+    decay: jax.Array
+
+
+class Own(Cell):
+    """A user's own cell in three methods, whose fresh carry is not zero."""
+
+    size: int
+
+    def init(self, key, dtype=jnp.float32):
+        return OwnParams(jax.random.normal(key, (D, self.size), dtype), jnp.ones(self.size, dtype))
+
+    def initial_carry(self, params, batch_shape=()):
+        return jnp.broadcast_to(jnp.tanh(params.decay), (*batch_shape, self.size))
+
+    def step(self, params, carry, x, noise=None):
+        dtype = jnp.result_type(carry.dtype, x.dtype, params.w.dtype)
+        carry, x, w, decay = (a.astype(dtype) for a in (carry, x, params.w, params.decay))
+        h = jnp.tanh(decay * carry + x @ w)
+        return h, (2 * h).astype(x.dtype)
+
+
+class Pair(NamedTuple):
+    value: jax.Array
+    token: jax.Array
+
+
+class TwoInputs(Cell):
+    """A user's own cell whose x is a tree of a vector and a token."""
+
+    input_ndim = Pair(1, 0)
+
+    def init(self, key, dtype=jnp.float32):
+        return jax.random.normal(key, (4, D), dtype)
+
+    def initial_carry(self, params, batch_shape=()):
+        return {"h": jnp.zeros((*batch_shape, D), params.dtype)}
+
+    def step(self, params, carry, x, noise=None):
+        dtype = x.value.dtype
+        h = jnp.tanh(carry["h"].astype(dtype) + x.value * params.astype(dtype)[x.token])
+        return {"h": h}, {"sum": h.sum(-1), "h": h}
+
+
+def _lstm(peephole, coupled, projection, norm, cell_clip, gate_clip, activations):
+    return LSTM(
+        D,
+        H,
+        peephole=peephole,
+        coupled=coupled,
+        projection_size=4 if projection else None,
+        layer_norm=norm,
+        cell_clip=0.7 if cell_clip else None,
+        gate_clip=0.8 if gate_clip else None,
+        **(
+            {"gate_activation": ("hard_sigmoid", 0.3), "activation": "softsign", "output_activation": ("elu", 0.5)}
+            if activations
+            else {}
+        ),
+    )
+
+
+def _gru(reset_after, norm, gate_clip, activations):
+    return GRU(
+        D,
+        H,
+        reset_after=reset_after,
+        layer_norm=norm,
+        gate_clip=0.8 if gate_clip else None,
+        **({"gate_activation": "keras_hard_sigmoid", "activation": ("scaled_tanh", 1.2, 0.7)} if activations else {}),
+    )
+
+
+# Orthogonal arrays of strength 2: every pair of options is met in all four states.
+_L8 = [(a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c) for a, b, c in itertools.product((0, 1), repeat=3)]
+LSTMS = {f"lstm_{''.join(map(str, row))}": _lstm(*map(bool, row)) for row in _L8}
+LSTMS["lstm_everything"] = _lstm(*[True] * 7)
+GRUS = {f"gru_{''.join(map(str, row))}": _gru(*map(bool, row[:3]), bool(row[6])) for row in _L8}
+
+CELLS = {
+    "elman": Elman(D, H),
+    "elman_relu": Elman(D, H, activation="relu"),
+    "lstm": LSTM(D, H),
+    "lstm_projection_peephole": LSTM(D, H, projection_size=4, peephole=True),
+    "gru": GRU(D, H),
+    "gru_reset_before": GRU(D, H, reset_after=False),
+    "mgu": MGU(D, H),
+    "indrnn": IndRNN(D, H, activation="tanh"),
+    "conv_lstm_1d": ConvLSTM((4,), D, H),
+    "conv_lstm_2d": ConvLSTM((5, 4), D, H, kernel_size=(3, 2), strides=2, dilation=(1, 2), padding="VALID"),
+    "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
+    "own": Own(H),
+    "two_inputs": TwoInputs(),
+}
+LAYERS = {
+    "linear": Linear(D, H),
+    "embed": Embed(7, H),
+    "layer_norm": LayerNorm(D),
+    "apply": Apply("softplus"),
+    "apply_callable": Apply(jnp.sin),
+    "dropout": Dropout(0.4),
+    "dropout_sequence": Dropout(0.4, per_sequence=True),
+}
+COMPOSITIONS = {
+    "stack": Stack((Embed(7, D), LSTM(D, H), Dropout(0.3), GRU(H, 4), Linear(4, D), Apply("sigmoid"))),
+    "stack_skip": Stack((GRU(D, H), Dropout(0.2), Elman(2 * D + H, 4)), skip=True),
+    "bidirectional": Bidirectional(LSTM(D, H), GRU(D, 4)),
+    "bidirectional_stack": Stack(
+        (Bidirectional(Elman(D, H), Elman(D, H), "mul"), Bidirectional(GRU(H, H), GRU(H, H), "average"))
+    ),
+    "bidirectional_callable": Bidirectional(Elman(D, H), Own(H), merge=jnp.maximum),
+    "bidirectional_sum": Bidirectional(MGU(D, H), IndRNN(D, H, activation="tanh"), "sum"),
+    "residual": Residual(GRU(D, D)),
+    "learned_carry": LearnedCarry(LSTM(D, H)),
+    "emit_carry": EmitCarry(LSTM(D, H)),
+    "recurrent_dropout": RecurrentDropout(LSTM(D, H), 0.3),
+    "recurrent_dropout_before": RecurrentDropout(GRU(D, H, reset_after=False), 0.3),
+    "recurrent_dropout_conv": RecurrentDropout(ConvLSTM((4,), D, H), 0.3),
+    "weight_drop": WeightDrop(RecurrentDropout(GRU(D, H), 0.2), 0.3),
+    "weight_drop_indrnn": WeightDrop(IndRNN(D, H, activation="tanh"), 0.3),
+    "zoneout": Zoneout(LSTM(D, H), (0.2, 0.5)),
+    "zoneout_own": Zoneout(Own(H), 0.3),
+    "zoneout_stack": Zoneout(Stack((Elman(D, H), Dropout(0.3), GRU(H, 4))), 0.3),
+    "pool_last": Pool(LSTM(D, H)),
+    "pool_mean": Pool(GRU(D, H), "mean"),
+    "pool_max": Pool(Elman(D, H), "max"),
+    "pool_bidirectional": Pool(Stack((Elman(D, 4), Bidirectional(GRU(4, H), LSTM(4, D))))),
+    "pool_conv": Pool(ConvLSTM((4,), D, H), "mean"),
+    "classifier": Stack((Embed(7, D), Pool(LSTM(D, H)), Dropout(0.3), Linear(H, 4), Apply("sigmoid"))),
+    "everything": LearnedCarry(
+        Residual(
+            Stack(
+                (
+                    Dropout(0.2, per_sequence=True),
+                    WeightDrop(RecurrentDropout(LSTM(D, H), 0.2), 0.3),
+                    LayerNorm(H),
+                    Bidirectional(Zoneout(GRU(H, H), 0.2), RecurrentDropout(MGU(H, H), 0.2), "sum"),
+                    Linear(H, D),
+                )
+            )
+        )
+    ),
+}
+# Members whose cells differ in options only: the fast tier runs part of the properties on them.
+OPTIONS = {name: cell for name, cell in (LSTMS | GRUS).items() if cell not in CELLS.values()}
+MEMBERS = CELLS | LAYERS | COMPOSITIONS | OPTIONS
+
+
+def _parametrize(marks):
+    # One group per member, so that a worker compiles what its tests share only once.
+    return pytest.mark.parametrize(
+        "cell",
+        [
+            pytest.param(cell, id=name, marks=[pytest.mark.xdist_group(name), *marks(name)])
+            for name, cell in MEMBERS.items()
+        ],
+    )
+
+
+def every_member():
+    """Parametrizes over all members; those that differ in options only, in the full tier."""
+    return _parametrize(lambda name: [pytest.mark.full] if name in OPTIONS else [])
+
+
+def every_member_and_option():
+    """Parametrizes over all members, in both tiers."""
+    return _parametrize(lambda name: [])
+
+
+def some_members(*names):
+    """Parametrizes over all members; those not named, in the full tier."""
+    return _parametrize(lambda name: [] if name in names else [pytest.mark.full])
+
+
+def streams(cell) -> bool:
+    """Whether the cell runs step by step."""
+    return "Bidirectional" not in repr(cell)
+
+
+def _rng(*seed):
+    return np.random.default_rng(seed)
+
+
+def draw_x(cell, seed, *leading, dtype=None):
+    """A random x with these leading axes."""
+    rng, dtype = _rng(seed, 1), dtype or jnp.result_type(float)
+    if isinstance(cell, TwoInputs):
+        return Pair(rng.normal(size=(*leading, D)).astype(dtype), rng.integers(0, 4, leading, np.int32))
+    if cell.input_ndim == 0:
+        return rng.integers(0, 7, leading, np.int32)
+    size = getattr(cell, "input_size", None) or D
+    size = size if isinstance(size, tuple) else (size,)
+    return rng.normal(size=(*leading, *size)).astype(dtype)
+
+
+def is_floating(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def floats(tree) -> list:
+    """The floating leaves."""
+    return [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
+
+
+def redraw(tree, seed, scale=0.5):
+    """Arrays like the tree's, every floating leaf drawn anew: biases, gains, carries and all; integers are 2."""
+    rng = _rng(seed, 2)
+
+    def draw(leaf):
+        if is_floating(leaf):
+            return (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+        return np.full(leaf.shape, 2, leaf.dtype)
+
+    return jax.tree.map(draw, tree)
+
+
+def draw_params(cell, seed=1, dtype=None):
+    """Random params."""
+    dtype = dtype or jnp.result_type(float)
+    return redraw(jax.eval_shape(lambda key: cell.init(key, dtype), jax.random.key(0)), seed, 0.7)
+
+
+def draw_carry(cell, params, *batch, seed=2):
+    """A random carry; what a Pool has counted so far is 2."""
+    return redraw(jax.eval_shape(lambda params: cell.initial_carry(params, batch), params), seed)
+
+
+def weighted_sum(tree, seed=9):
+    """A random weighting of every floating leaf: a loss that sees all of it."""
+    rng, total = _rng(seed, 3), jnp.zeros((), jnp.result_type(float))
+    for leaf in floats(tree):
+        total = total + jnp.sum(rng.normal(size=leaf.shape).astype(total.dtype) * leaf.astype(total.dtype))
+    return total

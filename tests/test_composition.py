@@ -1,0 +1,184 @@
+"""Compositions: what they compute, beside what the contract asks of all."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from members import draw_carry, draw_params, draw_x, floats, weighted_sum
+
+import jaxrnn
+from jaxrnn import GRU, LSTM, Apply, Bidirectional, Cell, Elman, Embed, GRUParams, Linear, Pool, Residual, Stack
+
+X64 = True
+
+
+def close(actual, expected, tolerance=1e-10):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, tolerance, tolerance), actual, expected)
+
+
+def test_a_stack_is_its_layers_one_after_another():
+    cells = (LSTM(2, 3), GRU(3, 4), Linear(4, 5))
+    params, xs = draw_params(Stack(cells)), draw_x(cells[0], 0, 6, 3)
+    ys = xs
+    for cell, p in zip(cells, params, strict=True):
+        _, ys = jaxrnn.scan(cell, p, None, ys)
+    close(jaxrnn.scan(Stack(cells), params, None, xs)[1], ys)
+
+
+def test_skip_connections():
+    """Every layer sees the input, the output sees every layer."""
+    cell = Stack((GRU(2, 3), Elman(5, 4), LSTM(6, 2)), skip=True)
+    params, xs = draw_params(cell), draw_x(cell, 0, 6, 3)
+    ys = [jaxrnn.scan(cell.cells[0], params[0], None, xs)[1]]
+    for k in (1, 2):
+        ys.append(jaxrnn.scan(cell.cells[k], params[k], None, np.concatenate([xs, ys[-1]], -1))[1])
+    close(jaxrnn.scan(cell, params, None, xs)[1], np.concatenate(ys, -1))
+    assert cell.output_size == 9
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum", "mul", "average", jnp.maximum])
+def test_bidirectional_merges(merge):
+    cell = Bidirectional(GRU(2, 3), LSTM(2, 3), merge)
+    params, xs = draw_params(cell), draw_x(cell, 0, 6, 3)
+    a = np.asarray(jaxrnn.scan(cell.forward, params.forward, None, xs)[1])
+    b = np.asarray(jaxrnn.scan(cell.backward, params.backward, None, xs[::-1])[1])[::-1]
+    names = {"concat": np.concatenate([a, b], -1), "sum": a + b, "mul": a * b, "average": (a + b) / 2}
+    expected = np.maximum(a, b) if callable(merge) else names[merge]
+    close(jaxrnn.scan(cell, params, None, xs)[1], expected)
+
+
+def test_residual_adds():
+    cell = Residual(GRU(3, 3))
+    params, xs = draw_params(cell), draw_x(cell, 0, 4, 2)
+    close(jaxrnn.scan(cell, params, None, xs)[1], xs + jaxrnn.scan(cell.cell, params, None, xs)[1])
+
+
+def test_layers_keep_spatial_axes():
+    """A Linear above a ConvLSTM is a convolution of size one."""
+    cell = Stack((jaxrnn.ConvLSTM((4, 5), 2, 3), Linear(3, 6), jaxrnn.LayerNorm(6)))
+    assert cell.output_size == (4, 5, 6)
+    params, xs = draw_params(cell), draw_x(cell, 0, 3, 2)
+    assert jaxrnn.scan(cell, params, None, xs)[1].shape == (3, 2, 4, 5, 6)
+
+
+def test_a_complete_model_trains_and_streams():
+    """Embed, Pool, Linear, Apply: learns a sum over a sequence with no other framework, then runs step by step."""
+    model = Stack((Embed(3, 4), Pool(GRU(4, 8)), Linear(8, 1), Apply("sigmoid")))
+    rng = np.random.default_rng(0)
+    xs = rng.integers(0, 3, (7, 64))
+    lengths = rng.integers(1, 8, 64)
+    target = (xs * (np.arange(7)[:, None] < lengths)).sum(0)[:, None] > 6
+
+    def loss(params):
+        _, y = jaxrnn.scan(model, params, None, xs, lengths=lengths)
+        return -jnp.mean(jnp.log(jnp.where(target, y, 1 - y)))
+
+    @jax.jit
+    def train(params):
+        def update(params, _):
+            value, gradient = jax.value_and_grad(loss)(params)
+            return jax.tree.map(lambda p, g: p - 1.0 * g, params, gradient), value
+
+        return jax.lax.scan(update, params, length=150)
+
+    params, losses = train(model.init(jax.random.key(0), jnp.float64))
+    assert losses[-1] < 0.5 * losses[0]
+    carry, row = None, np.argmax(lengths == 7)
+    for x in xs[:, row]:
+        carry, y = jaxrnn.step(model, params, carry, x)
+    close(y, jaxrnn.scan(model, params, None, xs, lengths=lengths)[1][row])
+
+
+class AttentionParams(NamedTuple):
+    """The decoder's own params, and what is constant over a sequence: the encoder's states (S, E)."""
+
+    gru: GRUParams
+    query: jax.Array
+    memory: jax.Array
+
+
+class Attention(Cell):
+    """A decoder that attends to encoder states: a user's own cell in a dozen lines."""
+
+    input_size: int
+    hidden_size: int
+    memory_size: int
+
+    @property
+    def gru(self):
+        return GRU(self.input_size + self.memory_size, self.hidden_size)
+
+    def init(self, key, dtype=jnp.float32):
+        query = jax.random.normal(key, (self.hidden_size, self.memory_size), dtype)
+        return AttentionParams(self.gru.init(key, dtype), query, jnp.zeros((1, self.memory_size), dtype))
+
+    def initial_carry(self, params, batch_shape=()):
+        return self.gru.initial_carry(params.gru, batch_shape)
+
+    def step(self, params, carry, x, noise=None):
+        scores = jnp.einsum("...h,he,...se->...s", carry.h, params.query, params.memory)
+        context = jnp.einsum("...s,...se->...e", jax.nn.softmax(scores), params.memory)
+        return self.gru.step(params.gru, carry, jnp.concatenate([x, context], -1), noise)
+
+
+def test_attention_over_encoder_states_in_the_params():
+    encoder, decoder = GRU(2, 3), Attention(2, 4, 3)
+    encoder_params, own = draw_params(encoder), draw_params(decoder)
+    sources, xs = draw_x(encoder, 1, 6, 5), draw_x(decoder, 2, 4, 5)
+    lengths = np.array([6, 3, 1, 5, 2])
+
+    def run(encoder_params, own, sources, xs, lengths):
+        """(T, *batch) as everywhere; the memory has the batch axes first."""
+        _, states = jaxrnn.scan(encoder, encoder_params, None, sources, lengths=lengths)
+        params = own._replace(memory=jnp.moveaxis(states, 0, -2))
+        return jaxrnn.scan(decoder, params, None, xs, remat_every=2)[1]
+
+    batch = jax.jit(run)(encoder_params, own, sources, xs, lengths)
+    rows = jax.jit(jax.vmap(run, (None, None, 1, 1, 0), 1))(encoder_params, own, sources, xs, lengths)
+    close(batch, rows)
+
+    def loss(encoder_params):
+        return weighted_sum(run(encoder_params, own, sources, xs, lengths))
+
+    gradient = jax.jit(jax.grad(loss))(encoder_params)
+    small, direction = 1e-6, draw_params(encoder, 7)
+    moved = [jax.tree.map(lambda p, d, s=s: p + s * d, encoder_params, direction) for s in (small, -small)]
+    slope = (loss(moved[0]) - loss(moved[1])) / (2 * small)
+    inner = sum(np.vdot(g, d) for g, d in zip(floats(gradient), floats(direction), strict=True))
+    np.testing.assert_allclose(inner, slope, 1e-6)
+
+    _, states = jaxrnn.scan(encoder, encoder_params, None, sources, lengths=lengths)
+    params = own._replace(memory=jnp.moveaxis(states, 0, -2))
+    feedback = lambda y, key: (y[..., :2], y)
+    carry, kept = jaxrnn.rollout(decoder, params, None, xs[0], 3, feedback=feedback)
+    state, x = None, xs[0]
+    for t in range(3):
+        state, y = jaxrnn.step(decoder, params, state, x)
+        x = y[..., :2]
+        close(kept[t], y)
+    close(carry, state)
+
+
+def test_one_to_many_many_to_one_many_to_many():
+    """The four shapes of task that tutorials teach."""
+    cell = Stack((GRU(3, 4), Linear(4, 3)))
+    params, x, xs = draw_params(cell), draw_x(cell, 0, 5), draw_x(cell, 1, 6, 5)
+    assert jaxrnn.step(cell, params, None, x)[1].shape == (5, 3)
+    assert jaxrnn.rollout(cell, params, None, x, 7, feedback=lambda y, key: (y, y))[1].shape == (7, 5, 3)
+    assert jaxrnn.scan(Stack((Pool(GRU(3, 4)), Linear(4, 3))), params, None, xs)[1].shape == (5, 3)
+    assert jaxrnn.scan(cell, params, None, xs)[1].shape == (6, 5, 3)
+    final, _ = jaxrnn.scan(cell, params, None, xs)
+    assert jaxrnn.rollout(cell, params, final, x, 4, feedback=lambda y, key: (y, y))[1].shape == (4, 5, 3)
+
+
+def test_chunks_of_a_pool():
+    """What is pooled lies in the carry, so a sequence may come in pieces and steps."""
+    for how in ("last", "mean", "max"):
+        cell = Pool(GRU(2, 3), how)
+        params, xs = draw_params(cell), draw_x(cell, 0, 5, 2)
+        carry, _ = jaxrnn.scan(cell, params, draw_carry(cell, params, 2), xs[:2])
+        for x in xs[2:]:
+            carry, y = jaxrnn.step(cell, params, carry, x)
+        close((carry, y), jaxrnn.scan(cell, params, draw_carry(cell, params, 2), xs))

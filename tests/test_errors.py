@@ -1,0 +1,352 @@
+"""Bad input: the right error, naming the argument, what was expected and what came."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import (
+    GRU,
+    LSTM,
+    MGU,
+    Apply,
+    Bidirectional,
+    Cell,
+    ConvLSTM,
+    Dropout,
+    Elman,
+    Embed,
+    EmitCarry,
+    GRUCarry,
+    IndRNN,
+    LayerNorm,
+    LearnedCarry,
+    Linear,
+    LSTMCarry,
+    Pool,
+    RecurrentDropout,
+    Residual,
+    Stack,
+    WeightDrop,
+    Zoneout,
+)
+
+CELL = GRU(2, 3)
+PARAMS = CELL.init(jax.random.key(0))
+XS = np.ones((5, 4, 2), np.float32)
+
+
+def scan(**keywords):
+    arguments = {"cell": CELL, "params": PARAMS, "carry": None, "xs": XS} | keywords
+    return jaxrnn.scan(
+        arguments.pop("cell"), arguments.pop("params"), arguments.pop("carry"), arguments.pop("xs"), **arguments
+    )
+
+
+class Unhashable(Cell):
+    value: object = None
+
+    def __init__(self, value):
+        object.__setattr__(self, "value", value)
+
+    def __post_init__(self):
+        pass
+
+    def init(self, key, dtype=jnp.float32):
+        return ()
+
+    def initial_carry(self, params, batch_shape=()):
+        return ()
+
+    def step(self, params, carry, x, noise=None):
+        return carry, x
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: LSTM(0, 3), ValueError, "LSTM: input_size must be at least 1, got 0"),
+        (lambda: LSTM(2, -3), ValueError, "LSTM: hidden_size must be at least 1, got -3"),
+        (lambda: GRU(2.0, 3), TypeError, "GRU: input_size must be an integer, got 2.0"),
+        (lambda: Elman(2, True), TypeError, "Elman: hidden_size must be an integer, got True"),
+        (lambda: LSTM(2, 3, projection_size=0), ValueError, "projection_size must be at least 1"),
+        (lambda: LSTM(2, 3, cell_clip=0.0), ValueError, "cell_clip must be positive, got 0.0"),
+        (lambda: LSTM(2, 3, gate_clip="x"), TypeError, "gate_clip must be a number or None"),
+        (lambda: GRU(2, 3, gate_clip=-1), ValueError, "gate_clip must be positive"),
+        (lambda: Elman(2, 3, activation="tanhh"), ValueError, "activation: expected one of .* got 'tanhh'"),
+        (lambda: LSTM(2, 3, activation=("relu", 1.0)), ValueError, "relu takes 0 numbers, got 1"),
+        (lambda: GRU(2, 3, activation=3), TypeError, "activation: expected a name"),
+        (lambda: LSTM(2, 3, output_activation=("elu", "a")), TypeError, "activation: expected a name"),
+        (lambda: ConvLSTM((4,), 2, 3, padding="same"), ValueError, "padding must be 'SAME' or 'VALID', got 'same'"),
+        (lambda: ConvLSTM((2,), 2, 3, padding="VALID"), ValueError, "smaller than the kernel"),
+        (lambda: ConvLSTM((4, 4, 4, 4), 2, 3), ValueError, "one to three sizes"),
+        (lambda: ConvLSTM((4, 4), 2, 3, kernel_size=(3,)), ValueError, "kernel_size must hold 2 numbers"),
+        (lambda: ConvLSTM((4, 4), 2, 3, strides=0), ValueError, "strides must be at least 1"),
+        (lambda: Embed(0, 3), ValueError, "vocabulary must be at least 1"),
+        (lambda: Linear(3, 0), ValueError, "output_size must be at least 1"),
+        (lambda: LayerNorm("a"), TypeError, "size must be an integer"),
+        (lambda: Apply("nothing"), ValueError, "activation: expected one of"),
+        (lambda: Dropout(1.0), ValueError, r"rate must lie in \[0, 1\), got 1.0"),
+        (lambda: Dropout(-0.1), ValueError, "rate must lie in"),
+        (lambda: Dropout("a"), TypeError, "rate must be a number"),
+        (lambda: Zoneout(CELL, 1.5), ValueError, r"rate must lie in \[0, 1\]"),
+        (lambda: Zoneout(LSTM(2, 3), (0.1, 0.2, 0.3)), ValueError, "rate must be a number or hold 2"),
+        (lambda: RecurrentDropout(Linear(2, 3), 0.1), TypeError, "must name its recurrent product"),
+        (lambda: RecurrentDropout(WeightDrop(CELL, 0.1), 0.1), TypeError, "other wrappers go around RecurrentDropout"),
+        (lambda: WeightDrop(Stack((CELL,)), 0.1), TypeError, "must name its recurrent weights"),
+        (lambda: WeightDrop(LearnedCarry(CELL), 0.1), TypeError, "must name its recurrent weights"),
+        (lambda: Stack(()), TypeError, "at least one cell"),
+        (lambda: Stack(CELL), TypeError, "cells must be a tuple"),
+        (lambda: Stack((CELL, "gru")), TypeError, r"cells\[1\] must be a cell, got 'gru'"),
+        (lambda: Stack((GRU(2, 3), LSTM(4, 5))), ValueError, r"cells\[1\] reads size 4 and gets 3.*LSTM.*above GRU"),
+        (lambda: Stack((GRU(2, 3), Dropout(0.1), Apply("tanh"), LSTM(4, 5))), ValueError, "reads size 4 and gets 3"),
+        (
+            lambda: Stack((GRU(2, 3), Bidirectional(GRU(3, 2), GRU(3, 2)), Linear(5, 1))),
+            ValueError,
+            "size 5 and gets 4",
+        ),
+        (lambda: Stack((ConvLSTM((4,), 2, 3), LSTM(3, 5))), ValueError, r"reads size 3 and gets \(4, 3\)"),
+        (lambda: Stack((GRU(2, 3), GRU(3, 4)), skip=True), ValueError, "reads size 3 and gets 5"),
+        (lambda: Stack((Pool(CELL), GRU(3, 4))), ValueError, r"cells\[0\] ends the time axis, so cells\[1\]"),
+        (lambda: Stack((Pool(CELL), Pool(Linear(3, 2)))), ValueError, "ends the time axis"),
+        (lambda: Stack((CELL, Pool(GRU(5, 3))), skip=True), ValueError, "put Pool around the Stack"),
+        (lambda: Bidirectional(GRU(2, 3), GRU(4, 3)), ValueError, "forward reads size 2 and backward 4"),
+        (lambda: Bidirectional(GRU(2, 3), GRU(2, 4), "sum"), ValueError, "merge 'sum' needs equal sizes"),
+        (lambda: Bidirectional(GRU(2, 3), GRU(2, 3), "add"), ValueError, "merge must be one of .* got 'add'"),
+        (lambda: Bidirectional(Pool(GRU(2, 3)), GRU(2, 3)), ValueError, "both cells or neither may end the time axis"),
+        (lambda: Bidirectional(GRU(2, 3), None), TypeError, "backward must be a cell"),
+        (lambda: Residual(GRU(2, 3)), ValueError, "x has size 2 and y 3"),
+        (lambda: Residual(Pool(GRU(2, 2))), ValueError, "put Residual inside the Pool"),
+        (lambda: Zoneout(Pool(GRU(2, 2)), 0.1), ValueError, "put Zoneout inside the Pool"),
+        (lambda: EmitCarry(LSTM), TypeError, "cell must be a cell"),
+        (lambda: Pool(CELL, "first"), ValueError, "how must be 'last', 'mean' or 'max', got 'first'"),
+        (lambda: Pool(Pool(CELL)), ValueError, "ends the time axis already"),
+        (lambda: Pool(EmitCarry(CELL)), TypeError, "output size of the cell must be known"),
+        (lambda: Unhashable(np.ones(3)), TypeError, "Unhashable: value must be hashable, got ndarray"),
+        (lambda: Unhashable(jnp.ones(3)), TypeError, "belong in the params"),
+        (lambda: Unhashable([1, (2, {})]), TypeError, "must be hashable, got dict"),
+        (lambda: jaxrnn.irnn_init(jax.random.key(0), 0, 3) and Elman(0, 3), ValueError, "input_size"),
+        (lambda: Cell(), TypeError, "abstract"),
+    ],
+)
+def test_construction(build, error, words):
+    with pytest.raises(error, match=words):
+        build()
+
+
+def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
+    with pytest.raises(AttributeError):
+        CELL.hidden_size = 4
+    assert Stack([GRU(2, 3), Linear(3, 1)]) == Stack((GRU(2, 3), Linear(3, 1)))
+    assert Unhashable([1, [2]]).value == (1, (2,))
+    assert LSTM(np.int64(2), 3) == LSTM(2, 3)
+    assert repr(LSTM(np.int64(2), 3)) == "LSTM(input_size=2, hidden_size=3)"
+    with pytest.raises(TypeError, match="must be hashable"):
+        jax.jit(lambda x: Unhashable(x))(1.0)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "words"),
+    [
+        ({"cell": GRU}, TypeError, r"cell: expected a jaxrnn.Cell.*write e.g. GRU\(3, 16\)"),
+        ({"cell": "gru"}, TypeError, "cell: expected a jaxrnn.Cell, got 'gru'"),
+        ({"xs": np.ones((5, 4, 3), np.float32)}, ValueError, r"xs: .* expects \(..., 2\), got shape \(5, 4, 3\)"),
+        ({"xs": np.float32(1)}, ValueError, "xs: .* takes 1 axes per step"),
+        ({"xs": np.ones(2, np.float32)}, ValueError, "time_axis: expected less than 0"),
+        ({"xs": {"a": XS, "b": XS[:3]}}, ValueError, r"xs\['b'\]: expected leading axes \(5, 4\)"),
+        ({"xs": ()}, ValueError, "xs: expected a tree like 1"),
+        ({"time_axis": 2}, ValueError, "time_axis: expected less than 2"),
+        ({"time_axis": -1}, ValueError, "time_axis: expected at least 0, got -1"),
+        ({"time_axis": 1.0}, TypeError, "time_axis: expected an integer, got 1.0"),
+        ({"lengths": np.array([5, 6, 0, 1])}, ValueError, "lengths: expected 0 to 5, got 0 to 6"),
+        ({"lengths": np.array([5, -1, 0, 1])}, ValueError, "lengths: expected 0 to 5, got -1 to 5"),
+        ({"lengths": jnp.array([5, 6, 0, 1])}, ValueError, "lengths: expected 0 to 5"),
+        ({"lengths": [5, 6, 0, 1]}, ValueError, "lengths: expected 0 to 5"),
+        ({"lengths": np.array([5, 1, 0])}, ValueError, r"lengths: expected the batch shape \(4,\), got \(3,\)"),
+        ({"lengths": np.array(3)}, ValueError, r"lengths: expected the batch shape \(4,\), got \(\)"),
+        ({"lengths": np.ones(4)}, TypeError, "lengths: expected integers, got float64"),
+        ({"lengths": np.ones(4, bool)}, TypeError, "lengths: expected integers, got bool"),
+        ({"mask": np.ones((5, 4))}, TypeError, "mask: expected bool, got float"),
+        ({"mask": np.ones((4, 5), bool)}, ValueError, r"mask: expected shape \(5, 4\).* got \(4, 5\)"),
+        ({"mask": np.ones((4, 5), bool), "time_axis": 1}, ValueError, r"mask: expected shape \(5, 4\)"),
+        ({"mask": np.ones((5, 4), bool), "lengths": np.ones(4, int)}, ValueError, "lengths or mask, not both"),
+        ({"reset": np.zeros((5, 4), np.float32)}, TypeError, "reset: expected bool, got float32"),
+        ({"reset": np.zeros((5,), bool)}, ValueError, r"reset: expected shape \(5, 4\)"),
+        ({"carry": jnp.zeros((4, 3))}, ValueError, "carry: .* expects the structure .*GRUCarry"),
+        ({"carry": (jnp.zeros((4, 3)),)}, ValueError, "carry: .* expects the structure"),
+        ({"carry": GRUCarry(jnp.zeros(3))}, ValueError, r"carry.h: expected shape \(4, 3\), got \(3,\)"),
+        ({"carry": GRUCarry(jnp.zeros((4, 3), int))}, TypeError, "carry.h: expected float32 .* got int32"),
+        ({"params": PARAMS[:3]}, TypeError, "params: .* takes GRUParams, got tuple"),
+        ({"params": LSTM(2, 3).init(jax.random.key(0))}, TypeError, "params: .* takes GRUParams, got LSTMParams"),
+        (
+            {"params": GRU(2, 4).init(jax.random.key(0))},
+            ValueError,
+            r"params.w_x: .* expects shape \(2, 9\), got \(2, 12\)",
+        ),
+        ({"cell": GRU(2, 3, reset_after=False)}, ValueError, "params.b_hn: .* expects None"),
+        ({"key": 0}, TypeError, "key: expected a jax.random key, got int"),
+        ({"key": jnp.ones(3)}, TypeError, "key: expected a jax.random key, got float32"),
+        ({"key": jax.random.split(jax.random.key(0))}, ValueError, "key: expected a single key"),
+        ({"remat_every": 0}, ValueError, "remat_every: expected at least 1, got 0"),
+        ({"remat_every": 2.5}, TypeError, "remat_every: expected an integer"),
+        ({"implementation": "fast"}, ValueError, "implementation: expected one of .* got 'fast'"),
+        (
+            {"implementation": {"gru_scan": "xla"}},
+            ValueError,
+            "implementation: expected engines among .* got 'gru_scan'",
+        ),
+        ({"implementation": {"gated_scan": "fast"}}, ValueError, "got 'fast'"),
+        ({"implementation": "native"}, ValueError, "gated_scan cannot run .* as 'native': .*supported here: .*xla"),
+        ({"implementation": {"gated_scan": "associative"}}, ValueError, "not linear"),
+    ],
+)
+def test_scan(keywords, error, words):
+    with pytest.raises(error, match=words):
+        scan(**keywords)
+    if "lengths" not in keywords or not isinstance(keywords["lengths"], list):
+        with pytest.raises(error, match=words):  # at trace time, and what is no tracer is checked inside jit too
+            jax.jit(lambda: scan(**keywords))()
+
+
+def test_traced_lengths_are_clamped_and_not_checked():
+    run = jax.jit(lambda lengths: scan(lengths=lengths)[1])
+    np.testing.assert_array_equal(run(np.array([9, -4, 0, 2])), run(np.array([5, 0, 0, 2])))
+
+
+def test_complex_input_needs_complex_params():
+    with pytest.raises(TypeError, match=r"GRU.step: carry.h must keep its dtype float32; complex64 cannot be cast"):
+        scan(xs=XS.astype(np.complex64))
+    cell = Elman(2, 3)
+    params = jax.tree.map(lambda p: p.astype(jnp.complex64), cell.init(jax.random.key(0)))
+    end, ys = jaxrnn.scan(cell, params, None, XS.astype(np.complex64))
+    assert ys.dtype == end.h.dtype == jnp.complex64
+
+
+def test_step_names_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"x: .* expects \(..., 2\), got shape \(4, 3\)"):
+        jaxrnn.step(CELL, PARAMS, None, np.ones((4, 3), np.float32))
+    with pytest.raises(ValueError, match=r"x: expected \(..., 2\) for weights of shape \(2, 9\), got \(3,\)"):
+        jaxrnn.gru_step(PARAMS, GRUCarry(jnp.zeros(3)), jnp.ones(3))
+    with pytest.raises(ValueError, match=r"carry.h: expected shape \(4, 3\), got \(3,\)"):
+        jaxrnn.step(CELL, PARAMS, GRUCarry(jnp.zeros(3)), XS[0])
+    both = Bidirectional(CELL, CELL)
+    with pytest.raises(TypeError, match="cannot run step by step: its backward cell begins at the end"):
+        jaxrnn.step(both, both.init(jax.random.key(0)), None, XS[0])
+    with pytest.raises(TypeError, match="cannot run step by step"):
+        jaxrnn.scan(EmitCarry(both), both.init(jax.random.key(0)), None, XS)
+
+
+@pytest.mark.parametrize(
+    ("cell", "xs", "error", "words"),
+    [
+        (Embed(3, 2), np.array([0, 3]), ValueError, r"x: expected tokens in \[0, 3\), got 0 to 3"),
+        (Embed(3, 2), np.array([0, -1]), ValueError, r"got -1 to 0"),
+        (Embed(3, 2), np.array([0.0, 1.0], np.float32), TypeError, "x: Embed expects integers, got float32"),
+        (LayerNorm(3), np.ones((4, 2), np.float32), ValueError, r"xs: .* expects \(..., 3\)"),
+        (Linear(3, 2), np.ones((4, 2), np.float32), ValueError, r"xs: .* expects \(..., 3\)"),
+        (ConvLSTM((4, 3), 2, 3), np.ones((5, 3, 4, 2), np.float32), ValueError, r"expects \(..., 4, 3, 2\)"),
+        (ConvLSTM((4, 3), 2, 3), np.ones((4, 2), np.float32), ValueError, "takes 3 axes per step"),
+    ],
+)
+def test_layers(cell, xs, error, words):
+    with pytest.raises(error, match=words):
+        jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, xs)
+
+
+def test_padding_tokens_need_not_be_tokens():
+    cell = Embed(3, 2)
+    params = cell.init(jax.random.key(0))
+    _, ys = jaxrnn.scan(cell, params, None, np.array([1, 2, -1, -1]), lengths=np.array(2))
+    np.testing.assert_array_equal(ys, [*params.w[1:], [0, 0], [0, 0]])
+    assert np.isnan(jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs)[1])(np.array([1, -1, 3]))[1:]).all()
+
+
+@pytest.mark.parametrize("cell", [MGU(2, 3), IndRNN(2, 3), ConvLSTM((4,), 2, 3), Linear(2, 3)], ids=repr)
+def test_params_of_another_cell(cell):
+    xs = np.ones((5, 4, 2), np.float32)
+    with pytest.raises(TypeError, match=r"params: .* takes .*Params, got ElmanParams"):
+        jaxrnn.scan(cell, Elman(2, 3).init(jax.random.key(0)), None, xs)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [Stack((CELL, Linear(3, 1))), Bidirectional(CELL, CELL), LearnedCarry(CELL)],
+    ids=["stack", "both", "learned"],
+)
+def test_params_of_another_composition(cell):
+    with pytest.raises(TypeError, match=f"params: {type(cell).__name__} takes"):
+        jaxrnn.scan(cell, PARAMS, None, XS)
+
+
+def test_missing_parts_of_params():
+    cell = LSTM(2, 3, peephole=True, layer_norm=True)
+    params = cell.init(jax.random.key(0))
+    with pytest.raises(TypeError, match="params"):
+        jaxrnn.scan(cell, params._replace(norm=None), None, XS)
+    _, with_bias = jaxrnn.scan(CELL, PARAMS._replace(b=jnp.zeros(9), b_hn=jnp.zeros(3)), None, XS)
+    _, without = jaxrnn.scan(CELL, PARAMS._replace(b=None, b_hn=None), None, XS)
+    np.testing.assert_allclose(without, with_bias, 1e-6)
+    _, plain = jaxrnn.scan(cell, params, None, XS)
+    _, absent = jaxrnn.scan(cell, params._replace(peephole=None), None, XS)
+    np.testing.assert_allclose(plain, absent, 1e-6)  # peepholes start at zero
+
+
+def test_a_step_that_changes_its_carry():
+    class Grows(Cell):
+        def init(self, key, dtype=jnp.float32):
+            return ()
+
+        def initial_carry(self, params, batch_shape=()):
+            return LSTMCarry(jnp.zeros((*batch_shape, 2)), jnp.zeros((*batch_shape, 2)))
+
+        def step(self, params, carry, x, noise=None):
+            return (carry.h, carry.c), x
+
+    with pytest.raises(TypeError, match=r"Grows.step: the carry it returns must have the structure that it took"):
+        jaxrnn.scan(Grows(), (), None, XS)
+
+    class Widens(Grows):
+        def step(self, params, carry, x, noise=None):
+            return LSTMCarry(carry.h, jnp.concatenate([carry.c, x], -1)), x
+
+    with pytest.raises(ValueError, match=re.escape("Widens.step: carry.c must keep its shape (4, 2); got (4, 4)")):
+        jaxrnn.scan(Widens(), (), None, XS)
+
+
+def test_rollout_checks_the_feedback():
+    x = jnp.ones((4, 2))
+    with pytest.raises(TypeError, match=r"feedback: the next x must be like x, float32\[4, 2\], got float32\[4, 3\]"):
+        jaxrnn.rollout(CELL, PARAMS, None, x, 3, feedback=lambda y, key: (y, y))
+    with pytest.raises(ValueError, match="length: expected at least 0, got -1"):
+        jaxrnn.rollout(CELL, PARAMS, None, x, -1, feedback=lambda y, key: (x, y))
+    with pytest.raises(TypeError, match="length: expected an integer"):
+        jaxrnn.rollout(CELL, PARAMS, None, x, 2.0, feedback=lambda y, key: (x, y))
+
+
+def test_explain_and_summary():
+    with pytest.raises(ValueError, match=r"platform: expected 'cpu', 'gpu', 'tpu' or None, got 'abacus'"):
+        jaxrnn.explain(CELL, PARAMS, None, XS, platform="abacus")
+    with pytest.raises(TypeError, match=r"cell: expected a jaxrnn\.Cell"):
+        jaxrnn.summary(GRU)
+    assert "gated_scan: xla  for GRU(input_size=2, hidden_size=3)" in str(jaxrnn.explain(CELL, PARAMS, None, XS))
+
+
+def test_last():
+    with pytest.raises(ValueError, match="lengths: expected 0 to 5, got 9 to 9"):
+        jaxrnn.last(XS, np.full(4, 9))
+    with pytest.raises(TypeError, match="mask: expected bool"):
+        jaxrnn.last(XS, mask=np.ones((5, 4)))
+    with pytest.raises(ValueError, match="lengths or mask, not both"):
+        jaxrnn.last(XS, np.ones(4, int), mask=np.ones((5, 4), bool))
+
+
+def test_chrono_init():
+    with pytest.raises(TypeError, match="params: expected LSTMParams or GRUParams, got ElmanParams"):
+        jaxrnn.chrono_init(jax.random.key(0), Elman(2, 3).init(jax.random.key(0)), 10)
+    with pytest.raises(ValueError, match="max_steps: expected at least 3, got 2"):
+        jaxrnn.chrono_init(jax.random.key(0), PARAMS, 2)
+    with pytest.raises(ValueError, match="expected a bias"):
+        jaxrnn.chrono_init(jax.random.key(0), PARAMS._replace(b=None), 10)
