@@ -123,7 +123,7 @@ class Embed(Layer):
             if low < 0 or high >= self.vocabulary:
                 raise ValueError(f"x: expected tokens in [0, {self.vocabulary}), got {low} to {high}")
         known = (x >= 0) & (x < self.vocabulary)
-        rows = params.w[jnp.where(known, x, 0)]
+        rows = jnp.asarray(params.w)[jnp.where(known, x, 0)]
         return jnp.where(known[..., None], rows, jnp.full_like(rows, jnp.nan))
 
     def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
@@ -237,7 +237,8 @@ class Dropout(Layer):
         return ()
 
     def noise(self, key, length, batch_shape):
-        # Keys, since the shape of a step's x is not known here.
+        # Keys, since the shape of a step's x is not known here; of threefry, whose draws do not depend on vmap.
+        key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
         if self.per_sequence:
             return jax.random.split(key, batch_shape), None
         return None, jax.random.split(key, (length, *batch_shape))

@@ -53,9 +53,8 @@ class Own(Cell):
         return jnp.broadcast_to(jnp.tanh(params.decay), (*batch_shape, self.size))
 
     def step(self, params, carry, x, noise=None):
-        dtype = jnp.result_type(carry.dtype, x.dtype, params.w.dtype)
-        carry, x, w, decay = (a.astype(dtype) for a in (carry, x, params.w, params.decay))
-        h = jnp.tanh(decay * carry + x @ w)
+        w, decay = (a.astype(carry.dtype) for a in params)
+        h = jnp.tanh(decay * carry + x.astype(carry.dtype) @ w)
         return h, (2 * h).astype(x.dtype)
 
 

@@ -1,0 +1,94 @@
+"""The package: what importing it costs, what it names, and what the README promises."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def python(*arguments, **keywords):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, **keywords
+    )
+
+
+def test_import_loads_jax_and_numpy_alone():
+    code = (
+        "import sys, jax, jax.numpy; before = set(sys.modules); import jaxrnn; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    run = python("-W", "error", "-c", code)
+    assert run.returncode == 0, run.stderr
+    loaded = set(ast.literal_eval(run.stdout))
+    assert "jaxrnn" in loaded
+    assert loaded <= {"jaxrnn", "jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum"}
+
+
+def test_every_public_name_is_documented_with_an_example():
+    values = ("Params", "Carry", "Gates", "Norm", "Weights", "Pair", "Part", "Emitted", "Row", "Summary", "Explanation")
+    for name in jaxrnn.__all__:
+        thing = getattr(jaxrnn, name)
+        assert thing.__doc__, name
+        if not name.endswith(values) and name not in ("Layer", "GatedCell"):
+            assert ">>>" in thing.__doc__, name
+
+
+def test_half_precision_products_are_summed_in_float32():
+    x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.bfloat16)
+    params = jaxrnn.ElmanParams(w, jnp.zeros((1, 1), jnp.bfloat16), None)
+    cell = jaxrnn.Elman(4096, 1, activation=("affine", 1 / 4097))
+    carry, _ = jaxrnn.step(cell, params, None, x.at[0, 0].set(2))
+    np.testing.assert_allclose(carry.h, 1, 1e-6)
+
+
+def code_blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+@pytest.mark.parametrize("number", range(len(code_blocks())))
+def test_the_readmes_code_runs(number):
+    run = python("-W", "error", "-c", code_blocks()[number])
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_has_its_two_commands_and_every_cell():
+    text = README.read_text()
+    assert len(re.findall(r"^    pip install -e .*char_lm.py$", text, re.M)) == 1
+    assert len(re.findall(r"^    pip install -e .*pytest.*$", text, re.M)) == 1
+    for name in jaxrnn.__all__:
+        thing = getattr(jaxrnn, name)
+        if isinstance(thing, type) and issubclass(thing, jaxrnn.Cell):
+            assert f"`{name}" in text, name
+
+
+def test_imports_point_downwards():
+    """engines, then check and cell, cells, layers, compose and wrap, regularize and pool, sequence and summary."""
+    order = [
+        "engines",
+        "check",
+        "cell",
+        "cells",
+        "layers",
+        "compose",
+        "wrap",
+        "regularize",
+        "pool",
+        "sequence",
+        "summary",
+    ]
+    for path in (ROOT / "jaxrnn").rglob("*.py"):
+        name = path.relative_to(ROOT / "jaxrnn").parts[0].removesuffix(".py")
+        if name not in order:
+            continue
+        for module in re.findall(r"^from jaxrnn\.(\w+)", path.read_text(), re.M):
+            assert order.index(module) <= order.index(name), f"{path.name} imports {module}"

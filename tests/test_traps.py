@@ -1,0 +1,185 @@
+"""The tests can fail: each of these changes one line of the library to a classic mistake, and a test turns red."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "jaxrnn"
+
+# name: (file, the line, the mistake, the test that sees it)
+TRAPS = {
+    "a carry that moves on in the padding": (
+        "engines/loop.py",
+        "new, y = select(valid, new, carry), zero_where_not(valid, y)",
+        "y = zero_where_not(valid, y)",
+        "test_time.py::test_length_zero_keeps_the_initial_carry",
+    ),
+    "outputs that are not zero in the padding": (
+        "layers.py",
+        "return carry, zero_where_not(valid, ys)\n\n\nclass LinearParams",
+        "return carry, ys\n\n\nclass LinearParams",
+        "test_time.py::test_outputs_are_zero_at_padding",
+    ),
+    "NaN in the padding reaches a gradient": (
+        "sequence.py",
+        "xs = zero_where_not(valid, xs)",
+        "pass",
+        "test_contract.py::test_padding_reaches_nothing[lstm]",
+    ),
+    "flags in the padding reset": (
+        "engines/loop.py",
+        "reset = reset & valid",
+        "pass",
+        "test_time.py::test_flags_in_the_padding_do_nothing",
+    ),
+    "forward flags in the reverse direction": (
+        "engines/loop.py",
+        "if not reverse or reset.shape[0] == 0:",
+        "if True:",
+        "test_time.py::test_packed_with_resets_is_one_by_one[bidirectional-False]",
+    ),
+    "resets one step early": (
+        "engines/loop.py",
+        "if reset is None:\n        return None\n",
+        "if reset is None:\n        return None\n    reset = jnp.roll(reset, -1, 0)\n",
+        "test_time.py::test_a_reset_acts_before_its_step",
+    ),
+    "resets one step early in replay": (
+        "engines/loop.py",
+        "if reset is None:\n        return None\n",
+        "if reset is None:\n        return None\n    reset = jnp.roll(reset, -1, 0)\n",
+        "test_time.py::test_stepping_an_environment_is_replaying_it",
+    ),
+    "a reset that multiplies by zero": (
+        "engines/arrays.py",
+        "return jnp.where(flag.reshape(flag.shape + (1,) * (on.ndim - flag.ndim)), on, off)",
+        "f = flag.reshape(flag.shape + (1,) * (on.ndim - flag.ndim)).astype(on.dtype); return f * on + (1 - f) * off",
+        "test_contract.py::test_nothing_crosses_a_reset[elman]",
+    ),
+    "one batch axis only": (
+        "engines/arrays.py",
+        "flag.reshape(flag.shape + (1,) * (on.ndim - flag.ndim))",
+        "flag.reshape(flag.shape[:1] + (1,) * (on.ndim - 1))",
+        "test_time.py::test_two_batch_axes_with_lengths_and_final_carry",
+    ),
+    "a carry that takes the dtype of the computation": (
+        "engines/gated.py",
+        "return cast_like(new, carry, owner=type(cell).__name__), y.astype(dtype)",
+        "return cast(new, dtype), y.astype(dtype)",
+        "test_time.py::test_a_half_precision_carry_is_kept_and_none_starts_in_float32",
+    ),
+    "products summed in half precision": (
+        "engines/arrays.py",
+        "return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))",
+        "return jnp.matmul(x, w)",
+        "test_package.py::test_half_precision_products_are_summed_in_float32",
+    ),
+    "a mask on the carry and not on what the product reads": (
+        "engines/gated.py",
+        "s = s * mask.astype(wide)",
+        "s = s * mask.astype(wide); carry = carry._replace(**{cell.recurrent_state: s})",
+        "test_noise.py::test_recurrent_dropout_masks_the_product_and_not_the_carry",
+    ),
+    "zoneout that does not reach the output": (
+        "regularize.py",
+        "return new, y if self.recurrent_state is None else",
+        "return new, y if True else",
+        "test_noise.py::test_zoneout_frequency_on_h_and_c_and_the_expectation",
+    ),
+    "inference without the expectation of zoneout": (
+        "regularize.py",
+        "rate * old + (1 - rate) * new",
+        "new",
+        "test_noise.py::test_zoneout_frequency_on_h_and_c_and_the_expectation",
+    ),
+    "a backward cell pooled at the last step": (
+        "pool.py",
+        'case "last", Bidirectional(',
+        'case "never", Bidirectional(',
+        "test_time.py::test_pool_last_of_both_directions_is_each_ones_own_final_output",
+    ),
+    "the gates of an LSTM in another order": (
+        "cells/lstm.py",
+        "*i, f, g, o = jnp.split",
+        "*i, g, f, o = jnp.split",
+        "test_oracles.py",
+    ),
+    "a forget gate that is closed at first": (
+        "cells/lstm.py",
+        "zeros.at[forget : forget + hidden_size].set(1)",
+        "zeros",
+        "test_oracles.py",
+    ),
+    "a peephole of the output gate on the old c": (
+        "cells/lstm.py",
+        "gate(o, -1, c)",
+        "gate(o, -1, carry.c)",
+        "test_oracles.py",
+    ),
+    "an update gate the other way round": (
+        "cells/gru.py",
+        "(1 - z) * n + z * carry.h",
+        "z * n + (1 - z) * carry.h",
+        "test_oracles.py",
+    ),
+    "a reset gate that forgets the recurrent bias": (
+        "cells/gru.py",
+        "w = r * (v_n if theta.b_hn is None else v_n + theta.b_hn)",
+        "w = r * v_n + (0 if theta.b_hn is None else theta.b_hn)",
+        "test_oracles.py",
+    ),
+    "a clip before the peephole": (
+        "cells/lstm.py",
+        "pre = pre if theta.peephole is None else pre + theta.peephole[row] * c",
+        "p = theta.peephole; pre = clip(pre, self.gate_clip); return φ(pre if p is None else pre + p[row] * c)",
+        "test_oracles.py",
+    ),
+    "one orthogonal block for all gates": (
+        "cells/initializers.py",
+        "return per_gate(jax.nn.initializers.orthogonal(), key, rows, columns, gates, dtype)",
+        "return per_gate(jax.nn.initializers.orthogonal(), key, rows, columns * gates, 1, dtype)",
+        "test_oracles.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_mistake_is_seen(name, tmp_path):
+    file, line, mistake, test = TRAPS[name]
+    copy = tmp_path / "jaxrnn"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (copy / file).read_text()
+    assert line in source, f"{file} no longer holds the line {line!r}"
+    (copy / file).write_text(source.replace(line, mistake))
+    for each in ("conftest.py", "members.py", "reference.py", "oracles.py", test.split("::")[0]):
+        shutil.copy(TESTS / each, tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-W",
+        "error",
+        test,
+    ]
+    run = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 1, f"{test} did not see the mistake:\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
+    assert " failed" in run.stdout
