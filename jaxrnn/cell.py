@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABCMeta, abstractmethod
 from typing import Any, NamedTuple, dataclass_transform
@@ -29,24 +30,30 @@ class CellType(ABCMeta):
         jax.tree_util.register_static(cls)
 
     def __call__(cls, *args: Any, **kwargs: Any):
-        cell = super().__call__(*args, **kwargs)
+        cell = super().__call__(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
         for field in dataclasses.fields(cell):
-            value = _frozen(getattr(cell, field.name), f"{cls.__name__}: {field.name}")
+            value = _plain(getattr(cell, field.name))
+            _check_hashable(value, f"{cls.__name__}: {field.name}")
             object.__setattr__(cell, field.name, value)
         return cell
 
 
-def _frozen(value: Any, name: str) -> Any:
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return tuple(_frozen(each, name) for each in value)
-    if isinstance(value, np.generic):
-        return value.item()
+def _plain(value: Any) -> Any:
+    """Lists as tuples, NumPy scalars as Python's."""
+    if type(value) in (list, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_hashable(value: Any, name: str) -> None:
+    if type(value) is tuple:
+        for each in value:
+            _check_hashable(each, name)
+        return
     if not isinstance(value, (np.ndarray, jax.Array)):
-        try:
+        with contextlib.suppress(TypeError):
             hash(value)
-            return value
-        except TypeError:
-            pass
+            return
     raise TypeError(
         f"{name} must be hashable, got {type(value).__name__}: configuration is a value, "
         "and arrays to differentiate or vmap belong in the params"

@@ -45,7 +45,7 @@ class Stack(Cell):
     skip: bool = False
 
     def __post_init__(self):
-        if isinstance(self.cells, Cell) or not isinstance(self.cells, (tuple, list)) or not self.cells:
+        if not isinstance(self.cells, tuple) or not self.cells:
             raise TypeError(f"Stack: cells must be a tuple of at least one cell, got {self.cells!r}")
         size, ended = None, None
         for k, cell in enumerate(self.cells):

@@ -237,6 +237,8 @@ class Dropout(Layer):
         return ()
 
     def noise(self, key, length, batch_shape):
+        if self.rate == 0:
+            return None, None
         # Keys, since the shape of a step's x is not known here; of threefry, whose draws do not depend on vmap.
         key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
         if self.per_sequence:

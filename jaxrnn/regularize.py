@@ -163,11 +163,11 @@ class Zoneout(Wrapper):
 
     def __post_init__(self):
         Wrapper.__post_init__(self)
-        rates = self.rate if isinstance(self.rate, (tuple, list)) else (self.rate,)
+        rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
         for rate in rates:
             check.rate(self, "rate", rate, one_allowed=True)
         leaves = [leaf for leaf in jax.tree.leaves(_carry_shapes(self.cell, ())) if inexact(leaf)]
-        if isinstance(self.rate, (tuple, list)) and len(self.rate) != len(leaves):
+        if isinstance(self.rate, tuple) and len(self.rate) != len(leaves):
             raise ValueError(
                 f"Zoneout: rate must be a number or hold {len(leaves)}, one per floating leaf of the carry, "
                 f"got {self.rate!r}"

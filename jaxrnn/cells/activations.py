@@ -52,7 +52,7 @@ def activation(spec: Activation) -> Callable[[Array], Array]:
     """
     if callable(spec):
         return spec
-    name, *given = spec if isinstance(spec, (tuple, list)) else (spec,)
+    name, *given = spec if isinstance(spec, tuple) else (spec,)
     if not isinstance(name, str) or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in given):
         raise TypeError(f"activation: expected a name, (name, alpha, beta) or a callable, got {spec!r}")
     if name not in ACTIVATIONS:

@@ -42,7 +42,7 @@ def chrono_init(key: Array, params: P, max_steps: int) -> P:
         raise ValueError("params: expected a bias, got b=None")
     if max_steps < 3:
         raise ValueError(f"max_steps: expected at least 3, got {max_steps}")
-    b = params.b
+    b = jnp.asarray(params.b)
     gru = isinstance(params, GRUParams)
     hidden_size = params.hidden_size
     u = jax.random.uniform(key, (hidden_size,), accumulator(b.dtype), 1.0, max_steps - 1.0)

@@ -74,7 +74,7 @@ class ConvLSTM(Cell):
     def __post_init__(self):
         check.size(self, "input_channels", self.input_channels)
         check.size(self, "hidden_size", self.hidden_size)
-        if not isinstance(self.spatial_shape, (tuple, list)) or not 1 <= len(self.spatial_shape) <= 3:
+        if not isinstance(self.spatial_shape, tuple) or not 1 <= len(self.spatial_shape) <= 3:
             raise ValueError(f"ConvLSTM: spatial_shape must hold one to three sizes, got {self.spatial_shape!r}")
         if self.padding not in ("SAME", "VALID"):
             raise ValueError(f"ConvLSTM: padding must be 'SAME' or 'VALID', got {self.padding!r}")

@@ -116,8 +116,10 @@ def irnn_init(
         Array([[1., 0.],
                [0., 1.]], dtype=float32)
     """
-    w_x = 1e-3 * jax.random.normal(key, (input_size, hidden_size), accumulator(dtype))
-    return ElmanParams(w_x.astype(dtype), scale * jnp.eye(hidden_size, dtype=dtype), jnp.zeros(hidden_size, dtype))
+    wide = accumulator(dtype)
+    w_x = 1e-3 * jax.random.normal(key, (input_size, hidden_size), wide)
+    w_h = float(scale) * jnp.eye(hidden_size, dtype=wide)
+    return ElmanParams(w_x.astype(dtype), w_h.astype(dtype), jnp.zeros(hidden_size, dtype))
 
 
 def elman_step(

@@ -203,7 +203,7 @@ def gru_step(params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None, **
 
     Args:
       params: `GRUParams` with w_x (D, 3H), w_h (H, 3H), b (3H,) or None, b_hn (H,) or None; gates in the order r, z, n.
-        Layer normalisation follows from the arrays that are there.
+        Layer normalisation follows from the arrays that are there; `reset_after` does not, and is True unless given.
       carry: `GRUCarry(h)`, (..., H).
       x: input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in its products, (..., H).
