@@ -339,7 +339,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="PATH", help="a UTF-8 text (default: the topics of help())")
     parser.add_argument("--cell", choices=("lstm", "gru"), default="lstm", help="the recurrent layer (default: lstm)")
     for flag, kind, default, meaning in (
-        ("--layers", count, 1, "recurrent layers"),
+        ("--layers", count, 2, "recurrent layers"),
         ("--hidden", count, 128, "units of a recurrent layer"),
         ("--embed", count, 32, "size of a character's embedding"),
         ("--dropout", rate, 0.1, "dropout above every recurrent layer"),

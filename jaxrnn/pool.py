@@ -51,7 +51,9 @@ class Pool(Cell):
         if self.cell.ends_time:
             raise ValueError(f"Pool: {self.cell!r} ends the time axis already")
         if output_size(self.cell, getattr(self.cell, "input_size", None)) is None:
-            raise TypeError(f"Pool: the output size of the cell must be known, and is not for {self.cell!r}")
+            raise TypeError(
+                f"Pool: cell must say its output size, by a field or property `output_size`; got {self.cell!r}"
+            )
 
     @property
     def _by_direction(self) -> Cell | None:

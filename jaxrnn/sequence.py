@@ -83,6 +83,7 @@ def scan(
     choose.check(implementation)
     if remat_every is not None:
         remat_every = _positive("remat_every", remat_every)
+    params = _on_device(params)
     xs, length, batch_shape, time_axis = _sequence(cell, xs, time_axis)
     valid = _valid(lengths, mask, length, batch_shape, time_axis)
     if reset is not None:
@@ -132,7 +133,7 @@ def step(
     """
     _check_cell(cell)
     choose.check(implementation)
-    x = jax.tree.map(jnp.asarray, x)
+    params, x = _on_device(params), jax.tree.map(jnp.asarray, x)
     batch_shape = _batch_shape(cell, "x", x)
     carry, _ = _carries(cell, params, carry, x, batch_shape)
     new, y = cell.step(params, carry, x, noise)
@@ -175,7 +176,7 @@ def rollout(
     """
     _check_cell(cell)
     length = _index("length", length, at_least=0)
-    x = jax.tree.map(jnp.asarray, x)
+    params, x = _on_device(params), jax.tree.map(jnp.asarray, x)
     carry, _ = _carries(cell, params, carry, x, _batch_shape(cell, "x", x))
     keys = None if key is None else jax.random.split(_key(key), length)
 
@@ -252,6 +253,11 @@ def _check_cell(cell):
     if not isinstance(cell, Cell):
         hint = " (the class; write e.g. GRU(3, 16))" if isinstance(cell, type) else ""
         raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}{hint}")
+
+
+def _on_device(params: Any) -> Any:
+    """`params` with NumPy arrays as JAX's, so that a cell may index them by what is traced."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
 
 
 def _index(name: str, value: Any, *, at_least: int) -> int:

@@ -273,7 +273,8 @@ def test_dtypes(cell, dtype):
     params = draw_params(cell, dtype=dtype)
     xs = draw_x(cell, 3, TIME, BATCH, dtype=dtype)
     carry, ys = jitted_scan(cell)(params, None, xs, HOLES, RESETS, None)
-    assert {leaf.dtype for leaf in jax.tree.leaves(ys)} == {jnp.dtype(dtype)}
+    put_out = ys.y if isinstance(cell, jaxrnn.EmitCarry) else ys
+    assert {leaf.dtype for leaf in jax.tree.leaves(put_out)} == {jnp.dtype(dtype)}
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     assert all(leaf.dtype == wide for leaf in jax.tree.leaves(carry) if is_floating(leaf))
     given = jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, carry)

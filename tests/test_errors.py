@@ -124,7 +124,7 @@ class Unhashable(Cell):
         (lambda: EmitCarry(LSTM), TypeError, "cell must be a cell"),
         (lambda: Pool(CELL, "first"), ValueError, "how must be 'last', 'mean' or 'max', got 'first'"),
         (lambda: Pool(Pool(CELL)), ValueError, "ends the time axis already"),
-        (lambda: Pool(EmitCarry(CELL)), TypeError, "output size of the cell must be known"),
+        (lambda: Pool(EmitCarry(CELL)), TypeError, "cell must say its output size"),
         (lambda: Unhashable(np.ones(3)), TypeError, "Unhashable: value must be hashable, got ndarray"),
         (lambda: Unhashable(jnp.ones(3)), TypeError, "belong in the params"),
         (lambda: Unhashable([1, (2, {})]), TypeError, "must be hashable, got dict"),

@@ -29,6 +29,7 @@ RATE = 0.3
 
 def near(frequency, probability, draws):
     """Within five standard deviations."""
+    frequency = float(frequency)
     assert abs(frequency - probability) < 5 * np.sqrt(probability * (1 - probability) / draws)
 
 

@@ -61,12 +61,14 @@ def test_outputs_are_zero_at_padding():
     assert not ys[1:, 1].any()
 
 
-def test_flags_in_the_padding_do_nothing():
-    params, xs = draw_params(BOTH), draw_x(BOTH, 0, 6, 2)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", [BOTH, Pool(GRU(2, 3), "mean")], ids=["bidirectional", "pool"])
+def test_flags_in_the_padding_do_nothing(cell, reverse):
+    params, xs = draw_params(cell), draw_x(cell, 0, 6, 2)
     mask = np.array([[1, 0, 1, 0, 1, 0], [0, 1, 1, 1, 0, 0]], bool).T
     reset = np.array([[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]], bool).T
-    expected = jaxrnn.scan(BOTH, params, None, xs, mask=mask, reset=reset)
-    close(jaxrnn.scan(BOTH, params, None, xs, mask=mask, reset=reset | ~mask), expected, 0)
+    run = jax.jit(lambda reset: jaxrnn.scan(cell, params, None, xs, mask=mask, reset=reset, reverse=reverse))
+    close(run(reset | ~mask), run(reset), 0)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -187,6 +189,14 @@ def test_mixed_precision_is_one_cast():
         cell, params, jaxrnn.IndRNNCarry(np.full(1, 0.25, np.float32)), np.ones((100, 1), jnp.bfloat16)
     )
     np.testing.assert_allclose(end.h, 100.25, 0.01)
+
+
+def test_half_precision_products_are_summed_in_float32():
+    x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.bfloat16)
+    params = jaxrnn.ElmanParams(w, jnp.zeros((1, 1), jnp.bfloat16), None)
+    cell = jaxrnn.Elman(4096, 1, activation=("affine", 1 / 4097))
+    carry, _ = jaxrnn.step(cell, params, None, x.at[0, 0].set(2))
+    np.testing.assert_allclose(carry.h, 1, 1e-6)
 
 
 def test_gradients_reach_a_learned_carry_through_every_reset():

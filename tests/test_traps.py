@@ -35,7 +35,7 @@ TRAPS = {
         "engines/loop.py",
         "reset = reset & valid",
         "pass",
-        "test_time.py::test_flags_in_the_padding_do_nothing",
+        "test_time.py::test_flags_in_the_padding_do_nothing[pool-False]",
     ),
     "forward flags in the reverse direction": (
         "engines/loop.py",
@@ -77,7 +77,7 @@ TRAPS = {
         "engines/arrays.py",
         "return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))",
         "return jnp.matmul(x, w)",
-        "test_package.py::test_half_precision_products_are_summed_in_float32",
+        "test_time.py::test_half_precision_products_are_summed_in_float32",
     ),
     "a mask on the carry and not on what the product reads": (
         "engines/gated.py",
@@ -107,43 +107,43 @@ TRAPS = {
         "cells/lstm.py",
         "*i, f, g, o = jnp.split",
         "*i, g, f, o = jnp.split",
-        "test_oracles.py",
+        "test_oracles.py::test_scan_is_the_oracle",
     ),
     "a forget gate that is closed at first": (
         "cells/lstm.py",
         "zeros.at[forget : forget + hidden_size].set(1)",
         "zeros",
-        "test_oracles.py",
+        "test_oracles.py::test_initial_vectors_are_zero_but_for_the_forget_bias_and_gains",
     ),
     "a peephole of the output gate on the old c": (
         "cells/lstm.py",
         "gate(o, -1, c)",
         "gate(o, -1, carry.c)",
-        "test_oracles.py",
+        "test_oracles.py::test_scan_is_the_oracle",
     ),
     "an update gate the other way round": (
         "cells/gru.py",
         "(1 - z) * n + z * carry.h",
         "z * n + (1 - z) * carry.h",
-        "test_oracles.py",
+        "test_oracles.py::test_free_function_is_the_oracle",
     ),
     "a reset gate that forgets the recurrent bias": (
         "cells/gru.py",
         "w = r * (v_n if theta.b_hn is None else v_n + theta.b_hn)",
         "w = r * v_n + (0 if theta.b_hn is None else theta.b_hn)",
-        "test_oracles.py",
+        "test_oracles.py::test_free_function_is_the_oracle",
     ),
     "a clip before the peephole": (
         "cells/lstm.py",
         "pre = pre if theta.peephole is None else pre + theta.peephole[row] * c",
         "p = theta.peephole; pre = clip(pre, self.gate_clip); return φ(pre if p is None else pre + p[row] * c)",
-        "test_oracles.py",
+        "test_oracles.py::test_scan_is_the_oracle",
     ),
     "one orthogonal block for all gates": (
         "cells/initializers.py",
         "return per_gate(jax.nn.initializers.orthogonal(), key, rows, columns, gates, dtype)",
         "return per_gate(jax.nn.initializers.orthogonal(), key, rows, columns * gates, 1, dtype)",
-        "test_oracles.py",
+        "test_oracles.py::test_initial_recurrent_weights_are_orthogonal_per_gate",
     ),
 }
 
