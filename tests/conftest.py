@@ -8,10 +8,11 @@ import pytest
 
 
 def pytest_configure(config):
-    """The fast tier compiles with little optimisation, which takes a quarter of the time; the full one as users do."""
+    """The tests compile with little optimisation, which takes a quarter of the time; set XLA_FLAGS for another way."""
     config.addinivalue_line("markers", "xdist_group(name): pytest-xdist runs a group on one worker")
+    config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
     known = jaxlib.__version__.startswith(("0.10.", "0.11."))  # XLA refuses to start on a flag that it does not know
-    if known and "full" not in (config.option.markexpr or "") and "XLA_FLAGS" not in os.environ:
+    if known and "XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 

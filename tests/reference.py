@@ -45,10 +45,14 @@ def reference(cell, params, carry, xs, valid, reset, reverse=False, noise=None, 
     flags = (valid, reset, reverse)
     match cell:
         case Stack(cells=cells) if "Bidirectional" in repr(cell):
-            carries = []
+            carries, ended = [], False
             for k, each in enumerate(cells):
-                new, xs = reference(each, params[k], carry[k], xs, *flags, _part(noise, k), fresh[k])
+                if ended:
+                    new, xs = each.step(params[k], carry[k], xs)
+                else:
+                    new, xs = reference(each, params[k], carry[k], xs, *flags, _part(noise, k), fresh[k])
                 carries.append(new)
+                ended = ended or each.ends_time
             return tuple(carries), xs
         case Bidirectional():
             a, ya = reference(cell.forward, params[0], carry[0], xs, *flags, _part(noise, 0), fresh[0])
@@ -60,6 +64,9 @@ def reference(cell, params, carry, xs, valid, reset, reverse=False, noise=None, 
             return type(carry)(a, b), ys if cell.ends_time else np.where(keep, ys, 0)
         case Pool() if cell._by_direction is not None:
             return reference(cell._by_direction, params, carry, xs, *flags, noise, fresh)
+        case Pool(cell=inner) if "Bidirectional" in repr(cell):
+            new, ys = reference(inner, params, carry.cell, xs, *flags, noise, fresh.cell)
+            return _pooled(cell, carry._replace(cell=new), fresh, ys, *flags)
         case LearnedCarry() if "Bidirectional" in repr(cell):
             return reference(cell.cell, params.cell, carry, xs, *flags, noise, fresh)
         case Residual() if "Bidirectional" in repr(cell):
@@ -111,6 +118,23 @@ def _sequence_noise(sequence, b):
     if type(sequence) is tuple:
         return tuple(_sequence_noise(each, b) for each in sequence)
     return _row(sequence, b)
+
+
+def _pooled(cell, carry, fresh, ys, valid, reset, reverse):
+    """(carry, y) of a Pool, from the outputs of its cell."""
+    value, count = np.array(carry.value), np.array(carry.count)
+    for b in range(valid.shape[1]):
+        begin = begins_fresh(valid[:, b], reset[:, b], reverse)
+        for t in reversed(range(len(valid))) if reverse else range(len(valid)):
+            if not valid[t, b]:
+                continue
+            if t in begin:
+                value[b], count[b] = fresh.value, fresh.count
+            seen = {"last": ys[t, b], "mean": value[b] + ys[t, b], "max": np.maximum(value[b], ys[t, b])}
+            value[b] = ys[t, b] if cell.how == "max" and not count[b] else seen[cell.how]
+            count[b] += 1
+    carry = carry._replace(value=value, count=count)
+    return carry, _without_steps(cell, None, carry, None)
 
 
 def _final(row, reverse):

@@ -160,7 +160,7 @@ def test_evaluation_does_not_depend_on_the_window(text):
 
 
 def test_training_learns(text):
-    flags = args("--lr", "0.03")
+    flags = args("--lr", "0.03", "--layers", "1")
     state, step = char_lm.make_train_step(char_lm.build(flags, len(text.alphabet)), flags)
     windows = list(map(char_lm.Windows._make, zip(*char_lm.cut(text.codes, 2, 8), strict=True)))
     bits = []

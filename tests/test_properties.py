@@ -147,7 +147,7 @@ def check(data):
 COMMON = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=6, **COMMON)
+@settings(max_examples=12, **COMMON)
 @given(st.data())
 def test_random_compositions(data):
     check(data)
