@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.cell import Cell, Part, check_cell, output_size
+from jaxrnn.cell import Cell, check_cell
 from jaxrnn.compose import Bidirectional, Stack
 from jaxrnn.engines.arrays import accumulator, inexact, select
 from jaxrnn.engines.loop import final_index, starts
+from jaxrnn.wrap import Wrapper
 
 
 class PoolCarry(NamedTuple):
@@ -22,7 +23,7 @@ class PoolCarry(NamedTuple):
     count: Array
 
 
-class Pool(Cell):
+class Pool(Wrapper):
     """One y for a whole sequence: the cell's last, mean or greatest output over the valid steps; 0 without any.
 
     It pools what came since the last reset, and goes on across chunks: the pooled outputs are part of the carry. One
@@ -39,10 +40,12 @@ class Pool(Cell):
         (5, 4)
     """
 
-    cell: Cell
     how: str = "last"
 
     ends_time = True
+    pointwise = False  # type: ignore[assignment]
+    recurrent_state = None  # type: ignore[assignment]
+    recurrent_weights = ()  # type: ignore[assignment]
 
     def __post_init__(self):
         check_cell(self, "cell", self.cell)
@@ -50,7 +53,7 @@ class Pool(Cell):
             raise ValueError(f"Pool: how must be 'last', 'mean' or 'max', got {self.how!r}")
         if self.cell.ends_time:
             raise ValueError(f"Pool: {self.cell!r} ends the time axis already")
-        if output_size(self.cell, getattr(self.cell, "input_size", None)) is None:
+        if self.output_size is None:
             raise TypeError(
                 f"Pool: cell must say its output size, by a field or property `output_size`; got {self.cell!r}"
             )
@@ -61,24 +64,9 @@ class Pool(Cell):
         match self.how, self.cell:
             case "last", Bidirectional(forward=forward, backward=backward, merge=merge):
                 return Bidirectional(Pool(forward), Pool(backward), merge)
-            case "last", Stack(cells=(*below, top), skip=False) if Pool(top)._by_direction:
+            case "last", Stack(cells=(*below, top)) if _both_directions(self.cell):
                 return Stack((*below, Pool(top)))
         return None
-
-    @property
-    def input_ndim(self):  # type: ignore[override]
-        return self.cell.input_ndim
-
-    @property
-    def input_size(self) -> Any:
-        return getattr(self.cell, "input_size", None)
-
-    @property
-    def output_size(self) -> Any:
-        return output_size(self.cell, self.input_size)
-
-    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
-        return self.cell.init(key, dtype)
 
     def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
         if self._by_direction:
@@ -90,9 +78,6 @@ class Pool(Cell):
             jnp.zeros((*batch_shape, *(size if isinstance(size, tuple) else (size,))), dtype),
             jnp.zeros(batch_shape, jnp.int32),
         )
-
-    def noise(self, key, length, batch_shape):
-        return self.cell.noise(key, length, batch_shape)
 
     def step(self, params, carry, x, noise=None):
         if self._by_direction:
@@ -160,5 +145,10 @@ class Pool(Cell):
         count = jnp.maximum(carry.count, 1).astype(carry.value.dtype)
         return carry.value / count.reshape(count.shape + (1,) * (carry.value.ndim - count.ndim))
 
-    def parts(self, params, given):
-        return (Part("cell", self.cell, params, given),)
+
+def _both_directions(cell: Cell) -> bool:
+    """Whether a backward cell puts out what `cell` does."""
+    match cell:
+        case Stack(cells=(*_, top), skip=False):
+            return _both_directions(top)
+    return isinstance(cell, Bidirectional)

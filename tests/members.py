@@ -162,6 +162,7 @@ COMPOSITIONS = {
     "pool_last": Pool(LSTM(D, H)),
     "pool_mean": Pool(GRU(D, H), "mean"),
     "pool_max": Pool(Elman(D, H), "max"),
+    "pool_stack": Pool(Stack((GRU(D, H), Dropout(0.3)))),
     "pool_bidirectional": Pool(Stack((Elman(D, 4), Bidirectional(GRU(4, H), LSTM(4, D))))),
     "pool_conv": Pool(ConvLSTM((4,), D, H), "mean"),
     "classifier": Stack((Embed(7, D), Pool(LSTM(D, H)), Dropout(0.3), Linear(H, 4), Apply("sigmoid"))),

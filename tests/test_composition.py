@@ -182,3 +182,13 @@ def test_chunks_of_a_pool():
         for x in xs[2:]:
             carry, y = jaxrnn.step(cell, params, carry, x)
         close((carry, y), jaxrnn.scan(cell, params, draw_carry(cell, params, 2), xs))
+
+
+def test_an_ensemble_is_initialised_and_run_by_vmap():
+    """Params by vmap over keys are those one by one, also compiled, where several factorisations run at once."""
+    cell = Stack((LSTM(3, 20), GRU(20, 33), Linear(33, 2)))
+    keys, xs = jax.random.split(jax.random.key(0), 3), draw_x(cell, 0, 4, 5)
+    params = jax.jit(jax.vmap(lambda key: cell.init(key, jnp.float64)))(keys)
+    ys = jax.jit(jax.vmap(lambda params: jaxrnn.scan(cell, params, None, xs)[1]))(params)
+    for k, key in enumerate(keys):
+        close(ys[k], jaxrnn.scan(cell, cell.init(key, jnp.float64), None, xs)[1], 1e-8)

@@ -1,28 +1,56 @@
-"""How weights are drawn. All compute in at least float32 and cast, since QR has no half precision."""
+"""How weights are drawn. All compute in at least float32 and cast."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn.engines.arrays import accumulator
 
 
-def per_gate(initializer: Callable, key: Array, rows: int, columns: int, gates: int, dtype) -> Array:
-    """(rows, gates · columns), each gate's block drawn by itself."""
-    wide = accumulator(dtype)
-    blocks = [initializer(each, (rows, columns), wide) for each in jax.random.split(key, gates)]
-    return jnp.concatenate(blocks, axis=1).astype(dtype)
-
-
 def lecun_normal(key: Array, rows: int, columns: int, gates: int, dtype) -> Array:
-    """Normal of variance 1/rows, truncated, per gate."""
-    return per_gate(jax.nn.initializers.lecun_normal(), key, rows, columns, gates, dtype)
+    """(rows, gates · columns), normal of variance 1/rows, truncated."""
+    draw = jax.nn.initializers.lecun_normal()
+    return draw(key, (rows, gates * columns), accumulator(dtype)).astype(dtype)
 
 
 def orthogonal(key: Array, rows: int, columns: int, gates: int, dtype) -> Array:
-    """Orthogonal (semi-orthogonal where not square), per gate."""
-    return per_gate(jax.nn.initializers.orthogonal(), key, rows, columns, gates, dtype)
+    """(rows, gates · columns), each gate's block orthogonal by itself, semi-orthogonal where not square."""
+    tall, thin = max(rows, columns), min(rows, columns)
+    blocks = jax.vmap(_orthonormal)(jax.random.normal(key, (gates, tall, thin), accumulator(dtype)))
+    blocks = blocks if rows >= columns else blocks.mT
+    return jnp.moveaxis(blocks, 0, 1).reshape(rows, gates * columns).astype(dtype)
+
+
+@jax.jit
+def _orthonormal(a: Array) -> Array:
+    """The columns of `a` made orthonormal by Gram–Schmidt, in blocks, twice, and refined by a step of Newton.
+
+    Of a normal matrix it is uniformly distributed. It is no call of LAPACK, since jaxlib's CPU backend can hang where
+    several batched ones run at once, as in `jax.jit(jax.vmap(cell.init))`.
+    """
+    thin = a.shape[1]
+    width = min(64, thin)
+    a = jnp.pad(a, ((0, 0), (0, -thin % width)))
+    dot = functools.partial(jnp.matmul, precision="highest")
+
+    def project_out(q, v):
+        for _ in range(2):
+            v = v - dot(q, dot(q.T, v))
+        return v
+
+    def block(k, q):
+        v = project_out(q, lax.dynamic_slice_in_dim(a, k * width, width, 1))
+
+        def column(j, w):
+            x = project_out(w, v[:, j])
+            return w.at[:, j].set(x / jnp.maximum(jnp.linalg.norm(x), jnp.finfo(x.dtype).tiny))
+
+        w = lax.fori_loop(0, width, column, jnp.zeros_like(v))
+        return lax.dynamic_update_slice_in_dim(q, w, k * width, 1)
+
+    q = lax.fori_loop(0, a.shape[1] // width, block, jnp.zeros_like(a))[:, :thin]
+    return 1.5 * q - 0.5 * dot(q, dot(q.T, q))
