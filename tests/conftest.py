@@ -11,9 +11,12 @@ def pytest_configure(config):
     """The tests compile with little optimisation, which takes a quarter of the time; set XLA_FLAGS for another way."""
     config.addinivalue_line("markers", "xdist_group(name): pytest-xdist runs a group on one worker")
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
-    known = jaxlib.__version__.startswith(("0.10.", "0.11."))  # XLA refuses to start on a flag that it does not know
-    if known and "XLA_FLAGS" not in os.environ:
-        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    # XLA refuses to start on a flag that it does not know, so each version gets those that it does.
+    flags = {"0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
+    flags["0.11"] = "--xla_backend_optimization_level=0"
+    version = ".".join(jaxlib.__version__.split(".")[:2])
+    if version in flags:
+        os.environ.setdefault("XLA_FLAGS", flags[version])
 
 
 @pytest.fixture(autouse=True)

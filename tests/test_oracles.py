@@ -17,11 +17,6 @@ from jaxrnn.cells.activations import ACTIVATIONS
 
 T, B, D, H, P = 4, 3, 2, 6, 5
 
-# The programs are tiny: nearly all time goes into their compilation.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
-
 # What a cell says by a field and its free function reads off the params.
 STRUCTURE = ("peephole", "coupled", "projection_size", "layer_norm")
 
@@ -178,7 +173,7 @@ def outcome(case) -> Outcome:
         return Outcome(result, gradients, free, cell.gates(params, carry, xs[0]))
 
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, jit(compute)(*problem(case)))
+        return jax.tree.map(np.asarray, jax.jit(compute)(*problem(case)))
 
 
 def assert_close(actual, expected, **tolerance):
@@ -208,7 +203,7 @@ def test_unbatched_is_the_oracle(case):
     params, carry, xs, _ = problem(case)
     carry, xs = jax.tree.map(lambda leaf: leaf[0], carry), xs[:, 0]
     with jax.enable_x64(True):
-        result = jit(functools.partial(jaxrnn.scan, case.cell))(params, carry, xs)
+        result = jax.jit(functools.partial(jaxrnn.scan, case.cell))(params, carry, xs)
     close(jax.tree.map(np.asarray, result), oracles.unroll(case.oracle, params, carry, xs, **case.options))
 
 
@@ -309,7 +304,7 @@ LARGE = [cell(INPUTS, UNITS) for cell in (jaxrnn.Elman, jaxrnn.LSTM, jaxrnn.GRU,
 PROJECTED = jaxrnn.LSTM(INPUTS, UNITS, projection_size=INPUTS)
 
 
-draw = jit(lambda cell, key, dtype: cell.init(key, dtype), static_argnums=(0, 2))
+draw = jax.jit(lambda cell, key, dtype: cell.init(key, dtype), static_argnums=(0, 2))
 
 
 def initial(cell, seed=3, dtype=jnp.float32):
@@ -408,14 +403,14 @@ def test_initial_weights_come_from_the_key(cell):
 
 
 def test_irnn_init():
-    params = jit(lambda key: jaxrnn.irnn_init(key, INPUTS, UNITS, scale=0.9))(KEY)
+    params = jax.jit(lambda key: jaxrnn.irnn_init(key, INPUTS, UNITS, scale=0.9))(KEY)
     np.testing.assert_array_equal(params.w_h, np.float32(0.9) * np.eye(UNITS, dtype=np.float32))
     assert not np.any(params.b)
     w = np.asarray(params.w_x, np.float64)
     assert w.shape == (INPUTS, UNITS)
     np.testing.assert_allclose(w.std(), 1e-3, rtol=0.05)
     assert abs(w.mean()) < 1e-4
-    half = jit(lambda key: jaxrnn.irnn_init(key, INPUTS, UNITS, scale=0.9, dtype=jnp.bfloat16))(KEY)
+    half = jax.jit(lambda key: jaxrnn.irnn_init(key, INPUTS, UNITS, scale=0.9, dtype=jnp.bfloat16))(KEY)
     for a, b in zip(half, params, strict=True):
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 

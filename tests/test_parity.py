@@ -44,11 +44,6 @@ T, B, D, H, P = 6, 3, 2, 5, 4
 LENGTHS = np.array([4, 1, 5])
 HOLES = np.array([[1, 1, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]], bool)
 
-# The programs are tiny: nearly all time goes into their compilation.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
-
 
 def peer(module):
     """Another framework's module, or a skipped test."""
@@ -117,7 +112,7 @@ def differentiate(run, arguments, factors):
         terms = jax.tree.map(jnp.vdot, factors, result)
         return sum(jax.tree.leaves(terms)), result
 
-    gradients, result = jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arguments)
+    gradients, result = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arguments)
     return result, gradients
 
 
