@@ -52,6 +52,12 @@ def shapes_of_params(cell) -> Any:
     return jax.eval_shape(cell.init, jax.random.key(0))
 
 
+@functools.cache
+def shapes_of_carry(cell, batch_shape: tuple[int, ...] = ()) -> Any:
+    """The shapes and dtypes of `cell.initial_carry`."""
+    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), jax.random.key(0))
+
+
 def params(cell: Any, given: Any) -> None:
     """`given` has the type and shapes of `cell.init`, or None in place of an array."""
     expected = shapes_of_params(cell)

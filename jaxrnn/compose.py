@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrnn import check
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
 from jaxrnn.engines.arrays import zero_where_not
 from jaxrnn.engines.loop import final
@@ -50,7 +50,7 @@ class Stack(Cell):
         size, ended = None, None
         for k, cell in enumerate(self.cells):
             check_cell(self, f"cells[{k}]", cell)
-            if ended is not None and (cell.ends_time or jax.tree.leaves(_shape_of_carry(cell))):
+            if ended is not None and (cell.ends_time or jax.tree.leaves(check.shapes_of_carry(cell))):
                 raise ValueError(
                     f"Stack: cells[{ended}] ends the time axis, so cells[{k}] must have no carry: {cell!r}"
                 )
@@ -188,11 +188,6 @@ def _fits(given, wanted, any_rank: bool = False) -> bool:
     if any_rank and isinstance(given, tuple) and isinstance(wanted, int):
         given = given[-1]
     return given is None or wanted is None or given == wanted
-
-
-@functools.cache
-def _shape_of_carry(cell: Cell) -> Any:
-    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key)), jax.random.key(0))
 
 
 MERGES: dict[str, Callable[[Array, Array], Array]] = {

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrnn import check
-from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.wrap import Wrapper
-
-
-@functools.cache
-def _carry_shapes(cell: Cell, batch_shape: tuple[int, ...]) -> Any:
-    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), jax.random.key(0))
 
 
 class RecurrentDropout(Wrapper):
@@ -52,7 +45,7 @@ class RecurrentDropout(Wrapper):
             )
 
     def noise(self, key, length, batch_shape):
-        shape = getattr(_carry_shapes(self.cell, batch_shape), str(self.cell.recurrent_state)).shape
+        shape = getattr(check.shapes_of_carry(self.cell, batch_shape), str(self.cell.recurrent_state)).shape
         keep = jax.random.bernoulli(key, 1 - self.rate, shape)
         return jnp.where(keep, 1 / (1 - self.rate), 0.0), None
 
@@ -166,7 +159,7 @@ class Zoneout(Wrapper):
         rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
         for rate in rates:
             check.rate(self, "rate", rate, one_allowed=True)
-        leaves = [leaf for leaf in jax.tree.leaves(_carry_shapes(self.cell, ())) if inexact(leaf)]
+        leaves = [leaf for leaf in jax.tree.leaves(check.shapes_of_carry(self.cell)) if inexact(leaf)]
         if isinstance(self.rate, tuple) and len(self.rate) != len(leaves):
             raise ValueError(
                 f"Zoneout: rate must be a number or hold {len(leaves)}, one per floating leaf of the carry, "
@@ -181,7 +174,7 @@ class Zoneout(Wrapper):
 
     def noise(self, key, length, batch_shape):
         own, inner = jax.random.split(key)
-        leaves, rates, _ = self._rates(_carry_shapes(self.cell, batch_shape))
+        leaves, rates, _ = self._rates(check.shapes_of_carry(self.cell, batch_shape))
         keys = jax.random.split(own, len(leaves))
         stay = [
             None if rate is None else jax.random.bernoulli(each, rate, (length, *leaf.shape))
