@@ -1,0 +1,218 @@
+"""Batches, and sources of them that know where they are."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """What a training step reads; every leaf has the batch axis first.
+
+    xs: (B, T, ...), a pytree where the cell's x is one.
+    targets: (B, T, ...), or (B, ...) for a cell that ends time.
+    lengths: None or integers (B,). mask, reset: None or bool (B, T). As in `jaxrnn.scan`, with `time_axis=1`.
+    """
+
+    xs: Any
+    targets: Any = None
+    lengths: Any = None
+    mask: Any = None
+    reset: Any = None
+
+
+class Source(Protocol):
+    """Where batches come from, epoch after epoch.
+
+    Each iteration gives what remains of the current epoch, then the next epoch begins: a second `for` loop runs the
+    second epoch, and one that comes after a `break` the rest of the first. `restore(state())` in another process, on
+    a source made with the same arguments, goes on with exactly the batches that would have come. A source of a known
+    number of batches per epoch also has `__len__`.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches that remain of the current epoch, pytrees of NumPy arrays."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch that was given, as a JSON value."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to the position that `state()` told."""
+        ...
+
+
+class Epochs(ABC):
+    """A source whose batches are a pure function of the epoch and of their number in it.
+
+    A subclass says how many batches an epoch has, what it plans for an epoch (one entry per batch), how it makes a
+    batch of an entry, and what else must be equal for a state to fit.
+    """
+
+    epoch: int = 0
+    """The current epoch, from 0."""
+    position: int = 0
+    """How many batches of the current epoch have been given."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of batches in every epoch."""
+
+    @abstractmethod
+    def plan(self, epoch: int) -> Sequence[Any]:
+        """One entry per batch of the epoch, in order."""
+
+    @abstractmethod
+    def batch(self, entry: Any) -> Any:
+        """The batch of one entry of a plan."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the order of the batches depends on, as a JSON value."""
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self.epoch
+        plan = self.plan(epoch)
+        while self.epoch == epoch and self.position < len(plan):
+            batch = self.batch(plan[self.position])
+            self.position += 1
+            yield batch
+        if self.epoch == epoch:
+            self.epoch, self.position = epoch + 1, 0
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        identity = self._identity()
+        if not isinstance(state, dict) or set(state) != {"epoch", "position", *identity}:
+            raise ValueError(f"state: expected a state of {identity['source']}, got {state!r}")
+        for name, value in identity.items():
+            if state[name] != value:
+                raise ValueError(f"state: {name} is {state[name]!r}, and that of this source is {value!r}")
+        epoch, position = state["epoch"], state["position"]
+        if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position <= len(self):
+            raise ValueError(f"state: no position in epochs of {len(self)} batches: epoch {epoch}, position {position}")
+        self.epoch, self.position = epoch, position
+
+    def _identity(self) -> dict[str, Any]:
+        return {"source": type(self).__name__, **self.identity()}
+
+
+class Arrays(Epochs):
+    """Batches of a pytree of arrays with a common leading axis, in a new order each epoch.
+
+    Args:
+      data: a pytree, leaves (N, ...): a `Batch`, a tuple, a dict, an array. Kept as NumPy and gathered on the host. A
+        tuple is one pytree: `Arrays((xs, targets), 32)` gives tuples.
+      batch_size: B. The last batch of an epoch holds what is left, unless `drop_last`.
+      key: the order of an epoch is a pure function of the key and of the epoch.
+      shuffle: False for the order given, in every epoch; `key` is then not needed.
+
+    Raises:
+      ValueError: for leaves without a common leading axis, for no data, where no whole batch exists but `drop_last` is
+        set, and where `shuffle` has no key.
+
+        >>> import jax, numpy as np
+        >>> from jaxrnn.training.batches import Arrays, Batch
+        >>> source = Arrays(Batch(np.zeros((5, 7, 3)), targets=np.arange(5)), 2, key=jax.random.key(0))
+        >>> [batch.targets.tolist() for batch in source]
+        [[3, 2], [1, 0], [4]]
+        >>> [batch.targets.tolist() for batch in source]
+        [[4, 3], [1, 0], [2]]
+    """
+
+    def __init__(
+        self, data: Any, batch_size: int, *, key: Any = None, shuffle: bool = True, drop_last: bool = False
+    ) -> None:
+        self.data, self.size = host(data, "data")
+        self.batch_size = positive("batch_size", batch_size)
+        self.key = order_key(key, shuffle)
+        self.drop_last = bool(drop_last)
+        if self.size == 0:
+            raise ValueError("data: expected at least one row, got leaves of leading axis 0")
+        if len(self) == 0:
+            raise ValueError(f"drop_last: no batch of {self.batch_size} in {self.size} rows")
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+
+    def plan(self, epoch: int) -> Sequence[np.ndarray]:
+        order = permutation(self.size, self.key, epoch)
+        return [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
+
+    def batch(self, entry: np.ndarray) -> Any:
+        return jax.tree.map(lambda leaf: leaf[entry], self.data)
+
+    def identity(self) -> dict[str, Any]:
+        return {"size": self.size, "batch_size": self.batch_size, "drop_last": int(self.drop_last), "key": self.key}
+
+
+def host(tree: Any, name: str) -> tuple[Any, int]:
+    """The tree with NumPy leaves, and the length of their common leading axis."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{name}: expected at least one array, got {tree!r}")
+    arrays = [as_array(leaf, f"{name}{jax.tree_util.keystr(path)}") for path, leaf in leaves]
+    for (path, _), array in zip(leaves, arrays, strict=True):
+        if array.ndim == 0:
+            raise ValueError(f"{name}{jax.tree_util.keystr(path)}: expected a leading axis, got a scalar")
+        if len(array) != len(arrays[0]):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected a leading axis of {len(arrays[0])}, as "
+                f"{name}{jax.tree_util.keystr(leaves[0][0])} has, got shape {array.shape}"
+            )
+    return jax.tree.unflatten(structure, arrays), len(arrays[0])
+
+
+def as_array(value: Any, name: str) -> np.ndarray:
+    """`value` as a NumPy array of numbers or booleans."""
+    try:
+        array = np.asarray(value)
+        numbers = array.dtype.kind in "biufc" or jnp.issubdtype(array.dtype, np.number)
+    except (TypeError, ValueError):
+        numbers, array = False, None
+    if array is None or not numbers:
+        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}: {value!r:.80}")
+    return array
+
+
+def positive(name: str, value: Any) -> int:
+    """`value` as an integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    value = operator.index(value)
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def order_key(key: Any, shuffle: bool) -> list[int]:
+    """The words of a single key, or none where nothing is shuffled."""
+    if not shuffle:
+        return []
+    if key is None:
+        raise ValueError("key: shuffle=True needs a jax.random key; pass shuffle=False for the order given")
+    try:
+        words = np.asarray(jax.random.key_data(key))
+    except TypeError as error:
+        raise TypeError(f"key: expected a jax.random key, got {type(key).__name__}") from error
+    if words.ndim != 1 or words.dtype != np.uint32:
+        raise ValueError(f"key: expected a single jax.random key, got data {words.dtype}{list(words.shape)}")
+    return words.tolist()
+
+
+def permutation(size: int, key: list[int], *numbers: int) -> np.ndarray:
+    """An order of 0, ..., size − 1: a pure function of key and numbers, the identity without a key."""
+    if not key:
+        return np.arange(size)
+    # The stream of a bit generator is the same in every version of NumPy; that of `Generator.permutation` need not be.
+    words = np.random.PCG64(np.random.SeedSequence([*key, *numbers])).random_raw(size)
+    return np.argsort(words, kind="stable")

@@ -1,0 +1,113 @@
+"""Time series: windows of past and future, and scaling."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrnn.engines.arrays import cast, inexact
+from jaxrnn.training.batches import as_array, positive
+
+
+def windows(series: Any, length: int, horizon: int, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Every stretch of `length` steps of a series, and the `horizon` steps that follow it.
+
+        xs[n] = series[n stride : n stride + length]
+        targets[n] = series[n stride + length : n stride + length + horizon]
+
+    Args:
+      series: (L, ...).
+      length, horizon: how many steps to see, and to foresee. stride: how far the next window begins.
+
+    Returns:
+      xs (N, length, ...) and targets (N, horizon, ...), N = (L − length − horizon) // stride + 1: read-only views,
+      which take no memory of their own; `Arrays` copies only what a batch holds.
+
+    Raises:
+      ValueError: if the series is shorter than length + horizon.
+
+        >>> import numpy as np
+        >>> from jaxrnn.training.series import windows
+        >>> xs, targets = windows(np.arange(7), 3, 2, stride=2)
+        >>> xs.tolist(), targets.tolist()
+        ([[0, 1, 2], [2, 3, 4]], [[3, 4], [5, 6]])
+    """
+    series = as_array(series, "series")
+    length, horizon, stride = positive("length", length), positive("horizon", horizon), positive("stride", stride)
+    if series.ndim == 0 or len(series) < length + horizon:
+        raise ValueError(
+            f"series: expected at least length + horizon = {length + horizon} steps, got shape {series.shape}"
+        )
+    stretches = np.lib.stride_tricks.sliding_window_view(series, length + horizon, axis=0)[::stride]
+    stretches = np.moveaxis(stretches, -1, 1)
+    return stretches[:, :length], stretches[:, length:]
+
+
+class Scaler(NamedTuple):
+    """z = (x − mean) / scale, per feature: mean and scale are those of the last axis of x, (D,), or scalars.
+
+    A pytree of two arrays. As JSON: `[a.tolist() for a in scaler]`, and back: `Scaler(*map(np.asarray, value))`.
+
+        >>> import numpy as np
+        >>> from jaxrnn.training.series import Scaler
+        >>> series = np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 5.0], [9.0, 6.0]])
+        >>> scaler = Scaler.fit(series[:3])
+        >>> scaler.mean.tolist(), scaler.scale.tolist()
+        ([2.0, 5.0], [1.0, 1.0])
+        >>> scaler.transform(series).tolist()
+        [[-1.0, 0.0], [1.0, 0.0], [nan, 0.0], [7.0, 1.0]]
+    """
+
+    mean: Any
+    scale: Any
+
+    @staticmethod
+    def fit(series: Any) -> Scaler:
+        """Mean and standard deviation of every feature over all other axes, NaN left out.
+
+        Fit on the part that the model is trained on, lest it know of what comes later. A feature that is constant there
+        has scale 1.
+
+        Args:
+          series: (..., D), or (L,) for a series of numbers.
+
+        Returns:
+          A scaler of float32, or of float64 for a series of float64 or of integers.
+
+        Raises:
+          ValueError: for a feature without a finite number, or with an infinite one.
+        """
+        series = as_array(series, "series")
+        axes = tuple(range(max(series.ndim - 1, 1)))
+        if series.ndim == 0 or np.issubdtype(series.dtype, np.complexfloating):
+            raise ValueError(f"series: expected real numbers (..., D), got {series.dtype} of shape {series.shape}")
+        values = series.astype(np.float64)
+        given = ~np.isnan(values)
+        if np.isinf(values).any() or not given.any(axes).all():
+            raise ValueError("series: expected a finite number of every feature, and no infinite one")
+        mean = values.mean(axes, where=given)
+        scale = values.std(axes, where=given)
+        least = values.min(axes, where=given, initial=np.inf)
+        most = values.max(axes, where=given, initial=-np.inf)
+        dtype = np.result_type(series.dtype, np.float32)
+        # Rounding may leave a constant feature some deviation, and a feature of tiny numbers none.
+        scale = np.where(least < most, scale, 1).astype(dtype)
+        return Scaler(mean.astype(dtype), np.where(scale > 0, scale, np.ones_like(scale)))
+
+    def transform(self, xs: Any) -> Any:
+        """(xs − mean) / scale, of NumPy or JAX arrays (..., D), in the dtype of xs if it is floating."""
+        mean, scale = self._like(xs)
+        return (xs - mean) / scale
+
+    def inverse(self, zs: Any) -> Any:
+        """zs scale + mean."""
+        mean, scale = self._like(zs)
+        return zs * scale + mean
+
+    def inverse_scale(self, deviations: Any) -> Any:
+        """deviations scale: standard deviations, or differences, in the units of the series."""
+        return deviations * self._like(deviations)[1]
+
+    def _like(self, xs):
+        return cast(self, xs.dtype) if inexact(xs) else self
