@@ -1,0 +1,348 @@
+"""Models in files: the cell as JSON, its params as raw numbers beside it. Nothing in a file is ever run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+import jaxrnn
+from jaxrnn.cell import Cell
+
+FORMAT, VERSION = "jaxrnn", 1
+INDEX = "cell.json"
+ARRAYS = re.compile(r"params-[0-9a-f]{64}\.bin")
+INDEX_LIMIT = 16 * 2**20
+"""No cell needs so many bytes of JSON."""
+
+_NAMES = """
+    bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 int2 int4 uint2 uint4 float16 float32 float64 bfloat16
+    complex64 complex128 float4_e2m1fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz
+    float8_e5m2 float8_e5m2fnuz float8_e8m0fnu
+"""
+DTYPES = {name: jnp.dtype(name) for name in _NAMES.split()}
+KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+
+
+def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
+    """Writes a model to the directory `path`, for `load`.
+
+    The directory holds `cell.json`, the cell's fields and the index of the params, and one file of the params' bytes,
+    which `cell.json` names by its SHA-256. The last thing written is `cell.json`, in one atomic step: whoever is
+    interrupted leaves the model that was there before, or none.
+
+    Args:
+      path: a directory that is not there yet or empty, or one that `save` wrote, whose model is replaced.
+      cell: any cell or composition. Its fields are None, booleans, numbers, strings, cells and tuples of these.
+      params: of the shapes of `cell.init`, in any dtype of the same kind; None may stand for an array.
+
+    Raises:
+      TypeError: for a field that is something else, like a function, naming it; use an activation's name.
+      TypeError, ValueError: for params that are not the cell's, naming the leaf.
+      FileExistsError: if there is something else at `path`. It is left as it is.
+
+        >>> import jax, jaxrnn, tempfile
+        >>> from jaxrnn.training.saving import load, save
+        >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.Linear(4, 2)))
+        >>> params = cell.init(jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/model", cell, params)
+        ...     again, loaded = load(f"{folder}/model")
+        >>> again == cell, bool((loaded[0].w_x == params[0].w_x).all())
+        (True, True)
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell: expected a cell, got {type(cell).__name__}")
+    index = {"format": FORMAT, "version": VERSION, "cell": _encode(cell, type(cell).__name__)}
+    arrays = [None if leaf is None else _to_host(leaf, name) for name, _, leaf in _matched(cell, _shapes(cell), params)]
+    index["params"] = [None if a is None else {"dtype": a.dtype.name, "shape": list(a.shape)} for a in arrays]
+
+    # Written into a directory of its own where there is none yet, so that `path` appears complete or not at all.
+    new = not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path))
+    if not new and not _is_save(path):
+        raise FileExistsError(
+            f"{path}: expected nothing or a saved model there; it is something else and is left alone"
+        )
+    directory = f"{path}.{secrets.token_hex(8)}.tmp" if new else path
+    try:
+        if new:
+            os.makedirs(directory)
+        name = _write_arrays(directory, arrays)
+        with _replacing(os.path.join(directory, INDEX)) as file:
+            file.write(json.dumps(index | {"arrays": name}, allow_nan=False, indent=1).encode())
+        if new:
+            os.rename(directory, path)
+    except BaseException:
+        if new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    for other in os.listdir(path):
+        if ARRAYS.fullmatch(other) and other != name:
+            os.remove(os.path.join(path, other))
+
+
+def load(path: str | os.PathLike, *, cells: Sequence[type[Cell]] = ()) -> tuple[Cell, Any]:
+    """The cell and the params that `save` wrote to `path`.
+
+    A file can name only cells of jaxrnn, and those that `cells` lists. It says nothing but the values of their fields,
+    and is read only as far as the shapes of `cell.init` agree with the sizes of the files, so that one from elsewhere
+    can neither run code nor take more memory than its own size.
+
+    Args:
+      path: the directory.
+      cells: the classes of your own that the model is made of. They are known by their names alone.
+
+    Returns:
+      The cell, equal to that which was saved, and its params: JAX arrays of the dtypes and bits that were saved.
+
+    Raises:
+      FileNotFoundError: if nothing is there.
+      ValueError: if it is no model, is damaged, or names a cell that is not known, saying what is wrong; if it holds
+        64-bit numbers and `jax.enable_x64` is off.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: no saved model there")
+    known = _known(cells)
+    try:
+        index = _read_index(path)
+        cell = _decode(index["cell"], known)
+        if not isinstance(cell, Cell):
+            raise ValueError(f"{INDEX}: expected a cell, got {cell!r:.80}")
+        try:
+            expected = _shapes(cell)
+        except Exception as error:  # whatever the init of a cell raises at fields that it was not made for
+            raise ValueError(f"{cell!r:.200} has no params: {error}") from error
+        return cell, _read_arrays(path, index, cell, expected)
+    except RecursionError:
+        raise ValueError(f"{path}: cells are nested too deeply") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _encode(value: Any, name: str) -> Any:
+    """A field's value as JSON: a cell as an object with its class, an infinite number or NaN as one with a string."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": str(value)}
+    if type(value) is tuple:
+        return [_encode(each, f"{name}[{k}]") for k, each in enumerate(value)]
+    if isinstance(value, Cell):
+        kind = type(value)
+        fields = {
+            f.name: _encode(getattr(value, f.name), f"{name}.{f.name}") for f in dataclasses.fields(value) if f.init
+        }
+        return {"cell": f"jaxrnn.{kind.__name__}" if kind in _builtin().values() else kind.__name__, "fields": fields}
+    advice = "; a callable cannot be saved, an activation's name can" if callable(value) else ""
+    raise TypeError(
+        f"{name}: expected None, a boolean, number, string, cell or tuple of these, got {value!r:.80}{advice}"
+    )
+
+
+def _decode(value: Any, known: dict[str, type[Cell]]) -> Any:
+    """The inverse of `_encode`."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list():
+            return tuple(_decode(each, known) for each in value)
+        case {"float": "nan" | "inf" | "-inf" as number, **more} if not more:
+            return float(number)
+        case {"cell": str(name), "fields": dict(fields), **more} if not more:
+            if name not in known:
+                own = "" if name.startswith("jaxrnn.") else f"; if {name} is a cell of yours, pass cells=({name},)"
+                raise ValueError(f"{INDEX}: unknown cell {name!r:.80}{own}")
+            kind = known[name]
+            wrong = set(fields) - {field.name for field in dataclasses.fields(kind) if field.init}
+            if wrong:
+                raise ValueError(f"{INDEX}: {name} has no fields {sorted(wrong)!r:.80}")
+            values = {field: _decode(each, known) for field, each in fields.items()}
+            try:
+                return kind(**values)
+            except Exception as error:  # whatever a cell's own checks raise
+                raise ValueError(f"{INDEX}: {name} cannot have these fields: {error}") from error
+    raise ValueError(f"{INDEX}: expected a value or a cell, got {value!r:.80}")
+
+
+def _builtin() -> dict[str, type[Cell]]:
+    things = {f"jaxrnn.{name}": getattr(jaxrnn, name) for name in jaxrnn.__all__}
+    return {name: thing for name, thing in things.items() if _is_concrete(thing)}
+
+
+def _is_concrete(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Cell) and not inspect.isabstract(thing)
+
+
+def _known(cells: Sequence[type[Cell]]) -> dict[str, type[Cell]]:
+    known = _builtin()
+    for k, kind in enumerate(cells):
+        if not _is_concrete(kind):
+            raise TypeError(f"cells[{k}]: expected a class of cells, got {kind!r}")
+        if known.setdefault(kind.__name__, kind) is not kind:
+            raise ValueError(f"cells: two classes are named {kind.__name__}")
+    return known
+
+
+def _shapes(cell: Cell) -> Any:
+    return jax.eval_shape(cell.init, jax.random.key(0))
+
+
+def _leaves(tree: Any):
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+
+
+def _matched(cell: Cell, expected: Any, params: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The name of each leaf, what `cell.init` has there, and what `params` have, which fits."""
+    (wanted, structure), (given, given_structure) = _leaves(expected), _leaves(params)
+    if structure != given_structure:
+        raise TypeError(f"params: {cell!r:.200} takes {structure}, got {given_structure}")
+    for (path, want), (_, have) in zip(wanted, given, strict=True):
+        name = f"params{jax.tree_util.keystr(path)}"
+        if have is not None:
+            if not isinstance(have, (np.ndarray, np.generic, jax.Array)) or isinstance(have, jax.core.Tracer):
+                raise TypeError(f"{name}: expected an array, got {type(have).__name__}")
+            _check_leaf(name, want, have.shape, have.dtype)
+        yield name, want, have
+
+
+def _check_leaf(name: str, want: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    if want is None:
+        raise ValueError(f"{name}: expected None, got shape {shape}")
+    if shape != want.shape:
+        raise ValueError(f"{name}: expected shape {want.shape}, got {shape}")
+    if dtype.name not in DTYPES or not any(jnp.issubdtype(dtype, k) and jnp.issubdtype(want.dtype, k) for k in KINDS):
+        raise ValueError(f"{name}: expected a dtype of the kind of {want.dtype}, got {dtype}")
+
+
+def _to_host(leaf: Any, name: str) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise ValueError(f"{name}: expected an array that this process can read, got one spread over several")
+    array = np.asarray(leaf)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _is_save(path: str) -> bool:
+    with contextlib.suppress(ValueError, OSError, RecursionError):
+        _read_index(path)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of that at `path` when it is complete."""
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def _write_arrays(directory: str, arrays: list[np.ndarray | None]) -> str:
+    """Writes the bytes of all arrays to one file: its name, which tells their hash."""
+    total = hashlib.sha256()
+    blocks = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays if array is not None]
+    for block in blocks:
+        total.update(block)
+    name = f"params-{total.hexdigest()}.bin"
+    with _replacing(os.path.join(directory, name)) as file:
+        for block in blocks:
+            file.write(block)
+    return name
+
+
+def _open(path: str, name: str) -> BinaryIO:
+    path = os.path.join(path, name)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{name}: expected a file")
+    return open(path, "rb")
+
+
+def _read_index(path: str) -> dict[str, Any]:
+    with _open(path, INDEX) as file:
+        text = file.read(INDEX_LIMIT + 1)
+    if len(text) > INDEX_LIMIT:
+        raise ValueError(f"{INDEX}: longer than {INDEX_LIMIT} bytes")
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        index = json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{INDEX}: expected JSON: {error}") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{INDEX}: not a model of jaxrnn")
+    if index.get("version") != VERSION:
+        raise ValueError(f"{INDEX}: expected version {VERSION}, got {index.get('version')!r:.80}")
+    if set(index) != {"format", "version", "cell", "params", "arrays"}:
+        raise ValueError(f"{INDEX}: expected format, version, cell, params and arrays, got {sorted(index)!r:.80}")
+    return index
+
+
+def _read_arrays(path: str, index: dict[str, Any], cell: Cell, expected: Any) -> Any:
+    """The params, in the structure of `expected`; all is checked before the first array is read."""
+    wanted, structure = _leaves(expected)
+    name, entries = index["arrays"], index["params"]
+    if not isinstance(name, str) or not ARRAYS.fullmatch(name):
+        raise ValueError(f"{INDEX}: arrays: expected the name of a file of params, got {name!r:.80}")
+    if not isinstance(entries, list) or len(entries) != len(wanted):
+        raise ValueError(f"{INDEX}: params: expected a list of {len(wanted)}, those of {cell!r:.200}")
+    dtypes = [_dtype(leaf, want, entry) for (leaf, want), entry in zip(wanted, entries, strict=True)]
+    sizes = [
+        0 if d is None else math.prod(want.shape) * d.itemsize for (_, want), d in zip(wanted, dtypes, strict=True)
+    ]
+    with _open(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != sum(sizes):
+            raise ValueError(f"{name}: expected {sum(sizes)} bytes, got {size}: truncated or of another model")
+        blocks = [file.read(size) for size in sizes]
+    total = hashlib.sha256()
+    for block in blocks:
+        total.update(block)
+    if name != f"params-{total.hexdigest()}.bin":
+        raise ValueError(f"{name}: the bytes are not those that were written")
+    leaves = [
+        None if dtype is None else jnp.asarray(np.frombuffer(block, np.uint8).view(dtype).reshape(want.shape))
+        for (_, want), dtype, block in zip(wanted, dtypes, blocks, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _dtype(path: Any, want: Any, entry: Any) -> np.dtype | None:
+    """The dtype of a leaf of the params, whose entry fits; None where the leaf is."""
+    name = f"params{jax.tree_util.keystr(path)}"
+    match entry:
+        case None:
+            return None
+        case {"dtype": str(kind), "shape": list(shape), **more} if not more and kind in DTYPES:
+            dtype = DTYPES[kind]
+        case _:
+            raise ValueError(f"{INDEX}: {name}: expected null or dtype and shape, got {entry!r:.80}")
+    _check_leaf(f"{INDEX}: {name}", want, tuple(shape), dtype)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name} is {dtype}: load it under jax.enable_x64(True)")
+    return dtype
