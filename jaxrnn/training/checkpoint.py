@@ -1,0 +1,267 @@
+"""Checkpoints of a training run, written by Orbax: whole or not at all, and checked when they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxrnn.training.history import BadStep, History
+from jaxrnn.training.step import TrainState
+
+MARK = "jaxrnn-run.json"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A directory or checkpoint that cannot be used; nothing in it was changed."""
+
+
+class Checkpoints(NamedTuple):
+    """Where and how often `fit` saves.
+
+    directory: of this run alone: new, empty, or holding its earlier checkpoints, from which `fit` goes on.
+    every: steps between two of them; they lie at the ends of jitted calls, and one at the end of training.
+    keep: how many are kept beside the last: the best by the monitored validation value.
+    """
+
+    directory: str | os.PathLike
+    every: int = 1000
+    keep: int = 3
+
+
+class Restored(NamedTuple):
+    """A training run at one step. `start` is the step at which it began."""
+
+    state: TrainState
+    history: History
+    start: int
+
+
+class Saver:
+    """Writes and reads the checkpoints of one run, in a directory of its own."""
+
+    def __init__(self, where: Checkpoints, *, maximize: bool = False):
+        for name in ("every", "keep"):
+            if getattr(where, name) < 1:
+                raise ValueError(f"checkpoints: {name} must be at least 1, got {getattr(where, name)}")
+        self.directory = Path(where.directory).absolute()
+        _claim(self.directory)
+        policies = ocp.checkpoint_managers.preservation_policy
+        keep = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["value"],
+            reverse=maximize,
+            n=where.keep,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            step_prefix="step",
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), keep]),
+        )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def save(self, state: TrainState, history: History, *, start: int, value: float | None) -> None:
+        """Saves the run after its last step; `value` is what the best are chosen by."""
+        step = int(np.max(state.step))
+        if step in self.manager.all_steps():
+            return
+        arrays, leaves = _pack((state._replace(data=None), _arrays_of(history)))
+        about = {
+            "format": FORMAT,
+            "start": start,
+            "data": state.data,
+            "bad": [list(bad) for bad in history.bad],
+            "ended": history.ended,
+            "train": list(history.train),
+            "validation": list(history.validation),
+            "leaves": leaves,
+        }
+        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+        self.manager.save(step, args=items, metrics=None if value is None else {"value": value})
+
+    def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
+        """The run at `step`, or the last one saved; None where there is none. `like` has its structure and shapes."""
+        steps = sorted(self.manager.all_steps())
+        if step is None and not steps:
+            return None
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {steps}")
+        where = f"{self.directory}: the checkpoint of step {step}"
+        others = f"the others there are of steps {[each for each in steps if each != step]}"
+        try:
+            about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            abstract = {
+                name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+                for name, (_, shape, dtype, _) in _stored(about["leaves"])
+            }
+            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+            arrays = self.manager.restore(step, args=items)["arrays"] if abstract else {}
+            history = about["train"], about["validation"]
+        except Exception as error:  # whatever Orbax and TensorStore raise for files that are not as they were written
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise CheckpointError(f"{where} is damaged: {reason[0][:300]}; {others}") from error
+        if about.get("format") != FORMAT:
+            raise CheckpointError(f"{where} has format {about.get('format')}, this version reads {FORMAT}")
+        train, validation = (dict.fromkeys(names, 0) for names in history)
+        target = like._replace(data=None), (0, train, 0, validation)
+        state, (steps_, train, validation_step, validation) = _unpack(target, about["leaves"], arrays, where)
+        bad = tuple(BadStep(*each) for each in about["bad"])
+        record = History(steps_, train, validation_step, validation, bad, about["ended"])
+        return Restored(state._replace(data=about["data"]), record, about["start"])
+
+
+class Run:
+    """The checkpoints of a `fit`: where it goes on, when it saves."""
+
+    def __init__(self, saver: Saver, every: int, monitor: str):
+        self.saver, self.every, self.monitor = saver, every, monitor
+        self.start = self.saved = 0
+
+    def begin(self, state: TrainState, history: History, start: int) -> tuple[TrainState, History, int]:
+        """What is given, or what an interrupted run of the same start left."""
+        restored = self.saver.restore(state)
+        if restored is not None:
+            if start != restored.start:
+                raise CheckpointError(
+                    f"{self.saver.directory}: holds a run that began at step {restored.start}, this one begins at "
+                    f"{start}; name another directory"
+                )
+            state, history = restored.state, restored.history
+        self.start, self.saved = start, int(np.max(state.step))
+        return state, history, start
+
+    def due(self, state: TrainState) -> bool:
+        return int(np.max(state.step)) - self.saved >= self.every
+
+    def save(self, state: TrainState, history: History) -> None:
+        rows = history.validation.get(self.monitor)
+        value = None if rows is None or not np.isfinite(rows[-1]).any() else float(np.nanmean(rows[-1]))
+        self.saver.save(state, history, start=self.start, value=value)
+        self.saved = int(np.max(state.step))
+
+
+@contextlib.contextmanager
+def run_in(checkpoints: Checkpoints | str | os.PathLike, *, monitor: str, maximize: bool) -> Iterator[Run]:
+    """The run whose checkpoints lie there."""
+    where = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
+    saver = Saver(where, maximize=maximize)
+    try:
+        yield Run(saver, where.every, monitor)
+    finally:
+        saver.close()
+
+
+def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None = None) -> Restored:
+    """The run that `fit` saved in `directory`, as it was at `step`, or at the last.
+
+    Args:
+      directory: as in `Checkpoints`.
+      like: a state of the same structure and shapes, for instance the one that training began with.
+
+    Raises:
+      CheckpointError: if there is none, or it is damaged, or of another model.
+    """
+    if not (Path(directory) / MARK).is_file():
+        raise CheckpointError(f"{directory}: no checkpoints of a training run")
+    saver = Saver(Checkpoints(directory))
+    try:
+        restored = saver.restore(like, step)
+    finally:
+        saver.close()
+    if restored is None:
+        raise CheckpointError(f"{directory}: no checkpoint was finished there")
+    return restored
+
+
+def _claim(directory: Path) -> None:
+    """Marks a new or empty directory as one of training runs; any other must be marked already."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: expected a directory, found a file")
+    directory.mkdir(parents=True, exist_ok=True)
+    mark = directory / MARK
+    if mark.is_file():
+        return
+    if any(not each.name.startswith(f".{MARK}") for each in directory.iterdir()):
+        raise CheckpointError(
+            f"{directory}: holds other files than checkpoints of a training run; name a new directory"
+        )
+    draft = directory / f".{MARK}.{os.getpid()}"
+    draft.write_text(json.dumps({"format": FORMAT}))
+    draft.replace(mark)
+
+
+def _arrays_of(history: History):
+    return history.step, history.train, history.validation_step, history.validation
+
+
+def _is_key(leaf) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _plain(leaf) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _pack(tree: Any) -> tuple[dict[str, np.ndarray], list]:
+    """The leaves as plain arrays, and (path, shape, dtype, checksum) of each; empty ones are only described."""
+    arrays, leaves = {}, []
+    for k, (path, leaf) in enumerate(_named(tree)):
+        array = _plain(leaf)
+        leaves.append([path, list(array.shape), array.dtype.name, _checksum(array)])
+        if array.size:
+            arrays[f"leaf{k}"] = array
+    return arrays, leaves
+
+
+def _stored(leaves):
+    return [(f"leaf{k}", leaf) for k, leaf in enumerate(leaves) if 0 not in leaf[1]]
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _unpack(target: Any, leaves: list, arrays: Mapping[str, Any], where: str) -> Any:
+    """The tree of `target`'s structure; raises where path, shape, dtype or checksum is another."""
+    wanted = _named(target)
+    paths = [path for path, _ in wanted]
+    stored = [leaf[0] for leaf in leaves]
+    if paths != stored:
+        odd = next((pair for pair in zip(paths, stored, strict=False) if pair[0] != pair[1]), None)
+        told = f"it has {odd[1]} where {odd[0]} is expected" if odd else f"{len(stored)} leaves, expected {len(paths)}"
+        raise CheckpointError(f"{where} is of another model, optimizer or setting: {told}")
+    out = []
+    for k, ((path, like), (_, shape, dtype, checksum)) in enumerate(zip(wanted, leaves, strict=True)):
+        state = path.startswith("[0]")
+        if state and (list(_plain(like).shape) != shape or _plain(like).dtype.name != dtype):
+            raise CheckpointError(
+                f"{where} is of another model, optimizer or setting: {path[3:]} is {dtype}{shape}, "
+                f"expected {_plain(like).dtype.name}{list(_plain(like).shape)}"
+            )
+        array = np.asarray(arrays[f"leaf{k}"]) if 0 not in shape else np.zeros(shape, jnp.dtype(dtype))
+        if _checksum(array) != checksum:
+            raise CheckpointError(f"{where} is damaged: the checksum of {path[3:]} differs")
+        if _is_key(like):
+            out.append(jax.random.wrap_key_data(jnp.asarray(array), impl=str(jax.random.key_impl(like))))
+        else:
+            out.append(jnp.asarray(array) if state else array)
+    return jax.tree.unflatten(jax.tree.structure(target), out)

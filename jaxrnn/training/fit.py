@@ -1,0 +1,255 @@
+"""The training loop: epochs of jitted calls of several steps, validation, and the run's record."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from jaxrnn.training.evaluate import evaluator
+from jaxrnn.training.feeding import Group, as_source, groups
+from jaxrnn.training.history import BadStep, History, empty_history
+from jaxrnn.training.progress import on_screen
+from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient was not finite. `state` is the last good one, `history` all that came before."""
+
+    def __init__(self, bad: BadStep, state: TrainState, history: History):
+        super().__init__(str(bad))
+        self.bad, self.state, self.history = bad, state, history
+
+
+def fit(
+    loss: Callable,
+    state: TrainState,
+    data: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    batch_size: int | None = None,
+    key: Array | None = None,
+    shuffle: bool = True,
+    validation: Any = None,
+    monitor: str = "loss",
+    maximize: bool = False,
+    patience: int | None = None,
+    nonfinite: Literal["raise", "skip", "stop"] = "raise",
+    accumulate: int = 1,
+    compute_dtype: Any = None,
+    steps_per_call: int = 16,
+    checkpoints: Any = None,
+    progress: Any = None,
+) -> tuple[TrainState, History]:
+    """Trains for `epochs` passes over `data`: (state, history).
+
+    Args:
+      loss: `(params, batch, key) -> (scalar, metrics)`, see `make_step`; where the state has a carry,
+        `(params, carry, batch, key) -> (scalar, (carry, metrics))`.
+      state: from `train_state`. **Many models at once:** a state with an axis of members first on every leaf, as
+        `jax.vmap` of a function that makes one gives it, trains all in one compiled program, on the same batches in the
+        same order. Members may differ in what is an array: the key, the params, what `optax.inject_hyperparams`
+        holds. What is a field of a cell (sizes, dropout rates) is part of the program: each value needs its own `fit`.
+      data: arrays with a common first axis, or a tuple, `Batch` or dict of such; or batches: a list, an iterable, a
+        source (see `Source`) such as `Buckets` or `Streams`.
+      optimizer: of Optax, the one that the state was made with.
+      epochs: how many passes.
+      batch_size: of arrays; the last batch of an epoch may be smaller.
+      key: of the order of arrays, a new one each epoch. (Noise is drawn from the state's key.)
+      shuffle: False leaves arrays in their order and needs no key.
+      validation: data of the same kinds, gone through after every epoch without noise. The best is kept in
+        `state.best`; for a loss with a carry, validation begins with a carry of zeros.
+      monitor: the metric that decides which is best. maximize: whether more is better.
+      patience: stop after so many validations in a row that were no better. A member of many keeps the params of its
+        stopping step while the others go on.
+      nonfinite: when a loss or gradient is not finite, "raise" `NonFiniteError`, "skip" the update and go on, or "stop"
+        at the last good state. Each is reported in `history.bad`.
+      accumulate, compute_dtype: as in `make_step`.
+      steps_per_call: so many steps run in one jitted call.
+      checkpoints: a directory or `Checkpoints`: saves there, and goes on from what an interrupted run left there, to
+        the same bits as if it had not been interrupted.
+      progress: None draws on a terminal, False never, True always, a `rich.console.Console` there.
+
+    Returns:
+      The last state (the best one's params are `state.best.params`), and the `History`.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn, optax
+        >>> from jaxrnn.training import fit, make_loss, squared_error, train_state
+        >>> model, optimizer = jaxrnn.GRU(1, 1), optax.adam(1e-2)
+        >>> state = train_state(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+        >>> xs = jnp.ones((6, 3, 1))
+        >>> state, history = fit(
+        ...     make_loss(model, squared_error),
+        ...     state,
+        ...     (xs, xs),
+        ...     optimizer=optimizer,
+        ...     epochs=2,
+        ...     batch_size=2,
+        ...     key=jax.random.key(2),
+        ... )
+        >>> history.train["loss"].shape
+        (6,)
+    """
+    if nonfinite not in ("raise", "skip", "stop"):
+        raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'stop', got {nonfinite!r}")
+    for name, value, least in (("epochs", epochs, 0), ("steps_per_call", steps_per_call, 1), ("patience", patience, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if patience is not None and validation is None:
+        raise ValueError("patience: expected validation data beside it, to decide by")
+    source = as_source("data", data, batch_size, key, shuffle)
+    many = jnp.ndim(state.step) == 1
+    start = int(np.max(state.step))
+    state = jax.tree.map(jnp.copy, state._replace(data=None))._replace(data=state.data)
+    names = _names(state.params)
+    chunk = make_chunk(loss, optimizer, accumulate, compute_dtype, members=many, halt=nonfinite != "skip")
+    validate = judge = None
+    if validation is not None:
+        validate = evaluator(loss, validation, batch_size, members=many, compute_dtype=compute_dtype)
+        judge = make_judge(maximize, patience, members=many)
+        if state.best is None:
+            state = state._replace(best=_no_best(state, maximize))
+    history = empty_history()
+    with contextlib.ExitStack() as stack:
+        run = None
+        if checkpoints is not None:
+            from jaxrnn.training.checkpoint import run_in  # here, since Orbax takes a second to import
+
+            run = stack.enter_context(run_in(checkpoints, monitor=monitor, maximize=maximize))
+            state, history, start = run.begin(state, history, start)
+        epoch = _go_to(source, state.data)
+        length = len(source) if callable(getattr(source, "__len__", None)) else None
+        size = steps_per_call if length is None else max(1, min(steps_per_call, length))
+        report = stack.enter_context(on_screen(None if length is None else epochs * length, progress))
+        while epoch < epochs and not np.all(state.stopped):
+            for group in groups(source, size):
+                if run and run.due(state):  # not after the last group, which belongs together with the validation
+                    run.save(state, history)
+                before = np.array(state.stopped)  # a copy, since the call takes the memory
+                state, history, bad = _train(chunk, state, group, size, history, names)
+                state = state._replace(data={"epoch": epoch, "source": group.position})
+                report(f"epoch {epoch + 1}/{epochs}", _steps(state) - start, _latest(history, monitor))
+                if bad and nonfinite == "raise":
+                    raise NonFiniteError(bad[0], state._replace(data=None, stopped=jnp.asarray(before)), history)
+                if np.all(state.stopped):
+                    break
+            epoch += 1
+            if validate and judge and not np.all(state.stopped):
+                metrics = validate(state.params, state.carry)
+                if monitor not in metrics:
+                    raise ValueError(f"monitor: expected one of {sorted(metrics)}, got {monitor!r}")
+                state = judge(state._replace(data=None), metrics[monitor])
+                history = history.extend(
+                    validation_step=np.array([_steps(state)]),
+                    validation={name: value[None] for name, value in metrics.items()},
+                )
+                report(f"epoch {epoch}/{epochs}", _steps(state) - start, _latest(history, monitor))
+            state = state._replace(data={"epoch": epoch, "source": source.state()})
+            if run and run.due(state):
+                run.save(state, history)
+        history = history._replace(ended="stopped" if np.all(state.stopped) else "epochs")
+        if run:
+            run.save(state, history)
+    return state._replace(data=None), history
+
+
+@functools.lru_cache(maxsize=16)  # so that a second `fit` with the same loss and optimizer does not compile again
+def make_chunk(loss, optimizer, accumulate, compute_dtype, *, members: bool, halt: bool) -> Callable:
+    """`chunk(state, batches, real) -> (state, (metrics, bad, live))`, jitted: one step for each batch that is `real`.
+
+    A step that is not finite is not taken; with `halt` the state is then stopped. `live` says which steps were tried.
+    """
+    update = make_update(loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype)
+
+    def one(state, batch):
+        live = ~state.stopped
+        new, metrics, bad = update(state, batch)
+        after = keep_if(live & (bad < 0), new, state)
+        if halt:
+            after = after._replace(stopped=state.stopped | (bad >= 0))
+        else:
+            after = after._replace(step=jnp.where(live, new.step, state.step))
+        values = {name: jnp.where(live, metric.value, jnp.nan) for name, metric in metrics.items()}
+        return after, (values, jnp.where(live, bad, -1), live)
+
+    each = jax.vmap(one, in_axes=(0, None)) if members else one
+
+    def chunk(state, batches, real):
+        def body(state, inputs):
+            batch, real = inputs
+            nothing = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(each, state, batch)[1]
+            )
+            return lax.cond(real, lambda state: each(state, batch), lambda state: (state, nothing), state)
+
+        return lax.scan(body, state, (batches, real))
+
+    return jax.jit(chunk, donate_argnums=0)
+
+
+def _train(chunk, state, group: Group, size: int, history: History, names: list[str]):
+    """The state after a group, the history with its steps, and those that were not finite."""
+    first, best = _steps(state) + 1, state.best
+    state, (values, bad, live) = chunk(
+        state._replace(data=None, best=None), group.batches, np.arange(size) < group.count
+    )
+    live = np.asarray(live)
+    rows = int(live.reshape(size, -1).any(1).sum())
+    found = tuple(
+        BadStep(first + int(at[0]), int(at[1]) if len(at) > 1 else None, names[int(bad[tuple(at)])])
+        for at in np.argwhere((np.asarray(bad) >= 0) & live)
+    )
+    history = history.extend(
+        step=np.arange(first, first + rows),
+        train={name: np.asarray(value)[:rows] for name, value in values.items()},
+        bad=found,
+    )
+    return state._replace(best=best), history, found
+
+
+@functools.lru_cache(maxsize=16)
+def make_judge(maximize: bool, patience: int | None, *, members: bool) -> Callable:
+    """`judge(state, value) -> state` after a validation, jitted."""
+
+    def judge(state, value):
+        return better(state, value, maximize=maximize, patience=patience)
+
+    return jax.jit(jax.vmap(judge) if members else judge)
+
+
+def _no_best(state: TrainState, maximize: bool) -> Best:
+    worst = jnp.full(state.step.shape, -jnp.inf if maximize else jnp.inf)
+    return Best(jax.tree.map(jnp.copy, state.params), worst, jnp.copy(state.step), jnp.zeros_like(state.step))
+
+
+def _go_to(source: Any, position: Any) -> int:
+    """Puts the source where `position` says: the epoch."""
+    if position is None:
+        return 0
+    source.restore(position["source"])
+    return position["epoch"]
+
+
+def _steps(state: TrainState) -> int:
+    return int(np.max(state.step))
+
+
+def _names(params: Any) -> list[str]:
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return ["the loss", *(f"the gradient of params{path}" for path in paths)]
+
+
+def _latest(history: History, monitor: str) -> dict[str, np.ndarray]:
+    """What is shown while training: the last step's metrics, and the last validation's."""
+    shown = {name: rows[-1] for name, rows in history.train.items() if len(rows) and name != "gradient_norm"}
+    if len(history.validation_step):
+        shown[f"validation {monitor}"] = history.validation[monitor][-1]
+    return shown

@@ -1,0 +1,274 @@
+"""Losses and metrics as sums with a weight, so that batches of any size and padding add up exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
+from jaxrnn.engines.choose import Implementation
+from jaxrnn.sequence import scan
+from jaxrnn.training.batches import Batch
+
+
+class Mean(NamedTuple):
+    """A weighted mean that is still to be added up: value = total / weight, 0 where the weight is 0.
+
+    A metric is any NamedTuple of sums with a `value`; those of several batches are added field by field.
+
+    >>> Mean(6.0, 3.0).value
+    Array(2., dtype=float32)
+    """
+
+    total: Any
+    weight: Any
+
+    @property
+    def value(self) -> Array:
+        return jnp.where(self.weight == 0, 0, self.total / jnp.where(self.weight == 0, 1, self.weight))
+
+
+class Perplexity(NamedTuple):
+    """exp of a mean cross-entropy: value = exp(total / weight)."""
+
+    total: Any
+    weight: Any
+
+    @property
+    def value(self) -> Array:
+        return jnp.exp(Mean(self.total, self.weight).value)
+
+
+Metric = Mean | Perplexity
+Error = Callable[[Array, Array, Array | None], Mean]
+
+
+def mean(values: Array, mask: Array | None = None) -> Mean:
+    """The mean over all entries of `values`, or those where `mask`, a prefix of its axes, is true.
+
+    >>> import jax.numpy as jnp
+    >>> mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([True, False])).value
+    Array(2., dtype=float32)
+    """
+    wide = accumulator(values.dtype) if inexact(values) else accumulator()
+    if mask is None:
+        return Mean(values.sum(dtype=wide), jnp.asarray(values.size, wide))
+    if mask.shape != values.shape[: mask.ndim]:
+        raise ValueError(f"mask: expected shape {values.shape[: mask.ndim]}, axes of the values, got {mask.shape}")
+    each = values.size // mask.size if mask.size else 0
+    return Mean(zero_where_not(mask, values).sum(dtype=wide), mask.sum(dtype=wide) * each)
+
+
+def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
+    """−log softmax(logits)[target], averaged.
+
+    Args:
+      logits: (..., C).
+      targets: classes (...), integers in [0, C), or probabilities such as one-hot rows (..., C).
+      mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
+
+        >>> import jax.numpy as jnp
+        >>> cross_entropy(jnp.zeros((5, 4)), jnp.array([0, 1, 2, 3, 0])).value.round(4)
+        Array(1.3863, dtype=float32)
+    """
+    logits, targets, mask = _masked(logits, targets, mask)
+    if inexact(targets):
+        _same_shape(logits, targets)
+        return mean(optax.softmax_cross_entropy(logits, targets.astype(logits.dtype)), mask)
+    _class_shape(logits, targets)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # An integer out of range would otherwise be wrapped or clipped in silence.
+    known = (targets >= 0) & (targets < logits.shape[-1])
+    return mean(jnp.where(known, losses, jnp.full_like(losses, jnp.nan)), mask)
+
+
+def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
+    """−t log σ(logit) − (1 − t) log(1 − σ(logit)), averaged.
+
+    Args:
+      logits: (...) or (..., 1) for targets (...).
+      targets: in [0, 1], bool, integers or floating.
+      mask: as in `cross_entropy`.
+    """
+    logits, targets, mask = _masked(logits, targets, mask)
+    logits = _match(logits, targets)
+    return mean(optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype)), mask)
+
+
+def squared_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
+    """(prediction − target)², averaged.
+
+    Args:
+      predictions: (...) or (..., 1) for targets (...).
+      targets: (...).
+      mask: as in `cross_entropy`.
+
+        >>> import jax.numpy as jnp
+        >>> squared_error(jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0])).value
+        Array(2., dtype=float32)
+    """
+    predictions, targets, mask = _masked(predictions, targets, mask)
+    predictions = _match(predictions, targets)
+    return mean(optax.squared_error(predictions, targets.astype(predictions.dtype)), mask)
+
+
+def absolute_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
+    """|prediction − target|, averaged; arguments as in `squared_error`."""
+    predictions, targets, mask = _masked(predictions, targets, mask)
+    predictions = _match(predictions, targets)
+    return mean(jnp.abs(predictions - targets.astype(predictions.dtype)), mask)
+
+
+def accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
+    """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`."""
+    logits, targets, mask = _masked(logits, targets, mask)
+    if inexact(targets):
+        _same_shape(logits, targets)
+        targets = targets.argmax(-1)
+    _class_shape(logits, targets)
+    return mean(logits.argmax(-1) == targets.astype(int), mask)
+
+
+def binary_accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
+    """The share of logits on the target's side of 0; arguments as in `binary_cross_entropy`."""
+    logits, targets, mask = _masked(logits, targets, mask)
+    return mean((_match(logits, targets) > 0) == (targets.astype(logits.dtype) > 0.5), mask)
+
+
+def perplexity(logits: Array, targets: Array, mask: Array | None = None) -> Perplexity:
+    """exp of the mean cross-entropy; arguments as in `cross_entropy`."""
+    return Perplexity(*cross_entropy(logits, targets, mask))
+
+
+def make_loss(
+    cell: Cell,
+    error: Error,
+    *,
+    metrics: Mapping[str, Callable[[Array, Array, Array | None], Metric]] | None = None,
+    remat_every: int | None = None,
+    implementation: Implementation = None,
+) -> Callable[[Any, Any, Array | None], tuple[Array, dict[str, Metric]]]:
+    """`loss(params, batch, key) -> (scalar, metrics)`: the error of what `cell` puts out for a `Batch`.
+
+    Padding, by `lengths` or `mask`, does not count: a padded batch and the same sequences one by one give the same loss
+    and gradients.
+
+    Args:
+      cell: the model.
+      error: `(ys, targets, mask) -> Mean`, for instance `cross_entropy`.
+      metrics: by name, more of the kind.
+      remat_every, implementation: as in `jaxrnn.scan`.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> model = jaxrnn.Stack((jaxrnn.Pool(jaxrnn.GRU(3, 8)), jaxrnn.Linear(8, 2)))
+        >>> loss = make_loss(model, cross_entropy, metrics={"accuracy": accuracy})
+        >>> batch = Batch(jnp.ones((5, 7, 3)), jnp.zeros(5, int), lengths=jnp.array([7, 2, 3, 0, 1]))
+        >>> value, metrics = loss(model.init(jax.random.key(0)), batch, None)
+    """
+    run = make_truncated_loss(cell, error, metrics=metrics, remat_every=remat_every, implementation=implementation)
+
+    def loss(params, batch, key):
+        value, (_, measured) = run(params, None, batch, key)
+        return value, measured
+
+    return loss
+
+
+def make_truncated_loss(
+    cell: Cell,
+    error: Error,
+    *,
+    metrics: Mapping[str, Callable[[Array, Array, Array | None], Metric]] | None = None,
+    remat_every: int | None = None,
+    implementation: Implementation = None,
+) -> Callable[[Any, Any, Any, Array | None], tuple[Array, tuple[Any, dict[str, Metric]]]]:
+    """`loss(params, carry, batch, key) -> (scalar, (carry, metrics))`, for truncated backpropagation through time.
+
+    The carry in which one window ends is where the next begins, and gradients stop between them. Arguments as in
+    `make_loss`.
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}")
+    metrics = {} if metrics is None else dict(metrics)
+    if "loss" in metrics:
+        raise ValueError("metrics: the name 'loss' is that of the error itself")
+
+    def loss(params, carry, batch, key):
+        batch = _as_batch(batch)
+        carry, ys = scan(
+            cell,
+            params,
+            carry,
+            batch.xs,
+            lengths=batch.lengths,
+            mask=batch.mask,
+            reset=batch.reset,
+            time_axis=1,
+            key=key,
+            remat_every=remat_every,
+            implementation=implementation,
+        )
+        mask = None if cell.ends_time else valid_steps(batch)
+        targets = jnp.asarray(batch.targets)
+        measured = {"loss": error(ys, targets, mask)}
+        measured |= {name: metric(ys, targets, mask) for name, metric in metrics.items()}
+        return measured["loss"].value, (carry, measured)
+
+    return loss
+
+
+def valid_steps(batch: Batch) -> Array | None:
+    """The steps that are no padding, bool (B, T), or None for all."""
+    if batch.lengths is None:
+        return None if batch.mask is None else jnp.asarray(batch.mask)
+    time = jnp.arange(jnp.shape(jax.tree.leaves(batch.xs)[0])[1])
+    return time < jnp.asarray(batch.lengths)[:, None]
+
+
+def _as_batch(batch) -> Batch:
+    if isinstance(batch, Batch):
+        return batch
+    if type(batch) is tuple and len(batch) == 2:
+        return Batch(*batch)
+    raise TypeError(f"batch: expected a Batch or a pair (xs, targets), got {type(batch).__name__}")
+
+
+def _masked(ys, targets, mask):
+    """ys in at least float32, and both zero where the mask is false, so that nothing there is ever differentiated."""
+    ys, targets = jnp.asarray(ys), jnp.asarray(targets)
+    ys = ys.astype(accumulator(ys.dtype))
+    if mask is None:
+        return ys, targets, None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask: expected bool, got {mask.dtype}")
+    for name, array in (("predictions", ys), ("targets", targets)):
+        if array.shape[: mask.ndim] != mask.shape:
+            raise ValueError(f"mask: expected shape {array.shape[: mask.ndim]}, axes of the {name}, got {mask.shape}")
+    return zero_where_not(mask, ys), zero_where_not(mask, targets), mask
+
+
+def _class_shape(logits, targets):
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.shape}"
+        )
+
+
+def _same_shape(ys, targets):
+    if targets.shape != ys.shape:
+        raise ValueError(f"targets: expected shape {ys.shape} as the predictions, got {targets.shape}")
+
+
+def _match(ys, targets):
+    """ys in the shape of the targets; a last axis of 1 may be missing there."""
+    if ys.shape == (*targets.shape, 1):
+        return ys[..., 0]
+    _same_shape(ys, targets)
+    return ys

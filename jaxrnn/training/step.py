@@ -1,0 +1,240 @@
+"""One step of training, as a pure function of a state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from jaxrnn.engines.arrays import accumulator, cast, inexact, select
+from jaxrnn.training.batches import Batch
+from jaxrnn.training.losses import Mean
+
+
+class Best(NamedTuple):
+    """The params of the best validation, its value and step, and how many validations since were no better."""
+
+    params: Any
+    value: Array
+    step: Array
+    stale: Array
+
+
+class TrainState(NamedTuple):
+    """All that training changes. Every function of training takes one and gives one back.
+
+    params, opt_state: the model's and the optimizer's.
+    carry: where the next window of truncated backpropagation begins, leaves (B, ...); None for whole sequences.
+    step: how many steps were taken, int32.
+    key: what noise is drawn from; step t draws from `fold_in(key, t)`.
+    data: the position in the data, kept by `fit`; None begins anew.
+    best: of the validations so far, kept by `fit`; None before the first.
+    stopped: whether training ended here, by early stopping or at the last finite step.
+
+    With an axis of members in front of every leaf it is many models at once, see `fit`.
+    """
+
+    params: Any
+    opt_state: Any
+    carry: Any
+    step: Array
+    key: Array
+    data: Any = None
+    best: Best | None = None
+    stopped: Any = False
+
+
+def train_state(params: Any, optimizer: optax.GradientTransformation, key: Array, *, carry: Any = None) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: the model's.
+      optimizer: of Optax.
+      key: for the noise of all steps.
+      carry: for truncated backpropagation, the first window's, `cell.initial_carry(params, (B,))`.
+
+        >>> import jax, jaxrnn, optax
+        >>> model = jaxrnn.GRU(3, 4)
+        >>> state = train_state(model.init(jax.random.key(0)), optax.adam(1e-3), jax.random.key(1))
+        >>> state.step
+        Array(0, dtype=int32)
+    """
+    step, stopped = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    return TrainState(params, optimizer.init(params), carry, step, key, stopped=stopped)
+
+
+def make_step(
+    loss: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1, compute_dtype: Any = None
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    """`step(state, batch) -> (state, metrics)`, pure, to be jitted, vmapped or sharded by the caller.
+
+    Args:
+      loss: `(params, batch, key) -> (scalar, metrics)`; where the state has a carry,
+        `(params, carry, batch, key) -> (scalar, (carry, metrics))`. Metrics are a dict of `Mean`s, of other NamedTuples
+        of sums with a `value`, or of scalars. The entry "loss", if there, says by its weight what the scalar is the
+        mean of.
+      optimizer: of Optax.
+      accumulate: compute the gradient in so many parts of the batch, one after the other. The parts count by the weight
+        of their loss, so the gradient is that of the whole batch, padding included.
+      compute_dtype: for instance `jnp.bfloat16`: params and floating leaves of the batch (of a `Batch` its xs) are cast
+        to it for the forward and the backward pass; params, carry and optimizer state stay as they are.
+
+    The metrics hold "gradient_norm" beside those of the loss.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn, optax
+        >>> from jaxrnn.training import make_loss, squared_error
+        >>> model, optimizer = jaxrnn.GRU(3, 4), optax.adam(1e-3)
+        >>> step = jax.jit(make_step(make_loss(model, squared_error), optimizer))
+        >>> state = train_state(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+        >>> state, metrics = step(state, (jnp.ones((5, 7, 3)), jnp.ones((5, 7, 4))))
+        >>> sorted(metrics)
+        ['gradient_norm', 'loss']
+    """
+    update = make_update(loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype)
+
+    def step(state, batch):
+        state, metrics, _ = update(state, batch)
+        return state, metrics
+
+    return step
+
+
+def make_eval(loss: Callable, *, compute_dtype: Any = None) -> Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]:
+    """`evaluate(params, carry, batch) -> (carry, metrics)` without noise; carry None for a loss that takes none."""
+
+    def evaluate(params, carry, batch):
+        params, batch = _narrow(params, batch, compute_dtype)
+        if carry is None:
+            return None, _metrics(*loss(params, batch, None))
+        value, (carry, metrics) = loss(params, carry, batch, None)
+        return carry, _metrics(value, metrics)
+
+    return evaluate
+
+
+def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None):
+    """`(state, batch) -> (state, metrics, bad)`: `make_step`, with the place of the first leaf that is not finite.
+
+    `bad` is −1 where all is finite, 0 for the loss itself, and 1 + k for the gradient of leaf k of the params.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def value_and_gradient(params, carry, batch, key):
+        def run(params):
+            narrow, inputs = _narrow(params, batch, compute_dtype)
+            if carry is None:
+                value, metrics = loss(narrow, inputs, key)
+                return value, (None, _metrics(value, metrics))
+            value, (after, metrics) = loss(narrow, carry, inputs, key)
+            return value, (after, _metrics(value, metrics))
+
+        (value, (after, metrics)), gradient = jax.value_and_grad(run, has_aux=True)(params)
+        return value, gradient, after, metrics
+
+    def accumulated(params, carry, batch, key):
+        parts = jax.tree.map(lambda leaf: _split(leaf, accumulate), (carry, batch))
+
+        def part(k, carry, batch):
+            value, gradient, after, metrics = value_and_gradient(params, carry, batch, jax.random.fold_in(key, k))
+            weight = _weight(metrics)
+            scaled = jax.tree.map(lambda g: g * weight.astype(g.dtype), gradient)
+            return (value * weight.astype(value.dtype), scaled, metrics, weight), after
+
+        def add(total, inputs):
+            new, after = part(*inputs)
+            return jax.tree.map(jnp.add, total, new), after
+
+        index = jnp.arange(accumulate)
+        first = jax.tree.map(lambda leaf: leaf[0], (index, *parts))
+        shapes = jax.eval_shape(part, *first)[0]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (value, gradient, metrics, weight), after = lax.scan(add, zeros, (index, *parts))
+        weight = jnp.where(weight == 0, jnp.ones_like(weight), weight)
+        value, gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), (value, gradient))
+        return value, gradient, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), after), metrics
+
+    def update(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        run = value_and_gradient if accumulate == 1 else accumulated
+        value, gradient, carry, metrics = run(state.params, state.carry, batch, key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=value)
+        params = optax.apply_updates(state.params, updates)
+        metrics["gradient_norm"] = Mean(optax.tree.norm(gradient), jnp.ones((), value.dtype))
+        new = state._replace(params=params, opt_state=opt_state, carry=carry, step=state.step + 1)
+        return new, metrics, first_bad(value, gradient)
+
+    return update
+
+
+def first_bad(value: Array, gradient: Any) -> Array:
+    """The place of the first leaf of (value, *gradient) with a number that is not finite, or −1."""
+    bad = jnp.stack([~jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(gradient))])
+    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def keep_if(flag: Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new` where `flag`, else `old`; the key and what the host keeps never change within a step."""
+
+    def pick(a, b):
+        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), a, b)
+
+    names = "params", "opt_state", "carry", "step"
+    return new._replace(**{name: pick(getattr(new, name), getattr(old, name)) for name in names})
+
+
+def better(state: TrainState, value: Array, *, maximize: bool, patience: int | None) -> TrainState:
+    """The state after a validation with `value`: the best of all, and whether patience is at its end.
+
+    A member that stopped keeps its best.
+    """
+    best = state.best
+    assert best is not None
+    improved = (value > best.value if maximize else value < best.value) & ~state.stopped
+    stale = jnp.where(improved, 0, best.stale + ~state.stopped)
+    params = select(improved, state.params, best.params)
+    best = Best(params, jnp.where(improved, value, best.value), jnp.where(improved, state.step, best.step), stale)
+    stopped = state.stopped if patience is None else state.stopped | (stale >= patience)
+    return state._replace(best=best, stopped=stopped)
+
+
+def _narrow(params, batch, dtype):
+    if dtype is None:
+        return params, batch
+    if isinstance(batch, Batch):
+        return cast(params, dtype), batch._replace(xs=_cast_arrays(batch.xs, dtype))
+    return cast(params, dtype), _cast_arrays(batch, dtype)
+
+
+def _cast_arrays(tree, dtype):
+    return cast(jax.tree.map(jnp.asarray, tree), dtype)
+
+
+def _metrics(value: Array, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics with scalars as `Mean`s, and the loss among them."""
+    metrics = {"loss": value, **metrics}
+
+    def as_metric(metric):
+        if isinstance(metric, tuple):
+            return metric
+        metric = jnp.asarray(metric)
+        metric = metric.astype(accumulator(metric.dtype) if inexact(metric) else accumulator())
+        return Mean(metric, jnp.ones_like(metric))
+
+    return {name: as_metric(metric) for name, metric in metrics.items()}
+
+
+def _weight(metrics):
+    return jnp.asarray(metrics["loss"].weight)
+
+
+def _split(leaf, parts):
+    leaf = jnp.asarray(leaf)
+    if leaf.ndim == 0 or leaf.shape[0] % parts:
+        raise ValueError(f"accumulate: {parts} parts do not divide a batch of shape {leaf.shape}")
+    return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
