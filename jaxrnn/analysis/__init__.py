@@ -1,0 +1,46 @@
+"""Seeing what happens in a recurrent network: numbers first, and a figure for each.
+
+| what | numbers | figure |
+|---|---|---|
+| vanishing and exploding gradients | `gradient_flow` | `plot_gradient_flow` |
+| how much a step stretches | `singular_values` | `plot_singular_values` |
+| how much it does in the long run | `lyapunov_exponents` | `plot_lyapunov_exponents` |
+| gates that are shut or open | `gate_saturation` | `plot_gate_saturation` |
+| how far back it remembers | `memory_length` | `plot_memory_length` |
+| bytes of a training step | `training_memory` | `plot_training_memory` |
+"""
+
+from jaxrnn.analysis.gates import Saturation, gate_saturation
+from jaxrnn.analysis.gradient import GradientFlow, gradient_flow
+from jaxrnn.analysis.jacobian import JacobianSpectrum, LyapunovSpectrum, lyapunov_exponents, singular_values
+from jaxrnn.analysis.memory_length import MemoryLength, memory_length
+from jaxrnn.analysis.plots import (
+    plot_gate_saturation,
+    plot_gradient_flow,
+    plot_lyapunov_exponents,
+    plot_memory_length,
+    plot_singular_values,
+    plot_training_memory,
+)
+from jaxrnn.analysis.training_memory import TrainingMemory, training_memory
+
+__all__ = [
+    "GradientFlow",
+    "JacobianSpectrum",
+    "LyapunovSpectrum",
+    "MemoryLength",
+    "Saturation",
+    "TrainingMemory",
+    "gate_saturation",
+    "gradient_flow",
+    "lyapunov_exponents",
+    "memory_length",
+    "plot_gate_saturation",
+    "plot_gradient_flow",
+    "plot_lyapunov_exponents",
+    "plot_memory_length",
+    "plot_singular_values",
+    "plot_training_memory",
+    "singular_values",
+    "training_memory",
+]

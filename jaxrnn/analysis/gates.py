@@ -1,0 +1,115 @@
+"""How often gates are nearly shut or nearly open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+
+from jaxrnn.analysis.observe import Observation, arrange, observations, observe
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import select
+from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
+from jaxrnn.wrap import EmitCarry
+
+# What runs through tanh by default; everything else is taken for a gate in (0, 1).
+CANDIDATES = {"g": (-1.0, 1.0), "n": (-1.0, 1.0), "h": (-1.0, 1.0)}
+
+
+class Saturation(NamedTuple):
+    """Per gate and unit, the fraction of valid steps at which it is low and at which it is high.
+
+    Each is a named tuple like the cell's gates, leaves (H,).
+    """
+
+    low: Any
+    high: Any
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """A cell whose gates can be read: a named tuple of arrays (*batch, ...)."""
+
+    def gates(self, params: Any, carry: Any, x: Any) -> Any: ...
+
+
+def gate_saturation(
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    *,
+    margin: float = 0.1,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    lengths: Any = None,
+    mask: Any = None,
+    reset: Any = None,
+    reverse: bool = False,
+    time_axis: int = 0,
+) -> Any:
+    """How often each unit of each gate is saturated.
+
+        low  = mean over valid (t, row) of [gate < a + margin (b − a)]
+        high = mean over valid (t, row) of [gate > b − margin (b − a)],    (a, b) the gate's range
+
+    A gate that is mostly low or high has almost no gradient through it; a forget gate that is high remembers, and one
+    that is always low makes the layer a feed-forward one. With input 0 and a large bias β a sigmoid gate is σ(β): high
+    everywhere for β > log 9, at the default margin.
+
+    Args:
+      cell, params, carry, xs: as in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
+      margin: the part of the range at either end that counts as saturated, in (0, 0.5).
+      ranges: the range (a, b) of gates by name, where it is not (−1, 1) for g, n and h and (0, 1) for the rest.
+      lengths, mask, reset, reverse, time_axis: as in `jaxrnn.scan`.
+
+    Returns:
+      `Saturation`, of a composition one for each cell in the structure of the carry, None for a cell without gates.
+
+    Raises:
+      TypeError: if no cell has gates. ValueError: for a margin or range that is none.
+
+    Reference: Karpathy et al. 2015, Visualizing and understanding recurrent networks, section 4.3.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from jaxrnn.analysis import gate_saturation
+        >>> cell = jaxrnn.LSTM(3, 2)
+        >>> params = cell.init(jax.random.key(0))
+        >>> params = params._replace(b=jnp.array([-9.0, 9, 9, 0, 0, 0, 0, 0]))
+        >>> saturation = gate_saturation(cell, params, None, jnp.zeros((7, 3)))
+        >>> saturation.low.i, saturation.high.i, saturation.high.f
+        (Array([1., 0.], dtype=float32), Array([0., 1.], dtype=float32), Array([1., 0.], dtype=float32))
+    """
+    if not isinstance(margin, (int, float)) or not 0 < margin < 0.5:
+        raise ValueError(f"margin: expected a number between 0 and 0.5, got {margin!r}")
+    bounds = CANDIDATES | dict(ranges or {})
+    for name, (low, high) in bounds.items():
+        if not low < high:
+            raise ValueError(f"ranges: expected (a, b) with a < b for {name!r}, got {(low, high)}")
+    keywords: dict[str, Any] = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
+    final, _ = observe(cell, params, carry, xs, time_axis=time_axis, **keywords)
+    results = [_saturation(one, margin, bounds) for one in observations(final)]
+    if all(result is None for result in results):
+        raise TypeError(f"cell: expected one with `gates(params, carry, x)`, alone or inside, got {cell!r}")
+    return arrange(final, results)
+
+
+def _saturation(seen: Observation, margin, bounds) -> Saturation | None:
+    cell: Any = seen.cell
+    while isinstance(cell, (RecurrentDropout, WeightDrop, Zoneout, EmitCarry)):  # their params are the cell's own
+        cell = cell.cell
+    if not isinstance(cell, Gated):
+        return None
+    gates = cell.gates(seen.params, *seen.reads)
+    axes = tuple(range(seen.valid.ndim))
+    number = jnp.maximum(seen.valid.sum(), 1)
+
+    def fraction(flags):
+        flags = select(seen.valid, flags, jnp.zeros_like(flags))
+        return flags.sum(axes) / number
+
+    low, high = {}, {}
+    for name, gate in gates._asdict().items():
+        a, b = bounds.get(name, (0.0, 1.0))
+        low[name], high[name] = fraction(gate < a + margin * (b - a)), fraction(gate > b - margin * (b - a))
+    return Saturation(type(gates)(**low), type(gates)(**high))

@@ -1,0 +1,103 @@
+"""How the gradient of a loss flows back through the carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn.analysis.observe import arrange, final_carry, norm, observations, observe
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import inexact
+
+
+class GradientFlow(NamedTuple):
+    """The loss; ‖∂L/∂c_t‖ of each leaf of the carry, a tree like the carry; and of all together; (T, *batch) each.
+
+    None stands for what has no gradient (integers) and for what a `Pool` adds.
+    """
+
+    loss: Array
+    norms: Any
+    total: Array
+
+
+def gradient_flow(
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    loss: Callable[[Any, Any], Array],
+    *,
+    lengths: Any = None,
+    mask: Any = None,
+    reset: Any = None,
+    reverse: bool = False,
+    time_axis: int = 0,
+    key: Array | None = None,
+) -> GradientFlow:
+    """The norm of the gradient of a loss with respect to the carry, at every step.
+
+        norms[t] = ‖∂L/∂c_t‖,    c_t the carry that step t reads, c_{t+1} = step(c_t, x_t)
+        ∂L/∂c_t  = (∂c_{t+1}/∂c_t)ᵀ ∂L/∂c_{t+1} + (∂y_t/∂c_t)ᵀ ∂L/∂y_t
+
+    It vanishes or explodes backwards in time with the products of the step's Jacobians. All steps and all cells come
+    from one backward pass: a zero is added to every carry, and the loss differentiated with respect to it. Of
+    h' = a h + x and a loss of the final carry it is |a|^(T − t).
+
+    An invalid step reads nothing, and nothing flows across a reset: there the norm is 0. In a `Bidirectional` the
+    backward cell's step t reads the carry that comes from step t + 1.
+
+    Args:
+      cell, params, carry, xs: as in `jaxrnn.scan`; any composition.
+      loss: `(carry, ys) -> scalar` of what `jaxrnn.scan` returns. Summed over rows, each row has its own gradient.
+      lengths, mask, reset, reverse, time_axis, key: as in `jaxrnn.scan`.
+
+    Returns:
+      `GradientFlow`, time first whatever `time_axis` is.
+
+    Raises:
+      ValueError, TypeError: as `jaxrnn.scan`, and where the loss is no real scalar.
+
+    Reference: Hochreiter 1991; Pascanu et al. 2013, On the difficulty of training recurrent neural networks.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxrnn import IndRNN, IndRNNParams
+        >>> from jaxrnn.analysis import gradient_flow
+        >>> halves = IndRNNParams(w_x=jnp.ones((1, 1)), w_h=jnp.array([0.5]), b=None)
+        >>> xs = jnp.ones((4, 1))
+        >>> gradient_flow(IndRNN(1, 1), halves, None, xs, lambda carry, ys: carry.h.sum()).total
+        Array([0.0625, 0.125 , 0.25  , 0.5   ], dtype=float32)
+    """
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of (carry, ys), got {loss!r}")
+    keywords: dict[str, Any] = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
+    keywords |= {"time_axis": time_axis, "key": key}
+
+    def shifted_loss(offsets):
+        final, ys = observe(cell, params, carry, xs, offsets, **keywords)
+        value = jnp.asarray(loss(final_carry(final), ys))
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"loss: expected a real scalar, got {value.dtype}{list(value.shape)}")
+        return value
+
+    shapes, _ = jax.eval_shape(lambda *arguments: observe(cell, *arguments, **keywords), params, carry, xs)
+    seen = observations(shapes)
+    if not seen:
+        raise TypeError(f"cell: expected one with a carry, got {cell!r}")
+    offsets = [[jnp.zeros_like(leaf) for leaf in filter(inexact, jax.tree.leaves(one.reads.carry))] for one in seen]
+    value, gradients = jax.value_and_grad(shifted_loss)(offsets)
+    ndim = seen[0].valid.ndim
+    norms = [[norm(leaf, ndim) for leaf in leaves] for leaves in gradients]
+    every = jnp.stack([each.astype(jnp.result_type(value)) for leaves in norms for each in leaves], axis=-1)
+    trees = [_like(one.reads.carry, leaves) for one, leaves in zip(seen, norms, strict=True)]
+    return GradientFlow(value, arrange(shapes, trees), norm(every, ndim))
+
+
+def _like(carry, norms):
+    leaves, structure = jax.tree.flatten(carry)
+    each = iter(norms)
+    return jax.tree.unflatten(structure, [next(each) if inexact(leaf) else None for leaf in leaves])

@@ -1,0 +1,184 @@
+"""The Jacobian of a step along a trajectory: how much it stretches, at once and in the long run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn.analysis.observe import Observation, as_real, check_count, from_real, observe_whole
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import cast_like, select
+
+
+class JacobianSpectrum(NamedTuple):
+    """The singular values of J_t, descending, (T, *batch, N), 0 at invalid steps; and which are valid, (T, *batch)."""
+
+    singular_values: Array
+    valid: Array
+
+
+class LyapunovSpectrum(NamedTuple):
+    """The exponents in nats per step, (*batch, K); the number of steps that they are a mean over, (*batch)."""
+
+    exponents: Array
+    steps: Array
+
+
+def singular_values(
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    *,
+    lengths: Any = None,
+    mask: Any = None,
+    reset: Any = None,
+    reverse: bool = False,
+    time_axis: int = 0,
+) -> JacobianSpectrum:
+    """The singular values of the step's Jacobian, along the trajectory that `xs` drives.
+
+        J_t = ∂c_{t+1}/∂c_t,    c_{t+1}, y_t = step(c_t, x_t)
+        σ_1 ≥ … ≥ σ_N of J_t
+
+    c is all of the carry, flattened to N numbers; a complex entry is two real ones. Gradients explode only if σ_1 > 1
+    somewhere, and vanish if σ_1 ≤ γ < 1 everywhere. At a reset, c_t is the fresh carry. A `Stack` is one recurrence,
+    whose J_t holds all layers; give a `Bidirectional`'s directions one by one. Of h' = h A + x they are those of A.
+
+    The cost is one N × N decomposition for each step and row.
+
+    Args:
+      cell, params, carry, xs: as in `jaxrnn.scan`, for a cell that runs step by step.
+      lengths, mask, reset, reverse, time_axis: as in `jaxrnn.scan`.
+
+    Returns:
+      `JacobianSpectrum`, time first whatever `time_axis` is.
+
+    Reference: Pascanu et al. 2013, On the difficulty of training recurrent neural networks; Pennington et al. 2017,
+    Resurrecting the sigmoid in deep learning through dynamical isometry.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxrnn import IndRNN, IndRNNParams
+        >>> from jaxrnn.analysis import singular_values
+        >>> params = IndRNNParams(w_x=jnp.ones((1, 2)), w_h=jnp.array([0.5, 2.0]), b=None)
+        >>> singular_values(IndRNN(1, 2), params, None, jnp.ones((3, 1))).singular_values[0]
+        Array([2. , 0.5], dtype=float32)
+    """
+    seen = observe_whole(
+        cell, params, carry, xs, lengths=lengths, mask=mask, reset=reset, reverse=reverse, time_axis=time_axis
+    )
+
+    def spectrum(carry, x):
+        return jnp.linalg.svd(jax.jacfwd(_flat_step(seen, carry, x))(as_real(carry)), compute_uv=False)
+
+    values = lax.map(lambda reads: _rows(seen, spectrum)(*reads), seen.reads)
+    return JacobianSpectrum(select(seen.valid, values, jnp.zeros_like(values)), seen.valid)
+
+
+def lyapunov_exponents(
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    *,
+    count: int | None = None,
+    warmup: int = 0,
+    lengths: Any = None,
+    mask: Any = None,
+    reset: Any = None,
+    reverse: bool = False,
+    time_axis: int = 0,
+) -> LyapunovSpectrum:
+    """The Lyapunov exponents of the recurrence along the trajectory that `xs` drives, by Benettin's method.
+
+        Q_{t+1} R_{t+1} = J_t Q_t,    J_t = ∂c_{t+1}/∂c_t,  Q_0 random, orthonormal, N × K
+        λ_k = mean over t of log (R_{t+1})_kk
+
+    They are the rates at which a perturbation of the carry grows or shrinks: λ_1 > 0 is chaos, where gradients explode,
+    and λ_1 < 0 a memory of about −1/λ_1 steps. They are those of a finite trajectory; `warmup` leaves out the steps in
+    which Q_t still turns into place. An invalid step does nothing; a reset goes on with Q_t from the fresh carry. No
+    N × N matrix is made. Of h' = h A + x they are the logarithms of the moduli of A's eigenvalues.
+
+    Args:
+      cell, params, carry, xs: as in `jaxrnn.scan`, for a cell that runs step by step.
+      count: K, the number of exponents, the greatest ones; None for all N.
+      warmup: how many valid steps go before the mean.
+      lengths, mask, reset, reverse, time_axis: as in `jaxrnn.scan`.
+
+    Returns:
+      `LyapunovSpectrum`, the exponents about in descending order.
+
+    Reference: Benettin et al. 1980; for recurrent networks: Engelken et al. 2023, Lyapunov spectra of chaotic recurrent
+    neural networks; Vogt et al. 2022, On Lyapunov exponents for RNNs.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxrnn import IndRNN, IndRNNParams
+        >>> from jaxrnn.analysis import lyapunov_exponents
+        >>> params = IndRNNParams(w_x=jnp.ones((1, 2)), w_h=jnp.array([0.5, 1.0]), b=None)
+        >>> spectrum = lyapunov_exponents(IndRNN(1, 2), params, None, jnp.ones((40, 1)), warmup=20)
+        >>> spectrum.exponents.round(4) + 0
+        Array([ 0.    , -0.6931], dtype=float32)
+    """
+    warmup = check_count("warmup", warmup, at_least=0)
+    seen = observe_whole(
+        cell, params, carry, xs, lengths=lengths, mask=mask, reset=reset, reverse=reverse, time_axis=time_axis
+    )
+    flat = jax.eval_shape(lambda carry: as_real(carry, seen.valid.ndim), seen.reads.carry)
+    *rows, size = flat.shape[1:]
+    count = check_count("count", size if count is None else count, at_least=1)
+    if count > size:
+        raise ValueError(f"count: expected at most {size}, the size of the carry, got {count}")
+
+    def stretch(q, carry, x):
+        step, point = _flat_step(seen, carry, x), as_real(carry)
+        return _orthonormal(jax.vmap(lambda v: jax.jvp(step, (point,), (v,))[1])(q))
+
+    def body(state, inputs):
+        q, total, done = state
+        reads, valid = inputs
+        turned, grown = _rows(seen, stretch)(q, *reads)
+        counted = valid & (done >= warmup)
+        return (select(valid, turned, q), select(counted, total + grown, total), done + valid.astype(done.dtype)), None
+
+    q, _ = _orthonormal(jax.random.normal(jax.random.key(0), (count, size), flat.dtype))
+    start = jnp.broadcast_to(q, (*rows, *q.shape)), jnp.zeros((*rows, count), flat.dtype), jnp.zeros(rows, jnp.int32)
+    (_, total, done), _ = lax.scan(body, start, (seen.reads, seen.valid), reverse=reverse)
+    steps = jnp.maximum(done - warmup, 0)
+    return LyapunovSpectrum(total / jnp.maximum(steps, 1)[..., None].astype(flat.dtype), steps)
+
+
+def _rows(seen: Observation, function):
+    """`function` of one row, for all of them."""
+    for _ in range(seen.valid.ndim - 1):
+        function = jax.vmap(function)
+    return function
+
+
+def _flat_step(seen: Observation, carry, x):
+    """c ↦ c' of one row, both as vectors of real numbers."""
+
+    def step(vector):
+        new, _ = seen.cell.step(seen.params, from_real(vector, carry), x)
+        return as_real(cast_like(new, carry, owner=type(seen.cell).__name__))
+
+    return step
+
+
+def _orthonormal(vectors: Array) -> tuple[Array, Array]:
+    """The rows made orthonormal, one after the other, and the logarithm of what is left of each.
+
+    By Gram–Schmidt, twice, and no call of LAPACK's QR: jaxlib's CPU backend can hang where several of them run at once.
+    """
+
+    def row(k, state):
+        q, logs = state
+        v = vectors[k]
+        for _ in range(2):
+            v = v - jnp.matmul(jnp.matmul(q, v, precision="highest"), q, precision="highest")
+        length = jnp.linalg.norm(v)
+        return q.at[k].set(v / jnp.maximum(length, jnp.finfo(v.dtype).tiny)), logs.at[k].set(jnp.log(length))
+
+    return lax.fori_loop(0, len(vectors), row, (jnp.zeros_like(vectors), jnp.zeros_like(vectors[:, 0])))

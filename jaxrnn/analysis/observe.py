@@ -1,0 +1,189 @@
+"""What the recurrent cells of a model read at every step, and offsets on it. The numbers stay what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, NamedTuple, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn.cell import Cell
+from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
+from jaxrnn.engines.arrays import accumulator, inexact
+from jaxrnn.pool import Pool
+from jaxrnn.sequence import scan
+from jaxrnn.wrap import LearnedCarry, Residual, Wrapper
+
+
+class Reads(NamedTuple):
+    """What each step reads: the carry, after a reset the fresh one, and x; leaves (T, *batch, ...), 0 if invalid."""
+
+    carry: Any
+    x: Any
+
+
+class Observation(NamedTuple):
+    """One cell of a model after a run: its final carry, what its steps read, and which were valid, (T, *batch)."""
+
+    cell: Cell
+    params: Any
+    carry: Any
+    reads: Reads
+    valid: Array
+
+
+class ObservedParams(NamedTuple):
+    """The cell's params, and what is added to the floating leaves of the carry at each step, (T, *batch, ...)."""
+
+    cell: Any
+    offsets: list[Array] | None
+
+
+class Observed(Wrapper):
+    """A cell that leaves an `Observation` in place of its final carry; its step takes (x, offsets) for x."""
+
+    def init(self, key, dtype=jnp.float32):
+        return ObservedParams(self.cell.init(key, dtype), None)
+
+    def initial_carry(self, params, batch_shape=()):
+        return self.cell.initial_carry(params.cell, batch_shape)
+
+    def step(self, params, carry, x, noise=None):
+        x, offsets = x
+        if offsets is not None:
+            leaves, structure = jax.tree.flatten(carry)
+            offset = iter(offsets)
+            carry = jax.tree.unflatten(structure, [leaf + next(offset) if inexact(leaf) else leaf for leaf in leaves])
+        new, y = self.cell.step(params.cell, carry, x, noise)
+        return new, (y, Reads(carry, x))
+
+    def scan(self, params, carry, xs, *, valid, **arguments):
+        length = jax.tree.leaves(xs)[0].shape[0]
+        row = jax.tree.leaves(jax.eval_shape(self.initial_carry, params))[0]
+        leaf = jax.tree.leaves(carry)[0]
+        batch_shape = leaf.shape[: leaf.ndim - row.ndim]
+        carry, (ys, reads) = Cell.scan(self, params, carry, (xs, params.offsets), valid=valid, **arguments)
+        valid = jnp.ones((length, *batch_shape), bool) if valid is None else valid
+        return Observation(self.cell, params.cell, carry, reads, valid), ys
+
+
+def check_cell(cell: Any) -> None:
+    """`cell` is one."""
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}")
+
+
+def check_count(name: str, value: Any, *, at_least: int) -> int:
+    """`value` as an integer of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if operator.index(value) < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+    return operator.index(value)
+
+
+def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, **keywords: Any) -> tuple[Any, Any]:
+    """`jaxrnn.scan` with an `Observation` in place of the final carry of every recurrent cell.
+
+    `Stack`, `Bidirectional`, `Residual`, `LearnedCarry` and `Pool` are seen through; any other cell, a user's own
+    composition too, is observed as a whole, by its step. `offsets` holds one list for each observed cell, in order.
+    """
+    check_cell(cell)
+    jax.eval_shape(cell.initial_carry, params)  # raises where the params are of another cell
+    cell, params = _observed(cell, params, None if offsets is None else iter(offsets))
+    return scan(cell, params, carry, xs, **keywords)
+
+
+def observe_whole(cell: Cell, params: Any, carry: Any, xs: Any, **keywords: Any) -> Observation:
+    """The `Observation` of `cell`, a composition too, as one recurrence."""
+    check_cell(cell)
+    if cell.ends_time:
+        raise TypeError(f"cell: expected one that runs step by step; analyse the cell inside the Pool of {cell!r}")
+    if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)):
+        raise TypeError(f"cell: expected one with a carry, got {cell!r}")
+    return scan(Observed(cell), ObservedParams(params, None), carry, xs, **keywords)[0]
+
+
+def _observed(cell, params, offsets):
+    """`cell` and `params` with every recurrent cell observed."""
+
+    def inside():
+        return [_observed(part.cell, part.params, offsets) for part in cell.parts(params, None)]
+
+    match cell:
+        case Stack():
+            cells, inner = zip(*inside(), strict=True)
+            return dataclasses.replace(cell, cells=cells), inner
+        case Bidirectional():
+            (forward, a), (backward, b) = inside()
+            return dataclasses.replace(cell, forward=forward, backward=backward), BidirectionalPair(a, b)
+        case LearnedCarry():
+            ((inner_cell, inner),) = inside()
+            return dataclasses.replace(cell, cell=inner_cell), params._replace(cell=inner)
+        case Residual() | Pool():
+            ((inner_cell, inner),) = inside()
+            return dataclasses.replace(cell, cell=inner_cell), inner
+    if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)):
+        return cell, params
+    return Observed(cell), ObservedParams(params, None if offsets is None else next(offsets))
+
+
+def _is_observation(node):
+    return isinstance(node, Observation)
+
+
+def observations(carry: Any) -> list[Observation]:
+    """The observations in what `observe` returns for the carry."""
+    return list(filter(_is_observation, jax.tree.leaves(carry, is_leaf=_is_observation)))
+
+
+def final_carry(carry: Any) -> Any:
+    """The carry that `scan` would have returned."""
+    return jax.tree.map(lambda node: node.carry if _is_observation(node) else node, carry, is_leaf=_is_observation)
+
+
+def arrange(carry: Any, results: list) -> Any:
+    """`results`, one for each observation, in the structure of the carry, and None for whatever is not observed."""
+    result = iter(results)
+    return jax.tree.map(lambda node: next(result) if _is_observation(node) else None, carry, is_leaf=_is_observation)
+
+
+def as_real(tree: Any, batch_ndim: int = 0) -> Array:
+    """The floating leaves in one array, (*batch, N), of at least float32; a complex one as (real, imaginary)."""
+    parts = []
+    for leaf in filter(inexact, jax.tree.leaves(tree)):
+        rows = leaf.reshape(*leaf.shape[:batch_ndim], -1)
+        parts += [rows.real, rows.imag] if jnp.iscomplexobj(rows) else [rows]
+    dtype = accumulator(*(part.dtype for part in parts))
+    return jnp.concatenate([part.astype(dtype) for part in parts], axis=-1)
+
+
+def from_real(vector: Array, like: Any) -> Any:
+    """The tree `like` with its floating leaves from the vector that `as_real` makes of them."""
+    leaves, structure = jax.tree.flatten(like)
+    start = 0
+
+    def take(leaf):
+        nonlocal start
+        part = vector[start : start + leaf.size].reshape(leaf.shape)
+        start += leaf.size
+        return part
+
+    def rebuild(leaf):
+        if not inexact(leaf):
+            return leaf
+        return (jax.lax.complex(take(leaf), take(leaf)) if jnp.iscomplexobj(leaf) else take(leaf)).astype(leaf.dtype)
+
+    return jax.tree.unflatten(structure, [rebuild(leaf) for leaf in leaves])
+
+
+def norm(leaf: Array, batch_ndim: int) -> Array:
+    """‖leaf‖ over all but the first axes, also where its square would overflow or vanish."""
+    rows = jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1))
+    greatest = rows.max(-1, initial=0)
+    regular = (greatest > 0) & jnp.isfinite(greatest)
+    scale = jnp.where(regular, greatest, jnp.ones_like(greatest))
+    return jnp.where(regular, scale * jnp.sqrt(jnp.square(rows / scale[..., None]).sum(-1)), greatest)

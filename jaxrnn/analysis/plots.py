@@ -1,0 +1,285 @@
+"""A figure for each analysis, of one result or of several side by side: `plot_...({"LSTM": a, "GRU": b})`.
+
+They are `matplotlib.figure.Figure`s, sized for a column of a paper: `figure.savefig("flow.pdf")`. No global state of
+matplotlib is touched, and matplotlib is imported only when one is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxrnn.analysis.gates import Saturation
+from jaxrnn.analysis.gradient import GradientFlow
+from jaxrnn.analysis.jacobian import JacobianSpectrum, LyapunovSpectrum
+from jaxrnn.analysis.memory_length import MemoryLength
+from jaxrnn.analysis.training_memory import TrainingMemory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
+# Okabe & Ito 2008: told apart by the colour-blind.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#808080"
+COLUMN, PAGE = 3.5, 7.0  # inches
+
+
+def plot_gradient_flow(flows: GradientFlow | Mapping[Any, GradientFlow]) -> Figure:
+    """‖∂L/∂c_t‖ over time, on a logarithmic axis: the median of the rows, and their 10 to 90 % as a band.
+
+    Of a dict, one line for each total; of one result, one for each leaf of the carry. What is 0 is left out.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from jaxrnn.analysis import gradient_flow, plot_gradient_flow
+        >>> cell = jaxrnn.LSTM(3, 4)
+        >>> params = cell.init(jax.random.key(0))
+        >>> flow = gradient_flow(cell, params, None, jnp.ones((20, 3)), lambda carry, ys: ys[-1].sum())
+        >>> figure = plot_gradient_flow(flow)
+        >>> [line.get_label() for line in figure.axes[0].lines]
+        ['h', 'c']
+    """
+    if isinstance(flows, GradientFlow):
+        norms = jax.tree_util.tree_leaves_with_path(flows.norms)
+        series = {_path(path) or "carry": leaf for path, leaf in norms}
+    else:
+        series = {label: flow.total for label, flow in _several("flows", flows, GradientFlow).items()}
+    figure, (ax,) = _figure(COLUMN, 2.5)
+    for k, (label, values) in enumerate(series.items()):
+        _median_line(ax, k, np.asarray(values), label=str(label))
+    _finish(ax, "time step $t$", r"gradient norm $\|\partial L/\partial c_t\|$", log=True, legend=len(series) > 1)
+    return figure
+
+
+def plot_singular_values(spectra: JacobianSpectrum | Mapping[Any, JacobianSpectrum]) -> Figure:
+    """The singular values of J_t over time, a panel for each result: greatest, median and least, of the median row.
+
+    The dark band holds the middle half of them. Above the dashed line, at 1, a step stretches.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from jaxrnn.analysis import plot_singular_values, singular_values
+        >>> cell = jaxrnn.GRU(3, 4)
+        >>> params = cell.init(jax.random.key(0))
+        >>> figure = plot_singular_values({"GRU": singular_values(cell, params, None, jnp.ones((9, 3)))})
+        >>> figure.axes[0].get_title()
+        'GRU'
+    """
+    results = _several("spectra", spectra, JacobianSpectrum)
+    figure, axes = _figure(COLUMN if len(results) == 1 else PAGE, 2.4, len(results), sharey=True)
+    for k, (ax, (label, spectrum)) in enumerate(zip(axes, results.items(), strict=True)):
+        values, color = np.asarray(spectrum.singular_values), COLORS[k % len(COLORS)]
+        values = values.reshape(len(values), -1, values.shape[-1])
+        valid = np.asarray(spectrum.valid).reshape(values.shape[:2])
+        rows = _over_rows(values, valid, np.median)
+        rows = np.where(rows > 0, rows, np.nan)
+        time, size = np.arange(len(rows)), rows.shape[1]
+        ax.fill_between(time, rows[:, -1], rows[:, 0], color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(time, rows[:, -(-3 * size // 4) - 1], rows[:, size // 4], color=color, alpha=0.3, linewidth=0)
+        columns = {"greatest": (0, "-"), "median": (size // 2, "--"), "least": (size - 1, ":")}
+        for name, (column, line) in columns.items():
+            ax.plot(time, rows[:, column], line, color=color, linewidth=1.2, label=name)
+        _finish(ax, "time step $t$", r"singular values of $J_t$" if k == 0 else "", log=True)
+        ax.axhline(1, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
+        ax.set_title(str(label), fontsize=9)
+    for line in _legend_above(figure, *axes[0].get_legend_handles_labels()).get_lines():
+        line.set_color("black")
+    return figure
+
+
+def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[Any, LyapunovSpectrum]) -> Figure:
+    """The Lyapunov exponents in their order: the mean of the rows, and their standard deviation as bars.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> from jaxrnn.analysis import lyapunov_exponents, plot_lyapunov_exponents
+    >>> cell = jaxrnn.GRU(3, 4)
+    >>> params = cell.init(jax.random.key(0))
+    >>> figure = plot_lyapunov_exponents(lyapunov_exponents(cell, params, None, jnp.ones((9, 3))))
+    >>> figure.axes[0].get_xlabel()
+    'index $k$'
+    """
+    results = _several("spectra", spectra, LyapunovSpectrum)
+    figure, (ax,) = _figure(COLUMN, 2.5)
+    for k, (label, spectrum) in enumerate(results.items()):
+        rows = np.asarray(spectrum.exponents)
+        rows = rows.reshape(-1, rows.shape[-1])[np.ravel(spectrum.steps) > 0]
+        index, spread = np.arange(1, rows.shape[-1] + 1), rows.std(0) if len(rows) > 1 else None
+        ax.errorbar(
+            index, rows.mean(0), spread, label=str(label), markersize=3, elinewidth=0.8, **_look(k, marker=True)
+        )
+    _finish(ax, "index $k$", r"exponent $\lambda_k$ (nats per step)", legend=len(results) > 1)
+    ax.axhline(0, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
+    ax.locator_params(axis="x", integer=True)
+    return figure
+
+
+def plot_gate_saturation(saturations: Any) -> Figure:
+    """A panel for each gate, a point for each unit: how often it is low, and how often high.
+
+    Near the origin a unit is in its linear range, near the diagonal a switch, at its ends stuck.
+
+    Args:
+      saturations: what `gate_saturation` returns, of a composition too, or a dict of label to such.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from jaxrnn.analysis import gate_saturation, plot_gate_saturation
+        >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.LSTM(4, 5)))
+        >>> params = cell.init(jax.random.key(0))
+        >>> figure = plot_gate_saturation(gate_saturation(cell, params, None, jnp.ones((9, 3))))
+        >>> [ax.get_title() for ax in figure.axes]
+        ['i', 'f', 'g', 'o']
+    """
+    series = {}
+    for label, tree in (saturations if isinstance(saturations, Mapping) else {"": saturations}).items():
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Saturation)):
+            series[f"{label} {_path(path)}".strip()] = node
+    if not series or not all(isinstance(node, Saturation) for node in series.values()):
+        raise TypeError(f"saturations: expected what gate_saturation returns, got {saturations!r}")
+    gates = list(dict.fromkeys(name for node in series.values() for name in node.low._fields))
+    columns = min(len(gates), 4)
+    figure, axes = _figure(max(COLUMN, 1.75 * columns), 2.3, len(gates), columns, sharey=True)
+    handles = {}
+    for gate, ax in zip(gates, axes, strict=True):
+        ax.plot([0, 1], [1, 0], color=GREY, linestyle="--", linewidth=0.8, zorder=0)
+        for k, (label, node) in enumerate(series.items()):
+            if gate in node.low._fields:
+                low, high = (np.ravel(getattr(side, gate)) for side in node)
+                look = {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k % len(MARKERS)], "linewidths": 0}
+                handles[label] = ax.scatter(low, high, s=14, alpha=0.6, clip_on=False, **look)
+        _finish(ax, "fraction low", "fraction high" if ax in axes[::columns] else "")
+        ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        ax.set_title(gate, fontsize=9)
+    if len(handles) > 1:
+        _legend_above(figure, [handles[label] for label in series], list(series))
+    return figure
+
+
+def plot_memory_length(memories: MemoryLength | Mapping[Any, MemoryLength]) -> Figure:
+    """The influence of the input k steps back on a logarithmic axis, as `plot_gradient_flow`; the mean lag as a mark.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> from jaxrnn.analysis import memory_length, plot_memory_length
+    >>> cell = jaxrnn.GRU(3, 4)
+    >>> params = cell.init(jax.random.key(0))
+    >>> figure = plot_memory_length({"GRU": memory_length(cell, params, None, jnp.ones((20, 3)))})
+    >>> figure.axes[0].get_yscale()
+    'log'
+    """
+    results = _several("memories", memories, MemoryLength)
+    figure, (ax,) = _figure(COLUMN, 2.5)
+    for k, (label, memory) in enumerate(results.items()):
+        lag = float(np.mean(memory.mean_lag))
+        middle = _median_line(ax, k, np.asarray(memory.influence), label=f"{label}, mean lag {lag:.3g}".strip(", "))
+        height = np.interp(lag, np.arange(len(middle)), middle)
+        ax.plot([lag], [height], "o", color=COLORS[k % len(COLORS)], markersize=4.5, markeredgecolor="white")
+    _finish(ax, "lag $k$ (steps)", r"influence $\|\partial y_T/\partial x_{T-k}\|$", log=True, legend=True)
+    return figure
+
+
+def plot_training_memory(memories: TrainingMemory | Mapping[Any, TrainingMemory]) -> Figure:
+    """The memory of a training step as bars, estimated (residuals and what is recomputed) beside measured.
+
+    Of a dict, a group for each; keys that are integers or None are values of `remat_every`.
+
+        >>> from jaxrnn.analysis import TrainingMemory, plot_training_memory
+        >>> figure = plot_training_memory({None: TrainingMemory(64, 8192, 0, 8192, 9000)})
+        >>> figure.axes[0].get_ylabel()
+        'memory (KiB)'
+    """
+    results = _several("memories", memories, TrainingMemory)
+    figure, (ax,) = _figure(COLUMN, 2.5)
+    residuals, recomputed, measured = (
+        np.array([getattr(memory, name) or 0 for memory in results.values()], float)
+        for name in ("residuals", "recomputed", "measured")
+    )
+    power = min(int(np.log2(max((residuals + recomputed).max(), measured.max(), 1)) // 10), 4)
+    unit, scale, at, width = ("B", "KiB", "MiB", "GiB", "TiB")[power], 1024.0**power, np.arange(len(results)), 0.36
+    blue, light, orange = COLORS[0], COLORS[5], COLORS[1]
+    left, right = at - width / 2 - 0.02, at + width / 2 + 0.02
+    ax.bar(left, residuals / scale, width, color=blue, label="residuals (estimated)")
+    if recomputed.any():
+        ax.bar(left, recomputed / scale, width, residuals / scale, color=light, label="recomputed (estimated)")
+    ax.bar(right, measured / scale, width, color=orange, label="measured")
+    numbers = all(label is None or isinstance(label, int) for label in results)
+    _finish(ax, "remat_every" if numbers else "", f"memory ({unit})", legend=True)
+    ax.set_xticks(at, ["none" if label is None else str(label) for label in results])
+    ax.tick_params(axis="x", length=0)
+    ax.margins(y=0.25)
+    return figure
+
+
+def _several(name: str, results: Any, kind: type) -> dict:
+    """Results by label."""
+    results = {"": results} if isinstance(results, kind) else results
+    if not isinstance(results, Mapping) or not results or not all(isinstance(r, kind) for r in results.values()):
+        raise TypeError(f"{name}: expected {kind.__name__} or a dict of label to {kind.__name__}, got {results!r}")
+    return dict(results)
+
+
+def _figure(
+    width: float, height: float, panels: int = 1, columns: int | None = None, *, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, side by side, in rows of `columns` panels and the given height."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "jaxrnn[plot]"') from error
+    columns = columns or panels
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(width, height * rows), dpi=200, layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel())
+    for ax in axes[panels:]:
+        ax.remove()
+    return figure, axes[:panels]
+
+
+def _finish(ax: Axes, xlabel: str, ylabel: str, *, log: bool = False, legend: bool = False) -> None:
+    if log:
+        ax.set_yscale("log")
+    ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9)
+    ax.tick_params(labelsize=8, width=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_linewidth(0.8)
+    if legend:
+        ax.legend(fontsize=8, frameon=False)
+
+
+def _legend_above(figure: Figure, handles: list, labels: list[str]) -> Legend:
+    return figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+
+
+def _look(k: int, marker: bool = False) -> dict[str, Any]:
+    look: dict[str, Any] = {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k % len(LINES)], "linewidth": 1.4}
+    return look | ({"marker": MARKERS[k % len(MARKERS)]} if marker else {})
+
+
+def _median_line(ax: Axes, k: int, values: np.ndarray, *, label: str) -> np.ndarray:
+    """Draws the median of the rows of (T, *batch) that are not 0, and 10 to 90 % as a band; returns the median."""
+    rows = values.reshape(len(values), -1)[..., None]
+    time, seen = np.arange(len(rows)), rows[..., 0] > 0
+    middle = _over_rows(rows, seen, np.median)[:, 0]
+    if rows.shape[1] > 1:
+        low, high = (
+            _over_rows(rows, seen, lambda x, axis, q=q: np.quantile(x, q, axis=axis))[:, 0] for q in (0.1, 0.9)
+        )
+        ax.fill_between(time, low, high, color=COLORS[k % len(COLORS)], alpha=0.2, linewidth=0)
+    alone = np.isfinite(middle).sum() == 1  # a line through one point is not seen
+    ax.plot(time, middle, label=label, **_look(k, marker=bool(alone)), markersize=4)
+    return middle
+
+
+def _over_rows(values: np.ndarray, chosen: np.ndarray, summary: Any) -> np.ndarray:
+    """`summary` of (T, R, N) over the chosen rows of each step, NaN where there is none."""
+    nothing = np.full(values.shape[2:], np.nan)
+    steps = zip(values, chosen, strict=True)
+    return np.array([summary(step[flags], axis=0) if flags.any() else nothing for step, flags in steps])
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

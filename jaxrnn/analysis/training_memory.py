@@ -1,0 +1,117 @@
+"""What a training step needs of memory: estimated, and measured from the compiled program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from jaxrnn.analysis.observe import check_cell
+from jaxrnn.cell import Cell
+from jaxrnn.sequence import scan
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes of one training step.
+
+    activations: the final carry and ys. residuals: kept from the forward for the backward pass. recomputed: one chunk's
+    residuals, which exist while the backward pass is in it; 0 without `remat_every`. estimated: residuals + recomputed.
+    measured: what the compiled step allocates besides its arguments and results; None where the platform does not say.
+    """
+
+    activations: int
+    residuals: int
+    recomputed: int
+    estimated: int
+    measured: int | None
+
+
+def training_memory(
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    loss: Callable[[Any, Any], Array],
+    *,
+    remat_every: int | None = None,
+    **keywords: Any,
+) -> TrainingMemory:
+    """The memory of one training step, the loss and its gradient with respect to the params. Nothing is run.
+
+        M    = T r            residuals without remat_every, r bytes a step
+        M(k) ≈ (T/k) c + k r  with remat_every = k, c bytes a carry: least at k = √(T c / r)
+
+    The residuals are counted in JAX's own program, before XLA: the distinct arrays that the forward pass hands to the
+    backward pass, not counting params, carry and xs. What the loss and the layers without time keep is part of them.
+    In a `Stack` one layer after the other is recomputed, so that `recomputed` is an upper bound. `measured` is XLA's:
+    it has the backward pass's own buffers beside the residuals, and fuses some of them away.
+
+    With φ = identity an `Elman` keeps of each step h_{t−1}, for w_h, and where the loss is Σ y², y_t: r = 2 H numbers.
+
+    Args:
+      cell: any cell or composition.
+      params, carry, xs: as in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
+      loss: `(carry, ys) -> scalar` of what `jaxrnn.scan` returns.
+      remat_every, keywords: as in `jaxrnn.scan`.
+
+    Returns:
+      `TrainingMemory`; for several k, `{k: training_memory(..., remat_every=k) for k in (None, 8, 32)}`.
+
+    Reference: Chen et al. 2016, Training deep nets with sublinear memory cost; Gruslys et al. 2016, Memory-efficient
+    backpropagation through time.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from jaxrnn.analysis import training_memory
+        >>> cell = jaxrnn.Elman(2, 8, activation="identity")
+        >>> params = cell.init(jax.random.key(0))
+        >>> xs = jax.ShapeDtypeStruct((100, 2), jnp.float32)
+        >>> memory = training_memory(cell, params, None, xs, lambda carry, ys: jnp.sum(ys**2))
+        >>> memory.residuals == 2 * 100 * 8 * 4
+        True
+    """
+    check_cell(cell)
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of (carry, ys), got {loss!r}")
+    arguments = (params, carry, xs)
+
+    def run(every, params, carry, xs):
+        return scan(cell, params, carry, xs, remat_every=every, **keywords)
+
+    def kept(every):
+        def backward(params, carry, xs):
+            return jax.vjp(lambda params: loss(*run(every, params, carry, xs)), params)[1]
+
+        return _distinct_bytes(jax.make_jaxpr(backward)(*arguments).jaxpr)
+
+    def step(params, carry, xs):
+        return jax.value_and_grad(lambda params: loss(*run(remat_every, params, carry, xs)))(params)
+
+    final, ys = jax.eval_shape(lambda *arguments: run(remat_every, *arguments), *arguments)
+    length = jax.tree.leaves(xs)[0].shape[keywords.get("time_axis", 0)]
+    residuals = kept(remat_every)
+    recomputed = 0 if remat_every is None else math.ceil(kept(None) * min(remat_every, length) / max(length, 1))
+    analysis = jax.jit(step).lower(*arguments).compile().memory_analysis()
+    return TrainingMemory(
+        activations=sum(map(_bytes, jax.tree.leaves((final, ys)))),
+        residuals=residuals,
+        recomputed=recomputed,
+        estimated=residuals + recomputed,
+        measured=None if analysis is None else analysis.temp_size_in_bytes,
+    )
+
+
+def _bytes(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _distinct_bytes(jaxpr: Any) -> int:
+    """Of the arrays that a program returns, those that are not its arguments, also under another shape, once each."""
+    given = {id(variable) for variable in jaxpr.invars}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "reshape" and id(equation.invars[0]) in given:
+            given.add(id(equation.outvars[0]))
+    returned = {id(variable): variable.aval for variable in jaxpr.outvars}
+    return sum(_bytes(aval) for name, aval in returned.items() if name not in given)
