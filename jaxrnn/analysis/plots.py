@@ -38,12 +38,12 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[Any, GradientFlow]) -> Figu
 
         >>> import jax, jax.numpy as jnp, jaxrnn
         >>> from jaxrnn.analysis import gradient_flow, plot_gradient_flow
-        >>> cell = jaxrnn.LSTM(3, 4)
+        >>> cell = jaxrnn.MGU(3, 4)
         >>> params = cell.init(jax.random.key(0))
         >>> flow = gradient_flow(cell, params, None, jnp.ones((20, 3)), lambda carry, ys: ys[-1].sum())
-        >>> figure = plot_gradient_flow(flow)
+        >>> figure = plot_gradient_flow({"before training": flow})
         >>> [line.get_label() for line in figure.axes[0].lines]
-        ['h', 'c']
+        ['before training']
     """
     if isinstance(flows, GradientFlow):
         norms = jax.tree_util.tree_leaves_with_path(flows.norms)
@@ -62,12 +62,10 @@ def plot_singular_values(spectra: JacobianSpectrum | Mapping[Any, JacobianSpectr
 
     The dark band holds the middle half of them. Above the dashed line, at 1, a step stretches.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.analysis import plot_singular_values, singular_values
-        >>> cell = jaxrnn.GRU(3, 4)
-        >>> params = cell.init(jax.random.key(0))
-        >>> figure = plot_singular_values({"GRU": singular_values(cell, params, None, jnp.ones((9, 3)))})
-        >>> figure.axes[0].get_title()
+        >>> import numpy as np
+        >>> from jaxrnn.analysis import JacobianSpectrum, plot_singular_values
+        >>> spectrum = JacobianSpectrum(singular_values=np.ones((9, 4)), valid=np.ones(9, bool))
+        >>> plot_singular_values({"GRU": spectrum}).axes[0].get_title()
         'GRU'
     """
     results = _several("spectra", spectra, JacobianSpectrum)
@@ -95,12 +93,10 @@ def plot_singular_values(spectra: JacobianSpectrum | Mapping[Any, JacobianSpectr
 def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[Any, LyapunovSpectrum]) -> Figure:
     """The Lyapunov exponents in their order: the mean of the rows, and their standard deviation as bars.
 
-    >>> import jax, jax.numpy as jnp, jaxrnn
-    >>> from jaxrnn.analysis import lyapunov_exponents, plot_lyapunov_exponents
-    >>> cell = jaxrnn.GRU(3, 4)
-    >>> params = cell.init(jax.random.key(0))
-    >>> figure = plot_lyapunov_exponents(lyapunov_exponents(cell, params, None, jnp.ones((9, 3))))
-    >>> figure.axes[0].get_xlabel()
+    >>> import numpy as np
+    >>> from jaxrnn.analysis import LyapunovSpectrum, plot_lyapunov_exponents
+    >>> spectrum = LyapunovSpectrum(exponents=np.array([-0.1, -0.5]), steps=np.array(9))
+    >>> plot_lyapunov_exponents(spectrum).axes[0].get_xlabel()
     'index $k$'
     """
     results = _several("spectra", spectra, LyapunovSpectrum)
@@ -126,13 +122,12 @@ def plot_gate_saturation(saturations: Any) -> Figure:
     Args:
       saturations: what `gate_saturation` returns, of a composition too, or a dict of label to such.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.analysis import gate_saturation, plot_gate_saturation
-        >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.LSTM(4, 5)))
-        >>> params = cell.init(jax.random.key(0))
-        >>> figure = plot_gate_saturation(gate_saturation(cell, params, None, jnp.ones((9, 3))))
+        >>> import numpy as np, jaxrnn
+        >>> from jaxrnn.analysis import Saturation, plot_gate_saturation
+        >>> gates = jaxrnn.MGUGates(f=np.array([0.1, 0.3]), n=np.array([0.0, 0.5]))
+        >>> figure = plot_gate_saturation(Saturation(low=gates, high=gates))
         >>> [ax.get_title() for ax in figure.axes]
-        ['i', 'f', 'g', 'o']
+        ['f', 'n']
     """
     series = {}
     for label, tree in (saturations if isinstance(saturations, Mapping) else {"": saturations}).items():
@@ -162,11 +157,9 @@ def plot_gate_saturation(saturations: Any) -> Figure:
 def plot_memory_length(memories: MemoryLength | Mapping[Any, MemoryLength]) -> Figure:
     """The influence of the input k steps back on a logarithmic axis, as `plot_gradient_flow`; the mean lag as a mark.
 
-    >>> import jax, jax.numpy as jnp, jaxrnn
-    >>> from jaxrnn.analysis import memory_length, plot_memory_length
-    >>> cell = jaxrnn.GRU(3, 4)
-    >>> params = cell.init(jax.random.key(0))
-    >>> figure = plot_memory_length({"GRU": memory_length(cell, params, None, jnp.ones((20, 3)))})
+    >>> import numpy as np
+    >>> from jaxrnn.analysis import MemoryLength, plot_memory_length
+    >>> figure = plot_memory_length({"GRU": MemoryLength(0.5 ** np.arange(20), np.array(1.0))})
     >>> figure.axes[0].get_yscale()
     'log'
     """
