@@ -82,8 +82,9 @@ class Stack(Cell):
         if self.skip:
             return input_size(self.cells[0])
         for cell in self.cells:
-            if input_size(cell) is not None or not cell.pointwise:
-                return input_size(cell)
+            size = input_size(cell)  # once, since a Stack of Stacks asks all below it
+            if size is not None or not cell.pointwise:
+                return size
         return None
 
     @property

@@ -1,6 +1,7 @@
 """Training: from arrays to a trained, saved, resumed model, in pure pieces and one loop above them."""
 
 from jaxrnn.training.batches import Arrays, Batch, Source
+from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, restore
 from jaxrnn.training.evaluate import evaluate, predict
 from jaxrnn.training.fit import NonFiniteError, fit
 from jaxrnn.training.history import BadStep, History
@@ -18,33 +19,51 @@ from jaxrnn.training.losses import (
     perplexity,
     squared_error,
 )
+from jaxrnn.training.ragged import Bucketed, Buckets, bucket, pad, unpad
+from jaxrnn.training.saving import load, save
+from jaxrnn.training.series import Scaler, windows
 from jaxrnn.training.step import Best, TrainState, make_eval, make_step, train_state
+from jaxrnn.training.streams import Streams
 
 __all__ = [
     "Arrays",
     "BadStep",
     "Batch",
     "Best",
+    "Bucketed",
+    "Buckets",
+    "CheckpointError",
+    "Checkpoints",
     "History",
     "Mean",
     "NonFiniteError",
     "Perplexity",
+    "Restored",
+    "Scaler",
     "Source",
+    "Streams",
     "TrainState",
     "absolute_error",
     "accuracy",
     "binary_accuracy",
     "binary_cross_entropy",
+    "bucket",
     "cross_entropy",
     "evaluate",
     "fit",
+    "load",
     "make_eval",
     "make_loss",
     "make_step",
     "make_truncated_loss",
     "mean",
+    "pad",
     "perplexity",
     "predict",
+    "restore",
+    "save",
     "squared_error",
     "train_state",
+    "unpad",
+    "windows",
 ]

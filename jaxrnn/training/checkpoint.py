@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.step import TrainState
@@ -31,7 +30,7 @@ class Checkpoints(NamedTuple):
 
     directory: of this run alone: new, empty, or holding its earlier checkpoints, from which `fit` goes on.
     every: steps between two of them; they lie at the ends of jitted calls, and one at the end of training.
-    keep: how many are kept beside the last: the best by the monitored validation value.
+    keep: how many are kept beside the last: the best by the monitored value of the validation before them.
     """
 
     directory: str | os.PathLike
@@ -54,12 +53,15 @@ class Saver:
         for name in ("every", "keep"):
             if getattr(where, name) < 1:
                 raise ValueError(f"checkpoints: {name} must be at least 1, got {getattr(where, name)}")
+        import orbax.checkpoint as ocp  # here, since it takes a second
+
+        self.args = ocp.args
         self.directory = Path(where.directory).absolute()
         _claim(self.directory)
         policies = ocp.checkpoint_managers.preservation_policy
         keep = policies.BestN(
             get_metric_fn=lambda metrics: metrics["value"],
-            reverse=maximize,
+            reverse=not maximize,  # those that come last in the order are kept
             n=where.keep,
             keep_checkpoints_without_metrics=False,
         )
@@ -90,7 +92,7 @@ class Saver:
             "validation": list(history.validation),
             "leaves": leaves,
         }
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+        items = self.args.Composite(arrays=self.args.StandardSave(arrays), about=self.args.JsonSave(about))
         self.manager.save(step, args=items, metrics=None if value is None else {"value": value})
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
@@ -104,12 +106,12 @@ class Saver:
         where = f"{self.directory}: the checkpoint of step {step}"
         others = f"the others there are of steps {[each for each in steps if each != step]}"
         try:
-            about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            about = self.manager.restore(step, args=self.args.Composite(about=self.args.JsonRestore()))["about"]
             abstract = {
                 name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
                 for name, (_, shape, dtype, _) in _stored(about["leaves"])
             }
-            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+            items = self.args.Composite(arrays=self.args.StandardRestore(abstract))
             arrays = self.manager.restore(step, args=items)["arrays"] if abstract else {}
             history = about["train"], about["validation"]
         except Exception as error:  # whatever Orbax and TensorStore raise for files that are not as they were written

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluate import evaluator
 from jaxrnn.training.feeding import Group, as_source, groups
 from jaxrnn.training.history import BadStep, History, empty_history
@@ -121,15 +122,14 @@ def fit(
     with contextlib.ExitStack() as stack:
         run = None
         if checkpoints is not None:
-            from jaxrnn.training.checkpoint import run_in  # here, since Orbax takes a second to import
-
             run = stack.enter_context(run_in(checkpoints, monitor=monitor, maximize=maximize))
             state, history, start = run.begin(state, history, start)
         epoch = _go_to(source, state.data)
         length = len(source) if callable(getattr(source, "__len__", None)) else None
         size = steps_per_call if length is None else max(1, min(steps_per_call, length))
         report = stack.enter_context(on_screen(None if length is None else epochs * length, progress))
-        while epoch < epochs and not np.all(state.stopped):
+        history = history._replace(ended=_ended(epoch, epochs, state))
+        while not history.ended:
             for group in groups(source, size):
                 if run and run.due(state):  # not after the last group, which belongs together with the validation
                     run.save(state, history)
@@ -153,9 +153,9 @@ def fit(
                 )
                 report(f"epoch {epoch}/{epochs}", _steps(state) - start, _latest(history, monitor))
             state = state._replace(data={"epoch": epoch, "source": source.state()})
-            if run and run.due(state):
+            history = history._replace(ended=_ended(epoch, epochs, state))
+            if run and not history.ended and run.due(state):
                 run.save(state, history)
-        history = history._replace(ended="stopped" if np.all(state.stopped) else "epochs")
         if run:
             run.save(state, history)
     return state._replace(data=None), history
@@ -236,6 +236,10 @@ def _go_to(source: Any, position: Any) -> int:
         return 0
     source.restore(position["source"])
     return position["epoch"]
+
+
+def _ended(epoch: int, epochs: int, state: TrainState) -> str:
+    return "stopped" if np.all(state.stopped) else "epochs" if epoch >= epochs else ""
 
 
 def _steps(state: TrainState) -> int:

@@ -27,7 +27,7 @@ class History(NamedTuple):
     validation_step: the steps after which validations were made, (E,).
     validation: each metric, (E,).
     bad: the steps that were not finite.
-    ended: why training ended: "epochs", "patience", "not finite" or, before the end, "".
+    ended: "epochs" when all were trained, "stopped" when nothing was left to train (patience, or not finite), else "".
     """
 
     step: np.ndarray
