@@ -51,6 +51,7 @@ from jaxrnn.analysis import (
     singular_values,
     training_memory,
 )
+from jaxrnn.analysis.observe import as_real, from_real
 
 X64 = True
 
@@ -206,6 +207,27 @@ def test_analysis_under_jit_and_vmap():
     np.testing.assert_allclose(exponents, np.log(a), 1e-12)
 
 
+def test_an_empty_sequence_and_a_narrow_one():
+    with jax.enable_x64(False):
+        cell = MGU(2, 3)
+        params = draw_params(cell, dtype=jnp.bfloat16)
+
+        @jax.jit
+        def all_of(xs):
+            return (
+                gradient_flow(cell, params, None, xs, lambda carry, ys: carry.h.sum()).total,
+                singular_values(cell, params, None, xs).singular_values,
+                lyapunov_exponents(cell, params, None, xs),
+            )
+
+        for length in (0, 2):
+            total, values, spectrum = all_of(draw_x(cell, 3, length, 4, dtype=jnp.bfloat16))
+            assert (total.shape, total.dtype) == ((length, 4), jnp.float32)
+            assert (values.shape, values.dtype) == ((length, 4, 3), jnp.float32)
+            assert spectrum.steps.tolist() == [length] * 4
+            assert np.isfinite(spectrum.exponents).all()
+
+
 # Jacobians
 
 
@@ -265,6 +287,22 @@ def test_lyapunov_exponents_of_chaos_and_of_complex_numbers():
     np.testing.assert_allclose(values, [expected] * 3, 1e-12)
     exponents = lyapunov_exponents(cell, params, None, np.ones((40, 2), complex), warmup=30).exponents
     np.testing.assert_allclose(exponents, np.log(expected), 1e-10)
+
+
+def test_an_invalid_step_turns_no_perturbation():
+    cell = Elman(2, 3)
+    params, xs = draw_params(cell), draw_x(cell, 3, 8)
+    mask = np.array([1, 0, 1, 1, 0, 0, 1, 0], bool)
+    run = jax.jit(lambda xs, mask: lyapunov_exponents(cell, params, None, xs, mask=mask).exponents)
+    np.testing.assert_allclose(run(xs, mask), run(xs[mask], np.ones(4, bool)), 1e-10)
+
+
+def test_numbers_of_every_kind_as_real_ones_and_back():
+    tree = {"a": np.ones((2, 3)) * [1, 2, 3], "n": np.arange(2), "z": np.array([1 + 2j, 3 - 4j])}
+    tree = jax.tree.map(jnp.asarray, tree)
+    vector = as_real(tree)
+    np.testing.assert_array_equal(vector, [1, 2, 3, 1, 2, 3, 1, 3, 2, -4])
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, from_real(vector, tree), tree))
 
 
 def test_a_singular_map_forgets_at_once():
@@ -518,6 +556,7 @@ XS = np.ones((4, 1))
             TypeError,
             "xs: expected floating; embed tokens first",
         ),
+        (lambda: memory_length(LEAK, LEAK_PARAMS, None, XS[:0]), ValueError, "xs: expected at least one step"),
         (lambda: memory_length(LEAK, LEAK_PARAMS, None, XS, samples=3), TypeError, "give samples and key"),
         (
             lambda: memory_length(LEAK, LEAK_PARAMS, None, XS, samples=0, key=jax.random.key(0)),

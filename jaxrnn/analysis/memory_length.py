@@ -72,6 +72,8 @@ def memory_length(
     keywords: dict[str, Any] = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
     xs = jax.tree.map(jnp.asarray, xs)
     leaf, ndim = jax.tree.leaves(xs)[0], jax.tree.leaves(cell.input_ndim)[0]
+    if not leaf.size:
+        raise ValueError(f"xs: expected at least one step and row, got shape {leaf.shape}")
 
     def output(xs):
         _, ys = scan(cell, params, carry, xs, time_axis=time_axis, **keywords)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -151,11 +152,15 @@ def arrange(carry: Any, results: list) -> Any:
     return jax.tree.map(lambda node: next(result) if _is_observation(node) else None, carry, is_leaf=_is_observation)
 
 
+def _flat(leaf: Array, batch_ndim: int) -> Array:
+    return leaf.reshape(*leaf.shape[:batch_ndim], math.prod(leaf.shape[batch_ndim:]))
+
+
 def as_real(tree: Any, batch_ndim: int = 0) -> Array:
     """The floating leaves in one array, (*batch, N), of at least float32; a complex one as (real, imaginary)."""
     parts = []
     for leaf in filter(inexact, jax.tree.leaves(tree)):
-        rows = leaf.reshape(*leaf.shape[:batch_ndim], -1)
+        rows = _flat(leaf, batch_ndim)
         parts += [rows.real, rows.imag] if jnp.iscomplexobj(rows) else [rows]
     dtype = accumulator(*(part.dtype for part in parts))
     return jnp.concatenate([part.astype(dtype) for part in parts], axis=-1)
@@ -182,7 +187,7 @@ def from_real(vector: Array, like: Any) -> Any:
 
 def norm(leaf: Array, batch_ndim: int) -> Array:
     """‖leaf‖ over all but the first axes, also where its square would overflow or vanish."""
-    rows = jnp.abs(leaf.reshape(*leaf.shape[:batch_ndim], -1))
+    rows = jnp.abs(_flat(leaf, batch_ndim))
     greatest = rows.max(-1, initial=0)
     regular = (greatest > 0) & jnp.isfinite(greatest)
     scale = jnp.where(regular, greatest, jnp.ones_like(greatest))
