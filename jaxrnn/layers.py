@@ -119,7 +119,8 @@ class Embed(Layer):
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"x: Embed expects integers, got {x.dtype}")
         if check.concrete(x) and x.size:
-            low, high = np.min(x), np.max(x)
+            tokens = np.asarray(x)  # a NumPy array stays one inside `jit`
+            low, high = tokens.min(), tokens.max()
             if low < 0 or high >= self.vocabulary:
                 raise ValueError(f"x: expected tokens in [0, {self.vocabulary}), got {low} to {high}")
         known = (x >= 0) & (x < self.vocabulary)

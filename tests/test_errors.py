@@ -264,6 +264,15 @@ def test_padding_tokens_need_not_be_tokens():
     assert np.isnan(jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs)[1])(np.array([1, -1, 3]))[1:]).all()
 
 
+def test_tokens_that_jit_closes_over_are_checked():
+    cell = Embed(3, 2)
+    params = cell.init(jax.random.key(0))
+    run = lambda tokens: jax.jit(lambda params: jaxrnn.scan(cell, params, None, tokens)[1])(params)
+    assert run(jnp.array([1, 2])).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"x: expected tokens in \[0, 3\), got 1 to 7"):
+        run(jnp.array([1, 7]))
+
+
 @pytest.mark.parametrize("cell", [MGU(2, 3), IndRNN(2, 3), ConvLSTM((4,), 2, 3), Linear(2, 3)], ids=repr)
 def test_params_of_another_cell(cell):
     xs = np.ones((5, 4, 2), np.float32)
