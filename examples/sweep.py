@@ -156,9 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     """The exit status."""
     args = parse(argv)
     result = run(args)
-    table = Table("learning rate", *(f"{rate:.1e}" for rate in result.rates))
-    for k, losses in enumerate(result.held_out.T):
-        table.add_row(f"seed {k}, held-out loss", *(f"{loss:.3f}" for loss in losses))
+    table = Table("learning rate", *(f"seed {k}" for k in range(result.held_out.shape[1])), title="held-out loss")
+    for rate, losses in zip(result.rates, result.held_out, strict=True):
+        table.add_row(f"{rate:.4f}", *(f"{loss:.3f}" for loss in losses))
     Console().print(table)
     table = Table(f"{result.held_out.size} models, seconds", "to compile", "to run")
     table.add_row("a loop over one compiled training", *(f"{value:.2f}" for value in result.loop))
