@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from interrupted import flat, run
+from interrupted import ADAM, MODEL, flat, run
 
 from jaxrnn.training import fit, train_state
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Saver, restore
@@ -120,6 +120,8 @@ def test_a_finished_run_can_be_read_and_made_longer(tmp_path):
     whole = run(tmp_path / "whole", truncated=False, epochs=3)
     short = run(tmp_path / "short", truncated=False, epochs=2)
     restored = restore(tmp_path / "short", short[0])
+    fresh = jax.eval_shape(lambda key: train_state(MODEL.init(key), ADAM, key), jax.random.key(0))
+    same(restore(tmp_path / "short", fresh), restored)
     same(restored.state._replace(data=None), short[0])
     same(restored.history, short[1])
     assert restored.state.data["epoch"] == 2
@@ -146,6 +148,16 @@ def test_empty_and_zero_size_leaves_and_every_dtype_survive(tmp_path):
     assert [leaf.dtype for leaf in jax.tree.leaves(restored.params)] == [leaf.dtype for leaf in jax.tree.leaves(params)]
     same(restored._replace(data=None), state._replace(data=None))
     assert restored.data == state.data
+
+
+@pytest.mark.parametrize(("maximize", "kept"), [(False, [1, 5, 6]), (True, [3, 4, 6])])
+def test_the_best_and_the_last_are_kept(tmp_path, maximize, kept):
+    state = train_state(jnp.ones(2), optax.sgd(0.1), jax.random.key(0))
+    saver = Saver(Checkpoints(tmp_path / "run", keep=2), maximize=maximize)
+    for step, value in enumerate([1.0, 3.0, 5.0, 4.0, 2.0, None], 1):
+        saver.save(state._replace(step=jnp.int32(step)), empty_history(), start=0, value=value)
+    saver.close()
+    assert steps_saved(tmp_path / "run") == kept
 
 
 @pytest.fixture(scope="module")

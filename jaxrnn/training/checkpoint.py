@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.training.history import BadStep, History
-from jaxrnn.training.step import TrainState
+from jaxrnn.training.step import Best, TrainState
 
 MARK = "jaxrnn-run.json"
 FORMAT = 1
@@ -90,7 +90,7 @@ class Saver:
             "ended": history.ended,
             "train": list(history.train),
             "validation": list(history.validation),
-            "leaves": leaves,
+            "leaves": [list(leaf) for leaf in leaves],
         }
         items = self.args.Composite(arrays=self.args.StandardSave(arrays), about=self.args.JsonSave(about))
         self.manager.save(step, args=items, metrics=None if value is None else {"value": value})
@@ -107,10 +107,8 @@ class Saver:
         others = f"the others there are of steps {[each for each in steps if each != step]}"
         try:
             about = self.manager.restore(step, args=self.args.Composite(about=self.args.JsonRestore()))["about"]
-            abstract = {
-                name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-                for name, (_, shape, dtype, _) in _stored(about["leaves"])
-            }
+            leaves = [Leaf(*leaf) for leaf in about["leaves"]]
+            abstract = _abstract(leaves)
             items = self.args.Composite(arrays=self.args.StandardRestore(abstract))
             arrays = self.manager.restore(step, args=items)["arrays"] if abstract else {}
             history = about["train"], about["validation"]
@@ -120,8 +118,8 @@ class Saver:
         if about.get("format") != FORMAT:
             raise CheckpointError(f"{where} has format {about.get('format')}, this version reads {FORMAT}")
         train, validation = (dict.fromkeys(names, 0) for names in history)
-        target = like._replace(data=None), (0, train, 0, validation)
-        state, (steps_, train, validation_step, validation) = _unpack(target, about["leaves"], arrays, where)
+        target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation)
+        state, (steps_, train, validation_step, validation) = _unpack(target, leaves, arrays, where)
         bad = tuple(BadStep(*each) for each in about["bad"])
         record = History(steps_, train, validation_step, validation, bad, about["ended"])
         return Restored(state._replace(data=about["data"]), record, about["start"])
@@ -173,7 +171,8 @@ def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None 
 
     Args:
       directory: as in `Checkpoints`.
-      like: a state of the same structure and shapes, for instance the one that training began with.
+      like: a state of the same structure and shapes, for instance the one that training began with, or
+        `jax.eval_shape` of what makes it.
 
     Raises:
       CheckpointError: if there is none, or it is damaged, or of another model.
@@ -211,59 +210,79 @@ def _arrays_of(history: History):
     return history.step, history.train, history.validation_step, history.validation
 
 
+class Leaf(NamedTuple):
+    """One leaf as it is written down: where it is, its shape and dtype, the checksum of its numbers.
+
+    `key` is the implementation of a PRNG key, whose numbers are its words; None for other arrays.
+    """
+
+    path: str
+    shape: list[int]
+    dtype: str
+    checksum: int
+    key: str | None
+
+
 def _is_key(leaf) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _plain(leaf) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-
-
-def _pack(tree: Any) -> tuple[dict[str, np.ndarray], list]:
-    """The leaves as plain arrays, and (path, shape, dtype, checksum) of each; empty ones are only described."""
+def _pack(tree: Any) -> tuple[dict[str, np.ndarray], list[Leaf]]:
+    """The leaves as plain arrays, and what is written down of them; empty ones are only written down."""
     arrays, leaves = {}, []
     for k, (path, leaf) in enumerate(_named(tree)):
-        array = _plain(leaf)
-        leaves.append([path, list(array.shape), array.dtype.name, _checksum(array)])
+        key = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+        array = np.asarray(jax.random.key_data(leaf) if key else leaf)
+        leaves.append(Leaf(path, list(array.shape), array.dtype.name, _checksum(array), key))
         if array.size:
             arrays[f"leaf{k}"] = array
     return arrays, leaves
 
 
-def _stored(leaves):
-    return [(f"leaf{k}", leaf) for k, leaf in enumerate(leaves) if 0 not in leaf[1]]
+def _abstract(leaves: list[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        f"leaf{k}": jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
+        for k, leaf in enumerate(leaves)
+        if 0 not in leaf.shape
+    }
 
 
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 
-def _unpack(target: Any, leaves: list, arrays: Mapping[str, Any], where: str) -> Any:
+def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, Any], where: str) -> Any:
     """The tree of `target`'s structure; raises where path, shape, dtype or checksum is another."""
+    other = f"{where} is of another model, optimizer or setting"
     wanted = _named(target)
-    paths = [path for path, _ in wanted]
-    stored = [leaf[0] for leaf in leaves]
-    if paths != stored:
-        odd = next((pair for pair in zip(paths, stored, strict=False) if pair[0] != pair[1]), None)
-        told = f"it has {odd[1]} where {odd[0]} is expected" if odd else f"{len(stored)} leaves, expected {len(paths)}"
-        raise CheckpointError(f"{where} is of another model, optimizer or setting: {told}")
+    for (path, _), leaf in zip(wanted, leaves, strict=False):
+        if path != leaf.path:
+            raise CheckpointError(f"{other}: it has {leaf.path[3:]} where {path[3:]} is expected")
+    if len(wanted) != len(leaves):
+        raise CheckpointError(f"{other}: it has {len(leaves)} leaves, expected {len(wanted)}")
     out = []
-    for k, ((path, like), (_, shape, dtype, checksum)) in enumerate(zip(wanted, leaves, strict=True)):
-        state = path.startswith("[0]")
-        if state and (list(_plain(like).shape) != shape or _plain(like).dtype.name != dtype):
-            raise CheckpointError(
-                f"{where} is of another model, optimizer or setting: {path[3:]} is {dtype}{shape}, "
-                f"expected {_plain(like).dtype.name}{list(_plain(like).shape)}"
-            )
-        array = np.asarray(arrays[f"leaf{k}"]) if 0 not in shape else np.zeros(shape, jnp.dtype(dtype))
-        if _checksum(array) != checksum:
+    for k, ((path, like), leaf) in enumerate(zip(wanted, leaves, strict=True)):
+        array = np.asarray(arrays[f"leaf{k}"]) if 0 not in leaf.shape else np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
+        if _checksum(array) != leaf.checksum:
             raise CheckpointError(f"{where} is damaged: the checksum of {path[3:]} differs")
-        if _is_key(like):
-            out.append(jax.random.wrap_key_data(jnp.asarray(array), impl=str(jax.random.key_impl(like))))
-        else:
-            out.append(jnp.asarray(array) if state else array)
+        if path.startswith("[0]"):
+            array = jnp.asarray(array)
+            array = array if leaf.key is None else jax.random.wrap_key_data(array, impl=leaf.key)
+            if (array.shape, array.dtype) != (like.shape, like.dtype):
+                raise CheckpointError(
+                    f"{other}: {path[3:]} is {array.dtype}{list(array.shape)}, expected {like.dtype}{list(like.shape)}"
+                )
+        out.append(array)
     return jax.tree.unflatten(jax.tree.structure(target), out)
+
+
+def _with_best(like: TrainState, leaves: list[Leaf]) -> TrainState:
+    """`like` with the place of a best, where one was saved: a state before training has none yet."""
+    if like.best is not None or not any(leaf.path.startswith("[0].best") for leaf in leaves):
+        return like
+    value = jax.ShapeDtypeStruct(like.step.shape, jax.dtypes.canonicalize_dtype(float))
+    return like._replace(best=Best(like.params, value, like.step, like.step))

@@ -19,7 +19,7 @@ class Best(NamedTuple):
     """The params of the best validation, its value and step, and how many validations since were no better."""
 
     params: Any
-    value: Array
+    value: Any
     step: Array
     stale: Array
 
