@@ -18,7 +18,7 @@ import pytest
 from interrupted import ADAM, MODEL, flat, run
 
 from jaxrnn.training import fit, train_state
-from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Saver, restore
+from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Saver, _pack, _unpack, restore
 from jaxrnn.training.history import empty_history
 
 PROMOTION = "standard"  # Adam of Optax mixes dtypes
@@ -212,6 +212,14 @@ def test_one_flipped_bit_is_found(finished, tmp_path):
     largest.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged"):
         restore(directory, state)
+
+
+def test_other_numbers_than_were_saved_are_found():
+    """As files may be read without an error and yet not be what was written."""
+    arrays, leaves = _pack(({"w": jnp.arange(3.0)},))
+    same(_unpack(({"w": jnp.zeros(3)},), leaves, arrays, "there"), ({"w": np.arange(3.0, dtype=np.float32)},))
+    with pytest.raises(CheckpointError, match="there is damaged: the checksum"):
+        _unpack(({"w": jnp.zeros(3)},), leaves, {name: array + 1 for name, array in arrays.items()}, "there")
 
 
 def test_a_checkpoint_of_another_model_says_so(finished):
