@@ -14,7 +14,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.cells.lstm import LSTMCarry
-from jaxrnn.engines.arrays import inexact
+from jaxrnn.engines.arrays import accumulator, cast_like, inexact
 from jaxrnn.sequence import scan
 
 # What a Flax module and the adapters use themselves; a param of such a name gets an underscore behind it.
@@ -209,15 +209,21 @@ class FlaxCell(Cell):
         return (*batch_shape, *(size if isinstance(size, tuple) else (size,)))
 
     def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
-        carry = self.begin(params, jax.random.key(0), self.x_shape(batch_shape))
-        return _named(jax.tree.map(jnp.asarray, carry), _traced(self).hidden)
+        carry = jax.tree.map(jnp.asarray, self.begin(params, jax.random.key(0), self.x_shape(batch_shape)))
+        dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(params) if inexact(leaf)]
+
+        def widen(leaf):
+            return leaf.astype(accumulator(leaf.dtype, *dtypes)) if inexact(leaf) else leaf
+
+        return _named(jax.tree.map(widen, carry), _traced(self).hidden)
 
     def step(self, params, carry, x, noise=None):
         if jax.tree.leaves(noise):
             raise TypeError(f"noise: {self!r} has no place for it, so RecurrentDropout cannot go around it")
         traced = _traced(self)
-        carry, y = self.run(params, _unnamed(carry, traced.carry, traced.hidden), x)
-        return _named(carry, traced.hidden), jax.tree.map(lambda leaf: _in_dtype_of(x, leaf), y)
+        new, y = self.run(params, _unnamed(carry, traced.carry, traced.hidden), x)
+        new = cast_like(_named(new, traced.hidden), carry, owner=type(self).__name__)
+        return new, jax.tree.map(lambda leaf: _in_dtype_of(x, leaf), y)
 
 
 def _in_dtype_of(x: Array, y: Array) -> Array:

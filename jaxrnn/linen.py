@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
+from flax.core import FrozenDict, unfreeze
 from jax import Array
 
 from jaxrnn import flax_bridge as bridge
@@ -58,6 +59,11 @@ class RNN(nn.Module):
     deterministic: bool | None = None
     param_dtype: Any = jnp.float32
     rng_collection: str = "dropout"
+
+    def __post_init__(self):
+        if isinstance(self.implementation, Mapping):
+            self.implementation = FrozenDict(self.implementation)  # which hashes
+        nn.Module.__post_init__(self)
 
     def setup(self):
         names = bridge.top_names(self.cell)

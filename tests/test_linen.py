@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
+import test_contract
+from flax import nnx, serialization
 from flax.core import freeze
 from flax.traverse_util import flatten_dict, path_aware_map
 from members import MEMBERS, D, H, OwnParams, draw_carry, draw_params, draw_x, some_members, weighted_sum
@@ -19,6 +20,7 @@ import jaxrnn.linen
 from jaxrnn import GRU, LSTM, Bidirectional, Cell, ConvLSTM, Dropout, Elman, LearnedCarry, Linear, LSTMCarry, Stack
 from jaxrnn.flax_bridge import TAKEN, draws
 from jaxrnn.linen import RNN, FlaxCarry, LinenCell, from_params, to_params
+from jaxrnn.nnx import from_nnx
 
 KEY = jax.random.key(0)
 BATCH, TIME = 4, 5
@@ -340,6 +342,20 @@ def test_a_module_of_a_user():
     close(y, ys[:, 0])
 
 
+def test_sharding_and_hashing():
+    cell, implementation = Stack((Dropout(0.0), Linear(D, H))), {"gated_scan": "xla"}
+    model = RNN(cell, implementation=implementation)
+    assert hash(model) == hash(RNN(cell, implementation=dict(implementation)))
+    variables = {"params": from_params(cell, draw_params(cell))}
+
+    def box(path, leaf):
+        return nn.Partitioned(leaf, ("rows", "columns")[-leaf.ndim :]) if path[-1] == "w" else leaf
+
+    boxed = path_aware_map(box, variables)
+    assert nn.get_partition_spec(boxed)["params"]["layer_1"]["w"] == jax.P("rows", "columns")
+    equal(model.apply(boxed, XS), model.apply(variables, XS))
+
+
 def test_serialization():
     variables, other = ({"params": from_params(MODEL, draw_params(MODEL, seed))} for seed in (1, 2))
     restored = serialization.from_bytes(other, serialization.to_bytes(variables))
@@ -434,21 +450,19 @@ def test_a_flax_cell_gives_what_flax_gives(name):
     assert hash(cell) == hash(LinenCell(module.clone(), D))
     params = cell.init(KEY)
     theirs = nn.RNN(module, return_carry=True)
-    ours = RNN(cell)
 
     @jax.jit
     def both(params):
-        def run(model, params, **keywords):
-            variables = {"params": params}
-            carry, ys = model.apply(variables, XS, seq_lengths=lengths, **keywords)
-            valid = (np.arange(TIME) < lengths[:, None])[..., None]
-            return weighted(jnp.where(valid, ys, 0)) + weighted(jnp.tanh(carry[0])), (carry, jnp.where(valid, ys, 0))
+        def loss(params, model, **keywords):
+            carry, ys = model.apply({"params": params}, XS, seq_lengths=lengths, **keywords)
+            ys = jnp.where((np.arange(TIME) < lengths[:, None])[..., None], ys, 0)
+            return weighted(ys), (carry, ys)
 
-        flax = jax.value_and_grad(lambda p: run(theirs, {"cell": p}), has_aux=True)(params)
-        return flax, jax.value_and_grad(lambda p: run(ours, p, method="scan"), has_aux=True)(params)
+        d_flax, out = jax.grad(loss, has_aux=True)({"cell": params}, theirs)
+        return (d_flax["cell"], *out), jax.grad(loss, has_aux=True)(params, RNN(cell), method="scan")
 
-    ((_, (flax_carry, flax_ys)), _), ((_, (carry, ys)), _) = both(params)
-    close(ys, flax_ys)
+    (d_flax, flax_carry, flax_ys), (d_params, (carry, ys)) = both(params)
+    close((ys, d_params), (flax_ys, d_flax))
     if name in ("gru", "mgu", "simple"):
         assert type(carry) is FlaxCarry
         close(carry.h, flax_carry)
@@ -459,19 +473,6 @@ def test_a_flax_cell_gives_what_flax_gives(name):
     assert cell.recurrent_state == "h"
     assert cell.output_size == H
     assert str(cell).startswith(f"LinenCell({type(module).__name__}(features=3), input_size=2")
-
-
-def test_a_flax_cell_learns_what_flax_learns():
-    module = nn.GRUCell(H)
-    cell = LinenCell(module, D)
-    params = cell.init(KEY)
-
-    @jax.jit
-    def gradients(params):
-        flax = jax.grad(lambda p: weighted(nn.RNN(module).apply({"params": {"cell": p}}, XS)))(params)
-        return flax, jax.grad(lambda p: weighted(RNN(cell).apply({"params": p}, XS)))(params)
-
-    close(*gradients(params))
 
 
 def as_lstm(params):
@@ -574,6 +575,47 @@ def test_dtypes_of_a_flax_cell():
     half = LinenCell(nn.GRUCell(H, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16), D)
     carry, ys = jax.eval_shape(lambda: jaxrnn.scan(half, half.init(KEY), None, XS, time_axis=1))
     assert ys.dtype == carry.h.dtype == jnp.float32
+
+
+def test_the_carry_of_a_flax_cell_keeps_its_dtypes():
+    cell = LinenCell(nn.LSTMCell(H), D)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draw_carry(LSTM(D, H), draw_params(LSTM(D, H))))
+    carry, y = jax.eval_shape(lambda: cell.step(cell.init(KEY), half, XS[0, 0]))
+    assert (carry.h.dtype, carry.c.dtype, y.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    with jax.enable_x64(True):
+        carry = jax.eval_shape(lambda: cell.initial_carry(cell.init(KEY, jnp.float64)))
+        assert carry.h.dtype == carry.c.dtype == jnp.float64
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "cell",
+    [
+        LinenCell(nn.OptimizedLSTMCell(H), D),
+        jaxrnn.Zoneout(LinenCell(nn.GRUCell(H), D), 0.2),
+        from_nnx(nnx.GRUCell(D, H, rngs=nnx.Rngs(0)), create=lambda rngs: nnx.GRUCell(D, H, rngs=rngs))[0],
+    ],
+    ids=repr,
+)
+def test_flax_cells_keep_the_contract(cell):
+    with jax.enable_x64(True):
+        test_contract.test_scan_is_the_loop_of_steps(cell, True)
+        for keeps in (
+            test_contract.test_lengths_are_a_mask,
+            test_contract.test_split_is_whole,
+            test_contract.test_split_is_whole_in_reverse,
+            test_contract.test_batch_axes_and_time_axis,
+            test_contract.test_vmap_is_batch,
+            test_contract.test_gradients_are_finite_differences,
+            test_contract.test_second_order,
+            test_contract.test_remat_changes_nothing,
+            test_contract.test_padding_reaches_nothing,
+            test_contract.test_nothing_crosses_a_reset,
+            test_contract.test_nothing_crosses_a_reset_in_reverse,
+            test_contract.test_noise_is_a_value,
+            test_contract.test_inside_a_scan_and_a_checkpoint,
+        ):
+            keeps(cell)
 
 
 def test_a_convolutional_flax_cell():

@@ -84,6 +84,11 @@ def test_dropout_comes_from_a_stream():
     equal(model()(XS, rngs=nnx.Rngs(dropout=0).dropout), model(1)(XS, rngs=nnx.Rngs(dropout=0)))
     noise = RNN(NOISY, rngs=nnx.Rngs(params=0, noise=3), rng_collection="noise")
     equal(noise(XS, rngs=nnx.Rngs(noise=3)), model()(XS, rngs=nnx.Rngs(dropout=3)))
+    rngs = nnx.Rngs(params=0, dropout=0)
+    own = RNN(NOISY, rngs=rngs)
+    count = int(rngs.dropout.count[...])
+    own(XS)
+    assert rngs.dropout.count[...] == count  # forked, so no other module's stream moves
     none = jaxrnn.scan(NOISY, one.params(), None, XS, time_axis=1)[1]
     equal(one(XS, deterministic=True), none)
     one.eval()
@@ -154,6 +159,9 @@ def test_the_gradient_is_the_function_s():
     cell = LearnedCarry(GRU(D, H))
     params = draw_params(cell)
     model = RNN(cell, params=params, implementation={"gated_scan": "xla"})
+    assert hash(nnx.graphdef(model)) == hash(
+        nnx.graphdef(RNN(cell, params=params, implementation=model.implementation))
+    )
 
     @nnx.jit
     def ours(model):
