@@ -59,15 +59,14 @@ def test_parts_share_no_word(runs):
 
 
 def test_a_short_run_learns(runs):
-    """It draws new words better than the nearest curve is, far better than the mean curve."""
+    """It draws new words better than a linear map, far better than the mean curve; kernels are a strong baseline."""
     result, ((_, test), _, (_, training)) = runs
     mean = generate.distance(training.offsets.mean(0), test.offsets)
-    assert result.errors["the network"] < result.errors["curve of the nearest vector"]
-    assert result.errors["the network"] < 0.8 * mean
+    assert result.errors["the network"] < result.errors["linear regression"] < 0.8 * mean
+    assert result.errors["kernel ridge regression"] < result.errors["linear regression"]
     assert generate.distance(np.diff(result.drawn, axis=1, prepend=0), test.offsets) == pytest.approx(
         result.errors["the network"], rel=1e-4
     )
-    assert max(result.errors["linear regression"], result.errors["kernel ridge regression"]) < mean
 
 
 def test_teacher_forcing_agrees_where_the_past_is_right(runs):
@@ -79,7 +78,7 @@ def test_teacher_forcing_agrees_where_the_past_is_right(runs):
 
     @jax.jit
     def both(params):
-        drawn = writer.draw(params, curves.vectors, 5)
+        drawn = writer.draw(params, generate.Curves(curves.vectors, curves.offsets[:, :5]))
         return drawn, writer.copy(params, generate.Curves(curves.vectors, drawn))
 
     drawn, copied = both(jax.jit(network.init)(jax.random.key(0)))
