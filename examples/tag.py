@@ -43,17 +43,8 @@ from jaxrnn.training.ragged import pad
 
 LENGTH = 80
 VOCABULARY = 128  # ASCII; code 0 stands for any other character
-COLORS = {
-    "space": "white",
-    "keyword": "#8250df",
-    "name": "#24292f",
-    "called name": "#0969da",
-    "number": "#bc4c00",
-    "operator": "#8c959f",
-    "string": "#1a7f37",
-    "comment": "#bf8700",
-}
-TAGS = list(COLORS)
+TAGS = ["space", "keyword", "name", "called name", "number", "operator", "string", "comment"]
+COLORS = ["white", "#8250df", "#24292f", "#0969da", "#bc4c00", "#8c959f", "#1a7f37", "#bf8700"]
 
 
 class Result(NamedTuple):
@@ -84,9 +75,8 @@ def tag(code: str) -> list[tuple[str, list[int]]]:
     for token, following in itertools.pairwise(tokens):
         kind = kinds.get(token.type)
         if token.type == tokenize.NAME:
-            kind = (
-                "keyword" if keyword.iskeyword(token.string) else "called name" if following.string == "(" else "name"
-            )
+            named = "called name" if following.string == "(" else "name"
+            kind = "keyword" if keyword.iskeyword(token.string) else named
         (row, begin), (last, end) = token.start, token.end
         while kind and row <= last:
             stop = end if row == last else len(lines[row - 1])
@@ -100,21 +90,16 @@ def load(args: argparse.Namespace) -> list[Batch]:
     rng, seen, parts = np.random.default_rng(args.seed), set(), []
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     paths = [paths[k] for k in rng.permutation(len(paths))[: 25 if args.quick else None]]
-    bounds = 0, len(paths) * 6 // 10, len(paths) * 8 // 10, len(paths)
-    for (low, high), size in zip(
-        itertools.pairwise(bounds), (400, 100, 100) if args.quick else (3000, 600, 600), strict=True
-    ):
+    sizes = (400, 100, 100) if args.quick else (3000, 600, 600)
+    for modules, size in zip(np.split(paths, [len(paths) * 6 // 10, len(paths) * 8 // 10]), sizes, strict=True):
         lines = {}
-        for path in paths[low:high]:
+        for path in modules:
             lines |= {line: tags for line, tags in tag(path.read_text(encoding="utf-8")) if 0 < len(line) <= LENGTH}
         chosen = rng.permutation(sorted(lines.keys() - seen))[:size].tolist()
         seen |= lines.keys()
         xs, lengths = pad([[ord(c) * (ord(c) < VOCABULARY) for c in line] for line in chosen], length=LENGTH)
-        parts.append(
-            Batch(
-                xs.astype(np.int32), pad([lines[line] for line in chosen], length=LENGTH)[0].astype(np.int32), lengths
-            )
-        )
+        tags, _ = pad([lines[line] for line in chosen], length=LENGTH)
+        parts.append(Batch(xs.astype(np.int32), tags.astype(np.int32), lengths))
     return parts
 
 
@@ -127,9 +112,8 @@ def network(name: str, parts: list[Batch], args: argparse.Namespace) -> np.ndarr
         layers += [both if name == "bidirectional" else LSTM(2 * size, 2 * size), Dropout(0.1, per_sequence=True)]
     model = Stack((*layers, Linear(2 * size, len(TAGS))))
     init, noise, order = jax.random.split(jax.random.key(args.seed), 3)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.01, epochs * len(parts[0].xs) // 50))
-    )
+    rate = optax.cosine_decay_schedule(0.01, epochs * len(parts[0].xs) // 50)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     state, _ = fit(
         make_loss(model, cross_entropy, metrics={"accuracy": accuracy}),
         train_state(model.init(init), optimizer, noise),
@@ -154,8 +138,7 @@ def windows(part: Batch, radius: int) -> tuple[csr_matrix, np.ndarray]:
     pairs = VOCABULARY + 1 + (view[:, :-1] * 131 + view[:, 1:]) % 1024
     width = VOCABULARY + 1 + 1024
     columns = np.concatenate([view[:, :-1], pairs], 1) + width * np.tile(np.arange(2 * radius + 1), 2)
-    starts = np.arange(0, columns.size + 1, columns.shape[1])
-    ones = np.ones(columns.size, np.float32)
+    starts, ones = np.arange(0, columns.size + 1, columns.shape[1]), np.ones(columns.size, np.float32)
     return csr_matrix((ones, columns.ravel(), starts), (len(columns), width * (2 * radius + 1))), part.targets[valid]
 
 
@@ -188,18 +171,17 @@ def picture(result: Result) -> Figure:
     shown = [k for k in order if kinds[k] >= 6 and result.test.lengths[k] < 68][:4]
     rows = {"true": result.test.targets} | result.predicted
     figure = Figure(figsize=(10, 5.4), layout="constrained")
-    figure.suptitle("   ".join(f"{name} {result.accuracy(name):.1%}" for name in result.predicted))
     axes = figure.subplots()
     axes.set(xlim=(-14, 64), ylim=(len(shown) * (len(rows) + 1), -2))
     axes.set_axis_off()
-    for k, tag in enumerate(TAGS[1:]):
-        axes.text(-14 + 11.5 * k, -1, tag, color=COLORS[tag], weight="bold")
+    for k in range(1, len(TAGS)):
+        axes.text(11.5 * k - 25.5, -1, TAGS[k], color=COLORS[k], weight="bold")
     for (block, line), (row, (name, tags)) in itertools.product(enumerate(shown), enumerate(rows.items())):
         y = block * (len(rows) + 1) + row + 0.5
         axes.text(-14, y, name, fontsize=8, color="0.5", va="center")
         places = np.flatnonzero(result.counted[line])
         for place in places:
-            x, color = place - places[0], COLORS[TAGS[tags[line, place]]]
+            x, color = place - places[0], COLORS[tags[line, place]]
             character = chr(result.test.xs[line, place] or ord("?"))
             axes.text(x, y, character, color=color, family="monospace", ha="center", va="center", parse_math=False)
             if name in mistakes and mistakes[name][line, place]:
