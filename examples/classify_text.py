@@ -98,7 +98,7 @@ def read_lines() -> dict[str, tuple[str, int]]:
             marks = [at for at, character in enumerate(line) if at >= 4 and character in "()[],:.="]
             if marks and line[0] != "#":
                 at = rng.choice(marks)
-                found[line[:at]] = line[at], k
+                found[line[:at].rstrip()] = line[at], k
     return found
 
 
@@ -106,20 +106,14 @@ def divide(found: dict[str, tuple[str, int]], args: argparse.Namespace) -> tuple
     """Training, validation and test part, each source in one of them, and the names of the classes."""
     rng, names = np.random.default_rng(args.seed), sorted({label for label, _ in found.values()})
     sources = rng.permutation(sorted({source for _, source in found.values()}))
-    parts = []
-    for few, most, among in zip(
-        (1000, 300, 300),
-        (8000, 2000, 2000),
-        np.split(sources, [len(sources) * 6 // 10, len(sources) * 8 // 10]),
-        strict=True,
-    ):
+    parts, sizes = [], (1000, 300, 300) if args.quick else (16000, 2000, 2000)
+    for size, among in zip(sizes, np.split(sources, [len(sources) * 6 // 10, len(sources) * 8 // 10]), strict=True):
         texts = [text for text, (_, source) in found.items() if source in set(among.tolist())]
-        texts = rng.permutation(texts)[: few if args.quick else most].tolist()
+        texts = rng.permutation(texts)[:size].tolist()
         parts.append(Part(texts, np.array([names.index(found[text][0]) for text in texts], np.int32)))
     if min(len(part.texts) for part in parts) < 10 or len(set(parts[0].classes)) < 2:
-        raise DataError(
-            f"expected at least 50 different texts of at least two labels, got {len(found)} of {len(names)}"
-        )
+        wanted = "at least 50 different texts of at least two labels"
+        raise DataError(f"expected {wanted}, got {len(found)} of {len(names)}")
     return parts, names
 
 
@@ -203,7 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="CSV", help="your own texts (default: lines of Python's library)")
     parser.add_argument("--quick", action="store_true", help="fewer texts, a small network and few epochs")
     parser.add_argument("--seed", type=int, default=0, help="of the division, weights and order (default: %(default)s)")
-    parser.add_argument("--margin", type=float, default=0.05, help="wanted gain in accuracy (default: %(default)s)")
+    parser.add_argument("--margin", type=float, default=0.03, help="wanted gain in accuracy (default: %(default)s)")
     parser.add_argument("--out", default="text.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)
 
