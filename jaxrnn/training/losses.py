@@ -22,8 +22,8 @@ class Mean(NamedTuple):
 
     A metric is any NamedTuple of sums with a `value`; those of several batches are added field by field.
 
-    >>> Mean(6.0, 3.0).value
-    Array(2., dtype=float32)
+    >>> float(Mean(6.0, 3.0).value)
+    2.0
     """
 
     total: Any
@@ -54,7 +54,7 @@ def mean(values: Array, mask: Array | None = None) -> Mean:
 
     >>> import jax.numpy as jnp
     >>> mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([True, False])).value
-    Array(2., dtype=float32)
+    2.0
     """
     wide = accumulator(values.dtype) if inexact(values) else accumulator()
     if mask is None:
