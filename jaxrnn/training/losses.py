@@ -54,7 +54,7 @@ def mean(values: Array, mask: Array | None = None) -> Mean:
 
     >>> import jax.numpy as jnp
     >>> mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([True, False])).value
-    2.0
+    Array(2., dtype=float32)
     """
     wide = accumulator(values.dtype) if inexact(values) else accumulator()
     if mask is None:
