@@ -27,7 +27,7 @@ from jaxrnn.pool import Pool, PoolCarry
 from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
 from jaxrnn.sequence import Explanation, explain, last, rollout, scan, step
 from jaxrnn.summary import Summary, SummaryRow, summary
-from jaxrnn.wrap import EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
+from jaxrnn.wrap import Backward, EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "LSTM",
     "MGU",
     "Apply",
+    "Backward",
     "Bidirectional",
     "BidirectionalPair",
     "Cell",

@@ -31,10 +31,14 @@ def rate(owner: object, name: str, value: Any, *, one_allowed: bool = False) -> 
 
 def threshold(owner: object, name: str, value: Any) -> None:
     """`value` is None or a positive number."""
-    if value is None:
-        return
+    if value is not None:
+        positive(owner, name, value)
+
+
+def positive(owner: object, name: str, value: Any) -> None:
+    """`value` is a positive number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a number or None, got {value!r}")
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
     if not value > 0 or math.isnan(value):
         raise ValueError(f"{type(owner).__name__}: {name} must be positive, got {value}")
 

@@ -139,10 +139,10 @@ class LayerNormParams(NamedTuple):
 
 
 class LayerNorm(Layer):
-    """y = (x − mean) / √(variance + 10⁻⁵) · scale + b over the last axis.
+    """y = (x − mean) / √(variance + ε) · scale + b over the last axis.
 
     Args:
-      size: D.
+      size: D. epsilon: ε.
 
     Reference: Ba, Kiros & Hinton 2016, Layer normalization.
 
@@ -153,11 +153,13 @@ class LayerNorm(Layer):
     """
 
     size: int
+    epsilon: float = 1e-5
 
     pointwise = True
 
     def __post_init__(self):
         check.size(self, "size", self.size)
+        check.positive(self, "epsilon", self.epsilon)
 
     @property
     def input_size(self) -> int:
@@ -177,7 +179,7 @@ class LayerNorm(Layer):
             raise ValueError(f"x: expected (..., {self.size}), got {x.shape}")
         dtype = compute_dtype(x, params)
         wide = accumulator(dtype)
-        y = normalize(x.astype(dtype).astype(wide)) * params.scale.astype(dtype).astype(wide)
+        y = normalize(x.astype(dtype).astype(wide), self.epsilon) * params.scale.astype(dtype).astype(wide)
         if params.b is not None:
             y = y + params.b.astype(dtype).astype(wide)
         return y.astype(dtype)

@@ -12,7 +12,7 @@ from jaxrnn.cell import Cell, check_cell
 from jaxrnn.compose import Bidirectional, Stack
 from jaxrnn.engines.arrays import accumulator, inexact, select
 from jaxrnn.engines.loop import final_index, starts
-from jaxrnn.wrap import Wrapper
+from jaxrnn.wrap import Backward, Wrapper
 
 
 class PoolCarry(NamedTuple):
@@ -27,8 +27,8 @@ class Pool(Wrapper):
     """One y for a whole sequence: the cell's last, mean or greatest output over the valid steps; 0 without any.
 
     It pools what came since the last reset, and goes on across chunks: the pooled outputs are part of the carry. One
-    step puts out what is pooled so far. Of a `Bidirectional` (also on top of a `Stack`), "last" is each direction's own
-    final output: the forward cell's at the last valid step, the backward cell's at the first.
+    step puts out what is pooled so far. Of a `Bidirectional` or `Backward` (also on top of a `Stack`), "last" is each
+    direction's own final output: the forward cell's at the last valid step, the backward cell's at the first.
 
     Args:
       cell: a cell that says its output size.
@@ -64,6 +64,8 @@ class Pool(Wrapper):
         match self.how, self.cell:
             case "last", Bidirectional(forward=forward, backward=backward, merge=merge):
                 return Bidirectional(Pool(forward), Pool(backward), merge)
+            case "last", Backward(cell=cell):
+                return Backward(Pool(cell))
             case "last", Stack(cells=(*below, top)) if _both_directions(self.cell):
                 return Stack((*below, Pool(top)))
         return None
@@ -151,4 +153,4 @@ def _both_directions(cell: Cell) -> bool:
     match cell:
         case Stack(cells=(*_, top), skip=False):
             return _both_directions(top)
-    return isinstance(cell, Bidirectional)
+    return isinstance(cell, (Bidirectional, Backward))

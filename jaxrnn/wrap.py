@@ -94,6 +94,34 @@ def _add(x, y):
     return x + y.astype(x.dtype)
 
 
+class Backward(Wrapper):
+    """The cell over the sequence in the opposite direction: from the last valid step to the first, ys aligned with xs.
+
+    As the backward cell of a `Bidirectional`, it cannot run step by step.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 4), jaxrnn.Backward(jaxrnn.GRU(4, 2))))
+        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+        (7, 5, 2)
+    """
+
+    def __post_init__(self):
+        check_cell(self, "cell", self.cell)
+
+    @property
+    def ends_time(self) -> bool:  # type: ignore[override]
+        return self.cell.ends_time
+
+    def step(self, params, carry, x, noise=None):
+        raise TypeError(
+            f"{self!r} cannot run step by step: it begins at the end of the sequence. "
+            "Run whole sequences with jaxrnn.scan."
+        )
+
+    def scan(self, params, carry, xs, *, reverse, **arguments):
+        return self.cell.scan(params, carry, xs, reverse=not reverse, **arguments)
+
+
 class LearnedCarryParams(NamedTuple):
     """The cell's params, and the carry to start from, without batch axes."""
 

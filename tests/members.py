@@ -13,6 +13,7 @@ from jaxrnn import (
     LSTM,
     MGU,
     Apply,
+    Backward,
     Bidirectional,
     Cell,
     ConvLSTM,
@@ -133,7 +134,7 @@ CELLS = {
 LAYERS = {
     "linear": Linear(D, H),
     "embed": Embed(7, H),
-    "layer_norm": LayerNorm(D),
+    "layer_norm": LayerNorm(D, epsilon=1e-3),
     "apply": Apply("softplus"),
     "apply_callable": Apply(jnp.sin),
     "dropout": Dropout(0.4),
@@ -148,6 +149,8 @@ COMPOSITIONS = {
     ),
     "bidirectional_callable": Bidirectional(Elman(D, H), Own(H), merge=jnp.maximum),
     "bidirectional_sum": Bidirectional(MGU(D, H), IndRNN(D, H, activation="tanh"), "sum"),
+    "backward": Backward(Residual(GRU(D, D))),
+    "backward_stack": Stack((LSTM(D, H), Dropout(0.2), Backward(GRU(H, 4)), Elman(4, D))),
     "residual": Residual(GRU(D, D)),
     "learned_carry": LearnedCarry(LSTM(D, H)),
     "emit_carry": EmitCarry(LSTM(D, H)),
@@ -164,6 +167,7 @@ COMPOSITIONS = {
     "pool_max": Pool(Elman(D, H), "max"),
     "pool_stack": Pool(Stack((GRU(D, H), Dropout(0.3)))),
     "pool_bidirectional": Pool(Stack((Elman(D, 4), Bidirectional(GRU(4, H), LSTM(4, D))))),
+    "pool_backward": Pool(Stack((Elman(D, 4), Backward(LSTM(4, H))))),
     "pool_conv": Pool(ConvLSTM((4,), D, H), "mean"),
     "classifier": Stack((Embed(7, D), Pool(LSTM(D, H)), Dropout(0.3), Linear(H, 4), Apply("sigmoid"))),
     "everything": LearnedCarry(
@@ -211,9 +215,14 @@ def some_members(*names):
     return _parametrize(lambda name: [] if name in names else [pytest.mark.full])
 
 
+def has_direction(cell) -> bool:
+    """Whether part of the cell runs in the opposite direction."""
+    return "Bidirectional" in repr(cell) or "Backward" in repr(cell)
+
+
 def streams(cell) -> bool:
     """Whether the cell runs step by step."""
-    return "Bidirectional" not in repr(cell)
+    return not has_direction(cell)
 
 
 def _rng(*seed):

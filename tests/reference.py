@@ -6,8 +6,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from members import has_direction
 
-from jaxrnn import Bidirectional, LearnedCarry, Pool, Residual, Stack
+from jaxrnn import Backward, Bidirectional, LearnedCarry, Pool, Residual, Stack
 from jaxrnn.regularize import WeightDropNoise
 
 
@@ -38,13 +39,13 @@ def _stack(trees):
 def reference(cell, params, carry, xs, valid, reset, reverse=False, noise=None, fresh=None):
     """(final carry, ys) for xs (T, B, ...), valid and reset (T, B) of NumPy booleans: cell.step, row by row.
 
-    What holds a Bidirectional cannot step; it is taken apart by its definition first.
+    What holds a Bidirectional or a Backward cannot step; it is taken apart by its definition first.
     """
     if fresh is None:
         fresh = jax.tree.map(np.asarray, jax.jit(lambda params: cell.initial_carry(params, ()))(params))
     flags = (valid, reset, reverse)
     match cell:
-        case Stack(cells=cells) if "Bidirectional" in repr(cell):
+        case Stack(cells=cells) if has_direction(cell):
             carries, ended = [], False
             for k, each in enumerate(cells):
                 if ended:
@@ -62,14 +63,16 @@ def reference(cell, params, carry, xs, valid, reset, reverse=False, noise=None, 
             ys = (cell.merge if callable(cell.merge) else _MERGES[cell.merge])(ya, yb)
             keep = valid.reshape(valid.shape + (1,) * (ys.ndim - 2))
             return type(carry)(a, b), ys if cell.ends_time else np.where(keep, ys, 0)
+        case Backward():
+            return reference(cell.cell, params, carry, xs, valid, reset, not reverse, noise, fresh)
         case Pool() if cell._by_direction is not None:
             return reference(cell._by_direction, params, carry, xs, *flags, noise, fresh)
-        case Pool(cell=inner) if "Bidirectional" in repr(cell):
+        case Pool(cell=inner) if has_direction(cell):
             new, ys = reference(inner, params, carry.cell, xs, *flags, noise, fresh.cell)
             return _pooled(cell, carry._replace(cell=new), fresh, ys, *flags)
-        case LearnedCarry() if "Bidirectional" in repr(cell):
+        case LearnedCarry() if has_direction(cell):
             return reference(cell.cell, params.cell, carry, xs, *flags, noise, fresh)
-        case Residual() if "Bidirectional" in repr(cell):
+        case Residual() if has_direction(cell):
             carry, ys = reference(cell.cell, params, carry, xs, *flags, noise, fresh)
             return carry, np.where(valid[..., None], xs + ys, 0)
     return _step_by_step(cell, params, carry, xs, *flags, noise, fresh)

@@ -176,6 +176,14 @@ def test_gradient_in_both_directions():
     np.testing.assert_allclose(flow.norms.backward.c[-1], np.linalg.norm(gradient.backward.c), 1e-10)
 
 
+def test_gradient_through_backward():
+    cell = jaxrnn.Backward(GRU(2, 3))
+    params, xs = draw_params(cell), draw_x(cell, 3, 5)
+    flow = gradient_flow(cell, params, None, xs, lambda *ends: weighted_sum(ends))
+    gradient = jax.grad(lambda carry: weighted_sum(jaxrnn.scan(cell, params, carry, xs)))(cell.initial_carry(params))
+    np.testing.assert_allclose(flow.norms.h[-1], np.linalg.norm(gradient.h), 1e-10)
+
+
 @some_members("two_inputs", "classifier", "zoneout_own")
 def test_looking_changes_no_number(cell):
     if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, draw_params(cell))):

@@ -49,6 +49,23 @@ def test_bidirectional_merges(merge):
     close(jaxrnn.scan(cell, params, None, xs)[1], expected)
 
 
+def test_backward_is_the_other_direction():
+    cell = jaxrnn.Backward(GRU(2, 3))
+    params, xs = draw_params(cell), draw_x(cell, 0, 6, 3)
+    carry, ys = jaxrnn.scan(cell, params, None, xs)
+    end, reversed_ys = jaxrnn.scan(cell.cell, params, None, xs[::-1])
+    close((carry, ys[::-1]), (end, reversed_ys))
+    close(jaxrnn.scan(jaxrnn.Backward(cell), params, None, xs[::-1])[1], reversed_ys)
+
+
+def test_layer_norm():
+    cell = jaxrnn.LayerNorm(3, epsilon=0.5)
+    params, xs = draw_params(cell), draw_x(cell, 0, 6)
+    expected = (xs - xs.mean(-1, keepdims=True)) / np.sqrt(xs.var(-1, keepdims=True) + 0.5) * params.scale + params.b
+    close(jaxrnn.scan(cell, params, None, xs)[1], expected)
+    assert eval(repr(cell), vars(jaxrnn)) == cell
+
+
 def test_residual_adds():
     cell = Residual(GRU(3, 3))
     params, xs = draw_params(cell), draw_x(cell, 0, 4, 2)

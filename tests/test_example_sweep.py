@@ -15,6 +15,7 @@ sweep = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(sweep)
 
 PROMOTION = "standard"  # Optax divides floats by integers
+pytestmark = pytest.mark.xdist_group("sweep")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

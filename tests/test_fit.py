@@ -273,12 +273,43 @@ def test_progress_is_drawn_where_it_is_asked_for_and_quiet_elsewhere(capsys):
         ({"batch_size": None}, "batch_size: expected a number"),
         ({"key": None}, "key: shuffle=True needs"),
         ({"data": []}, "data: expected at least one batch"),
+        ({"validation": []}, "validation: expected at least one batch"),
+        ({"optimizer": optax.sgd(0.1, momentum=0.9)}, "optimizer: expected the one that the state was made with"),
         ({"data": DATA._replace(targets=CLASSES[:3])}, "data.targets: expected a leading axis of 22"),
     ],
 )
 def test_wrong_arguments_raise(keywords, message):
     with pytest.raises(ValueError, match=message):
         train(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"epochs": 1.5}, "epochs: expected an integer, got 1.5"),
+        ({"accumulate": "2"}, "accumulate: expected an integer, got '2'"),
+        ({"state": STATE.params}, "state: expected a TrainState, as train_state makes it, got tuple"),
+        ({"loss": lambda params, batch, key: 0.0}, r"loss: expected it to return \(scalar, metrics\)"),
+        ({"loss": lambda params, batch, key: (jnp.zeros(3), {})}, r"loss: expected a floating scalar, got .*\[3\]"),
+        ({"loss": lambda params, batch, key: (jnp.zeros((), int), {})}, "loss: expected a floating scalar, got int"),
+        ({"data": DATA._replace(targets=None)}, "targets: expected an array, got None"),
+    ],
+)
+def test_arguments_of_wrong_types_raise(keywords, message):
+    with pytest.raises(TypeError, match=message):
+        train(**keywords)
+
+
+def test_a_loss_without_a_carry_is_no_loss_for_a_state_with_one():
+    carry = MODEL.initial_carry(STATE.params, (8,))
+    with pytest.raises(TypeError, match=r"loss: expected it to return \(scalar, \(carry, metrics\)\)"):
+        train(STATE._replace(carry=carry), loss=lambda params, carry, batch, key: (jnp.zeros(()), {}))
+
+
+def test_predict_of_no_rows():
+    cell = GRU(2, 3)
+    assert predict(cell, cell.init(jax.random.key(0)), np.zeros((0, 5, 2), np.float32)).shape == (0, 5, 3)
+    assert predict(MODEL, STATE.params, XS[:0], lengths=LENGTHS[:0]).shape == (0, 2)
 
 
 def test_data_that_are_none_raise():

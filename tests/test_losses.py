@@ -123,7 +123,7 @@ def test_a_padded_batch_is_its_sequences_one_by_one(by, ends_time):
     valid = np.arange(5) < lengths[:, None]
     padded = np.where(valid[..., None], xs, np.nan)
     batch = Batch(padded, targets, **({"lengths": lengths} if by == "lengths" else {"mask": valid}))
-    value, gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, None)
+    value, gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, None)
 
     def alone(params):
         parts = []
@@ -132,7 +132,7 @@ def test_a_padded_batch_is_its_sequences_one_by_one(by, ends_time):
             parts.append(loss(params, one, None)[1]["loss"])
         return sum(part.total for part in parts) / sum(part.weight for part in parts)
 
-    want, want_gradient = jax.value_and_grad(alone)(params)
+    want, want_gradient = jax.jit(jax.value_and_grad(alone))(params)
     np.testing.assert_allclose(value[0], want, rtol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), gradient, want_gradient)
 
@@ -145,8 +145,8 @@ def test_a_truncated_loss_over_windows_is_the_whole_loss():
     whole = make_loss(cell, squared_error)
     windowed = make_truncated_loss(cell, squared_error)
     fresh = cell.initial_carry(params, (4,))
-    value, gradient = jax.value_and_grad(whole, has_aux=True)(params, (xs, targets), None)
-    one, one_gradient = jax.value_and_grad(windowed, has_aux=True)(params, fresh, (xs, targets), None)
+    value, gradient = jax.jit(jax.value_and_grad(whole, has_aux=True))(params, (xs, targets), None)
+    one, one_gradient = jax.jit(jax.value_and_grad(windowed, has_aux=True))(params, fresh, (xs, targets), None)
     assert value[0] == one[0]
     jax.tree.map(np.testing.assert_array_equal, gradient, one_gradient)
 

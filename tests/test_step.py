@@ -37,8 +37,8 @@ def close(a, b, rtol):
 def test_a_step_is_gradient_and_update():
     loss, optimizer = make_loss(MODEL, squared_error), optax.adam(0.1)
     state = train_state(PARAMS, optimizer, jax.random.key(1))
-    new, metrics = make_step(loss, optimizer)(state, Batch(XS, TARGETS, LENGTHS))
-    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(PARAMS, Batch(XS, TARGETS, LENGTHS), None)
+    new, metrics = jax.jit(make_step(loss, optimizer))(state, Batch(XS, TARGETS, LENGTHS))
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS, Batch(XS, TARGETS, LENGTHS), None)
     updates, _ = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)
     close(new.params, optax.apply_updates(PARAMS, updates), 1e-6)
     np.testing.assert_allclose(metrics["loss"].value, value, rtol=1e-6)
@@ -71,7 +71,7 @@ def test_accumulation_is_the_whole_batch(truncated):
     states, metrics = [], []
     for parts in (1, 3):
         state = train_state(params, optimizer, jax.random.key(1), carry=carry)
-        new, measured = make_step(loss, optimizer, accumulate=parts)(state, batch)
+        new, measured = jax.jit(make_step(loss, optimizer, accumulate=parts))(state, batch)
         states.append((new.params, new.carry))
         metrics.append({name: metric.value for name, metric in measured.items()})
     close(*states, 1e-12)
@@ -99,12 +99,12 @@ def test_bfloat16_computes_narrow_and_keeps_wide():
         return make_truncated_loss(model, squared_error)(params, carry, batch, key)
 
     state = train_state(params, optimizer, jax.random.key(1), carry=model.initial_carry(params, (6,)))
-    step = make_step(loss, optimizer, compute_dtype=jnp.bfloat16)
+    step = jax.jit(make_step(loss, optimizer, compute_dtype=jnp.bfloat16))
     new, metrics = step(state, Batch(XS, TARGETS, LENGTHS))
     assert set(seen[0]) == {jnp.dtype(jnp.bfloat16)}
     assert set(seen[1]) == {jnp.dtype(jnp.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves((new.params, new.carry))} == {jnp.dtype(jnp.float32)}
-    full = make_step(loss, optimizer)(state, Batch(XS, TARGETS, LENGTHS))[1]
+    full = jax.jit(make_step(loss, optimizer))(state, Batch(XS, TARGETS, LENGTHS))[1]
     np.testing.assert_allclose(metrics["loss"].value, full["loss"].value, rtol=0.02)
     assert metrics["loss"].value != full["loss"].value
 
@@ -114,13 +114,13 @@ def test_windows_cut_gradients_and_hand_the_carry_on():
     params = wide(PARAMS)
     optimizer = optax.sgd(1.0)
     loss = make_truncated_loss(MODEL, squared_error)
-    step = make_step(loss, optimizer)
+    step = jax.jit(make_step(loss, optimizer))
     state = train_state(params, optimizer, jax.random.key(1), carry=wide(MODEL.initial_carry(params, (6,))))
     xs, targets = XS.astype(float), TARGETS.astype(float)
     state, _ = step(state, Batch(xs[:, :2], targets[:, :2]))
     before = state.params, state.carry
     state, _ = step(state, Batch(xs[:, 2:], targets[:, 2:]))
-    gradient = jax.grad(lambda p: loss(p, before[1], Batch(xs[:, 2:], targets[:, 2:]), None)[0])(before[0])
+    gradient = jax.jit(jax.grad(lambda p: loss(p, before[1], Batch(xs[:, 2:], targets[:, 2:]), None)[0]))(before[0])
     close(state.params, jax.tree.map(lambda p, g: p - g, before[0], gradient), 1e-12)
 
 

@@ -16,7 +16,7 @@ from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
 from jaxrnn.engines.arrays import accumulator, inexact
 from jaxrnn.pool import Pool
 from jaxrnn.sequence import scan
-from jaxrnn.wrap import LearnedCarry, Residual, Wrapper
+from jaxrnn.wrap import Backward, LearnedCarry, Residual, Wrapper
 
 
 class Reads(NamedTuple):
@@ -89,8 +89,9 @@ def check_count(name: str, value: Any, *, at_least: int) -> int:
 def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, **keywords: Any) -> tuple[Any, Any]:
     """`jaxrnn.scan` with an `Observation` in place of the final carry of every recurrent cell.
 
-    `Stack`, `Bidirectional`, `Residual`, `LearnedCarry` and `Pool` are seen through; any other cell, a user's own
-    composition too, is observed as a whole, by its step. `offsets` holds one list for each observed cell, in order.
+    `Stack`, `Bidirectional`, `Backward`, `Residual`, `LearnedCarry` and `Pool` are seen through; any other cell, also a
+    composition of a user's own, is observed as a whole, by its step. `offsets` holds one list for each observed cell,
+    in order.
     """
     check_cell(cell)
     jax.eval_shape(cell.initial_carry, params)  # raises where the params are of another cell
@@ -124,7 +125,7 @@ def _observed(cell, params, offsets):
         case LearnedCarry():
             ((inner_cell, inner),) = inside()
             return dataclasses.replace(cell, cell=inner_cell), params._replace(cell=inner)
-        case Residual() | Pool():
+        case Residual() | Backward() | Pool():
             ((inner_cell, inner),) = inside()
             return dataclasses.replace(cell, cell=inner_cell), inner
     if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)):

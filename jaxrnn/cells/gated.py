@@ -70,10 +70,10 @@ def _mask(noise):
     return None if noise is None else noise[0]
 
 
-def normalize(x: Array) -> Array:
-    """(x − mean) / √(variance + 10⁻⁵) over the last axis."""
+def normalize(x: Array, epsilon: float = 1e-5) -> Array:
+    """(x − mean) / √(variance + ε) over the last axis."""
     centred = x - x.mean(-1, keepdims=True)
-    return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+    return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
 
 
 def clip(x: Array, bound: float | None) -> Array:

@@ -184,13 +184,13 @@ def as_array(value: Any, name: str) -> np.ndarray:
     return array
 
 
-def positive(name: str, value: Any) -> int:
-    """`value` as an integer of at least 1."""
+def positive(name: str, value: Any, *, least: int = 1) -> int:
+    """`value` as an integer of at least 1, or `least`."""
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
     return value
 
 

@@ -80,6 +80,7 @@ def evaluator(loss, data, batch_size, *, members: bool, compute_dtype):
 
 
 def iter_once(data: Any) -> bool:
+    """Whether `data` is an iterator, which is used up by one pass."""
     return hasattr(type(data), "__next__")
 
 
@@ -115,6 +116,8 @@ def predict(cell: Cell, params: Any, xs: Any, *, lengths: Any = None, batch_size
     if isinstance(xs, list):
         return _predict_list(cell, params, xs, lengths, batch_size)
     xs = jax.tree.map(np.asarray, xs)
+    if not jax.tree.leaves(xs) or jax.tree.leaves(xs)[0].shape[:1] == (0,):
+        return jax.tree.map(np.asarray, _outputs(cell, params, xs, lengths))
     parts = []
     for rows, length in Arrays((xs, None if lengths is None else np.asarray(lengths)), batch_size, shuffle=False):
         count = jax.tree.leaves(rows)[0].shape[0]

@@ -22,9 +22,9 @@ class Group(NamedTuple):
 class Listed(Epochs):
     """A list of batches as a source, in its order."""
 
-    def __init__(self, batches: Sequence[Any]):
+    def __init__(self, batches: Sequence[Any], name: str):
         if not batches:
-            raise ValueError("data: expected at least one batch, got an empty list")
+            raise ValueError(f"{name}: expected at least one batch, got an empty list")
         self.batches = batches
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ def as_source(name: str, data: Any, batch_size: int | None, key: Any, shuffle: b
     if callable(getattr(data, "state", None)) and callable(getattr(data, "restore", None)):
         return data
     if isinstance(data, list):
-        return Listed(data)
+        return Listed(data, name)
     if isinstance(data, (tuple, dict, np.ndarray, jax.Array)):
         if batch_size is None:
             raise ValueError(f"batch_size: expected a number, since {name} is arrays")

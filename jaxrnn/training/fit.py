@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from jaxrnn.training.batches import positive
 from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluate import evaluator
 from jaxrnn.training.feeding import Group, as_source, groups
@@ -101,11 +102,12 @@ def fit(
     """
     if nonfinite not in ("raise", "skip", "stop"):
         raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'stop', got {nonfinite!r}")
-    for name, value, least in (("epochs", epochs, 0), ("steps_per_call", steps_per_call, 1), ("patience", patience, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if patience is not None and validation is None:
-        raise ValueError("patience: expected validation data beside it, to decide by")
+    epochs, steps_per_call = positive("epochs", epochs, least=0), positive("steps_per_call", steps_per_call)
+    if patience is not None:
+        patience = positive("patience", patience)
+        if validation is None:
+            raise ValueError("patience: expected validation data beside it, to decide by")
+    _check_state(state, optimizer)
     source = as_source("data", data, batch_size, key, shuffle)
     many = jnp.ndim(state.step) == 1
     start = int(np.max(state.step))
@@ -159,6 +161,17 @@ def fit(
         if run:
             run.save(state, history)
     return state._replace(data=None), history
+
+
+def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: expected a TrainState, as train_state makes it, got {type(state).__name__}")
+    expected = jax.tree.structure(jax.eval_shape(optimizer.init, state.params))
+    if jax.tree.structure(state.opt_state) != expected:
+        raise ValueError(
+            f"optimizer: expected the one that the state was made with; it keeps {expected}, and state.opt_state is "
+            f"{jax.tree.structure(state.opt_state)}"
+        )
 
 
 @functools.lru_cache(maxsize=16)  # so that a second `fit` with the same loss and optimizer does not compile again

@@ -58,6 +58,7 @@ class History(NamedTuple):
 
 
 def empty_history() -> History:
+    """The history before the first step."""
     return History(np.zeros(0, np.int64), {}, np.zeros(0, np.int64), {})
 
 

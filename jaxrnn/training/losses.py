@@ -200,7 +200,7 @@ def make_truncated_loss(
         raise ValueError("metrics: the name 'loss' is that of the error itself")
 
     def loss(params, carry, batch, key):
-        batch = _as_batch(batch)
+        batch = _as_batch(cell, batch)
         carry, ys = scan(
             cell,
             params,
@@ -231,12 +231,17 @@ def valid_steps(batch: Batch) -> Array | None:
     return time < jnp.asarray(batch.lengths)[:, None]
 
 
-def _as_batch(batch) -> Batch:
-    if isinstance(batch, Batch):
-        return batch
+def _as_batch(cell: Cell, batch: Any) -> Batch:
     if type(batch) is tuple and len(batch) == 2:
-        return Batch(*batch)
-    raise TypeError(f"batch: expected a Batch or a pair (xs, targets), got {type(batch).__name__}")
+        batch = Batch(*batch)
+    if not isinstance(batch, Batch):
+        raise TypeError(f"batch: expected a Batch or a pair (xs, targets), got {type(batch).__name__}")
+    if batch.targets is None:
+        raise TypeError("targets: expected an array, got None")
+    for leaf, ndim in zip(jax.tree.leaves(batch.xs), jax.tree.leaves(cell.input_ndim), strict=False):
+        if jnp.ndim(leaf) < ndim + 2:
+            raise ValueError(f"xs: expected batch, time and {ndim} more axes for {cell!r}, got shape {jnp.shape(leaf)}")
+    return batch
 
 
 def _masked(ys, targets, mask):

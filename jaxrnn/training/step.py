@@ -11,7 +11,7 @@ import optax
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import accumulator, cast, inexact, select
-from jaxrnn.training.batches import Batch
+from jaxrnn.training.batches import Batch, positive
 from jaxrnn.training.losses import Mean
 
 
@@ -108,10 +108,8 @@ def make_eval(loss: Callable, *, compute_dtype: Any = None) -> Callable[[Any, An
 
     def evaluate(params, carry, batch):
         params, batch = _narrow(params, batch, compute_dtype)
-        if carry is None:
-            return None, _metrics(*loss(params, batch, None))
-        value, (carry, metrics) = loss(params, carry, batch, None)
-        return carry, _metrics(value, metrics)
+        _, carry, metrics = _call(loss, params, carry, batch, None)
+        return carry, metrics
 
     return evaluate
 
@@ -121,18 +119,14 @@ def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None):
 
     `bad` is −1 where all is finite, 0 for the loss itself, and 1 + k for the gradient of leaf k of the params.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
+    accumulate = positive("accumulate", accumulate)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def value_and_gradient(params, carry, batch, key):
         def run(params):
             narrow, inputs = _narrow(params, batch, compute_dtype)
-            if carry is None:
-                value, metrics = loss(narrow, inputs, key)
-                return value, (None, _metrics(value, metrics))
-            value, (after, metrics) = loss(narrow, carry, inputs, key)
-            return value, (after, _metrics(value, metrics))
+            value, after, metrics = _call(loss, narrow, carry, inputs, key)
+            return value, (after, metrics)
 
         (value, (after, metrics)), gradient = jax.value_and_grad(run, has_aux=True)(params)
         return value, gradient, after, metrics
@@ -213,6 +207,23 @@ def _narrow(params, batch, dtype):
 
 def _cast_arrays(tree, dtype):
     return cast(jax.tree.map(jnp.asarray, tree), dtype)
+
+
+def _call(loss, params, carry, batch, key) -> tuple[Array, Any, dict[str, Any]]:
+    """(scalar, carry, metrics) of a loss of either kind."""
+    result = loss(params, batch, key) if carry is None else loss(params, carry, batch, key)
+    match result:
+        case (value, dict(metrics)) if carry is None:
+            pass
+        case (value, (carry, dict(metrics))) if carry is not None:
+            pass
+        case _:
+            wanted = "(scalar, metrics)" if carry is None else "(scalar, (carry, metrics)), since the state has a carry"
+            raise TypeError(f"loss: expected it to return {wanted}, metrics a dict; got {jax.tree.structure(result)}")
+    value = jnp.asarray(value)
+    if value.ndim or not inexact(value):
+        raise TypeError(f"loss: expected a floating scalar, got {value.dtype}{list(value.shape)}")
+    return value, carry, _metrics(value, metrics)
 
 
 def _metrics(value: Array, metrics: dict[str, Any]) -> dict[str, Any]:
