@@ -1,6 +1,7 @@
 """The package: what importing it costs, what it names, and what the README promises."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def test_import_loads_jax_and_numpy_alone():
     assert loaded <= {"jaxrnn", "jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum"}
 
 
+def test_converters_import_no_framework():
+    peers = "torch", "keras", "flax", "haiku", "equinox", "onnx", "safetensors"
+    run = python("-W", "error", "-c", f"import sys, jaxrnn.convert; print(set(sys.modules) & {set(peers)})")
+    assert run.stdout.strip() == "set()", run.stderr
+
+
 def test_every_public_name_is_documented_with_an_example():
     values = ("Params", "Carry", "Gates", "Norm", "Weights", "Pair", "Part", "Emitted", "Row", "Summary", "Explanation")
     for name in jaxrnn.__all__:
@@ -47,6 +54,8 @@ def code_blocks():
 
 @pytest.mark.parametrize("number", range(len(code_blocks())))
 def test_the_readmes_code_runs(number):
+    if "import torch" in code_blocks()[number] and importlib.util.find_spec("torch") is None:
+        pytest.skip("parity needs torch")
     run = python("-W", "error", "-c", code_blocks()[number])
     assert run.returncode == 0, run.stderr
 
@@ -78,6 +87,7 @@ def test_imports_point_downwards():
         "flax_bridge",
         "linen",
         "nnx",
+        "convert",
         "training",
         "analysis",
     ]

@@ -1,0 +1,123 @@
+"""Arrays from elsewhere: named, checked, each taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class Arrays:
+    """Named arrays of one floating dtype, without NaN or infinity, each to be taken once and none to be left over.
+
+    Args:
+      source: what they are of, for messages.
+      arrays: by name, whatever NumPy can read.
+
+    Raises:
+      TypeError: for what is no array of floating numbers. ValueError: for dtypes that differ, numbers that are not
+        finite, and float64 where `jax.enable_x64` is off.
+    """
+
+    def __init__(self, source: str, arrays: Mapping[str, Any]):
+        self.source = source
+        self._left = {name: _floating(f"{source}: {name}", array) for name, array in arrays.items()}
+        for name, array in self._left.items():
+            first, other = next(iter(self._left.items()))
+            if array.dtype != other.dtype:
+                raise ValueError(f"{source}: {name} is {array.dtype}, and {first} is {other.dtype}: expected one dtype")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array that is still to be taken."""
+        return self._array(name).shape
+
+    def take(self, name: str, *shape: int | None) -> Array:
+        """The array of this name, which must have this shape; None stands for any size."""
+        array = self._array(name)
+        if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{self.source}: {name}: expected shape ({wanted}), got {array.shape}")
+        return jnp.asarray(self._left.pop(name))
+
+    def finish(self) -> None:
+        """Every array has been taken."""
+        if self._left:
+            raise ValueError(f"{self.source}: unexpected arrays: {', '.join(map(repr, self._left))}")
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._left:
+            left = ", ".join(map(repr, self._left)) or "none"
+            raise ValueError(f"{self.source}: {name!r} is missing; there are {left}")
+        return self._left[name]
+
+
+def _floating(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}: {error}") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected floating numbers, got {array.dtype}")
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise ValueError(f"{name} is {array.dtype}: convert under jax.enable_x64(True), or cast it first")
+    if not np.isfinite(array.astype(np.float64)).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return array
+
+
+def reorder(array: Any, given: str, wanted: str) -> Any:
+    """The gates of the last axis, one letter each, from one order in another.
+
+    >>> import numpy as np
+    >>> reorder(np.arange(6), "zrn", "rzn")
+    array([2, 3, 0, 1, 4, 5])
+    """
+    if sorted(given) != sorted(wanted) or array.shape[-1] % len(given):
+        raise ValueError(f"gates: expected {len(wanted)} blocks {wanted!r} of one size, got {given!r} in {array.shape}")
+    blocks = dict(zip(given, np.split(np.asarray(array), len(given), axis=-1), strict=True))
+    return _like(array, np.concatenate([blocks[gate] for gate in wanted], axis=-1))
+
+
+def negate(array: Any, gates: str, which: str) -> Any:
+    """The array with the blocks of the gates `which` negated; σ(−x) = 1 − σ(x) turns a gate round."""
+    return _like(array, np.asarray(array) * _each(array, gates, which, -1, 1))
+
+
+def add(array: Any, gates: str, which: str, amount: float) -> Any:
+    """The array with `amount` added to the blocks of the gates `which`."""
+    return _like(array, np.asarray(array) + _each(array, gates, which, amount, 0))
+
+
+def _each(array: Any, gates: str, which: str, on: float, off: float) -> np.ndarray:
+    """One number for each entry of the last axis: `on` in the blocks of the gates `which`."""
+    numbers = np.array([on if gate in which else off for gate in gates], array.dtype)
+    return np.repeat(numbers, array.shape[-1] // len(gates))
+
+
+def _like(array: Any, result: np.ndarray) -> Any:
+    # NumPy computes, since JAX would compile for every shape.
+    return jnp.asarray(result) if isinstance(array, jax.Array) else result
+
+
+def to_numpy(params: Any) -> Any:
+    """The tree with NumPy leaves; raises for NaN, infinity and tracers."""
+
+    def convert(path, leaf):
+        if isinstance(leaf, jax.core.Tracer):
+            raise TypeError(f"params{jax.tree_util.keystr(path)}: expected numbers, got a tracer")
+        return _floating(f"params{jax.tree_util.keystr(path)}", leaf)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def concatenate(parts: Sequence[Array]) -> Array:
+    """The parts side by side along the last axis."""
+    return jnp.concatenate(list(parts), axis=-1)

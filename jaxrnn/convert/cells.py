@@ -1,0 +1,63 @@
+"""What converters ask of cells: a model as its layers in order, and refusals that name the place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, NoReturn
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.compose import Stack
+
+
+class Placed(NamedTuple):
+    """A cell of a model with its params, and where it is: `cell`, `cell.cells[2]`, `cell.cells[2].forward`."""
+
+    cell: Cell
+    params: Any
+    place: str = "cell"
+
+    def part(self, name: str, params: Any) -> Placed:
+        """The cell in the field `name`, which has these params."""
+        return Placed(getattr(self.cell, name), params, f"{self.place}.{name}")
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raises the `ValueError` that says what cannot be converted, and why."""
+        raise ValueError(f"{self.place}: {self.cell!r}: {why}")
+
+    def only(self, *fields: str, why: str) -> None:
+        """Raises unless all fields but these have their defaults."""
+        for field in dataclasses.fields(self.cell):
+            value = getattr(self.cell, field.name)
+            if field.name not in fields and field.default is not dataclasses.MISSING and value != field.default:
+                raise ValueError(f"{self.place}: {self.cell!r}: {field.name}={value!r}: {why}")
+
+
+def placed(cell: Cell, params: Any) -> Placed:
+    """The whole model, checked to be a cell with params of its shapes."""
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell: expected a jaxrnn.Cell, got {type(cell).__name__}")
+    check.params(cell, params)
+    return Placed(cell, params)
+
+
+def layers(model: Placed) -> list[Placed]:
+    """The cells that are run one after another: a `Stack`, and those in it, taken apart."""
+    match model.cell:
+        case Stack(cells=cells, skip=skip):
+            if skip:
+                model.refuse("skip connections have no counterpart")
+            inside = zip(cells, model.params, strict=True)
+            return [
+                each
+                for k, (cell, params) in enumerate(inside)
+                for each in layers(Placed(cell, params, f"{model.place}.cells[{k}]"))
+            ]
+    return [model]
+
+
+def stacked(cells: list[tuple[Cell, Any]]) -> tuple[Cell, Any]:
+    """One cell as it is, several as a `Stack`."""
+    if len(cells) == 1:
+        return cells[0]
+    return Stack(tuple(cell for cell, _ in cells)), tuple(params for _, params in cells)

@@ -1,0 +1,105 @@
+"""Cells and params out of modules of Flax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
+from jaxrnn.convert.arrays import Arrays, concatenate
+from jaxrnn.convert.flax.layers import Both, Fixed, Own, Reversed, Sequence, describe
+from jaxrnn.convert.flax.weights import check_dtype
+from jaxrnn.convert.trees import join, leaves, nested
+from jaxrnn.flax_bridge import from_params, to_params
+from jaxrnn.wrap import Backward
+
+
+def read(module: Any, variables: Mapping[str, Any] | None, spatial_shape: Any) -> tuple[Cell, Any]:
+    """The cell and the params; see `from_flax`."""
+    layer = describe(module, spatial_shape)
+    found = _flat(module, variables)
+    absent = {name for name, leaf in found.items() if leaf is None}
+    arrays = Arrays("params", {name: leaf for name, leaf in found.items() if name not in absent})
+    cell, params = _read(layer, arrays, absent)
+    arrays.finish()
+    if absent:
+        raise ValueError(f"params: {min(absent)}: expected an array, got None")
+    return cell, params
+
+
+def _flat(module: Any, variables: Any) -> dict[str, Any]:
+    """The arrays of a module by path, None for those that were replaced by None."""
+    if isinstance(module, nnx.Module):
+        given = nnx.state(module, nnx.Param) if variables is None else variables
+        if not isinstance(given, Mapping):
+            raise TypeError(f"variables: expected a state or nested dict of the module, got {type(given).__name__}")
+        return leaves(nnx.to_pure_dict(given) if isinstance(given, nnx.State) else given)
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"variables: expected {{'params': ...}} of the linen module, got {type(variables).__name__}")
+    for name, below in variables.items():
+        if name != "params" and not (isinstance(below, Mapping) and not below):
+            raise ValueError(f"variables: expected 'params' alone, got {name!r} too")
+    tree = variables.get("params", {})
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"params: expected nested dicts of arrays, got {type(tree).__name__}")
+    found = leaves(tree)
+    return {name: leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf for name, leaf in found.items()}
+
+
+def _read(layer: Any, arrays: Arrays, absent: set[str]) -> tuple[Cell, Any]:
+    match layer:
+        case Sequence(layers=layers):
+            cells = [_read(each, arrays, absent) for each in layers]
+            return Stack(tuple(cell for cell, _ in cells)), tuple(params for _, params in cells)
+        case Reversed(layer=inner):
+            cell, params = _read(inner, arrays, absent)
+            return Backward(cell), params
+        case Both(forward=forward, backward=backward, merge=merge):
+            (a, p), (b, q) = _read(forward, arrays, absent), _read(backward, arrays, absent)
+            return Bidirectional(a, b, merge), BidirectionalPair(p, q)
+        case Fixed(cell=cell):
+            return cell, ()
+        case Own():
+            return layer.cell, _read_own(layer, arrays, absent)
+    return _read_weighted(layer, arrays)
+
+
+def _read_weighted(layer: Any, arrays: Arrays) -> tuple[Cell, Any]:
+    taken = {field: _take(layer, each, arrays) for field, each in layer.fields.items()}
+    check_dtype(layer, next(iter(taken.values())).dtype)
+    params = layer.arrange(layer.params(**{field: taken.get(field) for field in layer.params._fields}))
+    return layer.cell(params), params
+
+
+def _take(layer: Any, field: Any, arrays: Arrays) -> Any:
+    total, shape = None, field.shape
+    for names in field.terms:
+        parts = []
+        for name in names:
+            parts.append(arrays.take(join(layer.path, name), *shape))
+            shape = parts[-1].shape
+        total = concatenate(parts) if total is None else total + concatenate(parts)
+    return total
+
+
+def _read_own(layer: Any, arrays: Arrays, absent: set[str]) -> Any:
+    def take(path, shape):
+        name = join(layer.path, path)
+        if name in absent or path in layer.absent:
+            absent.discard(name)
+            return None
+        return arrays.take(name, *shape)
+
+    shapes = _own_shapes(layer.cell)
+    params = to_params(layer.cell, nested({path: take(path, shape) for path, shape in shapes.items()}))
+    check.params(layer.cell, params)
+    return params
+
+
+def _own_shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in leaves(from_params(cell, check.shapes_of_params(cell))).items()}

@@ -1,0 +1,124 @@
+"""Variables for modules of Flax out of cells and params."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrnn.cell import Cell
+from jaxrnn.cells.conv_lstm import ConvLSTM
+from jaxrnn.compose import Bidirectional, Stack
+from jaxrnn.convert.cells import Placed
+from jaxrnn.convert.flax.layers import Both, Fixed, Own, Reversed, Sequence, describe
+from jaxrnn.convert.flax.weights import Weighted, check_dtype
+from jaxrnn.convert.trees import join, leaves, nested
+from jaxrnn.flax_bridge import from_params
+from jaxrnn.wrap import Backward
+
+
+def write(module: Any, model: Placed) -> Any:
+    """The variables that make the module compute what the model does; see `to_flax`."""
+    return _variables(module, _write(describe(module, _spatial_shape(model.cell)), model))
+
+
+def _write(layer: Any, model: Placed) -> dict[str, Any]:
+    """The arrays of a module by path."""
+    where = layer.path or "the module"
+    match layer, model.cell:
+        case Sequence(layers=layers), Stack(cells=cells, skip=False) if len(cells) == len(layers):
+            inside = zip(layers, cells, model.params, strict=True)
+            each = [
+                _write(below, Placed(cell, params, f"{model.place}.cells[{k}]"))
+                for k, (below, cell, params) in enumerate(inside)
+            ]
+            return {name: array for arrays in each for name, array in arrays.items()}
+        case Reversed(layer=inner), Backward():
+            return _write(inner, model.part("cell", model.params))
+        case Both(merge=merge), Bidirectional(merge=ours) if merge == ours:
+            params = model.params
+            forward = _write(layer.forward, model.part("forward", params.forward))
+            return forward | _write(layer.backward, model.part("backward", params.backward))
+        case Fixed(cell=cell), _ if cell == model.cell:
+            return {}
+        case Own(cell=cell), _ if cell == model.cell:
+            return _write_own(layer, model)
+        case Weighted(), _:
+            return _write_weighted(layer, model)
+    return model.refuse(f"{where} is {_described(layer)}")
+
+
+def _described(layer: Any) -> str:
+    match layer:
+        case Sequence(layers=layers):
+            return f"a sequence of {len(layers)} layers"
+        case Reversed():
+            return "a layer that runs in reverse"
+        case Both(merge=merge):
+            return f"a Bidirectional that merges by {merge!r}"
+    return repr(layer.cell)
+
+
+def _write_own(layer: Any, model: Placed) -> dict[str, Any]:
+    return {join(layer.path, name): leaf for name, leaf in leaves(from_params(model.cell, model.params)).items()}
+
+
+def _write_weighted(layer: Any, model: Placed) -> dict[str, Any]:
+    where, kind = layer.path or "the module", type(layer.module).__name__
+    if type(model.params) is not layer.params:
+        model.refuse(f"{where} is a {kind}")
+    missing = [name for name, leaf in model.params._asdict().items() if leaf is None and name in layer.fields]
+    if any(not name.startswith("b") for name in missing):
+        model.refuse(f"params: {missing[0]} is None")
+    expected = layer.cell(model.params)
+    if model.cell != expected:
+        model.refuse(f"{where} is a {kind}, which computes {expected!r}")
+    fields = layer.restore(model.params)._asdict()
+    dtype = next(leaf.dtype for leaf in fields.values() if leaf is not None)
+    check_dtype(layer, dtype)
+    for name, leaf in fields.items():
+        if name not in layer.fields and leaf is not None and jnp.any(leaf != 0):
+            model.refuse(f"{name} is not zero, and a {kind} at {where} has no such weights")
+    arrays = {}
+    for name, field in layer.fields.items():
+        arrays |= _divided(layer, field, fields[name], dtype)
+    return arrays
+
+
+def _divided(layer: Any, field: Any, value: Any, dtype: Any) -> dict[str, Any]:
+    """The arrays of a field: all of it in the first term, zeros in the others."""
+    value = jnp.zeros((field.shape[0] * len(field.terms[0]),), dtype) if value is None else jnp.asarray(value)
+    arrays = {}
+    for k, names in enumerate(field.terms):
+        parts = jnp.split(value if k == 0 else jnp.zeros_like(value), len(names), axis=-1)
+        arrays |= {join(layer.path, name): part for name, part in zip(names, parts, strict=True)}
+    return arrays
+
+
+def _variables(module: Any, arrays: dict[str, Any]) -> Any:
+    if isinstance(module, nn.Module):
+        return {"params": nested(arrays)}
+
+    def take(path, leaf):
+        name = "/".join(str(entry.key) for entry in path)
+        given = arrays.pop(name, None)
+        if given is None or given.shape != leaf.shape:
+            raise ValueError(f"module: {name}: the module has shape {leaf.shape}, got {getattr(given, 'shape', None)}")
+        return given
+
+    return jax.tree_util.tree_map_with_path(take, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+
+def _spatial_shape(cell: Cell) -> Any:
+    """S of the first ConvLSTM of a model."""
+    match cell:
+        case ConvLSTM():
+            return cell.spatial_shape
+        case Stack(cells=cells):
+            return next(filter(None, map(_spatial_shape, cells)), None)
+        case Bidirectional(forward=inner) | Backward(cell=inner):
+            return _spatial_shape(inner)
+    return None

@@ -1,0 +1,309 @@
+"""Keras 3 models as cells: from layers and Sequential models, or their configs and weights; and back."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from reprlib import repr as short
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn.cell import Cell, output_size
+from jaxrnn.compose import Bidirectional, BidirectionalPair
+from jaxrnn.convert.cells import stacked
+from jaxrnn.convert.keras.config import Fields, chain, is_size, list_of
+from jaxrnn.convert.keras.export import to_keras
+from jaxrnn.convert.keras.layers import (
+    CONVOLUTIONS,
+    POINTWISE,
+    RECURRENT,
+    Pieces,
+    Recurrent,
+    Weights,
+    directions,
+    read_recurrent,
+    spatial_dropout,
+)
+from jaxrnn.layers import Apply, Embed, EmbedParams, Layer, LayerNorm, Linear
+from jaxrnn.pool import Pool
+from jaxrnn.wrap import Backward
+
+__all__ = ["KerasMask", "KerasModel", "from_keras", "to_keras"]
+
+DEEPEST = 32  # models within models
+
+
+class KerasMask(NamedTuple):
+    """A function of xs: the mask for `jaxrnn.scan`, true where x ≠ value; of tokens, or of any feature of the step.
+
+    >>> import numpy as np
+    >>> KerasMask(0.0)(np.array([[[1.0, 0.0], [0.0, 0.0]]]))
+    Array([[ True, False]], dtype=bool)
+    """
+
+    value: float = 0.0
+    tokens: bool = False
+
+    def __call__(self, xs: Any) -> Array:
+        differs = jnp.asarray(xs) != self.value
+        return differs if self.tokens else differs.any(-1)
+
+
+class KerasModel(NamedTuple):
+    """A cell, its params, and None or the function of xs that gives the mask."""
+
+    cell: Cell
+    params: Any
+    mask: KerasMask | None
+
+
+def from_keras(source: Any, weights: Any = None) -> KerasModel:
+    """A Keras 3 layer or model as a cell.
+
+    Keras' time axis is the second: run it by `jaxrnn.scan(cell, params, carry, xs, time_axis=1)`, with
+    `mask=model.mask(xs)` where the model has a mask, and with the initial states as carry, None for zeros. A model is
+    one chain, `Sequential` or functional, of InputLayer, Embedding, Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D,
+    RNN of one or more of their cells, Bidirectional, Dense, TimeDistributed, Dropout, SpatialDropout1D,
+    LayerNormalization, Activation, ReLU, LeakyReLU, ELU, GlobalAveragePooling1D, GlobalMaxPooling1D.
+
+    Where the two differ:
+
+    - The outputs agree at valid steps; at others ours are 0. A row without any valid step gives 0, not Keras' NaN of an
+      average or its initial state.
+    - The outputs are aligned with xs. `go_backwards=True` turns Keras' output round in time, for later layers too: they
+      get the direction that gives the same numbers, and Keras' sequence is in the opposite order where the number of
+      turns is odd.
+    - Noise is drawn where `scan` gets a key; its numbers are not Keras'. `dropout` becomes `Dropout(rate,
+      per_sequence=True)` below the cell, `recurrent_dropout` becomes `RecurrentDropout`: one mask per sequence, as
+      there, but always one for all gates, where Keras draws one for each gate in ConvLSTM and in every layer that has
+      `recurrent_dropout` or `implementation=1`.
+    - `stateful=True`: pass the carry on. The final carry is always returned.
+    - Initializers, regularizers and constraints act in training only and are not kept; nor is `trainable`.
+    - A model computes in the dtype of xs: cast xs where the policy is a mixed one. Embedding takes integers.
+
+    Args:
+      source: a built layer or model; or its config: the dict of `keras.saving.serialize_keras_object`, or of the
+        `get_config` of a model. With a config Keras need not be installed.
+      weights: with a config, what `get_weights` gives: a list of arrays.
+
+    Returns:
+      `KerasModel(cell, params, mask)`: params in the dtype of the weights.
+
+    Raises:
+      ValueError, TypeError: for what has no counterpart here, or does not fit, naming the layer and the field.
+
+        >>> import numpy as np
+        >>> config = {"class_name": "LSTM", "config": {"units": 4, "return_sequences": True}}
+        >>> weights = [np.ones((3, 16), "float32"), np.ones((4, 16), "float32"), np.zeros(16, "float32")]
+        >>> from_keras(config, weights).cell
+        LSTM(input_size=3, hidden_size=4)
+    """
+    if not isinstance(source, Mapping):
+        source, weights = _read(source, weights)
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights: expected the list of arrays of get_weights(), got {type(weights).__name__}")
+    reader = _Reader(Weights(weights))
+    reader.layer(Fields("source", source), 0)
+    reader.weights.finish()
+    if not reader.cells:
+        raise ValueError("source: expected at least one layer that computes something")
+    return KerasModel(*stacked(reader.cells), reader.mask)
+
+
+def _read(layer: Any, weights: Any) -> tuple[Any, Any]:
+    """Config and weights of one of Keras' objects."""
+    if not any(base.__module__.split(".")[0] == "keras" for base in type(layer).__mro__):
+        raise TypeError(f"source: expected a Keras layer or model, or its config as a dict, got {type(layer).__name__}")
+    if weights is not None:
+        raise TypeError("weights: a Keras layer has its own; give them only with a config")
+    if not getattr(layer, "built", False):
+        raise ValueError(f"source: {type(layer).__name__} is not built, so it has no weights: call it once")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module("keras").saving.serialize_keras_object(layer), layer.get_weights()
+        except NotImplementedError as error:
+            raise ValueError(f"source: {type(layer).__name__} cannot be written as a config: {error}") from error
+
+
+class _Reader:
+    """Reads layer after layer: the cells so far, and what the next one sees."""
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        self.cells: Pieces = []
+        self.mask: KerasMask | None = None
+        self.masked = False  # whether the mask still matters
+        self.flipped = False  # whether Keras' sequence is in the opposite order here
+        self.timed = True
+        self.shape: tuple[Any, ...] | None = None  # of Keras' input here, where it is known
+
+    def layer(self, fields: Fields, depth: int) -> None:
+        """Reads one layer or model."""
+        if depth > DEEPEST:
+            raise ValueError(f"{fields.place}: expected at most {DEEPEST} models within models")
+        if fields.kind in ("Sequential", "Functional", "Model"):
+            layers = list_of(fields, "layers") if fields.kind == "Sequential" else chain(fields)
+            for k, inner in enumerate(layers):
+                self.layer(Fields(f"{fields.place}: layers[{k}]"[-200:], inner), depth + 1)
+            return
+        if self.shape is None and fields.input_shape is not None:
+            self.see(fields, fields.input_shape)
+        read = READERS.get(fields.kind)
+        if read is None:
+            raise ValueError(f"{fields.place}: a layer of this class cannot be converted")
+        read(self, fields)
+        fields.finish()
+
+    def see(self, fields: Fields, shape: Any) -> None:
+        """The shape of Keras' input is known: `shape`."""
+        if not isinstance(shape, (list, tuple)) or len(shape) < 2 or not all(n is None or is_size(n) for n in shape):
+            fields.refuse("shape", shape, "(batch, time, ...), each a size or None")
+        known = self.shape if self.shape is not None else (None,) * len(shape)
+        if len(known) != len(shape) or any(None not in (a, b) and a != b for a, b in zip(known, shape, strict=False)):
+            fields.refuse("shape", shape, f"{short(known)}, which comes here")
+        self.shape = tuple(a if b is None else b for a, b in zip(known, shape, strict=True))
+
+    def add(self, pieces: Pieces) -> None:
+        """Puts cells on top."""
+        for cell, params in pieces:
+            self.cells.append((cell, params))
+            if self.shape is None or cell.pointwise or isinstance(cell, Apply):
+                continue
+            lead = 2 if self.timed and not cell.ends_time else 1
+            inside = self.shape[2:] if self.timed else self.shape[1:]
+            size = output_size(cell, inside if isinstance(cell, Linear) else None)
+            self.shape = (*self.shape[:lead], *(size if isinstance(size, tuple) else (size,)))
+
+    def input(self, fields: Fields) -> None:
+        fields.take("dtype", None)  # of tokens it is one of integers
+        shape = fields.take("batch_shape", None)
+        if shape is None:
+            shape = fields.take("batch_input_shape", None)
+        if shape is not None:
+            self.see(fields, shape)
+
+    def needs(self, fields: Fields, *, rank: int | None = None, size: int | None = None) -> None:
+        """The input has a time axis, this rank, and this last size."""
+        if not self.timed or (rank is not None and self.shape is not None and len(self.shape) != rank):
+            expected = "a time axis" if rank is None else f"{rank} axes, batch and time first"
+            fields.refuse("input", "none any more" if not self.timed else self.shape, expected)
+        if size is not None and self.shape is not None and self.shape[-1] not in (None, size):
+            fields.refuse("input", self.shape, f"(..., {size})")
+
+    def embedding(self, fields: Fields) -> None:
+        vocabulary, size = fields.size("input_dim"), fields.size("output_dim")
+        if self.cells or self.mask:
+            raise ValueError(f"{fields.place}: expected to be the first layer: a sequence of tokens has no features")
+        self.needs(fields, rank=2)
+        if fields.flag("mask_zero", False):
+            self.mask, self.masked = KerasMask(0, tokens=True), True
+        w = self.weights.take(fields, "embeddings", vocabulary, size)
+        self.cells.append((Embed(vocabulary, size), EmbedParams(w)))
+        self.shape = None if self.shape is None else (*self.shape, size)
+
+    def masking(self, fields: Fields) -> None:
+        if self.cells or self.mask:
+            raise ValueError(f"{fields.place}: expected to be the first layer: its mask is a function of xs")
+        self.needs(fields, rank=3)
+        self.mask, self.masked = KerasMask(fields.number("mask_value", 0.0)), True
+
+    def pointwise(self, fields: Fields) -> None:
+        """A layer without time."""
+        if not self.cells and self.shape is not None and len(self.shape) == 2:
+            self.timed = False
+        read = spatial_dropout if fields.kind == "SpatialDropout1D" else POINTWISE[fields.kind]
+        pieces = read(fields, self.weights, self.shape, self.timed)
+        for cell, _ in pieces:
+            if isinstance(cell, (Linear, LayerNorm)):
+                self.fits(fields, cell)
+        self.add(pieces)
+
+    def fits(self, fields: Fields, cell: Any) -> None:
+        """The last axis is what the cell reads."""
+        if self.shape is not None and self.shape[-1] not in (None, cell.input_size):
+            fields.refuse("input", self.shape, f"(..., {cell.input_size})")
+
+    def time_distributed(self, fields: Fields) -> None:
+        inner = Fields(f"{fields.place}: layer", fields.take("layer"))
+        if inner.kind not in POINTWISE:
+            raise ValueError(f"{inner.place}: expected one of {sorted(POINTWISE)} in TimeDistributed")
+        self.needs(fields)
+        step = None if self.shape is None else (self.shape[0], *self.shape[2:])
+        pieces = POINTWISE[inner.kind](inner, self.weights, step, False)
+        inner.finish()
+        self.add(pieces)
+
+    def recurrent(self, fields: Fields) -> None:
+        kind = fields.kind
+        layer = read_recurrent(fields, self.weights, self.shape)
+        self.run(fields, kind, layer)
+
+    def bidirectional(self, fields: Fields) -> None:
+        merges = {"concat": "concat", "sum": "sum", "mul": "mul", "ave": "average"}
+        merge = fields.choice("merge_mode", "concat", merges)
+        forward, backward = directions(fields, fields.take("layer"), fields.take("backward_layer", None))
+        a, b = (read_recurrent(each, self.weights, self.shape) for each in (forward, backward))
+        if a.go_backwards == b.go_backwards or a.return_sequences != b.return_sequences:
+            raise ValueError(
+                f"{fields.place}: expected its layers to differ in go_backwards and agree in return_sequences"
+            )
+        (f, p), (g, q) = stacked(a.pieces), stacked(b.pieces)
+        cell = (Bidirectional(f, g, merge), BidirectionalPair(p, q))
+        # Keras overrides zero_output_for_mask here.
+        self.run(fields, forward.kind, a._replace(pieces=[cell], zero_output=False))
+
+    def run(self, fields: Fields, kind: str, layer: Recurrent) -> None:
+        """A recurrent layer: its direction in the time of xs, and what it puts out."""
+        first = next(cell for cell, _ in layer.pieces if not isinstance(cell, Layer))
+        size: Any = getattr(first, "input_size", None)
+        self.needs(fields, rank=2 + first.input_ndim, size=size[-1] if isinstance(size, tuple) else size)
+        if self.masked and kind in CONVOLUTIONS:
+            raise ValueError(f"{fields.place}: a mask reaches it, which Keras cannot apply to images")
+        if self.masked and self.flipped:
+            raise ValueError(f"{fields.place}: a layer before it has turned the sequence round, and not the mask")
+        if self.masked and layer.zero_output and not layer.return_sequences:
+            raise ValueError(
+                f"{fields.place}: zero_output_for_mask=True: its one output is 0 where the last step is masked"
+            )
+        self.flipped ^= layer.go_backwards
+        pieces = [(Backward(c) if self.flipped and not isinstance(c, Layer) else c, p) for c, p in layer.pieces]
+        if layer.return_sequences:
+            self.add(pieces)
+        else:
+            top, params = pieces.pop()
+            self.add([*pieces, (Pool(top), params)])
+            self.timed = self.masked = False
+
+    def pooling(self, fields: Fields) -> None:
+        how = {"GlobalAveragePooling1D": "mean", "GlobalMaxPooling1D": "max"}[fields.kind]
+        fields.channels_last()
+        self.needs(fields, rank=3)
+        if self.masked and how == "max":
+            raise ValueError(f"{fields.place}: a mask reaches it, which Keras does not apply here")
+        if self.masked and self.flipped:
+            raise ValueError(f"{fields.place}: a layer before it has turned the sequence round, and not the mask")
+        for k in reversed(range(len(self.cells))):
+            cell, params = stacked(self.cells[k:])
+            if output_size(cell) is not None:
+                del self.cells[k:]
+                self.add([(Pool(cell, how), params)])
+                self.timed = self.masked = False
+                return
+        raise ValueError(f"{fields.place}: expected a layer before it whose output size is known")
+
+
+READERS: dict[str, Callable[[_Reader, Fields], None]] = {
+    "InputLayer": _Reader.input,
+    "Embedding": _Reader.embedding,
+    "Masking": _Reader.masking,
+    "TimeDistributed": _Reader.time_distributed,
+    "Bidirectional": _Reader.bidirectional,
+    "GlobalAveragePooling1D": _Reader.pooling,
+    "GlobalMaxPooling1D": _Reader.pooling,
+    **dict.fromkeys(RECURRENT, _Reader.recurrent),
+    **dict.fromkeys([*POINTWISE, "SpatialDropout1D"], _Reader.pointwise),
+}

@@ -1,0 +1,221 @@
+"""The recurrent operators of ONNX as cells."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrnn.cell import Cell
+from jaxrnn.cells.activations import ACTIVATIONS, Activation
+from jaxrnn.cells.elman import Elman, ElmanParams
+from jaxrnn.cells.gru import GRU, GRUParams
+from jaxrnn.cells.lstm import LSTM, LSTMParams
+from jaxrnn.convert.arrays import Arrays
+from jaxrnn.convert.onnx.read import Node
+
+# ONNX's name: ours.
+NAMES = {
+    "Affine": "affine",
+    "Elu": "elu",
+    "HardSigmoid": "hard_sigmoid",
+    "LeakyRelu": "leaky_relu",
+    "Relu": "relu",
+    "ScaledTanh": "scaled_tanh",
+    "Sigmoid": "sigmoid",
+    "Softplus": "softplus",
+    "Softsign": "softsign",
+    "Tanh": "tanh",
+    "ThresholdedRelu": "thresholded_relu",
+}
+_BY_LOWER_CASE = {onnx.lower(): name for onnx, name in NAMES.items()}
+# The specification gives these no defaults, or others than onnxruntime.
+WITHOUT_DEFAULTS = ("affine", "scaled_tanh", "thresholded_relu")
+
+DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
+
+
+class Operator(NamedTuple):
+    """Gates in ONNX's order and in ours, the activations of one direction, and attributes beside the common ones."""
+
+    gates: str
+    ours: str
+    activations: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+OPERATORS = {
+    "RNN": Operator("h", "h", ("Tanh",), ()),
+    "GRU": Operator("zrn", "rzn", ("Sigmoid", "Tanh"), ("linear_before_reset",)),
+    "LSTM": Operator("iofg", "ifgo", ("Sigmoid", "Tanh", "Tanh"), ("input_forget",)),
+}
+_COMMON = ("activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size", "layout")
+
+
+def reversed_directions(node: Node) -> tuple[bool, ...]:
+    """Of each direction whether it runs backwards."""
+    direction = node.get("direction", "forward")
+    if direction not in DIRECTIONS:
+        node.refuse(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    return DIRECTIONS[direction]
+
+
+def cells(node: Node, arrays: dict[str, Any]) -> list[tuple[Cell, Any]]:
+    """The cell and the params, in NumPy, of each direction. `arrays` holds W, R, and B and P where they are given."""
+    operator = OPERATORS[node.op]
+    node.only(*_COMMON, *operator.attributes)
+    weights = Arrays(node.place, arrays)
+    count, gates = len(reversed_directions(node)), len(operator.gates)
+    shape = weights.shape("R")
+    hidden = shape[-1] if shape else 0
+    if node.get("hidden_size", hidden) != hidden:
+        node.refuse(f"hidden_size is {node.get('hidden_size', 0)}, and R has shape {shape}")
+    if 0 in shape or 0 in weights.shape("W"):
+        node.refuse(f"expected sizes of at least 1, got W {weights.shape('W')} and R {shape}")
+    # In NumPy, which compiles nothing.
+    w = np.asarray(weights.take("W", count, gates * hidden, None))
+    r = np.asarray(weights.take("R", count, gates * hidden, hidden))
+    b = np.asarray(weights.take("B", count, 2 * gates * hidden)) if "B" in weights else None
+    p = np.asarray(weights.take("P", count, 3 * hidden)) if "P" in weights else None
+    weights.finish()
+    specs = _activations(node, count)
+    make = {"RNN": _rnn, "GRU": _gru, "LSTM": _lstm}[node.op]
+
+    def ours(array):
+        return rearranged(array, operator.gates, operator.ours)
+
+    def one(d):
+        biases = None if b is None else (ours(b[d][: gates * hidden]), ours(b[d][gates * hidden :]))
+        return make(node, specs[d], ours(w[d].T), ours(r[d].T), biases, None if p is None else p[d])
+
+    return [one(d) for d in range(count)]
+
+
+def _rnn(node, specs, w, r, biases, p):
+    if "clip" in node.attributes:
+        node.refuse("clip: Elman has none")
+    b = None if biases is None else biases[0] + biases[1]
+    return Elman(*w.shape, activation=specs[0]), ElmanParams(w, r, b)
+
+
+def _gru(node, specs, w, r, biases, p):
+    hidden, after = r.shape[0], node.get("linear_before_reset", 0) != 0
+    b: Any = None
+    b_hn: Any = None
+    if biases is not None and after:
+        wb, rb = biases
+        rz = 2 * hidden
+        b, b_hn = np.concatenate((wb[:rz] + rb[:rz], wb[rz:])), rb[rz:]
+    elif biases is not None:
+        b = biases[0] + biases[1]
+    cell = GRU(
+        w.shape[0], hidden, reset_after=after, gate_clip=_clip(node), gate_activation=specs[0], activation=specs[1]
+    )
+    return cell, GRUParams(w, r, b, b_hn)
+
+
+def _lstm(node, specs, w, r, biases, p):
+    coupled = node.get("input_forget", 0) != 0
+    b = None if biases is None else biases[0] + biases[1]
+    peephole = None if p is None else rearranged(p, "iof", "ifo")
+    if coupled:
+        if not odd_about_half(specs[0]):
+            node.refuse(
+                f"input_forget: f = 1 − i, and LSTM(coupled=True) has i = 1 − f, "
+                f"which is the same for φ(−x) = 1 − φ(x) and not for {specs[0]!r}"
+            )
+        w, r = swap_coupled(w, "ifgo"), swap_coupled(r, "ifgo")
+        b = None if b is None else swap_coupled(b, "ifgo")
+        peephole = None if peephole is None else swap_coupled(peephole, "ifo").reshape(2, -1)
+    elif peephole is not None:
+        peephole = peephole.reshape(3, -1)
+    cell = LSTM(
+        w.shape[0],
+        r.shape[0],
+        peephole=peephole is not None,
+        coupled=coupled,
+        gate_clip=_clip(node),
+        gate_activation=specs[0],
+        activation=specs[1],
+        output_activation=specs[2],
+    )
+    return cell, LSTMParams(w, r, b, peephole)
+
+
+def by_gate(array: np.ndarray, gates: str) -> dict[str, Any]:
+    """The blocks of the last axis, by gate."""
+    return dict(zip(gates, np.split(array, len(gates), axis=-1), strict=True))
+
+
+def rearranged(array: np.ndarray, given: str, wanted: str) -> Any:
+    """The gates of the last axis in another order, or some of them."""
+    blocks = by_gate(array, given)
+    return np.concatenate([blocks[gate] for gate in wanted], axis=-1)
+
+
+def swap_coupled(array: np.ndarray, gates: str) -> Any:
+    """The gates without i, f being what i was, negated: 1 − φ(x) is φ(−x)."""
+    blocks = by_gate(array, gates)
+    return np.concatenate([-blocks["i"] if gate == "f" else blocks[gate] for gate in gates if gate != "i"], axis=-1)
+
+
+def odd_about_half(spec: Activation) -> bool:
+    """Whether φ(−x) = 1 − φ(x)."""
+    match spec:
+        case "sigmoid" | "hard_sigmoid" | "keras_hard_sigmoid" | ("hard_sigmoid", _):
+            return True
+        case ("hard_sigmoid" | "affine", _, beta):
+            return beta == 0.5
+    return False
+
+
+def _clip(node: Node) -> float | None:
+    if "clip" not in node.attributes:
+        return None
+    clip = node.get("clip", 0.0)
+    if clip <= 0:
+        node.refuse(f"clip: expected a positive number, got {clip}")
+    return clip
+
+
+def _activations(node: Node, count: int) -> list[tuple[Activation, ...]]:
+    """The activations of each direction; alphas and betas are handed out in order to those that take one."""
+    default = OPERATORS[node.op].activations
+    given = node.numbers("activations", default * count)
+    if len(given) != len(default) * count:
+        node.refuse(f"activations: expected {len(default) * count} names, got {given}")
+    unknown = [name for name in given if name.lower() not in _BY_LOWER_CASE]
+    if unknown:
+        node.refuse(f"activations: expected names of {', '.join(NAMES)}, got {unknown[0]!r}")
+    names = [_BY_LOWER_CASE[name.lower()] for name in given]
+    numbers = [_handed_out(node, "activation_alpha", names, 1), _handed_out(node, "activation_beta", names, 2)]
+    specs = [_spec(node, *each) for each in zip(names, *numbers, strict=True)]
+    return [tuple(specs[d * len(default) : (d + 1) * len(default)]) for d in range(count)]
+
+
+def _handed_out(node: Node, attribute: str, names: list[str], k: int) -> list[float | None]:
+    """The k-th number of every activation, None where it is not given or not taken."""
+    takes = [len(ACTIVATIONS[name][1]) >= k for name in names]
+    given = node.numbers(attribute, ()) if attribute in node.attributes else ()
+    if not given:
+        return [None] * len(names)
+    if len(given) != sum(takes):
+        node.refuse(f"{attribute}: expected one number for each of the {sum(takes)} that take one, got {given}")
+    left = iter(given)
+    return [next(left) if takes_one else None for takes_one in takes]
+
+
+def _spec(node: Node, name: str, alpha: float | None, beta: float | None) -> Activation:
+    given = [number for number in (alpha, beta) if number is not None]
+    if any(type(number) is not float for number in given):
+        node.refuse(f"activations: expected numbers for {name}, got {given}")
+    defaults = ACTIVATIONS[name][1]
+    if len(given) < len(defaults) and name in WITHOUT_DEFAULTS:
+        node.refuse(f"activations: {name} needs {len(defaults)} numbers, activation_alpha and _beta, got {given}")
+    if not given:
+        return name
+    # Numbers of the specification where only one of two is given.
+    filled = tuple(
+        default if number is None else number for number, default in zip((alpha, beta), defaults, strict=False)
+    )
+    return (name, *filled)  # type: ignore[return-value]

@@ -1,0 +1,128 @@
+"""Torch's modules, taken apart into those with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jaxrnn.convert.torch.weights import ACTIVATION_MODULES, Part, canonical, recurrent
+from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+
+# Parts that run one after another, in sequences within sequences as modules are within modules.
+Parts = Part | Sequence["Parts"]
+
+
+def module_weights(module: Any) -> dict[str, Any]:
+    """The parameters of a module by name; raises where two are one."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    seen: dict[Any, str] = {}
+    for name, weight in named.items():
+        first = seen.setdefault(id(weight) if weight.is_meta else (weight.device, weight.data_ptr()), name)
+        if first != name and weight.numel():
+            raise ValueError(
+                f"{type(module).__name__}: {name} is tied to {first}, and params hold two that are trained apart: "
+                "convert the state_dict if that is meant"
+            )
+    return named
+
+
+def module_parts(module: Any, name: str = "", seen: set[int] | None = None) -> Parts:
+    """What a module is made of, in order of definition."""
+    seen = set() if seen is None else seen
+    kind = type(module)
+    if id(module) in seen:
+        _refuse(module, name, "it is used twice, and its weights would be two that are trained apart")
+    seen.add(id(module))
+    _check_plain(module, name)
+    ours = not kind.__module__.startswith("torch.")
+    if ours or kind.__name__ in ("Sequential", "ModuleList"):
+        return _children(module, name, seen)
+    if kind.__name__ not in MODULES or not kind.__module__.startswith("torch.nn.modules."):
+        _refuse(module, name, "jaxrnn has no counterpart")
+    if module._modules:
+        _refuse(module, name, f"it has modules inside: {', '.join(module._modules)}")
+    for field, value in FIXED.get(kind.__name__, {}).items():
+        if getattr(module, field) != value:
+            _refuse(module, name, f"expected {field}={value!r}, got {getattr(module, field)!r}")
+    try:
+        return MODULES[kind.__name__](f"{name}." if name else "", module)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_where(module, name)}: {error}") from error
+
+
+def _children(module: Any, name: str, seen: set[int]) -> list[Parts]:
+    if own := [key for key, value in module._parameters.items() if value is not None]:
+        _refuse(module, name, f"{', '.join(own)} belong to none of its children, so what they do is not known")
+    children = [(key, child) for key, child in module._modules.items() if child is not None]
+    if not children:
+        _refuse(module, name, "jaxrnn has no counterpart")
+    return [module_parts(child, f"{name}.{key}" if name else key, seen) for key, child in children]
+
+
+def _check_plain(module: Any, name: str) -> None:
+    """Nothing has been hung on it that changes what it computes."""
+    if hasattr(module, "parametrizations"):
+        _refuse(module, name, "its weights are parametrized: torch.nn.utils.parametrize.remove_parametrizations first")
+    if hooks := [key for key in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, key, None)]:
+        _refuse(module, name, f"it has {hooks[0].strip('_')}, and what they do is not known: remove them first")
+    if "forward" in vars(module):
+        _refuse(module, name, "its forward has been replaced")
+    if buffers := [key for key, value in module._buffers.items() if value is not None]:
+        _refuse(module, name, f"jaxrnn has no counterpart of its buffers {', '.join(buffers)}")
+
+
+def _where(module: Any, name: str) -> str:
+    return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
+
+
+def _refuse(module: Any, name: str, why: str) -> NoReturn:
+    raise ValueError(f"{_where(module, name)}: {why}")
+
+
+def _recurrent(name: str, module: Any) -> Part:
+    kind = type(module).__name__
+    layered = not kind.endswith("Cell")
+    options: dict[str, Any] = {"activation": getattr(module, "nonlinearity", "tanh")}
+    if layered:
+        options |= {
+            "projection_size": module.proj_size or None,
+            "bidirectional": module.bidirectional,
+            "layers": module.num_layers,
+            "dropout": float(module.dropout),
+        }
+    cell = recurrent(kind.removesuffix("Cell"), module.input_size, module.hidden_size, **options)
+    return Part(name, cell, layered, bias=module.bias)
+
+
+def _layer_norm(name: str, module: Any) -> Part:
+    if len(module.normalized_shape) != 1:
+        raise ValueError(f"expected one normalised axis, got normalized_shape={tuple(module.normalized_shape)}")
+    cell = LayerNorm(module.normalized_shape[0], module.eps)
+    return Part(name, cell, bias=module.bias is not None, affine=module.weight is not None)
+
+
+def _activation(name: str, module: Any) -> Part:
+    fn, attribute = ACTIVATION_MODULES[type(module).__name__]
+    spec = canonical((fn, float(getattr(module, attribute)))) if attribute else fn
+    return Part(name, Apply(spec or fn))
+
+
+def _linear(name: str, module: Any) -> Part:
+    return Part(name, Linear(module.in_features, module.out_features), bias=module.bias is not None)
+
+
+MODULES = {
+    **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), _recurrent),
+    **dict.fromkeys(ACTIVATION_MODULES, _activation),
+    "Embedding": lambda name, module: Part(name, Embed(module.num_embeddings, module.embedding_dim)),
+    "Linear": _linear,
+    "LayerNorm": _layer_norm,
+    "Dropout": lambda name, module: Part(name, Dropout(float(module.p))),
+}
+
+# Fields with values that have no counterpart.
+FIXED: dict[str, dict[str, Any]] = {
+    "Embedding": {"max_norm": None, "scale_grad_by_freq": False},
+    "Softplus": {"beta": 1, "threshold": 20},
+    "Threshold": {"value": 0},
+}

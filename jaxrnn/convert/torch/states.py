@@ -1,0 +1,84 @@
+"""Initial and final states of torch's recurrent modules as carries, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.cells.elman import ElmanCarry
+from jaxrnn.cells.gru import GRUCarry
+from jaxrnn.cells.lstm import LSTMCarry
+from jaxrnn.convert.torch.tensors import dense, tensor
+
+
+def carry_from_torch(cell: Cell, states: Any) -> Any:
+    """torch's initial or final states as the carry of a recurrent cell, or of a model with one recurrent module.
+
+    Args:
+      cell: whose carry it is.
+      states: h_0, or (h_0, c_0) of LSTMs, tensors or arrays (L · directions, *batch, H): a row per
+        layer and direction.
+
+    Raises:
+      ValueError: if rows or sizes are not those of the cell. TypeError: if it has other states than torch's modules.
+
+        >>> import jaxrnn, numpy as np
+        >>> cell = jaxrnn.Bidirectional(jaxrnn.GRU(3, 4), jaxrnn.GRU(3, 4))
+        >>> carry_from_torch(cell, np.zeros((2, 5, 4), "float32")).backward.h.shape
+        (5, 4)
+    """
+    rows, structure = _rows(cell)
+    given = tuple(states) if isinstance(states, (tuple, list)) else (states,)
+    if len(given) != len(rows[0]):
+        raise ValueError(f"states: expected {', '.join(rows[0]._fields)} of {cell!r}, got {len(given)} states")
+    stacks = [jnp.asarray(dense("states", state)) for state in given]
+    batch_shape = stacks[0].shape[1:-1]
+    for name, stack, row in zip(rows[0]._fields, stacks, rows[0], strict=True):
+        if stack.shape != (wanted := (len(rows), *batch_shape, *row.shape)):
+            raise ValueError(f"states: {name}: expected shape {wanted}, got {stack.shape}: {cell!r}")
+    carries = [type(row)(*(stack[k] for stack in stacks)) for k, row in enumerate(rows)]
+    return jax.tree.unflatten(structure, carries)
+
+
+def carry_to_torch(cell: Cell, carry: Any) -> Any:
+    """The carry as torch has it: the tensor h_n, or (h_n, c_n) of LSTMs, with a row per layer and direction.
+
+    Raises:
+      ValueError, TypeError: if it is no carry of the cell, or that has other states than torch's modules.
+
+        >>> import jax, jaxrnn
+        >>> cell = jaxrnn.LSTM(3, 4)
+        >>> carry = cell.initial_carry(cell.init(jax.random.key(0)), (5,))
+        >>> h_n, c_n = carry_to_torch(cell, carry)  # doctest: +SKIP
+        >>> h_n.shape  # doctest: +SKIP
+        torch.Size([1, 5, 4])
+    """
+    wanted, structure = _rows(cell)
+    rows, given = jax.tree.flatten(carry, is_leaf=_is_state)
+    if given != structure or {type(row) for row in rows} != {type(wanted[0])}:
+        raise TypeError(f"carry: {cell!r} takes {check.shapes_of_carry(cell)}, got {carry!r}")
+    for row in rows:
+        for name, state, size in zip(row._fields, row, wanted[0], strict=True):
+            if np.shape(state)[-1:] != size.shape:
+                raise ValueError(f"carry: {name}: {cell!r} expects shape (..., {size.shape[0]}), got {np.shape(state)}")
+    stacks = [tensor(np.stack([np.asarray(state) for state in states])) for states in zip(*rows, strict=True)]
+    return tuple(stacks) if len(stacks) > 1 else stacks[0]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, (ElmanCarry, GRUCarry, LSTMCarry))
+
+
+def _rows(cell: Cell) -> tuple[list[Any], Any]:
+    """The carries of the recurrent cells in torch's order, and the carry that they are in."""
+    rows: list[Any]
+    rows, structure = jax.tree.flatten(check.shapes_of_carry(cell), is_leaf=_is_state)
+    kinds = {(type(row), *(state.shape for state in row)) if _is_state(row) else type(row) for row in rows}
+    if len(kinds) != 1 or not all(map(_is_state, rows)):
+        raise TypeError(f"cell: expected RNNs, GRUs or LSTMs, all of one kind and size, got {cell!r}")
+    return rows, structure

@@ -1,0 +1,280 @@
+"""The weights of torch's modules: how they are named, and what they are to a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cell import Cell, output_size
+from jaxrnn.cells.activations import ACTIVATIONS, Activation
+from jaxrnn.cells.elman import Elman, ElmanParams
+from jaxrnn.cells.gru import GRU, GRUParams
+from jaxrnn.cells.lstm import LSTM, LSTMParams
+from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
+from jaxrnn.convert.arrays import Arrays
+from jaxrnn.convert.cells import Placed
+from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
+
+# The blocks of rows in weight_ih and weight_hh: i f g o, and r z n.
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+KINDS: dict[type[Cell], str] = {Elman: "RNN", GRU: "GRU", LSTM: "LSTM"}
+
+# torch's module: (its function here, the attribute that is α).
+ACTIVATION_MODULES: dict[str, tuple[str, str | None]] = {
+    "Identity": ("identity", None),
+    "ReLU": ("relu", None),
+    "Tanh": ("tanh", None),
+    "Sigmoid": ("sigmoid", None),
+    "Softsign": ("softsign", None),
+    "Softplus": ("softplus", None),
+    "LeakyReLU": ("leaky_relu", "negative_slope"),
+    "ELU": ("elu", "alpha"),
+    "Threshold": ("thresholded_relu", "threshold"),
+    "Hardsigmoid": ("keras_hard_sigmoid", None),
+}
+
+
+class Part(NamedTuple):
+    """One torch module with weights, or without, and the cell that computes what it does.
+
+    name: what comes before the names of its arrays, with the dot: "encoder.lstm.", or "". layered: whether those of a
+    recurrent module end in "_l0", "_l0_reverse", ...; of an `LSTMCell` they do not. bias, affine: whether it has
+    biases, and as a LayerNorm a weight.
+    """
+
+    name: str
+    cell: Cell
+    layered: bool = True
+    bias: bool = True
+    affine: bool = True
+
+
+def recurrent(
+    kind: str,
+    input_size: int,
+    hidden_size: int,
+    *,
+    activation: str = "tanh",
+    projection_size: int | None = None,
+    bidirectional: bool = False,
+    layers: int = 1,
+    dropout: float = 0.0,
+) -> Cell:
+    """The cell of an nn.RNN, nn.GRU or nn.LSTM."""
+    match kind:
+        case "RNN":
+            cell = Elman(input_size, hidden_size, activation=activation)
+        case "GRU":
+            cell = GRU(input_size, hidden_size)
+        case _:
+            cell = LSTM(input_size, hidden_size, projection_size=projection_size)
+    between = Dropout(dropout) if dropout and layers > 1 else None
+    return repeated(Bidirectional(cell, cell) if bidirectional else cell, layers, between)
+
+
+def repeated(first: Cell, layers: int, dropout: Dropout | None) -> Cell:
+    """As many layers as torch puts into one module, the lowest being `first`, with dropout between."""
+    if layers == 1:
+        return first
+    above = _reading(first, output_size(first))
+    between = (dropout,) if dropout else ()
+    return Stack((first, *(*between, above) * (layers - 1)))
+
+
+def _reading(cell: Cell, size: Any) -> Cell:
+    match cell:
+        case Bidirectional(forward=forward, backward=backward):
+            cells = {"forward": _reading(forward, size), "backward": _reading(backward, size)}
+            return dataclasses.replace(cell, **cells)
+    return dataclasses.replace(cell, input_size=size)
+
+
+def is_recurrent(cell: Cell) -> bool:
+    """Whether it may be a layer of one of torch's recurrent modules."""
+    match cell:
+        case Bidirectional(forward=forward, backward=backward, merge="concat"):
+            return type(forward) in KINDS and type(backward) in KINDS
+    return type(cell) in KINDS
+
+
+def read(part: Part, arrays: Arrays, dtype: Any) -> Any:
+    """The params of `part.cell`; `dtype` is that of arrays which torch leaves out."""
+
+    def vector(name, size, wanted):
+        return arrays.take(f"{part.name}{name}", size) if wanted else None
+
+    match part.cell:
+        case Embed(vocabulary, size):
+            return EmbedParams(arrays.take(f"{part.name}weight", vocabulary, size))
+        case Linear(below, size):
+            return LinearParams(arrays.take(f"{part.name}weight", size, below).T, vector("bias", size, part.bias))
+        case LayerNorm(size):
+            scale = vector("weight", size, part.affine)
+            scale = jnp.ones(size, dtype) if scale is None else scale
+            return LayerNormParams(scale, vector("bias", size, part.bias))
+        case Dropout() | Apply():
+            return ()
+        case Stack(cells):
+            number = itertools.count()
+            return tuple(
+                () if isinstance(cell, Dropout) else _layer(part, arrays, cell, next(number)) for cell in cells
+            )
+    return _layer(part, arrays, part.cell, 0)
+
+
+def _layer(part: Part, arrays: Arrays, cell: Cell, number: int) -> Any:
+    suffix = f"_l{number}" if part.layered else ""
+    match cell:
+        case Bidirectional(forward=forward, backward=backward):
+            return BidirectionalPair(
+                _direction(part, arrays, forward, suffix), _direction(part, arrays, backward, f"{suffix}_reverse")
+            )
+    return _direction(part, arrays, cell, suffix)
+
+
+def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> Any:
+    def take(name, *shape):
+        return arrays.take(f"{part.name}{name}{suffix}", *shape)
+
+    hidden = cell.hidden_size
+    rows = GATES[KINDS[type(cell)]] * hidden
+    w_x, w_h = take("weight_ih", rows, cell.input_size).T, take("weight_hh", rows, cell.output_size).T
+    b_x, b_h = (take("bias_ih", rows), take("bias_hh", rows)) if part.bias else (None, None)
+    match cell:
+        case GRU():
+            if b_x is None or b_h is None:
+                return GRUParams(w_x, w_h, None)
+            # n reads b_ih + r (… + b_hh): only r and z see the sum.
+            b = jnp.concatenate([b_x[: 2 * hidden] + b_h[: 2 * hidden], b_x[2 * hidden :]])
+            return GRUParams(w_x, w_h, _finite(f"{part.name}bias_ih{suffix}", b), b_h[2 * hidden :])
+    b = None if b_x is None or b_h is None else _finite(f"{part.name}bias_ih{suffix}", b_x + b_h)
+    if isinstance(cell, Elman):
+        return ElmanParams(w_x, w_h, b)
+    return LSTMParams(
+        w_x, w_h, b, w_p=take("weight_hr", cell.projection_size, hidden).T if cell.projection_size else None
+    )
+
+
+def _finite(name: str, b: Array) -> Array:
+    if not jnp.isfinite(b).all():
+        raise ValueError(f"{name}: its sum with the other bias overflows {b.dtype}")
+    return b
+
+
+def write(name: str, layered: bool, cells: list[Placed]) -> dict[str, np.ndarray]:
+    """The arrays of the torch module `name`, which `cells` are: the layers of a recurrent one, or all of another.
+
+    Raises:
+      ValueError: naming the place of what torch lacks.
+    """
+    found = [
+        (suffix, _arrays(each))
+        for number, placed in enumerate(cells)
+        for suffix, each in _directions(placed, f"_l{number}" if layered else "")
+    ]
+    if any("bias_ih" in arrays for _, arrays in found):
+        # A recurrent module has biases everywhere or nowhere.
+        found = [(suffix, _zero_biases(arrays) | arrays) for suffix, arrays in found]
+    return {f"{name}{key}{suffix}": array for suffix, arrays in found for key, array in arrays.items()}
+
+
+def _zero_biases(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    zeros = np.zeros(arrays["weight_ih"].shape[0], arrays["weight_ih"].dtype)
+    return {"bias_ih": zeros, "bias_hh": zeros}
+
+
+def _directions(placed: Placed, suffix: str) -> list[tuple[str, Placed]]:
+    """The cells of one layer, and how the names of their arrays end."""
+    match placed.cell:
+        case Bidirectional(forward=forward, backward=backward):
+            placed.only("forward", "backward", why="torch concatenates both directions")
+            directions = [placed.part(way, getattr(placed.params, way)) for way in ("forward", "backward")]
+            for direction in directions:
+                if type(direction.cell) not in KINDS:
+                    direction.refuse("torch has no module that computes this")
+            if forward != backward:
+                placed.refuse("torch's two directions are of one kind and size")
+            return [(suffix, directions[0]), (f"{suffix}_reverse", directions[1])]
+    return [(suffix if type(placed.cell) in KINDS else "", placed)]
+
+
+def _arrays(placed: Placed) -> dict[str, np.ndarray]:
+    cell, params = placed.cell, placed.params
+    if type(cell) not in WRITERS:
+        placed.refuse("torch has no module that computes this")
+    wanted = check.shapes_of_params(cell)
+    for field in getattr(wanted, "_fields", ()):
+        # Only a bias of None is one of zeros.
+        if field not in ("b", "b_hn") and getattr(wanted, field) is not None and getattr(params, field) is None:
+            raise ValueError(f"{placed.place}: {cell!r}: params.{field}: expected an array, got None")
+    return {key: array for key, array in WRITERS[type(cell)](placed, params).items() if array is not None}
+
+
+def _dropout(placed: Placed, params: Any) -> dict[str, Any]:
+    placed.only("rate", why="torch's Dropout draws at each step")
+    return {}
+
+
+def _apply(placed: Placed, params: Any) -> dict[str, Any]:
+    if canonical(placed.cell.fn) is None:  # type: ignore[attr-defined]
+        placed.refuse("torch has no module of this function")
+    return {}
+
+
+def _elman(placed: Placed, params: ElmanParams) -> dict[str, Any]:
+    if placed.cell.activation not in ("tanh", "relu"):  # type: ignore[attr-defined]
+        placed.refuse("torch's RNN has tanh and relu only")
+    return _weights(params) | _biases(params, np.zeros_like(params.w_x[0]))
+
+
+def _gru(placed: Placed, params: GRUParams) -> dict[str, Any]:
+    placed.only("input_size", "hidden_size", why="torch's GRU resets after the product and has no such option")
+    b_h = np.zeros_like(params.w_x[0])
+    if params.b_hn is not None:
+        b_h[-params.hidden_size :] = params.b_hn
+    return _weights(params) | _biases(params, b_h)
+
+
+def _lstm(placed: Placed, params: LSTMParams) -> dict[str, Any]:
+    placed.only("input_size", "hidden_size", "projection_size", why="torch's LSTM has no such option")
+    w_p = {} if params.w_p is None else {"weight_hr": params.w_p.T}
+    return _weights(params) | _biases(params, np.zeros_like(params.w_x[0])) | w_p
+
+
+def _weights(params: Any) -> dict[str, Any]:
+    return {"weight_ih": params.w_x.T, "weight_hh": params.w_h.T}
+
+
+def _biases(params: Any, b_h: np.ndarray) -> dict[str, Any]:
+    if params.b is None and not b_h.any():
+        return {}
+    return {"bias_ih": np.zeros_like(b_h) if params.b is None else params.b, "bias_hh": b_h}
+
+
+# What torch calls the params, which come as NumPy arrays.
+WRITERS: dict[type[Cell], Callable[[Placed, Any], dict[str, Any]]] = {
+    Elman: _elman,
+    GRU: _gru,
+    LSTM: _lstm,
+    Embed: lambda placed, params: {"weight": params.w},
+    Linear: lambda placed, params: {"weight": params.w.T, "bias": params.b},
+    LayerNorm: lambda placed, params: {"weight": params.scale, "bias": params.b},
+    Dropout: _dropout,
+    Apply: _apply,
+}
+
+
+def canonical(fn: Activation) -> Activation | None:
+    """The function without a number that is the default, or None where torch has no such module."""
+    name, *numbers = fn if isinstance(fn, tuple) else (fn,)
+    if not isinstance(name, str) or name not in {known for known, _ in ACTIVATION_MODULES.values()}:
+        return None
+    return name if tuple(numbers) in ((), ACTIVATIONS[name][1]) else fn

@@ -1,0 +1,50 @@
+"""Nested dicts of arrays as paths with slashes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_DEEPEST = 64
+
+
+def join(path: str, name: str) -> str:
+    """The name below a path."""
+    return f"{path}/{name}" if path else name
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """What nested dicts hold, by path.
+
+    Raises:
+      ValueError: if they are nested deeper than any model is.
+
+        >>> leaves({"cell": {"i": {"kernel": 1}, "h": 2}})
+        {'cell/i/kernel': 1, 'cell/h': 2}
+    """
+    found, todo = {}, [("", 0, tree)]
+    while todo:
+        path, depth, node = todo.pop()
+        if not isinstance(node, Mapping):
+            found[path] = node
+        elif depth > _DEEPEST:
+            raise ValueError(f"params: {path[:80]}...: nested more than {_DEEPEST} levels deep")
+        else:
+            todo += [(join(path, str(name)), depth + 1, below) for name, below in reversed(list(node.items()))]
+    return found
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dicts that hold these leaves.
+
+    >>> nested({"cell/i/kernel": 1, "cell/h": 2})
+    {'cell': {'i': {'kernel': 1}, 'h': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *above, last = path.split("/")
+        node = tree
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
