@@ -1,16 +1,20 @@
 """What all tests share: strict dtypes, and x64 where a module asks for it."""
 
+import gc
 import os
 
 import jax
 import jaxlib
 import pytest
 
+collect_ignore = ["data"]  # a script there needs what makes the files, not what reads them
+
 
 def pytest_configure(config):
     """The tests compile with little optimisation, which takes a quarter of the time; set XLA_FLAGS for another way."""
     config.addinivalue_line("markers", "xdist_group(name): pytest-xdist runs a group on one worker")
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
+    gc.set_threshold(200_000, 50, 100)  # what JAX keeps is never garbage, and looking through it takes long
     # XLA refuses to start on a flag that it does not know, so each version gets those that it does.
     flags = {"0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
     flags["0.11"] = "--xla_backend_optimization_level=0"
