@@ -6,13 +6,13 @@ import os
 import jax
 import jaxlib
 import pytest
+from members import MEMBERS
 
 collect_ignore = ["data"]  # a script there needs what makes the files, not what reads them
 
 
 def pytest_configure(config):
     """The tests compile with little optimisation, which takes a quarter of the time; set XLA_FLAGS for another way."""
-    config.addinivalue_line("markers", "xdist_group(name): pytest-xdist runs a group on one worker")
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
     gc.set_threshold(200_000, 50, 100)  # what JAX keeps is never garbage, and looking through it takes long
     # XLA refuses to start on a flag that it does not know, so each version gets those that it does.
@@ -21,6 +21,22 @@ def pytest_configure(config):
     version = ".".join(jaxlib.__version__.split(".")[:2])
     if version in flags:
         os.environ.setdefault("XLA_FLAGS", flags[version])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker runs all tests of a member of the contract, or of an example: what they share is computed once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            if "test_example_" in file:
+                return file
+            names = test.partition("[")[2].rstrip("]").split("-")
+            return next((name for name in names if name in MEMBERS), nodeid)
+
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -190,13 +190,8 @@ MEMBERS = CELLS | LAYERS | COMPOSITIONS | OPTIONS
 
 
 def _parametrize(marks):
-    # One group per member, so that a worker compiles what its tests share only once.
     return pytest.mark.parametrize(
-        "cell",
-        [
-            pytest.param(cell, id=name, marks=[pytest.mark.xdist_group(name), *marks(name)])
-            for name, cell in MEMBERS.items()
-        ],
+        "cell", [pytest.param(cell, id=name, marks=marks(name)) for name, cell in MEMBERS.items()]
     )
 
 

@@ -14,7 +14,6 @@ digits = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(digits)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("classify_digits")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ text = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(text)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("classify_text")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

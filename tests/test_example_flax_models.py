@@ -15,7 +15,6 @@ flax_models = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(flax_models)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("flax_models")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

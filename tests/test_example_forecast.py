@@ -17,7 +17,6 @@ forecast = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(forecast)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("forecast")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

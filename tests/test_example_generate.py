@@ -16,7 +16,6 @@ generate = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(generate)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("generate")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ sweep = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(sweep)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("sweep")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ tag = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tag)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("tag")  # one worker runs the example once
 
 CODE = '''\
 def f(x):  # two

@@ -19,7 +19,6 @@ dates = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(dates)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("translate_dates")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ vanishing_gradients = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(vanishing_gradients)
 
 PROMOTION = "standard"  # Optax divides floats by integers
-pytestmark = pytest.mark.xdist_group("vanishing_gradients")  # one worker runs the example once
 
 
 @pytest.fixture(scope="module")
