@@ -107,7 +107,7 @@ TRAPS = {
         "cells/lstm.py",
         "*i, f, g, o = jnp.split",
         "*i, g, f, o = jnp.split",
-        "test_oracles.py::test_scan_is_the_oracle",
+        "test_oracles.py::test_scan_is_the_oracle[LSTM plain]",
     ),
     "a forget gate that is closed at first": (
         "cells/lstm.py",
@@ -119,25 +119,26 @@ TRAPS = {
         "cells/lstm.py",
         "gate(o, -1, c)",
         "gate(o, -1, carry.c)",
-        "test_oracles.py::test_scan_is_the_oracle",
+        "test_oracles.py::test_scan_is_the_oracle[LSTM peephole]",
     ),
     "an update gate the other way round": (
         "cells/gru.py",
         "(1 - z) * n + z * carry.h",
         "z * n + (1 - z) * carry.h",
-        "test_oracles.py::test_free_function_is_the_oracle",
+        "test_oracles.py::test_free_function_is_the_oracle[GRU plain]",
     ),
     "a reset gate that forgets the recurrent bias": (
         "cells/gru.py",
         "w = r * (v_n if theta.b_hn is None else v_n + theta.b_hn)",
         "w = r * v_n + (0 if theta.b_hn is None else theta.b_hn)",
-        "test_oracles.py::test_free_function_is_the_oracle",
+        "test_oracles.py::test_free_function_is_the_oracle[GRU plain]",
     ),
     "a clip before the peephole": (
         "cells/lstm.py",
         "pre = pre if theta.peephole is None else pre + theta.peephole[row] * c",
         "p = theta.peephole; pre = clip(pre, self.gate_clip); return φ(pre if p is None else pre + p[row] * c)",
-        "test_oracles.py::test_scan_is_the_oracle",
+        "test_oracles.py::test_scan_is_the_oracle"
+        "[LSTM peephole coupled projection_size layer_norm cell_clip gate_clip]",
     ),
     "one orthogonal block for all gates": (
         "cells/initializers.py",
