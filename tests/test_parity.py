@@ -4,14 +4,13 @@ Everything is compared in the other framework's layout: what is differentiated c
 """
 
 import functools
-import importlib
 import os
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conversion import peer
 from jax import lax
 
 from jaxrnn import (
@@ -43,16 +42,6 @@ T, B, D, H, P = 6, 3, 2, 5, 4
 # No sequence is as long as the padding.
 LENGTHS = np.array([4, 1, 5])
 HOLES = np.array([[1, 1, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]], bool)
-
-
-def peer(module):
-    """Another framework's module, or a skipped test."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(module)
-    except ImportError as error:
-        pytest.skip(f"parity needs {module}: {error}")
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ class Recurrent(NamedTuple):
 
 
 def read_recurrent(fields: Fields, weights: Weights, shape: Any) -> Recurrent:
+    """A layer with time as cells one above another; `shape` is that of its input in Keras, where it is known."""
     options = (fields.flag("go_backwards", False), fields.flag("return_sequences", False))
     zero_output = fields.flag("zero_output_for_mask", False)
     if fields.kind in CONVOLUTIONS:
@@ -199,6 +200,7 @@ def _dropout(fields: Fields, weights: Weights, shape: Any, timed: bool) -> Piece
 
 
 def spatial_dropout(fields: Fields, weights: Weights, shape: Any, timed: bool) -> Pieces:
+    """SpatialDropout1D, which drops a feature at all steps or at none."""
     if not timed or (shape is not None and len(shape) != 3):
         fields.refuse("input", shape, "(batch, time, features)")
     return [(Dropout(fields.rate("rate"), per_sequence=True), ())]

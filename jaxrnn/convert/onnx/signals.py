@@ -216,10 +216,12 @@ def layer(node: Node, signal: Signal, cell: Cell, params: Any, width: Size | Non
 
 
 def transpose(signal: Signal, order: Sequence[int]) -> Signal:
+    """The signal with its axes in another order."""
     return signal._replace(axes=tuple(signal.axes[k] for k in order))
 
 
 def unsqueeze(node: Node, signal: Signal, places: Sequence[int]) -> Signal:
+    """The signal with axes of size 1 at these places of the result."""
     axes = list(signal.axes)
     for place in sorted(places):
         axes.insert(place, UNIT)
@@ -227,6 +229,7 @@ def unsqueeze(node: Node, signal: Signal, places: Sequence[int]) -> Signal:
 
 
 def squeeze(node: Node, signal: Signal, places: Sequence[int]) -> Signal:
+    """The signal without the axes at these places, which must be known to have size 1."""
     for place in places:
         if signal.axes[place] not in (UNIT, DIRECTION) or signal.size(signal.axes[place]) != ONE:
             node.refuse(f"axis {place} of {signal} is not one of size 1")
