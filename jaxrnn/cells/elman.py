@@ -13,7 +13,7 @@ from jaxrnn.cells.activations import Activation, activation
 from jaxrnn.cells.gated import GatedCell
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.engines.gated import GatedWeights, Kernel
 
 
 class ElmanParams(NamedTuple):
@@ -76,6 +76,11 @@ class Elman(GatedCell):
 
     def weights(self, params: ElmanParams) -> GatedWeights:
         return GatedWeights(params.w_x, params.b, params.w_h)
+
+    def kernel(self, weights: GatedWeights) -> Kernel | str:
+        if self.activation not in ("tanh", "relu"):
+            return f"no kernel has activation={self.activation!r}"
+        return Kernel(f"elman_{self.activation}", weights.w_h)
 
     def gates(self, params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None) -> ElmanGates:
         """The new state, which is all that this cell computes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.engines.gated import GatedWeights, gated_products, gated_scan, gated_step
+from jaxrnn.engines.gated import GatedWeights, Kernel, gated_products, gated_scan, gated_step
 
 
 class GatedCell(Cell):
@@ -30,6 +31,10 @@ class GatedCell(Cell):
     @abstractmethod
     def gate(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]:
         """(carry', y) from the input product u, the recurrent product v and the second product w, if any."""
+
+    def kernel(self, weights: GatedWeights) -> Kernel | str:
+        """The compiled kernel of this cell, or why there is none."""
+        return f"no kernel computes a {type(self).__name__}"
 
     def mid(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array:
         """What the second product reads; s is the recurrent part of the carry under its mask."""
@@ -64,6 +69,15 @@ class GatedCell(Cell):
         """What `gate` reads at one step: (θ, carry, u, v, w)."""
         check.params(self, params)
         return gated_products(self, self.weights(params), carry, x, _mask(noise))
+
+
+def options(cell: Cell) -> str:
+    """The fields of a cell, but its sizes, that are not as by default: for why no kernel computes it."""
+    return ", ".join(
+        f"{field.name}={getattr(cell, field.name)!r}"
+        for field in dataclasses.fields(cell)
+        if field.default is not dataclasses.MISSING and getattr(cell, field.name) != field.default
+    )
 
 
 def _mask(noise):

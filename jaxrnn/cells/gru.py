@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,9 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.activations import Activation, activation
-from jaxrnn.cells.gated import GatedCell, clip, normalize
+from jaxrnn.cells.gated import GatedCell, clip, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
-from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.engines.gated import GatedWeights, Kernel
 
 
 class GRUNorm(NamedTuple):
@@ -128,6 +129,14 @@ class GRU(GatedCell):
             return GatedWeights(params.w_x, b, params.w_h, None, theta)
         rz = 2 * self.hidden_size
         return GatedWeights(params.w_x, b, params.w_h[:, :rz], params.w_h[:, rz:], theta)
+
+    def kernel(self, weights: GatedWeights) -> Kernel | str:
+        changed = options(dataclasses.replace(self, reset_after=True))
+        if changed:
+            return f"no kernel has {changed}"
+        if self.reset_after:
+            return Kernel("gru", weights.w_h, weights.theta.b_hn)
+        return Kernel("gru_before", jnp.concatenate([weights.w_h, weights.w_2], axis=1))
 
     def gates(self, params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None) -> GRUGates:
         """The activated gates of one step."""

@@ -10,9 +10,9 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.activations import Activation, activation
-from jaxrnn.cells.gated import GatedCell, clip, normalize
+from jaxrnn.cells.gated import GatedCell, clip, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
-from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.engines.gated import GatedWeights, Kernel
 
 
 class LSTMNorm(NamedTuple):
@@ -139,6 +139,10 @@ class LSTM(GatedCell):
     def weights(self, params: LSTMParams) -> GatedWeights:
         theta = _Theta(params.b if self.layer_norm else None, params.peephole, params.norm)
         return GatedWeights(params.w_x, None if self.layer_norm else params.b, params.w_h, params.w_p, theta)
+
+    def kernel(self, weights: GatedWeights) -> Kernel | str:
+        changed = options(self)
+        return f"no kernel has {changed}" if changed else Kernel("lstm", weights.w_h)
 
     def gates(self, params: LSTMParams, carry: LSTMCarry, x: Array, noise: Any = None) -> LSTMGates:
         """The activated gates of one step."""

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrnn.engines import native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot
 from jaxrnn.engines.choose import Implementation, choose
-from jaxrnn.engines.loop import time_loop
+from jaxrnn.engines.loop import starts, time_loop
 
 REFUSALS = {
-    "native": "no compiled kernel is built",
     "associative": "the recurrence is not linear",
     "chunked": "the recurrence is not linear",
     "pallas": "no kernel is written",
@@ -39,10 +39,23 @@ class GatedWeights(NamedTuple):
     theta: Any = ()
 
 
+class Kernel(NamedTuple):
+    """The compiled kernel that computes a cell, and the arrays that it takes: w_h (H, G), b_hn (H,) or None."""
+
+    kind: str
+    w_h: Array
+    b_hn: Array | None = None
+
+
 class GatedRecurrence(Protocol):
-    """What the engine asks of a cell; its own name says `recurrent_state`, the carry's field that the product reads."""
+    """What the engine asks of a cell; its own name says `recurrent_state`, the carry's field that the product reads.
+
+    `kernel` says which compiled kernel computes the same, or why none does.
+    """
 
     recurrent_state: str
+
+    def kernel(self, weights: GatedWeights) -> Kernel | str: ...
 
     def gate(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]: ...
 
@@ -135,11 +148,32 @@ def gated_scan(
       remat_every: store one carry every so many steps for the backward pass, or None for all.
       implementation: see `choose`.
     """
-    choose("gated_scan", implementation, REFUSALS, cell=cell)
     dtype, wide = _dtypes(weights, carry, xs)
     weights = cast(weights, dtype)
+    kernel = cell.kernel(weights)
+    refusal = _refusal(kernel, (dtype, *(leaf.dtype for leaf in carry)), mask)
+    refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
+    if choose("gated_scan", implementation, refusals, cell=cell) == "native":
+        start = starts(reset, valid, reverse)
+        assert isinstance(kernel, Kernel)
+        arrays = weights.w_x, weights.b, kernel.w_h, kernel.b_hn
+        (h, *c), ys = native.scan(
+            kernel.kind, arrays, carry, xs, fresh=fresh, valid=valid, start=start, reverse=reverse, every=remat_every
+        )
+        return type(carry)(h, *c), ys
 
     def step(carry, x):
         return _step(cell, weights, carry, x, mask, dtype, wide)
 
     return time_loop(step, carry, xs, fresh=fresh, valid=valid, reset=reset, reverse=reverse, remat_every=remat_every)
+
+
+def _refusal(kernel: Kernel | str, dtypes, mask) -> str | None:
+    """Why the compiled kernels do not run this call, or None."""
+    if isinstance(kernel, str):
+        return kernel
+    if any(dtype != jnp.float32 for dtype in dtypes):
+        return f"the kernels compute in float32, not in {', '.join(sorted({jnp.dtype(d).name for d in dtypes}))}"
+    if mask is not None:
+        return "no kernel draws recurrent dropout"
+    return native.absent()

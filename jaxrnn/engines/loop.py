@@ -60,15 +60,16 @@ def time_loop(
             new, y = select(valid, new, carry), zero_where_not(valid, y)
         return new, y
 
-    return _scan(body, carry, (xs, valid, start), reverse, remat_every)
-
-
-def _scan(body, carry, xs, reverse: bool, every: int | None):
-    """`lax.scan`, storing for the backward pass one carry every `every` steps."""
-
     def scan(carry, xs):
         return lax.scan(body, carry, xs, reverse=reverse)
 
+    return in_chunks(scan, carry, (xs, valid, start), reverse, remat_every)
+
+
+def in_chunks(
+    scan: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, reverse: bool, every: int | None
+) -> tuple[Any, Any]:
+    """`scan(carry, xs) -> (carry, ys)`, storing for the backward pass one carry every `every` steps."""
     if every is None:
         return scan(carry, xs)
     length = jax.tree.leaves(xs)[0].shape[0]

@@ -1,0 +1,64 @@
+// The kernels once for each instruction set, and the choice among them when the program runs.
+
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+#include <vector>
+
+#include "problem.h"
+#include "threads.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross the boundary of this file
+
+namespace jaxrnn {
+
+#define JAXRNN_WIDTH 16
+namespace baseline {
+#include "simd.h"
+#include "tile.h"
+#include "sequence.h"
+}  // namespace baseline
+#undef JAXRNN_WIDTH
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define JAXRNN_WIDTH 32
+namespace avx2 {
+#include "simd.h"
+#include "tile.h"
+#include "sequence.h"
+}  // namespace avx2
+#undef JAXRNN_WIDTH
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#define JAXRNN_WIDTH 64
+namespace avx512 {
+#include "simd.h"
+#include "tile.h"
+#include "sequence.h"
+}  // namespace avx512
+#undef JAXRNN_WIDTH
+#pragma GCC pop_options
+#endif
+
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+#if defined(__x86_64__)
+    const char* limit = std::getenv("JAXRNN_INSTRUCTIONS");
+    const bool any = limit == nullptr;
+    if ((any || !std::strcmp(limit, "avx512")) && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      return avx512::table("avx512");
+    if ((any || !std::strcmp(limit, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return avx2::table("avx2");
+#endif
+    return baseline::table("baseline");
+  }();
+  return chosen;
+}
+
+}  // namespace jaxrnn

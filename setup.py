@@ -1,0 +1,19 @@
+"""Builds the compiled kernels. Where that fails the package works without them."""
+
+from pathlib import Path
+
+import jaxlib
+from setuptools import Extension, setup
+
+folder = Path("jaxrnn/engines/cpu")
+kernels = Extension(
+    "jaxrnn.engines._kernels",
+    sources=[str(folder / name) for name in ("binding.cc", "kernels.cc")],
+    depends=[str(path) for path in folder.glob("*.h")],
+    include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
+    define_macros=[("JAXRNN_JAXLIB", f'"{jaxlib.__version__}"')],
+    extra_compile_args=["-std=c++17", "-O3"],
+    language="c++",
+    optional=True,
+)
+setup(ext_modules=[kernels])
