@@ -1,8 +1,7 @@
 """Gated recurrences by compiled kernels on the CPU: three primitives, so that every transformation has them.
 
 forward: the recurrence, and what is kept of it. tangent: its derivative, linear in the tangents. backward: the
-transpose of that. On the CPU `forward` and `backward` are kernels; `tangent`, and all three on other platforms and
-where they are differentiated again, are XLA's.
+transpose of that. `forward` and `backward` are kernels; `tangent`, and what is differentiated again, are XLA's.
 
 Every array has an axis of members M in front: weights (M, ...), rows (M, B, ...), sequences (M, T, B, ...). What is
 absent has a size of 0.
@@ -172,7 +171,11 @@ backward_p = Primitive("jaxrnn_gated_backward")
 _REFERENCE = {forward_p: _forward_xla, tangent_p: _tangent_xla, backward_p: _backward_xla}
 # Where the rows are: weights have none.
 _ROWS = {"w": None, "r": 1, "s": 2}
-_LABELS = {forward_p: ("swwwwrrrrss", "srrsss"), tangent_p: ("wsssssssrrrr", "srr"), backward_p: ("wssssssrr", "ssrrrr")}
+_LABELS = {
+    forward_p: ("swwwwrrrrss", "srrsss"),
+    tangent_p: ("wsssssssrrrr", "srr"),
+    backward_p: ("wssssssrr", "ssrrrr"),
+}
 
 
 def _abstract(primitive):
@@ -288,8 +291,7 @@ def _transpose(other):
         fixed, linear = arrays[:FIXED], arrays[FIXED:]
         found = other.bind(*fixed, *_instantiate(cotangents), **options)
         return [None] * FIXED + [
-            cotangent if ad.is_undefined_primal(array) else None
-            for array, cotangent in zip(linear, found, strict=True)
+            cotangent if ad.is_undefined_primal(array) else None for array, cotangent in zip(linear, found, strict=True)
         ]
 
     return rule
@@ -304,15 +306,22 @@ def _lowering(name):
     return rule
 
 
-for _primitive, _reference in _REFERENCE.items():
+def _elsewhere(ctx, *operands, **options):
+    platforms = ", ".join(ctx.module_context.platforms)
+    raise ValueError(f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}")
+
+
+for _primitive in _REFERENCE:
     _primitive.multiple_results = True
     _primitive.def_impl(functools.partial(jax.jit(_primitive.bind, static_argnames=("kind", "reverse", "save"))))
     _primitive.def_abstract_eval(_abstract(_primitive))
     batching.primitive_batchers[_primitive] = _batched(_primitive)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_reference, multiple_results=True))
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _linear_jvp(tangent_p)
 ad.primitive_jvps[backward_p] = _linear_jvp(backward_p)
+mlir.register_lowering(tangent_p, mlir.lower_fun(_tangent_xla, multiple_results=True))
+for _primitive in (forward_p, backward_p):
+    mlir.register_lowering(_primitive, _elsewhere)
 ad.primitive_transposes[tangent_p] = _transpose(backward_p)
 ad.primitive_transposes[backward_p] = _transpose(tangent_p)
 

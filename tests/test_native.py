@@ -1,0 +1,309 @@
+"""The compiled CPU kernels: the numbers of XLA's form, under every transformation, on every instruction set."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from members import weighted_sum
+
+import jaxrnn
+from jaxrnn import GRU, LSTM, Elman, LearnedCarry
+from jaxrnn.engines import native
+
+ABSENT = native.absent()
+needed = pytest.mark.skipif(ABSENT is not None, reason=f"no compiled kernels: {ABSENT}")
+KINDS = {
+    "elman": lambda d, h: Elman(d, h),
+    "relu": lambda d, h: Elman(d, h, activation="relu"),
+    "lstm": LSTM,
+    "gru": GRU,
+    "gru_before": lambda d, h: GRU(d, h, reset_after=False),
+}
+# Steps, rows, inputs, units: none, one, tiles and blocks that are not full, and enough for several threads.
+SHAPES = [(5, 4, 3, 2), (0, 3, 2, 5), (4, 0, 3, 2), (1, 1, 1, 1), (3, 13, 7, 21), (9, 25, 30, 70), (6, 2, 9, 131)]
+RNG = np.random.default_rng(0)
+
+
+def draw(tree, scale=0.4):
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * RNG.normal(size=leaf.shape), leaf.dtype), tree)
+
+
+def problem(kind, shape):
+    steps, rows, inputs, units = shape
+    cell = KINDS[kind](inputs, units)
+    params = draw(jax.eval_shape(cell.init, jax.random.key(0)))
+    carry = draw(jax.eval_shape(lambda p: cell.initial_carry(p, (rows,)), params), 1.0)
+    return cell, params, carry, jnp.asarray(RNG.normal(size=(steps, rows, inputs)), jnp.float32)
+
+
+def flags(steps, rows):
+    return {
+        "plain": {},
+        "lengths": {"lengths": jnp.asarray(RNG.integers(0, steps + 1, rows))},
+        "resets, holes": {"reset": RNG.random((steps, rows)) < 0.4, "mask": RNG.random((steps, rows)) < 0.7},
+        "reverse": {
+            "reverse": True,
+            "lengths": RNG.integers(0, steps + 1, rows),
+            "reset": RNG.random((steps, rows)) < 0.3,
+        },
+        "remat": {"remat_every": 2, "reset": RNG.random((steps, rows)) < 0.3},
+    }
+
+
+def both(function):
+    """What `function` of an implementation's name gives, for the kernels and for XLA's form."""
+    return [jax.tree.map(np.asarray, jax.jit(function, static_argnums=0)(name)) for name in ("native", "xla")]
+
+
+def close(ours, theirs, tolerance=2e-5):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        bound = tolerance * max(1.0, abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, tolerance, bound, err_msg=jax.tree_util.keystr(path))
+
+
+@needed
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients(kind, shape):
+    cell, params, carry, xs = problem(kind, shape)
+    for options in flags(*shape[:2]).values():
+
+        def run(name, options=options):
+            def loss(params, carry, xs):
+                result = jaxrnn.scan(cell, params, carry, xs, implementation=name, **options)
+                return weighted_sum(result), result
+
+            return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, carry, xs)
+
+        close(*both(run))
+
+
+@needed
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_learned_start_gets_its_gradient(kind):
+    inner, params, carry, xs = problem(kind, (6, 4, 3, 5))
+    cell = LearnedCarry(inner)
+    params = jaxrnn.LearnedCarryParams(params, jax.tree.map(lambda leaf: leaf[0], carry))
+    reset = RNG.random((6, 4)) < 0.4
+
+    def run(name):
+        return jax.grad(
+            lambda params: weighted_sum(jaxrnn.scan(cell, params, None, xs, reset=reset, implementation=name))
+        )(params)
+
+    close(*both(run))
+
+
+TRANSFORMATIONS = {
+    "forward mode": lambda f, p, x: jax.jvp(f, (p, x), (p, x)),
+    "linearize": lambda f, p, x: jax.linearize(f, p, x)[1](p, x),
+    "forward over reverse": lambda f, p, x: jax.jvp(jax.grad(f), (p, x), (p, x)),
+    "reverse over forward": lambda f, p, x: jax.grad(lambda p: jax.jvp(f, (p, x), (p, x))[1])(p),
+    "reverse over reverse": lambda f, p, x: jax.grad(lambda p: weighted_sum(jax.grad(f)(p, x)))(p),
+    "hessian of xs": lambda f, p, x: jax.hessian(f, 1)(p, x),
+    "checkpoint": lambda f, p, x: jax.grad(jax.checkpoint(f))(p, x),
+    "vmap over xs": lambda f, p, x: jax.vmap(jax.grad(f, (0, 1)), (None, 0))(p, jnp.stack([x, 2 * x, -x])),
+    "vmap over xs, last axis": lambda f, p, x: jax.vmap(jax.grad(f, (0, 1)), (None, 3))(p, jnp.stack([x, 2 * x], 3)),
+    "vmap over params": lambda f, p, x: jax.vmap(jax.grad(f, (0, 1)), (0, None))(several(p), x),
+    "vmap over both": lambda f, p, x: jax.vmap(jax.grad(f, (0, 1)))(several(p), jnp.stack([x, 2 * x, -x])),
+    "vmap in vmap": lambda f, p, x: jax.vmap(jax.vmap(jax.grad(f), (None, 0)), (0, None))(
+        several(p), jnp.stack([x, 2 * x])
+    ),
+    "jacobian forward": lambda f, p, x: jax.jacfwd(lambda x: jax.grad(f)(p, x))(x),
+    "inside scan": lambda f, p, x: jax.lax.scan(lambda s, _: (s - 0.1 * jax.grad(f, 1)(p, s), f(p, s)), x, None, 3),
+}
+
+
+def several(tree):
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf, 0.5 * leaf]), tree)
+
+
+@needed
+@pytest.mark.parametrize("how", TRANSFORMATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformations(kind, how):
+    cell, params, carry, xs = problem(kind, (3, 2, 3, 4))
+    reset = np.array([[0, 0], [0, 1], [1, 0]], bool)
+
+    def run(name):
+        def loss(params, xs):
+            return weighted_sum(jaxrnn.scan(cell, params, carry, xs, reset=reset, implementation=name))
+
+        return TRANSFORMATIONS[how](loss, params, xs)
+
+    close(*both(run), 1e-4)
+
+
+@needed
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_that_is_not_finite_crosses_padding_or_a_reset(kind):
+    cell, params, carry, xs = problem(kind, (5, 3, 3, 4))
+    xs = xs.at[2, 0].set(np.nan)
+    reset = np.zeros((5, 3), bool)
+    reset[3, 0] = True
+
+    def loss(xs):
+        ys = jaxrnn.scan(cell, params, carry, xs, reset=reset, implementation="native")[1]
+        return weighted_sum(ys.at[2, 0].set(0)), ys
+
+    gradient, ys = jax.jit(jax.grad(loss, has_aux=True))(xs)
+    assert np.isnan(ys[2, 0]).any()
+    assert np.isfinite(ys[3:]).all()
+    assert np.isfinite(gradient[3:]).all()
+    lengths = np.array([2, 5, 0])
+
+    def padded(xs):
+        return weighted_sum(jaxrnn.scan(cell, params, None, xs, lengths=lengths, implementation="native"))
+
+    assert np.isfinite(jax.jit(jax.grad(padded))(xs)).all()
+
+
+def ulps(ours, exact):
+    """The distance of float32 numbers from exact ones, in units of their last place."""
+    return abs(ours.astype(np.float64) - exact) / np.spacing(abs(exact).astype(np.float32)).astype(np.float64)
+
+
+@needed
+def test_the_functions_are_accurate():
+    """tanh by an Elman cell without weights but 1; σ as a forget gate, by what becomes of c = 1."""
+    numbers = np.concatenate(
+        [np.linspace(-110, 110, 40_001), np.logspace(-44, 1, 20_001), -np.logspace(-44, 1, 20_001)]
+    )
+    x = numbers.astype(np.float32)[None, :, None]
+    one = jnp.ones((1, 1))
+    elman = jaxrnn.ElmanParams(one, 0 * one, None)
+    tanh = np.asarray(jaxrnn.scan(Elman(1, 1), elman, None, x, implementation="native")[1])[0, :, 0]
+    normal = abs(x.ravel()) > 1e-37  # below, a result is subnormal, which a processor may be told to take for 0
+    exact = np.tanh(x.ravel().astype(np.float64))
+    assert ulps(tanh, exact)[normal].max() <= 2
+    lstm = jaxrnn.LSTMParams(jnp.array([[0.0, 1.0, 0.0, 0.0]]), jnp.zeros((1, 4)), None)
+    carry = jaxrnn.LSTMCarry(jnp.zeros((x.shape[1], 1)), jnp.ones((x.shape[1], 1)))
+    sigma = np.asarray(jaxrnn.scan(LSTM(1, 1), lstm, carry, x, implementation="native")[0].c)[:, 0]
+    exact = np.exp(-np.logaddexp(0, -x.ravel().astype(np.float64)))
+    assert ulps(sigma, exact)[exact > 1.2e-38].max() <= 2
+    special = np.array([np.inf, -np.inf, np.nan], np.float32)[None, :, None]
+    ends = np.asarray(jaxrnn.scan(Elman(1, 1), elman, None, special, implementation="native")[1]).ravel()
+    np.testing.assert_array_equal(ends, [1, -1, np.nan])
+
+
+@needed
+def test_the_same_call_gives_the_same_bits_from_many_threads():
+    cell, params, carry, xs = problem("lstm", (40, 32, 24, 64))
+    run = jax.jit(lambda carry, xs: jaxrnn.scan(cell, params, carry, xs, implementation="native"))
+    expected = jax.tree.map(np.asarray, run(carry, xs))
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            for a, b in zip(jax.tree.leaves(run(carry, xs)), jax.tree.leaves(expected), strict=True):
+                # A call that finds the threads taken runs on its own, by the same tiles.
+                if not np.array_equal(a, b):
+                    wrong.append(abs(np.asarray(a) - b).max())
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+PROGRAM = """
+import ctypes, json, sys
+import jax, jax.numpy as jnp, numpy as np, jaxrnn
+from jaxrnn.engines import native
+assert native.absent() is None
+rng = np.random.default_rng(0)
+results = []
+for cell in (jaxrnn.LSTM(5, 19), jaxrnn.GRU(5, 19), jaxrnn.GRU(5, 19, reset_after=False), jaxrnn.Elman(5, 19)):
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, p.dtype), cell.init(jax.random.key(0)))
+    xs = jnp.asarray(rng.normal(size=(6, 7, 5)), jnp.float32)
+    def loss(params):
+        return (jaxrnn.scan(cell, params, None, xs, implementation=sys.argv[1])[1] ** 2).sum()
+    value, gradient = jax.value_and_grad(loss)(params)
+    results.append([float(value), *(float(abs(leaf).sum()) for leaf in jax.tree.leaves(gradient))])
+print(json.dumps(results))
+"""
+
+
+def program(name, **environment):
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, name],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | environment,
+    )
+    assert run.returncode == 0, run.stderr
+    return np.concatenate(json.loads(run.stdout))
+
+
+@needed
+@pytest.mark.parametrize("instructions", ["baseline", "avx2"])
+def test_every_instruction_set(instructions):
+    ours = program("native", JAXRNN_INSTRUCTIONS=instructions, JAXRNN_NUM_THREADS="1")
+    np.testing.assert_allclose(ours, program("xla"), 1e-4)
+
+
+@needed
+def test_one_trace_serves_equal_calls():
+    cell, params, carry, xs = problem("gru", (5, 4, 3, 2))
+    traces = []
+
+    @jax.jit
+    def run(params, xs):
+        traces.append(1)
+        return jax.grad(lambda p: weighted_sum(jaxrnn.scan(cell, p, carry, xs, implementation="native")))(params)
+
+    run(params, xs)
+    run(jax.tree.map(lambda leaf: 2 * leaf, params), xs + 1)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "why"),
+    [
+        (LSTM(3, 4, peephole=True), jnp.float32, "no kernel has peephole=True"),
+        (LSTM(3, 4, activation="relu"), jnp.float32, "no kernel has activation='relu'"),
+        (GRU(3, 4, layer_norm=True, reset_after=False), jnp.float32, "no kernel has layer_norm=True"),
+        (Elman(3, 4, activation="elu"), jnp.float32, "no kernel has activation='elu'"),
+        (jaxrnn.MGU(3, 4), jnp.float32, "no kernel computes a MGU"),
+        (LSTM(3, 4), jnp.bfloat16, "the kernels compute in float32"),
+        (jaxrnn.RecurrentDropout(LSTM(3, 4), 0.5), jnp.float32, "no kernel draws recurrent dropout"),
+    ],
+)
+def test_what_no_kernel_computes_says_so(cell, dtype, why):
+    params, xs = cell.init(jax.random.key(0)), jnp.ones((5, 2, 3), dtype)
+    key = jax.random.key(1)
+    with pytest.raises(ValueError, match=f"as 'native': {why}"):
+        jaxrnn.scan(cell, params, None, xs, key=key, implementation="native")
+    (call,) = jaxrnn.explain(cell, params, None, xs, key=key).calls
+    assert call.implementation == "xla"
+    assert why in call.refused["native"]
+
+
+def test_kernels_for_a_newer_jaxlib_are_not_registered():
+    assert native.newer("0.4.30") is None
+    assert "compiled for jaxlib 99.1.0, newer than" in native.newer("99.1.0")
+    code = """
+import jax, jax.numpy as jnp, jaxrnn
+from jaxrnn.engines import native
+older = native.newer
+native.newer = lambda version: older("99.1.0")
+cell = jaxrnn.GRU(3, 4)
+params = cell.init(jax.random.key(0))
+print(jaxrnn.explain(cell, params, None, jnp.ones((7, 3))))
+print(float(jaxrnn.scan(cell, params, None, jnp.ones((7, 3)))[1].sum()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert ("not native" in run.stdout) and (ABSENT is not None or "newer than" in run.stdout)
