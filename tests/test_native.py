@@ -37,7 +37,7 @@ def draw(tree, scale=0.4):
 def problem(kind, shape):
     steps, rows, inputs, units = shape
     cell = KINDS[kind](inputs, units)
-    params = draw(jax.eval_shape(cell.init, jax.random.key(0)))
+    params = draw(jax.eval_shape(cell.init, jax.random.key(0)), min(0.4, units**-0.5))
     carry = draw(jax.eval_shape(lambda p: cell.initial_carry(p, (rows,)), params), 1.0)
     return cell, params, carry, jnp.asarray(RNG.normal(size=(steps, rows, inputs)), jnp.float32)
 

@@ -16,7 +16,7 @@ from jax import Array
 from jaxrnn.engines import native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot
 from jaxrnn.engines.choose import Implementation, choose
-from jaxrnn.engines.loop import starts, time_loop
+from jaxrnn.engines.loop import time_loop
 
 REFUSALS = {
     "associative": "the recurrence is not linear",
@@ -154,13 +154,13 @@ def gated_scan(
     refusal = _refusal(kernel, (dtype, *(leaf.dtype for leaf in carry)), mask)
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     if choose("gated_scan", implementation, refusals, cell=cell) == "native":
-        start = starts(reset, valid, reverse)
         assert isinstance(kernel, Kernel)
         arrays = weights.w_x, weights.b, kernel.w_h, kernel.b_hn
-        (h, *c), ys = native.scan(
-            kernel.kind, arrays, carry, xs, fresh=fresh, valid=valid, start=start, reverse=reverse, every=remat_every
+        layer = native.Layer(arrays, carry, fresh, reverse)
+        (result,) = native.scan(
+            kernel.kind, [layer], xs, valid=valid, reset=reset, every=remat_every, named=implementation is not None
         )
-        return type(carry)(h, *c), ys
+        return type(carry)(*result[0]), result[1]
 
     def step(carry, x):
         return _step(cell, weights, carry, x, mask, dtype, wide)

@@ -1,5 +1,7 @@
 // The kernels as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "problem.h"
@@ -7,136 +9,239 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxrnn {
-
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Flags = ffi::Buffer<ffi::PRED>;
-using Result = ffi::Result<Floats>;
-
 namespace {
 
-// Shapes that were not as they must be, the first of them by name.
-class Shapes {
+namespace ffi = xla::ffi;
+
+// An array of every member, or one for all of them; null where it is absent.
+template <class P>
+struct Members {
+  P* first = nullptr;
+  long step = 0;
+  P* operator[](long member) const { return first ? first + member * step : nullptr; }
+};
+
+template <class B>
+ffi::Span<const int64_t> dimensions(B& buffer) {
+  return buffer.dimensions();
+}
+template <class B>
+ffi::Span<const int64_t> dimensions(ffi::Result<B>& buffer) {
+  return buffer->dimensions();
+}
+template <class B>
+void* pointer(B& buffer) {
+  return buffer.untyped_data();
+}
+template <class B>
+void* pointer(ffi::Result<B>& buffer) {
+  return buffer->untyped_data();
+}
+
+// The arrays of a call, one after another. Of those that are not as they must be it remembers the first.
+class Arrays {
  public:
-  template <class B>
-  auto* data(const char* name, B& buffer, std::initializer_list<long> shape, bool optional = false) {
-    auto dimensions = buffer.dimensions();
-    if (optional && buffer.element_count() == 0) return static_cast<decltype(buffer.typed_data())>(nullptr);
-    bool equal = dimensions.size() == shape.size();
-    size_t k = 0;
-    for (long size : shape) equal = equal && dimensions[k++] == size;
-    if (!equal && error_.empty()) error_ = std::string(name) + ": expected another shape";
-    return buffer.typed_data();
+  Arrays(ffi::RemainingArgs arguments, ffi::RemainingRets results) : arguments_(arguments), results_(results) {}
+
+  bool shape(size_t number, bool result, size_t rank, long* sizes) const {
+    auto read = [&](auto&& buffer) {
+      if (!buffer.has_value() || dimensions(*buffer).size() != rank) return false;
+      for (size_t k = 0; k < rank; ++k) sizes[k] = dimensions(*buffer)[k];
+      return true;
+    };
+    return result ? read(results_.get<ffi::AnyBuffer>(number)) : read(arguments_.get<ffi::AnyBuffer>(number));
   }
-  ffi::Error error() const {
+  void members(long count) { members_ = count; }
+
+  // The next argument or result: `shape` for every member, or, where it is absent, without elements.
+  Members<const float> floats(const char* name, std::initializer_list<long> shape) {
+    return check<const float>(name, arguments_.get<ffi::Buffer<ffi::F32>>(argument_++), shape);
+  }
+  Members<const uint8_t> flags(const char* name, std::initializer_list<long> shape) {
+    return check<const uint8_t>(name, arguments_.get<ffi::Buffer<ffi::PRED>>(argument_++), shape);
+  }
+  Members<float> result(const char* name, std::initializer_list<long> shape) {
+    return check<float>(name, results_.get<ffi::Buffer<ffi::F32>>(result_++), shape);
+  }
+  // That an array is there, if it has elements.
+  template <class P>
+  void need(const char* name, const Members<P>& array, bool needed) {
+    if (needed && !array.first && error_.empty()) error_ = std::string(name) + " is absent";
+  }
+
+  ffi::Error error() {
+    if (error_.empty() && (argument_ != arguments_.size() || result_ != results_.size())) error_ = "too many arrays";
     return error_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument("jaxrnn: " + error_);
   }
 
  private:
+  template <class P, class B>
+  Members<P> check(const char* name, B buffer, std::initializer_list<long> shape) {
+    if (!buffer.has_value()) {
+      if (error_.empty()) error_ = std::string(name) + ": not there, or of another dtype";
+      return {};
+    }
+    const auto found = dimensions(*buffer);
+    long elements = 1, size = 1;
+    for (long each : found) elements *= each;
+    if (elements == 0) return {};
+    bool equal = found.size() == shape.size() + 1 && (found[0] == members_ || found[0] == 1);
+    size_t k = 1;
+    for (long expected : shape) equal = equal && found[k++] == expected, size *= expected;
+    if (!equal) {
+      if (error_.empty()) error_ = std::string(name) + ": another shape than expected";
+      return {};
+    }
+    return {static_cast<P*>(pointer(*buffer)), found[0] == members_ ? size : 0};
+  }
+
+  ffi::RemainingArgs arguments_;
+  ffi::RemainingRets results_;
+  size_t argument_ = 0, result_ = 0;
+  long members_ = 0;
   std::string error_;
 };
-
-template <class P>
-P* at(P* p, long member, long size) {
-  return p ? p + member * size : nullptr;
-}
 
 // Work on every member: many members one for each thread, few ones with all threads in each.
 template <class Work>
 void each_member(long members, const Work& work) {
   const int threads = Pool::threads();
-  const int parts = members < threads ? 1 : threads;
   const std::function<void(int)> part = [&](int k) {
-    for (long m = members * k / parts; m < members * (k + 1) / parts; ++m) work(m, parts == 1 ? threads : 1);
+    for (long m = members * k / threads; m < members * (k + 1) / threads; ++m) work(m, 1);
   };
-  if (parts == 1 || !Pool::run(parts, part))
-    for (long m = 0; m < members; ++m) work(m, parts == 1 ? threads : 1);
+  if (members >= threads && threads > 1 && Pool::run(threads, part)) return;
+  for (long m = 0; m < members; ++m) work(m, members >= threads ? 1 : threads);
 }
 
-bool known(int64_t kind) { return kind >= 0 && kind <= static_cast<int64_t>(Kind::kGruBefore); }
+// What both passes are told, and read first.
+struct Problem {
+  Kind kind = Kind::kLstm;
+  Sizes n{};
+  long M = 0, G = 0, first = 0, second = 0;  // first, second: steps and rows in the order of the arrays
+  int64_t directions, pattern;
+  Members<const float> xs, w_x, w_h, h, c, fresh_h, fresh_c;
+  Members<const uint8_t> valid, start;
 
-ffi::Error forward(int64_t kind_number, bool reverse, Floats xs, Floats w_x, Floats b, Floats w_h, Floats b_hn, Floats h,
-                   Floats c, Floats fresh_h, Floats fresh_c, Flags valid, Flags start, Result ys, Result last_h,
-                   Result last_c, Result kept, Result s, Result c_before) {
-  if (!known(kind_number) || xs.dimensions().size() != 4 || w_h.dimensions().size() != 3)
-    return ffi::Error::InvalidArgument("jaxrnn: unknown kind, or xs or w_h of another rank");
-  const Kind kind = static_cast<Kind>(kind_number);
-  const auto x = xs.dimensions();
-  const Sizes n{x[0], x[1], x[2], x[3], w_h.dimensions()[1]};
-  const long M = n.members, T = n.steps, B = n.rows, D = n.inputs, H = n.units, G = gates_of(kind) * H;
-  const bool lstm = kind == Kind::kLstm;
-  Shapes shapes;
-  Forward p{};
-  p.xs = xs.typed_data();
-  p.w_x = shapes.data("w_x", w_x, {M, D, G});
-  p.b = shapes.data("b", b, {M, G}, true);
-  p.w_h = shapes.data("w_h", w_h, {M, H, G});
-  p.b_hn = shapes.data("b_hn", b_hn, {M, H}, true);
-  p.h = shapes.data("h", h, {M, B, H});
-  p.c = shapes.data("c", c, {M, B, lstm ? H : 0}, !lstm);
-  p.fresh_h = shapes.data("fresh_h", fresh_h, {M, B, H}, start.element_count() == 0);
-  p.fresh_c = shapes.data("fresh_c", fresh_c, {M, B, lstm ? H : 0}, !lstm || start.element_count() == 0);
-  p.valid = reinterpret_cast<const uint8_t*>(shapes.data("valid", valid, {M, T, B}, true));
-  p.start = reinterpret_cast<const uint8_t*>(shapes.data("start", start, {M, T, B}, true));
-  p.ys = shapes.data("ys", *ys, {M, T, B, H});
-  p.last_h = shapes.data("last_h", *last_h, {M, B, H});
-  p.last_c = shapes.data("last_c", *last_c, {M, B, lstm ? H : 0}, !lstm);
-  const long K = kept_of(kind) * H;
-  p.kept = shapes.data("kept", *kept, {M, T, B, K}, true);
-  p.s = shapes.data("s", *s, {M, T, B, H}, true);
-  p.c_before = shapes.data("c_before", *c_before, {M, T, B, H}, true);
-  if (ffi::Error error = shapes.error(); error.failure()) return error;
-  if (M == 0 || B == 0) return ffi::Error::Success();
-  each_member(M, [&](long m, int threads) {
-    Forward q = p;
-    q.xs = at(p.xs, m, T * B * D), q.w_x = at(p.w_x, m, D * G), q.b = at(p.b, m, G), q.w_h = at(p.w_h, m, H * G);
-    q.b_hn = at(p.b_hn, m, H), q.h = at(p.h, m, B * H), q.c = at(p.c, m, B * H);
-    q.fresh_h = at(p.fresh_h, m, B * H), q.fresh_c = at(p.fresh_c, m, B * H);
-    q.valid = at(p.valid, m, T * B), q.start = at(p.start, m, T * B), q.ys = at(p.ys, m, T * B * H);
-    q.last_h = at(p.last_h, m, B * H), q.last_c = at(p.last_c, m, B * H), q.kept = at(p.kept, m, T * B * K);
-    q.s = at(p.s, m, T * B * H), q.c_before = at(p.c_before, m, T * B * H);
-    kernels().forward(kind, n, reverse, q, threads);
+  bool lstm() const { return kind == Kind::kLstm; }
+
+  // `directions`: bit k tells that member k runs from the last step to the first, again after `pattern` members.
+  ffi::Error read(Arrays& arrays, int64_t kind_number, bool batch_major, int64_t directions_, int64_t pattern_) {
+    long x[4], w[3];
+    if (kind_number < 0 || kind_number > static_cast<int64_t>(Kind::kGruBefore) || pattern_ < 1 ||
+        !arrays.shape(0, false, 4, x) || !arrays.shape(1, false, 3, w) || !arrays.shape(2, false, 3, w))
+      return ffi::Error::InvalidArgument("jaxrnn: unknown kind, or xs, w_x or w_h of another rank");
+    kind = static_cast<Kind>(kind_number), directions = directions_, pattern = pattern_;
+    first = x[1], second = x[2];
+    n = Sizes{batch_major ? x[2] : x[1], batch_major ? x[1] : x[2], x[3], w[1], false, batch_major};
+    G = gates_of(kind) * n.units;
+    return ffi::Error::Success();
+  }
+
+  void take(Arrays& arrays) {
+    const long B = n.rows, D = n.inputs, H = n.units;
+    xs = arrays.floats("xs", {first, second, D});
+    w_x = arrays.floats("w_x", {D, G});
+    w_h = arrays.floats("w_h", {H, G});
+    h = arrays.floats("h", {B, H});
+    c = arrays.floats("c", {B, H});
+    fresh_h = arrays.floats("fresh_h", {B, H});
+    fresh_c = arrays.floats("fresh_c", {B, H});
+    valid = arrays.flags("valid", {first, second});
+    start = arrays.flags("start", {first, second});
+    const bool steps = M * B * n.steps != 0, fresh = steps && start.first != nullptr;
+    arrays.need("xs", xs, steps && D != 0);
+    arrays.need("w_x", w_x, D != 0);
+    arrays.need("w_h", w_h, true);
+    arrays.need("h", h, M * B != 0);
+    arrays.need("c", c, M * B != 0 && lstm());
+    arrays.need("fresh_h", fresh_h, fresh);
+    arrays.need("fresh_c", fresh_c, fresh && lstm());
+  }
+
+  Sizes sizes(long member) const {
+    Sizes found = n;
+    found.reverse = (directions >> (member % pattern)) & 1;
+    return found;
+  }
+  void fill(Inputs& p, long m) const {
+    p.xs = xs[m], p.w_x = w_x[m], p.w_h = w_h[m], p.h = h[m], p.c = c[m], p.fresh_h = fresh_h[m];
+    p.fresh_c = fresh_c[m], p.valid = valid[m], p.start = start[m];
+  }
+};
+
+ffi::Error forward(int64_t kind, bool batch_major, int64_t directions, int64_t pattern, ffi::RemainingArgs arguments,
+                   ffi::RemainingRets results) {
+  Arrays arrays(arguments, results);
+  Problem q;
+  if (ffi::Error error = q.read(arrays, kind, batch_major, directions, pattern); error.failure()) return error;
+  long last[3];
+  if (!arrays.shape(1, true, 3, last)) return ffi::Error::InvalidArgument("jaxrnn: a final h of another rank");
+  arrays.members(q.M = last[0]);
+  q.take(arrays);
+  const long B = q.n.rows, H = q.n.units, first = q.first, second = q.second;
+  const auto b = arrays.floats("b", {q.G}), b_hn = arrays.floats("b_hn", {H});
+  const auto ys = arrays.result("ys", {first, second, H});
+  const auto last_h = arrays.result("last_h", {B, H}), last_c = arrays.result("last_c", {B, H});
+  const auto kept = arrays.result("kept", {first, second, kept_of(q.kind) * H}), cs = arrays.result("cs", {first, second, H});
+  arrays.need("ys", ys, q.M * B * q.n.steps != 0);
+  arrays.need("last_h", last_h, q.M * B != 0);
+  arrays.need("last_c", last_c, q.M * B != 0 && q.lstm());
+  if (ffi::Error error = arrays.error(); error.failure()) return error;
+  if (q.M == 0 || B == 0) return ffi::Error::Success();
+  each_member(q.M, [&](long m, int threads) {
+    Forward p{};
+    q.fill(p, m);
+    p.b = b[m], p.b_hn = b_hn[m], p.ys = ys[m], p.last_h = last_h[m], p.last_c = last_c[m], p.kept = kept[m], p.cs = cs[m];
+    kernels().forward(q.kind, q.sizes(m), p, threads);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error backward(int64_t kind_number, bool reverse, Floats w_h, Floats kept, Floats s, Floats c_before, Flags valid,
-                    Flags start, Floats d_ys, Floats d_last_h, Floats d_last_c, Result d_u, Result d_v, Result d_h,
-                    Result d_c, Result d_fresh_h, Result d_fresh_c) {
-  if (!known(kind_number) || d_ys.dimensions().size() != 4)
-    return ffi::Error::InvalidArgument("jaxrnn: unknown kind, or d_ys of another rank");
-  const Kind kind = static_cast<Kind>(kind_number);
-  const auto y = d_ys.dimensions();
-  const Sizes n{y[0], y[1], y[2], 0, y[3]};
-  const long M = n.members, T = n.steps, B = n.rows, H = n.units, G = gates_of(kind) * H, K = kept_of(kind) * H;
-  const bool lstm = kind == Kind::kLstm, gru = kind == Kind::kGru || kind == Kind::kGruBefore;
-  Shapes shapes;
-  Backward p{};
-  p.w_h = shapes.data("w_h", w_h, {M, H, G});
-  p.kept = shapes.data("kept", kept, {M, T, B, K});
-  p.s = shapes.data("s", s, {M, T, B, H}, !gru);
-  p.c_before = shapes.data("c_before", c_before, {M, T, B, lstm ? H : 0}, !lstm);
-  p.valid = reinterpret_cast<const uint8_t*>(shapes.data("valid", valid, {M, T, B}, true));
-  p.start = reinterpret_cast<const uint8_t*>(shapes.data("start", start, {M, T, B}, true));
-  p.d_ys = d_ys.typed_data();
-  p.d_last_h = shapes.data("d_last_h", d_last_h, {M, B, H});
-  p.d_last_c = shapes.data("d_last_c", d_last_c, {M, B, lstm ? H : 0}, !lstm);
-  p.d_u = shapes.data("d_u", *d_u, {M, T, B, G});
-  p.d_v = shapes.data("d_v", *d_v, {M, T, B, kind == Kind::kGru ? G : 0}, kind != Kind::kGru);
-  p.d_h = shapes.data("d_h", *d_h, {M, B, H});
-  p.d_c = shapes.data("d_c", *d_c, {M, B, lstm ? H : 0}, !lstm);
-  p.d_fresh_h = shapes.data("d_fresh_h", *d_fresh_h, {M, B, H});
-  p.d_fresh_c = shapes.data("d_fresh_c", *d_fresh_c, {M, B, lstm ? H : 0}, !lstm);
-  if (ffi::Error error = shapes.error(); error.failure()) return error;
-  if (M == 0 || B == 0) return ffi::Error::Success();
-  each_member(M, [&](long m, int threads) {
-    Backward q = p;
-    q.w_h = at(p.w_h, m, H * G), q.kept = at(p.kept, m, T * B * K), q.s = at(p.s, m, T * B * H);
-    q.c_before = at(p.c_before, m, T * B * H), q.valid = at(p.valid, m, T * B), q.start = at(p.start, m, T * B);
-    q.d_ys = at(p.d_ys, m, T * B * H), q.d_last_h = at(p.d_last_h, m, B * H), q.d_last_c = at(p.d_last_c, m, B * H);
-    q.d_u = at(p.d_u, m, T * B * G), q.d_v = at(p.d_v, m, T * B * G), q.d_h = at(p.d_h, m, B * H);
-    q.d_c = at(p.d_c, m, B * H), q.d_fresh_h = at(p.d_fresh_h, m, B * H), q.d_fresh_c = at(p.d_fresh_c, m, B * H);
-    kernels().backward(kind, n, reverse, q, threads);
+ffi::Error backward(int64_t kind, bool batch_major, int64_t directions, int64_t pattern, ffi::RemainingArgs arguments,
+                    ffi::RemainingRets results) {
+  Arrays arrays(arguments, results);
+  Problem q;
+  if (ffi::Error error = q.read(arrays, kind, batch_major, directions, pattern); error.failure()) return error;
+  long d_h_sizes[3];
+  if (!arrays.shape(3, true, 3, d_h_sizes)) return ffi::Error::InvalidArgument("jaxrnn: d_h of another rank");
+  arrays.members(q.M = d_h_sizes[0]);
+  q.take(arrays);
+  const long B = q.n.rows, D = q.n.inputs, H = q.n.units, G = q.G, first = q.first, second = q.second;
+  const auto ys = arrays.floats("ys", {first, second, H});
+  const auto kept = arrays.floats("kept", {first, second, kept_of(q.kind) * H});
+  const auto cs = arrays.floats("cs", {first, second, H}), d_ys = arrays.floats("d_ys", {first, second, H});
+  const auto d_last_h = arrays.floats("d_last_h", {B, H}), d_last_c = arrays.floats("d_last_c", {B, H});
+  const auto d_xs = arrays.result("d_xs", {first, second, D});
+  const auto d_w_x = arrays.result("d_w_x", {D, G}), d_w_h = arrays.result("d_w_h", {H, G});
+  const auto d_h = arrays.result("d_h", {B, H}), d_c = arrays.result("d_c", {B, H});
+  const auto d_fresh_h = arrays.result("d_fresh_h", {B, H}), d_fresh_c = arrays.result("d_fresh_c", {B, H});
+  const auto d_b = arrays.result("d_b", {G}), d_b_hn = arrays.result("d_b_hn", {H});
+  const bool rows = q.M * B != 0, steps = rows && q.n.steps != 0, fresh = steps && q.start.first != nullptr;
+  arrays.need("ys", ys, steps);
+  arrays.need("kept", kept, steps && kept_of(q.kind) != 0);
+  arrays.need("cs", cs, steps && q.lstm());
+  arrays.need("d_ys", d_ys, steps);
+  arrays.need("d_last_h", d_last_h, rows);
+  arrays.need("d_last_c", d_last_c, rows && q.lstm());
+  arrays.need("d_w_h", d_w_h, d_w_x.first != nullptr);
+  arrays.need("d_h", d_h, rows);
+  arrays.need("d_c", d_c, rows && q.lstm());
+  arrays.need("d_fresh_h", d_fresh_h, fresh);
+  arrays.need("d_fresh_c", d_fresh_c, fresh && q.lstm());
+  if (ffi::Error error = arrays.error(); error.failure()) return error;
+  if (B == 0) {  // nothing is summed
+    for (const auto& [array, size] : {std::pair(d_w_x, D * G), {d_w_h, H * G}, {d_b, G}, {d_b_hn, H}})
+      if (array.first) std::memset(array.first, 0, q.M * size * sizeof(float));
+    return ffi::Error::Success();
+  }
+  each_member(q.M, [&](long m, int threads) {
+    Backward p{};
+    q.fill(p, m);
+    p.ys = ys[m], p.kept = kept[m], p.cs = cs[m];
+    p.d_ys = d_ys[m], p.d_last_h = d_last_h[m], p.d_last_c = d_last_c[m];
+    p.d_xs = d_xs[m], p.d_w_x = d_w_x[m], p.d_b = d_b[m], p.d_w_h = d_w_h[m], p.d_b_hn = d_b_hn[m];
+    p.d_h = d_h[m], p.d_c = d_c[m], p.d_fresh_h = d_fresh_h[m], p.d_fresh_c = d_fresh_c[m];
+    kernels().backward(q.kind, q.sizes(m), p, threads);
   });
   return ffi::Error::Success();
 }
@@ -144,50 +249,17 @@ ffi::Error backward(int64_t kind_number, bool reverse, Floats w_h, Floats kept, 
 }  // namespace
 }  // namespace jaxrnn
 
+#define JAXRNN_BINDING                     \
+  xla::ffi::Ffi::Bind()                    \
+      .Attr<int64_t>("kind")               \
+      .Attr<bool>("batch_major")           \
+      .Attr<int64_t>("directions")         \
+      .Attr<int64_t>("pattern")            \
+      .RemainingArgs()                     \
+      .RemainingRets()
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_forward, jaxrnn::forward,
-                              xla::ffi::Ffi::Bind()
-                                  .Attr<int64_t>("kind")
-                                  .Attr<bool>("reverse")
-                                  .Arg<jaxrnn::Floats>()  // xs
-                                  .Arg<jaxrnn::Floats>()  // w_x
-                                  .Arg<jaxrnn::Floats>()  // b
-                                  .Arg<jaxrnn::Floats>()  // w_h
-                                  .Arg<jaxrnn::Floats>()  // b_hn
-                                  .Arg<jaxrnn::Floats>()  // h
-                                  .Arg<jaxrnn::Floats>()  // c
-                                  .Arg<jaxrnn::Floats>()  // fresh_h
-                                  .Arg<jaxrnn::Floats>()  // fresh_c
-                                  .Arg<jaxrnn::Flags>()   // valid
-                                  .Arg<jaxrnn::Flags>()   // start
-                                  .Ret<jaxrnn::Floats>()  // ys
-                                  .Ret<jaxrnn::Floats>()  // last_h
-                                  .Ret<jaxrnn::Floats>()  // last_c
-                                  .Ret<jaxrnn::Floats>()  // kept
-                                  .Ret<jaxrnn::Floats>()  // s
-                                  .Ret<jaxrnn::Floats>()  // c_before
-);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_backward, jaxrnn::backward,
-                              xla::ffi::Ffi::Bind()
-                                  .Attr<int64_t>("kind")
-                                  .Attr<bool>("reverse")
-                                  .Arg<jaxrnn::Floats>()  // w_h
-                                  .Arg<jaxrnn::Floats>()  // kept
-                                  .Arg<jaxrnn::Floats>()  // s
-                                  .Arg<jaxrnn::Floats>()  // c_before
-                                  .Arg<jaxrnn::Flags>()   // valid
-                                  .Arg<jaxrnn::Flags>()   // start
-                                  .Arg<jaxrnn::Floats>()  // d_ys
-                                  .Arg<jaxrnn::Floats>()  // d_last_h
-                                  .Arg<jaxrnn::Floats>()  // d_last_c
-                                  .Ret<jaxrnn::Floats>()  // d_u
-                                  .Ret<jaxrnn::Floats>()  // d_v
-                                  .Ret<jaxrnn::Floats>()  // d_h
-                                  .Ret<jaxrnn::Floats>()  // d_c
-                                  .Ret<jaxrnn::Floats>()  // d_fresh_h
-                                  .Ret<jaxrnn::Floats>()  // d_fresh_c
-);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_forward, jaxrnn::forward, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_backward, jaxrnn::backward, JAXRNN_BINDING);
 
 #define JAXRNN_EXPORT extern "C" __attribute__((visibility("default")))
 JAXRNN_EXPORT const char* jaxrnn_jaxlib() { return JAXRNN_JAXLIB; }  // whose headers this was compiled with

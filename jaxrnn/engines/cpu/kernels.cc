@@ -1,6 +1,12 @@
 // The kernels once for each instruction set, and the choice among them when the program runs.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
@@ -17,7 +23,10 @@ namespace jaxrnn {
 namespace baseline {
 #include "simd.h"
 #include "tile.h"
-#include "sequence.h"
+#include "pointwise.h"
+#include "forward.h"
+#include "backward.h"
+#include "table.h"
 }  // namespace baseline
 #undef JAXRNN_WIDTH
 
@@ -28,7 +37,10 @@ namespace baseline {
 namespace avx2 {
 #include "simd.h"
 #include "tile.h"
-#include "sequence.h"
+#include "pointwise.h"
+#include "forward.h"
+#include "backward.h"
+#include "table.h"
 }  // namespace avx2
 #undef JAXRNN_WIDTH
 #pragma GCC pop_options
@@ -39,7 +51,10 @@ namespace avx2 {
 namespace avx512 {
 #include "simd.h"
 #include "tile.h"
-#include "sequence.h"
+#include "pointwise.h"
+#include "forward.h"
+#include "backward.h"
+#include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
 #pragma GCC pop_options

@@ -8,38 +8,43 @@ namespace jaxrnn {
 
 enum class Kind : int64_t { kElmanTanh = 0, kElmanRelu = 1, kLstm = 2, kGru = 3, kGruBefore = 4 };
 
-struct Sizes {
-  long members, steps, rows, inputs, units;
-};
-
 // Gates of the products with x and h; and what is kept of a step, in multiples of H: its gates, and q = h w_hn + b_hn.
-inline long gates_of(Kind kind) { return kind == Kind::kLstm ? 4 : kind >= Kind::kGru ? 3 : 1; }
-inline long kept_of(Kind kind) { return kind == Kind::kGru ? 4 : gates_of(kind); }
+constexpr long gates_of(Kind kind) { return kind == Kind::kLstm ? 4 : kind >= Kind::kGru ? 3 : 1; }
+constexpr long kept_of(Kind kind) { return kind >= Kind::kLstm ? (kind == Kind::kGruBefore ? 3 : 4) : 0; }
 
-struct Forward {
-  const float *xs;                    // (T, B, D)
-  const float *w_x, *b, *w_h, *b_hn;  // (D, G), (G,), (H, G), (H,)
-  const float *h, *c;                 // (B, H), the carry before the first step
-  const float *fresh_h, *fresh_c;     // (B, H), the carry that a start begins from
-  const uint8_t *valid, *start;       // (T, B)
-  float *ys;                          // (T, B, H)
-  float *last_h, *last_c;             // (B, H)
-  float *kept, *s, *c_before;         // (T, B, kept · H), (T, B, H), (T, B, H)
+struct Sizes {
+  long steps, rows, inputs, units;
+  bool reverse, batch_major;
+  // The step that is taken as number k, and where a step of a row lies in a sequence.
+  long time(long k) const { return reverse ? steps - 1 - k : k; }
+  long at(long t, long row) const { return batch_major ? row * steps + t : t * rows + row; }
 };
 
-struct Backward {
-  const float *w_h;
-  const float *kept, *s, *c_before;
-  const uint8_t *valid, *start;
+// Sequences are (T, B, ·), or (B, T, ·) if batch-major.
+struct Inputs {
+  const float* xs;                 // (T, B, D)
+  const float *w_x, *w_h;          // (D, G), (H, G)
+  const float *h, *c;              // (B, H), the carry before the first step
+  const float *fresh_h, *fresh_c;  // (B, H), the carry that a start begins from
+  const uint8_t *valid, *start;    // (T, B)
+};
+
+struct Forward : Inputs {
+  const float *b, *b_hn;   // (G,), (H,)
+  float* ys;               // (T, B, H)
+  float *last_h, *last_c;  // (B, H)
+  float *kept, *cs;        // (T, B, kept · H), (T, B, H)
+};
+
+struct Backward : Inputs {
+  const float *ys, *kept, *cs;
   const float *d_ys, *d_last_h, *d_last_c;  // cotangents of the results
-  float *d_u, *d_v;                         // (T, B, G) of x w_x + b; of h w_h + b_h where that is another
-  float *d_h, *d_c, *d_fresh_h, *d_fresh_c;
+  float *d_xs, *d_w_x, *d_w_h, *d_h, *d_c, *d_fresh_h, *d_fresh_c, *d_b, *d_b_hn;
 };
 
-// One member with this many threads; `reverse` runs from the last step to the first.
 struct Kernels {
-  void (*forward)(Kind, const Sizes&, bool reverse, const Forward&, int threads);
-  void (*backward)(Kind, const Sizes&, bool reverse, const Backward&, int threads);
+  void (*forward)(Kind, const Sizes&, const Forward&, int threads);
+  void (*backward)(Kind, const Sizes&, const Backward&, int threads);
   const char* name;
 };
 

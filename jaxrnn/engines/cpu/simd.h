@@ -1,4 +1,4 @@
-// Vectors of WIDTH bytes, and exp, tanh and the logistic function on them. Included once for each instruction set,
+// Vectors of JAXRNN_WIDTH bytes, and tanh and the logistic function on them. Included once for each instruction set,
 // inside its namespace.
 
 typedef float Vec __attribute__((vector_size(JAXRNN_WIDTH)));
@@ -16,6 +16,14 @@ inline Vec load(const float* p) {
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // The first n lanes; the others are 0 when read and left alone when written.
+#if JAXRNN_WIDTH == 64
+inline Vec load(const float* p, long n) { return n >= LANES ? load(p) : _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+
+inline void store(float* p, Vec v, long n) {
+  if (n >= LANES) store(p, v);
+  else _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+}
+#else
 inline Vec load(const float* p, long n) {
   if (n >= LANES) return load(p);
   Vec v{};
@@ -27,47 +35,58 @@ inline void store(float* p, Vec v, long n) {
   if (n >= LANES) return store(p, v);
   for (long k = 0; k < n; ++k) p[k] = v[k];
 }
+#endif
 
 inline Vec absolute(Vec x) { return (Vec)((Int)x & 0x7fffffff); }
 
 inline Vec with_sign_of(Vec x, Vec sign) { return (Vec)((Int)x | ((Int)sign & ~0x7fffffff)); }
 
-// e^x = 2^n e^r with |r| ≤ ln 2 / 2; e^r by the polynomial of Cephes' expf. 2^n in two factors, for subnormal results.
-inline Vec exponential(Vec x) {
-  x = x > 89.0f ? splat(89.0f) : x;
-  x = x < -104.0f ? splat(-104.0f) : x;
-  const Vec shift = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
-  Vec n = (x * 1.44269504088896341f + shift) - shift;
-  Vec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  Int whole = __builtin_convertvector(n, Int);
-  Int half = whole >> 1;
-  Vec a = (Vec)((half + 127) << 23), b = (Vec)((whole - half + 127) << 23);
-  return p * a * b;
+// a / b for 1 ≤ b < 2^120.
+inline Vec divide(Vec a, Vec b) {
+#if JAXRNN_WIDTH == 64
+  Vec y = _mm512_maskz_rcp14_ps(0xffff, b);
+  y = y + y * (1.0f - b * y);
+  Vec q = a * y;
+  return q + y * (a - b * q);
+#else
+  return a / b;
+#endif
 }
 
-// e^-|x| never overflows, and both branches keep their relative accuracy.
+// e^x - 1 = 2^n (p + 1) - 1, where p = e^r - 1 for |r| ≤ ln 2 / 2 by the polynomial of Cephes' expf.
+struct Exponential {
+  Vec n, p;
+  explicit Exponential(Vec x) {
+    const Vec shift = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
+    n = (x * 1.44269504088896341f + shift) - shift;
+    Vec r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Vec q = splat(1.9875691500e-4f);
+    q = q * r + 1.3981999507e-3f;
+    q = q * r + 8.3334519073e-3f;
+    q = q * r + 4.1665795894e-2f;
+    q = q * r + 1.6666665459e-1f;
+    q = q * r + 5.0000001201e-1f;
+    p = q * (r * r) + r;
+  }
+  static Vec power(Int n) { return (Vec)((n + 127) << 23); }
+  Int whole() const { return __builtin_convertvector(n, Int); }
+};
+
+// e^-|x| never overflows, and both branches keep their relative accuracy. 2^n in two factors, for subnormal results.
 inline Vec logistic(Vec x) {
-  Vec e = exponential(-absolute(x));
-  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+  Vec a = absolute(x);
+  Exponential power(-(a > 104.0f ? splat(104.0f) : a));
+  Int n = power.whole(), half = n >> 1;
+  Vec e = (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
+  return divide(x < 0.0f ? e : splat(1.0f), 1.0f + e);
 }
 
+// (e^2|x| - 1) / (e^2|x| + 1), which is 1 in float32 from |x| = 9.02 on.
 inline Vec tangent(Vec x) {
-  Vec a = absolute(x), z = x * x;
-  Vec p = splat(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  Vec small = p * z * x + x;
-  Vec e = exponential(-2.0f * a);
-  Vec large = with_sign_of((1.0f - e) / (1.0f + e), x);
-  return a < 0.625f ? small : x != x ? x : large;
+  Vec a = absolute(x);
+  Exponential power(2.0f * (a > 9.1f ? splat(9.1f) : a));
+  Vec scale = Exponential::power(power.whole());
+  Vec e = scale * power.p + (scale - 1.0f);
+  return with_sign_of(divide(e, e + 2.0f), x);
 }

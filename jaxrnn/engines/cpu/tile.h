@@ -1,25 +1,93 @@
 // Products of a few rows with a block of weight columns that is packed: for every k the V vectors that it multiplies.
 
-#if JAXRNN_WIDTH == 64
-constexpr int ROWS = 6;  // 6 × 4 sums, 4 weights and a broadcast number in 32 registers
-#elif JAXRNN_WIDTH == 32
-constexpr int ROWS = 3;
+#if JAXRNN_WIDTH == 64 || defined(__aarch64__)
+constexpr int SUMS = 24;  // and V weights, and a broadcast number, in 32 registers
 #else
-constexpr int ROWS = 2;
+constexpr int SUMS = 12;
 #endif
+template <int V>
+constexpr int ROWS = SUMS / V;
 
-template <int R, int V>
+// sums[r] += Σ_k a[r][k] w[k]. CHAINS sums at once for every number, where one alone would wait for itself.
+template <int R, int V, int CHAINS = 1>
 inline void multiply(const float* const* a, long length, const float* w, Vec (&sums)[R][V]) {
-  for (long k = 0; k < length; ++k, w += V * LANES) {
+  if constexpr (CHAINS > 1) {
+    Vec more[CHAINS][R][V] = {};
+    long k = 0;
+    for (; k + CHAINS <= length; k += CHAINS)
+#pragma GCC unroll 8
+      for (int chain = 0; chain < CHAINS; ++chain, w += V * LANES)
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) more[chain][r][v] += a[r][k + chain] * load(w + v * LANES);
+    for (; k < length; ++k, w += V * LANES)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) more[0][r][v] += a[r][k] * load(w + v * LANES);
+    for (int chain = 0; chain < CHAINS; ++chain)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] += more[chain][r][v];
+  } else {
+    for (long k = 0; k < length; ++k, w += V * LANES) {
+      Vec b[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) b[v] = load(w + v * LANES);
+#pragma GCC unroll 24
+      for (int r = 0; r < R; ++r) {
+        Vec x = splat(a[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] += x * b[v];
+      }
+    }
+  }
+}
+
+// sums[i] += Σ_n a[n][i] panel[n]: some rows of aᵀ panel, of which `stride` floats lie between two rows.
+template <int R, int V>
+inline void accumulate(const float* const* a, long from, long count, const float* panel, long stride, float* sums,
+                       long step) {
+  Vec s[R][V];
+#pragma GCC unroll 24
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) s[i][v] = load(sums + i * step + v * LANES);
+  for (long n = 0; n < count; ++n, panel += stride) {
+    const float* row = a[n] + from;
     Vec b[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) b[v] = load(w + v * LANES);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      Vec x = splat(a[r][k]);
+    for (int v = 0; v < V; ++v) b[v] = load(panel + v * LANES);
+#pragma GCC unroll 24
+    for (int i = 0; i < R; ++i) {
+      Vec x = splat(row[i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] += x * b[v];
+      for (int v = 0; v < V; ++v) s[i][v] += x * b[v];
     }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(sums + i * step + v * LANES, s[i][v]);
+}
+
+struct Range {
+  long begin, end;
+  long size() const { return end - begin; }
+};
+
+inline Range share(long count, int parts, int part) { return {count * part / parts, count * (part + 1) / parts}; }
+
+template <int MAX, class F>
+inline void one_tile(long count, long row, const F& f) {
+  if (count == MAX) f(std::integral_constant<int, MAX>{}, row);
+  else if constexpr (MAX > 1) one_tile<MAX - 1>(count, row, f);
+}
+
+// f(integral_constant of a count, first row) for tiles of nearly equal size, of at most MAX rows.
+template <int MAX, class F>
+inline void tiles(Range rows, const F& f) {
+  const long count = (rows.size() + MAX - 1) / MAX;
+  for (long k = 0; k < count; ++k) {
+    const Range tile = share(rows.size(), static_cast<int>(count), static_cast<int>(k));
+    one_tile<MAX>(tile.size(), rows.begin + tile.begin, f);
   }
 }
 
@@ -27,23 +95,49 @@ inline void multiply(const float* const* a, long length, const float* w, Vec (&s
 // LANES units of every gate, or, of a single gate, V · LANES units.
 struct Layout {
   long size, gates, vectors;
-  long units() const { return gates == 1 ? vectors * LANES : LANES; }
+  long width() const { return vectors * LANES; }
+  long units() const { return gates == 1 ? width() : LANES; }
   long blocks() const { return (size + units() - 1) / units(); }
   long unit(long block, long v) const { return block * units() + (gates == 1 ? v * LANES : 0); }
   long column(long block, long v) const { return (gates == 1 ? 0 : v * size) + unit(block, v); }
   long lanes(long block, long v) const {
-    long left = size - unit(block, v);
+    const long left = size - unit(block, v);
     return left < 0 ? 0 : left < LANES ? left : LANES;
   }
 };
 
-// w (rows, columns) into blocks, zero beyond the units; or its transpose, of which `rows` are the columns.
-inline void pack(const float* w, long rows, long stride, bool transposed, const Layout& layout, float* out) {
-  for (long j = 0; j < layout.blocks(); ++j)
+// Blocks of w (rows, stride): for every row the vectors of the block, 0 beyond the units.
+inline void pack(const float* w, long rows, long stride, const Layout& layout, Range blocks, float* out) {
+  out += blocks.begin * rows * layout.width();
+  for (long j = blocks.begin; j < blocks.end; ++j)
     for (long k = 0; k < rows; ++k)
-      for (long v = 0; v < layout.vectors; ++v, out += LANES) {
-        long n = layout.lanes(j, v), column = layout.column(j, v);
-        for (long lane = 0; lane < LANES; ++lane)
-          out[lane] = lane < n ? (transposed ? w[(column + lane) * stride + k] : w[k * stride + column + lane]) : 0.0f;
-      }
+      for (long v = 0; v < layout.vectors; ++v, out += LANES)
+        store(out, load(w + k * stride + layout.column(j, v), layout.lanes(j, v)));
+}
+
+// And back.
+inline void unpack(const float* in, long rows, long stride, const Layout& layout, Range blocks, float* w) {
+  in += blocks.begin * rows * layout.width();
+  for (long j = blocks.begin; j < blocks.end; ++j)
+    for (long k = 0; k < rows; ++k)
+      for (long v = 0; v < layout.vectors; ++v, in += LANES)
+        store(w + k * stride + layout.column(j, v), load(in), layout.lanes(j, v));
+}
+
+// Blocks of wᵀ: its rows are the columns of w (.., stride), in the order of the vectors [first, last) of `columns`; its
+// columns, the rows of w, are those of `layout`.
+inline void pack_transposed(const float* w, long stride, const Layout& columns, long first, long last,
+                            const Layout& layout, Range blocks, float* out) {
+  const long rows = columns.blocks() * (last - first) * LANES, width = layout.width();
+  std::memset(out + blocks.begin * rows * width, 0, blocks.size() * rows * width * sizeof(float));
+  for (long j = blocks.begin; j < blocks.end; ++j)
+    for (long i = 0; i < width && j * width + i < layout.size; ++i) {
+      const float* row = w + (j * width + i) * stride;
+      float* to = out + j * rows * width + i;
+      for (long b = 0; b < columns.blocks(); ++b)
+        for (long v = first; v < last; ++v, to += LANES * width) {
+          const float* from = row + columns.column(b, v);
+          for (long lane = 0, n = columns.lanes(b, v); lane < n; ++lane) to[lane * width] = from[lane];
+        }
+    }
 }

@@ -1,0 +1,331 @@
+// The recurrence backwards, in chunks of steps: first the cotangents of the gates' sums, step by step; then, as large
+// products over all rows of the chunk, those of weights and inputs.
+
+template <Kind K>
+class BackwardRun : Cell<K> {
+ public:
+  using Cell<K>::V, Cell<K>::KEPT, Cell<K>::GATES, Cell<K>::LSTM, Cell<K>::AFTER, Cell<K>::BEFORE;
+
+  BackwardRun(const Sizes& n, const Backward& p, int threads)
+      : n_(n), p_(p), gates_{n.units, GATES, V}, units_{n.units, 1, OUT}, inputs_{n.inputs, 1, OUT},
+        width_(units_.blocks() * units_.units()), panels_(gates_.blocks()), panel_(gates_.width()),
+        team_(team(n, n.units * GATES * n.units, units_.blocks(), threads)) {
+    const long D = n_.inputs, H = n_.units, B = n_.rows, G = panels_ * panel_;
+    const long weights = p_.d_w_x ? G * (D + H + 2) : 0;
+    at_once_ = std::max(1l, std::min(n_.steps, 256 / B));
+    const long rows = at_once_ * B;
+    Scratch scratch(width_ * G + (p_.d_xs ? inputs_.blocks() * inputs_.width() * G : 0) + weights +
+                    3 * Scratch::rounded(B * width_) + 2 * rows * G + Scratch::rounded(rows * H) + D + H + 512);
+    w_h_ = scratch.take(width_ * G);
+    w_hn_ = w_h_ + width_ * panels_ * 2 * LANES;
+    w_x_ = p_.d_xs ? scratch.take(inputs_.blocks() * inputs_.width() * G) : nullptr;
+    d_w_x_ = weights ? scratch.take(G * D) : nullptr;
+    d_w_h_ = weights ? scratch.take(G * H) : nullptr;
+    d_b_ = weights ? scratch.take(G) : nullptr;
+    d_b_hn_ = weights ? scratch.take(G) : nullptr;
+    d_h_ = scratch.take(B * width_);
+    d_c_ = scratch.take(B * width_);
+    through_ = scratch.take(B * width_);
+    d_u_ = scratch.take(rows * G);
+    d_v_ = AFTER ? scratch.take(rows * G) : d_u_;
+    reset_ = scratch.take(rows * H);
+    nothing_ = scratch.take(D + H);
+    std::memset(nothing_, 0, (D + H) * sizeof(float));
+    if (p_.valid || p_.start) trace();
+  }
+
+  void run() {
+    in_team(team_, [&](const Worker& worker) {
+      const Range rows = worker.rows(n_.rows), blocks = worker.blocks(units_.blocks());
+      prepare(worker.part(n_.rows), worker);
+      worker.barrier.wait();
+      for (long last = n_.steps; last > 0; last -= at_once_) {
+        const Chunk chunk{std::max(0l, last - at_once_), last};
+        for (long k = last - 1; k >= chunk.first; --k) {
+          const long m = (k - chunk.first) * n_.rows;  // the chunk's row of row 0
+          for (long b = rows.begin; b < rows.end; ++b) gates(chunk, k, m + b, b, blocks);
+          if (!worker.by_rows) worker.barrier.wait();
+          if constexpr (BEFORE) {
+            each_tile(rows, blocks, [&](auto count, long j, long b) {
+              reset<decltype(count)::value>(chunk, k, m + b, j, b);
+            });
+            if (!worker.by_rows) worker.barrier.wait();
+          }
+          each_tile(rows, blocks, [&](auto count, long j, long b) {
+            if (count == 1 && n_.rows == 1) carry<1, 2>(chunk, k, m + b, j, b);
+            else carry<decltype(count)::value, 1>(chunk, k, m + b, j, b);
+          });
+        }
+        worker.barrier.wait();
+        if (p_.d_w_x) weights(chunk, worker.part(panels_));
+        if (p_.d_xs) inputs(chunk, worker.part(chunk.steps() * n_.rows));
+        worker.barrier.wait();
+      }
+      finish(worker);
+    });
+  }
+
+ private:
+  static constexpr int OUT = 4;  // vectors of a block of what a product with a transposed weight gives
+
+  // Steps whose cotangents d_u and d_v lie in memory, (panel, row of the chunk, width).
+  struct Chunk {
+    long first, last;
+    long steps() const { return last - first; }
+  };
+
+  template <class F>
+  void each_tile(Range rows, Range blocks, const F& f) const {
+    for (long j = blocks.begin; j < blocks.end; ++j)
+      tiles<ROWS<OUT>>(rows, [&](auto count, long b) { f(count, j, b); });
+  }
+
+  void prepare(Range rows, const Worker& worker) {
+    const long D = n_.inputs, H = n_.units, G = GATES * H, size = H * sizeof(float);
+    const Range units = worker.part(units_.blocks()), panels = worker.part(panels_);
+    if (BEFORE) {
+      pack_transposed(p_.w_h, G, gates_, 0, 2, units_, units, w_h_);
+      pack_transposed(p_.w_h, G, gates_, 2, 3, units_, units, w_hn_);
+    } else {
+      pack_transposed(p_.w_h, G, gates_, 0, V, units_, units, w_h_);
+    }
+    if (p_.d_xs) pack_transposed(p_.w_x, G, gates_, 0, V, inputs_, worker.part(inputs_.blocks()), w_x_);
+    if (p_.d_w_x) {
+      auto zero = [&](float* w, long k) {
+        std::memset(w + panels.begin * panel_ * k, 0, panels.size() * panel_ * k * sizeof(float));
+      };
+      zero(d_w_x_, D), zero(d_w_h_, H), zero(d_b_, 1), zero(d_b_hn_, 1);
+    }
+    for (long r = rows.begin; r < rows.end; ++r) {
+      padded(d_h_ + r * width_, p_.d_last_h + r * H);
+      if (LSTM) padded(d_c_ + r * width_, p_.d_last_c + r * H);
+      if (p_.start) std::memset(p_.d_fresh_h + r * H, 0, size);
+      if (p_.start && LSTM) std::memset(p_.d_fresh_c + r * H, 0, size);
+    }
+  }
+
+  void padded(float* to, const float* from) const {
+    std::memcpy(to, from, n_.units * sizeof(float));
+    std::memset(to + n_.units, 0, (width_ - n_.units) * sizeof(float));
+  }
+
+  void finish(const Worker& worker) const {
+    const long D = n_.inputs, H = n_.units, G = GATES * H;
+    const Range rows = worker.part(n_.rows), panels = worker.part(panels_);
+    for (long r = rows.begin; r < rows.end; ++r) {
+      std::memcpy(p_.d_h + r * H, d_h_ + r * width_, H * sizeof(float));
+      if (LSTM) std::memcpy(p_.d_c + r * H, d_c_ + r * width_, H * sizeof(float));
+    }
+    if (!p_.d_w_x) return;
+    unpack(d_w_x_, D, G, gates_, panels, p_.d_w_x);
+    unpack(d_w_h_, H, G, gates_, panels, p_.d_w_h);
+    if (p_.d_b) unpack(d_b_, 1, G, gates_, panels, p_.d_b);
+    for (long j = panels.begin; p_.d_b_hn && j < panels.end; ++j)
+      store(p_.d_b_hn + j * LANES, load(d_b_hn_ + j * panel_ + 2 * LANES), gates_.lanes(j, 0));
+  }
+
+  // For every step of every row where the carry before it lies: after which step, or in the first or a fresh carry.
+  static constexpr int32_t FIRST = -1, FRESH = -2;
+  void trace() {
+    before_.resize(n_.steps * n_.rows);
+    for (long b = 0; b < n_.rows; ++b) {
+      int32_t last = FIRST;
+      for (long k = 0; k < n_.steps; ++k) {
+        const long at = n_.at(n_.time(k), b);
+        before_[at] = start(at) ? FRESH : last;
+        if (valid(at)) last = static_cast<int32_t>(n_.time(k));
+      }
+    }
+  }
+
+  bool valid(long at) const { return !p_.valid || p_.valid[at]; }
+  bool start(long at) const { return p_.start && p_.start[at]; }
+
+  // h or c before step number k of a row, of the states after every step, the first and the fresh ones.
+  const float* before(long k, long b, const float* states, const float* first, const float* fresh) const {
+    const long H = n_.units;
+    long t = k == 0 ? FIRST : n_.time(k - 1);
+    if (!before_.empty()) t = before_[n_.at(n_.time(k), b)];
+    return t == FRESH ? fresh + b * H : t == FIRST ? first + b * H : states + n_.at(t, b) * H;
+  }
+  const float* h_before(long k, long b) const { return before(k, b, p_.ys, p_.h, p_.fresh_h); }
+
+  float* panel(float* base, const Chunk& chunk, long j, long m) const {
+    return base + (j * chunk.steps() * n_.rows + m) * panel_;
+  }
+
+  // What does not need a product: the cotangents of the gates' sums, and of what of the carry goes straight through.
+  void gates(const Chunk& chunk, long k, long m, long b, Range blocks) const {
+    const long H = n_.units, at = n_.at(n_.time(k), b), scale = units_.units() / gates_.units();
+    const bool live = valid(at);
+    const float* h = h_before(k, b);
+    for (long j = blocks.begin * scale; j < std::min(blocks.end * scale, panels_); ++j) {
+      float *d_u = panel(d_u_, chunk, j, m), *d_v = panel(d_v_, chunk, j, m);
+      if (!live) {
+        for (int v = 0; v < V; ++v) store(d_u + v * LANES, Vec{}), store(d_v + v * LANES, Vec{});
+        if (BEFORE) store(reset_ + m * H + gates_.unit(j, 0), Vec{}, gates_.lanes(j, 0));
+        continue;
+      }
+      for (int v = 0; v < (GATES == 1 ? V : 1); ++v) {
+        const long unit = gates_.unit(j, v), n = gates_.lanes(j, v);
+        const float* kept = p_.kept + at * KEPT * H + unit;
+        float* through = through_ + b * width_ + unit;
+        const Vec d_y = load(d_h_ + b * width_ + unit) + (n ? load(p_.d_ys + at * H + unit, n) : Vec{});
+        if constexpr (LSTM) {
+          const float* c = before(k, b, p_.cs, p_.c, p_.fresh_c) + unit;
+          Vec d_c = load(d_c_ + b * width_ + unit), d_a[4];
+          lstm_back(d_y, d_c, load(c, n), load(p_.cs + at * H + unit, n), kept, H, n, d_a);
+          for (int gate = 0; gate < 4; ++gate) store(d_u + gate * LANES, d_a[gate]);
+          store(through, Vec{});
+          if (start(at)) {
+            float* fresh = p_.d_fresh_c + b * H + unit;
+            store(fresh, load(fresh, n) + d_c, n);
+            d_c = Vec{};
+          }
+          store(d_c_ + b * width_ + unit, d_c);
+        } else if constexpr (GATES == 3) {
+          const GruBack back(d_y, load(h + unit, n), kept, H, n);
+          store(d_u + LANES, back.d_z);
+          store(d_u + 2 * LANES, back.d_n);
+          store(through, back.d_h);
+          if constexpr (AFTER) {
+            const Vec d_r = back.d_n * load(kept + 3 * H, n) * back.r * (1.0f - back.r);
+            store(d_u, d_r);
+            store(d_v, d_r), store(d_v + LANES, back.d_z), store(d_v + 2 * LANES, back.d_n * back.r);
+          }
+        } else {
+          const Vec y = n ? load(p_.ys + at * H + unit, n) : Vec{};
+          store(d_u + v * LANES, K == Kind::kElmanTanh ? d_y * (1.0f - y * y) : y > 0.0f ? d_y : Vec{});
+          store(through, Vec{});
+        }
+      }
+    }
+  }
+
+  // sums += the vectors [first, first + count) of rows m, ... of all panels, times a packed transposed weight.
+  template <int R, int CHAINS = 1>
+  void times(const float* base, const Chunk& chunk, long m, long first, long count, const float* w, Vec (&sums)[R][OUT]) const {
+    const float* a[R];
+    for (long j = 0; j < panels_; ++j, w += count * LANES * OUT * LANES) {
+      for (int r = 0; r < R; ++r)
+        a[r] = base + (j * chunk.steps() * n_.rows + m + r) * panel_ + first * LANES;
+      multiply<R, OUT, CHAINS>(a, count * LANES, w, sums);
+    }
+  }
+
+  // Of a GRU that resets before the product: the cotangent of r h, and of r.
+  template <int R>
+  void reset(const Chunk& chunk, long k, long m, long j, long row) const {
+    const long H = n_.units;
+    Vec sums[R][OUT] = {};
+    times<R>(d_u_, chunk, m, 2, 1, w_hn_ + j * panels_ * LANES * OUT * LANES, sums);
+    for (int r = 0; r < R; ++r) {
+      const long b = row + r, at = n_.at(n_.time(k), b);
+      if (!valid(at)) continue;
+      const float* before = h_before(k, b);
+      for (int v = 0; v < OUT; ++v) {
+        const long unit = units_.unit(j, v), n = units_.lanes(j, v);
+        if (n == 0) continue;
+        const Vec gate = load(p_.kept + at * KEPT * H + unit, n), h = load(before + unit, n);
+        store(panel(d_u_, chunk, unit / LANES, m + r), sums[r][v] * h * gate * (1.0f - gate));
+        store(reset_ + (m + r) * H + unit, gate * h, n);
+        float* through = through_ + b * width_ + unit;
+        store(through, load(through) + sums[r][v] * gate);
+      }
+    }
+  }
+
+  // The cotangent of the carry before the step.
+  template <int R, int CHAINS>
+  void carry(const Chunk& chunk, long k, long m, long j, long row) const {
+    const long H = n_.units, count = BEFORE ? 2 : V;
+    Vec sums[R][OUT] = {};
+    times<R, CHAINS>(d_v_, chunk, m, 0, count, w_h_ + j * panels_ * count * LANES * OUT * LANES, sums);
+    for (int r = 0; r < R; ++r) {
+      const long b = row + r, at = n_.at(n_.time(k), b);
+      if (!valid(at)) continue;
+      for (int v = 0; v < OUT; ++v) {
+        const long unit = units_.unit(j, v), n = units_.lanes(j, v);
+        if (n == 0) continue;
+        float* d_h = d_h_ + b * width_ + unit;
+        const Vec d_before = sums[r][v] + load(through_ + b * width_ + unit);
+        if (start(at)) {
+          float* fresh = p_.d_fresh_h + b * H + unit;
+          store(fresh, load(fresh, n) + d_before, n);
+          store(d_h, Vec{});
+        } else {
+          store(d_h, d_before);
+        }
+      }
+    }
+  }
+
+  // d_w_x += xsᵀ d_u, d_w_h += sᵀ d_v, d_b += Σ d_u over the rows of a chunk.
+  void weights(const Chunk& chunk, Range panels) const {
+    const long D = n_.inputs, H = n_.units, B = n_.rows, count = chunk.steps() * B;
+    constexpr long AT_ONCE = 128;
+    const float *x[AT_ONCE], *s[AT_ONCE], *reset[AT_ONCE];
+    for (long begin = 0; begin < count; begin += AT_ONCE) {
+      const long size = std::min(AT_ONCE, count - begin);
+      for (long i = 0; i < size; ++i) {
+        const long k = chunk.first + (begin + i) / B, b = (begin + i) % B, at = n_.at(n_.time(k), b);
+        const bool live = valid(at);
+        x[i] = live ? p_.xs + at * D : nothing_;
+        s[i] = live ? h_before(k, b) : nothing_;
+        reset[i] = reset_ + (begin + i) * H;
+      }
+      for (long j = panels.begin; j < panels.end; ++j) {
+        const float *d_u = panel(d_u_, chunk, j, begin), *d_v = panel(d_v_, chunk, j, begin);
+        one_weight<V>(x, D, size, d_u, d_w_x_ + j * panel_ * D);
+        float* w_h = d_w_h_ + j * panel_ * H;
+        if constexpr (BEFORE) {
+          one_weight<2>(s, H, size, d_u, w_h);
+          one_weight<1>(reset, H, size, d_u + 2 * LANES, w_h + 2 * LANES);
+        } else {
+          one_weight<V>(s, H, size, d_v, w_h);
+        }
+        bias(d_u, size, d_b_ + j * panel_);
+        if (AFTER) bias(d_v, size, d_b_hn_ + j * panel_);
+      }
+    }
+  }
+
+  template <int VECTORS>
+  void one_weight(const float* const* a, long rows, long count, const float* d, float* sums) const {
+    tiles<ROWS<VECTORS>>({0, rows}, [&](auto tile, long k) {
+      accumulate<decltype(tile)::value, VECTORS>(a, k, count, d, panel_, sums + k * panel_, panel_);
+    });
+  }
+
+  void bias(const float* d, long count, float* sums) const {
+    Vec s[V];
+    for (int v = 0; v < V; ++v) s[v] = load(sums + v * LANES);
+    for (long i = 0; i < count; ++i, d += panel_)
+      for (int v = 0; v < V; ++v) s[v] += load(d + v * LANES);
+    for (int v = 0; v < V; ++v) store(sums + v * LANES, s[v]);
+  }
+
+  // d_xs = d_u w_xᵀ.
+  void inputs(const Chunk& chunk, Range rows) const {
+    const long D = n_.inputs, B = n_.rows;
+    each_tile(rows, {0, inputs_.blocks()}, [&](auto tile, long j, long m) {
+      constexpr int R = decltype(tile)::value;
+      Vec sums[R][OUT] = {};
+      times<R>(d_u_, chunk, m, 0, V, w_x_ + j * panels_ * panel_ * OUT * LANES, sums);
+      for (int r = 0; r < R; ++r) {
+        float* d_x = p_.d_xs + n_.at(n_.time(chunk.first + (m + r) / B), (m + r) % B) * D;
+        for (int v = 0; v < OUT; ++v)
+          if (const long n = inputs_.lanes(j, v)) store(d_x + inputs_.unit(j, v), sums[r][v], n);
+      }
+    });
+  }
+
+  const Sizes n_;
+  const Backward p_;
+  const Layout gates_, units_, inputs_;
+  const long width_, panels_, panel_;
+  const Team team_;
+  std::vector<int32_t> before_;
+  long at_once_;
+  float *w_h_, *w_hn_, *w_x_, *d_w_x_, *d_w_h_, *d_b_, *d_b_hn_, *d_h_, *d_c_, *through_, *d_u_, *d_v_, *reset_, *nothing_;
+};

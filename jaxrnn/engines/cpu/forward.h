@@ -1,0 +1,277 @@
+// The recurrence over time. Threads divide the rows, and then never wait for each other; or, where rows are few or the
+// weights many, the units, and wait once a step.
+
+struct Team {
+  int threads;
+  bool by_rows;
+};
+
+constexpr long CACHE = 1 << 17;  // floats of weights that a thread reads again from its own cache at every step
+
+// `weights` are those that every step reads; `blocks` can be divided among threads.
+inline Team team(const Sizes& n, long weights, long blocks, int threads) {
+  if (threads == 1 || n.steps * n.rows * weights < 200000) return {1, true};
+  const bool many_rows = n.rows >= 4 * threads, large = weights > CACHE && blocks >= threads;
+  if (many_rows && !large) return {threads, true};
+  if (blocks >= threads && n.rows * weights >= 60000) return {threads, false};
+  return n.rows >= threads ? Team{threads, true} : Team{1, true};
+}
+
+// One thread of those that run a call.
+struct Worker {
+  int number, count;
+  bool by_rows;
+  Barrier& barrier;
+  Range rows(long all) const { return by_rows ? share(all, count, number) : Range{0, all}; }
+  Range blocks(long all) const { return by_rows ? Range{0, all} : share(all, count, number); }
+  Range part(long all) const { return share(all, count, number); }
+};
+
+template <class Work>
+inline void in_team(const Team& team, const Work& work) {
+  Barrier together(team.threads), alone(1);
+  auto member = [&](int k) { work(Worker{k, team.threads, team.by_rows, together}); };
+  if (team.threads == 1 || !Pool::run(team.threads, member)) work(Worker{0, 1, true, alone});
+}
+
+// Memory of one call, aligned, kept by the thread for the next.
+class Scratch {
+ public:
+  explicit Scratch(long floats) {
+    thread_local std::vector<char> memory;
+    const size_t bytes = floats * sizeof(float) + 64;
+    if (memory.size() < bytes) {
+      memory.clear();
+      memory.resize(bytes);
+    }
+    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+  }
+  float* take(long floats) {
+    float* p = next_;
+    next_ += rounded(floats);
+    return p;
+  }
+  static long rounded(long floats) { return (floats + 15) / 16 * 16; }
+
+ private:
+  float* next_;
+};
+
+// Steps whose input products are computed at once: enough rows for the weights to pay, few enough to stay in the cache.
+inline long steps_at_once(const Sizes& n, long rows, long floats, long wanted) {
+  const long fit = floats == 0 ? n.steps : (1 << 16) / floats, least = (wanted + rows - 1) / rows;
+  const long steps = fit / rows > least ? fit / rows : least;
+  return steps < 1 ? 1 : steps < n.steps ? steps : n.steps;
+}
+
+template <Kind K>
+class ForwardRun : Cell<K> {
+ public:
+  using Cell<K>::V, Cell<K>::KEPT, Cell<K>::GATES, Cell<K>::LSTM, Cell<K>::AFTER, Cell<K>::BEFORE;
+
+  ForwardRun(const Sizes& n, const Forward& p, int threads)
+      : n_(n), p_(p), layout_{n.units, GATES, V}, blocks_(layout_.blocks()), width_(blocks_ * layout_.units()),
+        team_(team(n, n.units * GATES * n.units, blocks_, threads)) {
+    const long block = layout_.width(), B = n_.rows, parts = team_.threads;
+    const long rows = team_.by_rows ? (B + parts - 1) / parts : B;
+    const long floats = team_.by_rows ? blocks_ * block : (blocks_ + parts - 1) / parts * block;
+    at_once_ = steps_at_once(n_, rows, floats, 32);
+    u_size_ = Scratch::rounded(at_once_ * rows * floats);
+    Scratch scratch(blocks_ * block * (n_.inputs + n_.units + 2) + 6 * Scratch::rounded(B * width_) + parts * u_size_ + 256);
+    x_ = scratch.take(blocks_ * block * n_.inputs);
+    h_ = scratch.take(blocks_ * block * n_.units);
+    h_n_ = h_ + blocks_ * 2 * LANES * n_.units;
+    bias_ = scratch.take(blocks_ * block);
+    b_hn_ = scratch.take(width_);
+    for (float** state : {&state_[0], &state_[1], &c_, &z_, &reset_}) *state = scratch.take(B * width_);
+    u_ = scratch.take(parts * u_size_);
+  }
+
+  void run() {
+    in_team(team_, [&](const Worker& worker) {
+      const Range rows = worker.rows(n_.rows), blocks = worker.blocks(blocks_);
+      prepare(worker.part(n_.rows), worker.part(blocks_));
+      worker.barrier.wait();
+      for (long first = 0; first < n_.steps; first += at_once_) {
+        const Chunk chunk{first, std::min(at_once_, n_.steps - first), rows, blocks, u_ + worker.number * u_size_};
+        project(chunk);
+        for (long k = first; k < first + chunk.steps; ++k) {
+          const long t = n_.time(k);
+          const float* from = state_[k & 1];
+          float* to = state_[~k & 1];
+          for (long j = blocks.begin; j < blocks.end; ++j)
+            tiles<FIRST_ROWS>(rows, [&](auto count, long r) {
+              if (count == 1 && n_.rows == 1) first_product<1, 2>(chunk, k, t, j, r, from, to);
+              else first_product<decltype(count)::value, 1>(chunk, k, t, j, r, from, to);
+            });
+          if (!worker.by_rows) worker.barrier.wait();
+          if constexpr (BEFORE) {
+            for (long j = blocks.begin; j < blocks.end; ++j)
+              tiles<SUMS>(rows, [&](auto count, long r) {
+                second_product<decltype(count)::value>(chunk, k, t, j, r, from, to);
+              });
+            if (!worker.by_rows) worker.barrier.wait();
+          }
+        }
+      }
+      finish(rows, blocks);
+    });
+  }
+
+ private:
+  static constexpr int FIRST = BEFORE ? 2 : V;  // vectors of the product with h, of which a second follows
+  static constexpr int FIRST_ROWS = ROWS<FIRST>;
+
+  // Steps whose u = x w_x + b lies in memory, (block, step, row, width).
+  struct Chunk {
+    long first, steps;
+    Range rows, blocks;
+    float* u;
+    long at(long j, long k, long row) const {
+      return ((j - blocks.begin) * steps + k - first) * rows.size() + row - rows.begin;
+    }
+  };
+
+  void prepare(Range rows, Range blocks) {
+    const long D = n_.inputs, H = n_.units, G = GATES * H;
+    pack(p_.w_x, D, G, layout_, blocks, x_);
+    if (BEFORE) {
+      pack(p_.w_h, H, G, Layout{H, 2, 2}, blocks, h_);
+      pack(p_.w_h + 2 * H, H, G, Layout{H, 1, 1}, blocks, h_n_);
+    } else {
+      pack(p_.w_h, H, G, layout_, blocks, h_);
+    }
+    const long block = layout_.width();
+    if (p_.b) pack(p_.b, 1, G, layout_, blocks, bias_);
+    else std::memset(bias_ + blocks.begin * block, 0, blocks.size() * block * sizeof(float));
+    for (long j = blocks.begin; AFTER && j < blocks.end; ++j)
+      store(b_hn_ + j * LANES, p_.b_hn ? load(p_.b_hn + j * LANES, layout_.lanes(j, 0)) : Vec{});
+    for (long r = rows.begin; r < rows.end; ++r) {
+      padded(state_[0] + r * width_, p_.h + r * H);
+      std::memset(state_[1] + r * width_, 0, width_ * sizeof(float));
+      if (LSTM) padded(c_ + r * width_, p_.c + r * H);
+      if (BEFORE) std::memset(reset_ + r * width_, 0, width_ * sizeof(float));
+    }
+  }
+
+  void padded(float* to, const float* from) const {
+    std::memcpy(to, from, n_.units * sizeof(float));
+    std::memset(to + n_.units, 0, (width_ - n_.units) * sizeof(float));
+  }
+
+  void finish(Range rows, Range blocks) const {
+    const long H = n_.units, begin = blocks.begin * layout_.units();
+    const long size = (std::min(blocks.end * layout_.units(), H) - begin) * sizeof(float);
+    const float* last = state_[n_.steps & 1];
+    for (long r = rows.begin; size > 0 && r < rows.end; ++r) {
+      std::memcpy(p_.last_h + r * H + begin, last + r * width_ + begin, size);
+      if (LSTM) std::memcpy(p_.last_c + r * H + begin, c_ + r * width_ + begin, size);
+    }
+  }
+
+  void project(const Chunk& chunk) const {
+    const long block = layout_.width(), B = chunk.rows.size();
+    for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
+      tiles<ROWS<V>>({0, chunk.steps * B}, [&](auto count, long m) {
+        constexpr int R = decltype(count)::value;
+        const float* x[R];
+        Vec a[R][V];
+        for (int r = 0; r < R; ++r) {
+          const long t = n_.time(chunk.first + (m + r) / B), row = chunk.rows.begin + (m + r) % B;
+          x[r] = p_.xs + n_.at(t, row) * n_.inputs;
+          for (int v = 0; v < V; ++v) a[r][v] = load(bias_ + j * block + v * LANES);
+        }
+        multiply<R, V>(x, n_.inputs, x_ + j * block * n_.inputs, a);
+        float* u = chunk.u + ((j - chunk.blocks.begin) * chunk.steps * B + m) * block;
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) store(u + r * block + v * LANES, a[r][v]);
+      });
+  }
+
+  bool valid(long at) const { return !p_.valid || p_.valid[at]; }
+  const float* before(const float* state, long t, long r) const {
+    return p_.start && p_.start[n_.at(t, r)] ? p_.fresh_h + r * n_.units : state + r * width_;
+  }
+
+  // The product with h of a tile of rows and a block of units, and the gates; of a GRU that resets before the product,
+  // r and z only.
+  template <int R, int CHAINS>
+  void first_product(const Chunk& chunk, long k, long t, long j, long row, const float* from, float* to) const {
+    const long H = n_.units, block = layout_.width();
+    const float *s[R], *u = chunk.u + chunk.at(j, k, row) * block;
+    Vec a[R][FIRST];
+    for (int r = 0; r < R; ++r) {
+      s[r] = before(from, t, row + r);
+      for (int v = 0; v < FIRST; ++v)
+        a[r][v] = AFTER && v == 2 ? load(b_hn_ + j * LANES) : load(u + r * block + v * LANES);
+    }
+    multiply<R, FIRST, CHAINS>(s, H, h_ + j * FIRST * LANES * H, a);
+    for (int r = 0; r < R; ++r, u += block) {
+      const long b = row + r, at = n_.at(t, b);
+      const bool live = valid(at);
+      for (int v = 0; v < (GATES == 1 ? V : 1); ++v) {
+        const long unit = layout_.unit(j, v), n = layout_.lanes(j, v);
+        if (n == 0) continue;
+        float *ys = p_.ys + at * H + unit, *kept = p_.kept ? p_.kept + at * KEPT * H + unit : nullptr;
+        float* cs = p_.cs ? p_.cs + at * H + unit : nullptr;
+        if (!live) {
+          store(ys, Vec{}, n);
+          store(to + b * width_ + unit, load(from + b * width_ + unit));
+          for (long gate = 0; kept && gate < KEPT; ++gate) store(kept + gate * H, Vec{}, n);
+          if (cs) store(cs, Vec{}, n);
+          continue;
+        }
+        Vec y;
+        if constexpr (LSTM) {
+          float* state = c_ + b * width_ + unit;
+          Vec c = s[r] == from + b * width_ ? load(state) : load(p_.fresh_c + b * H + unit, n);
+          y = lstm(a[r], c, kept, H, n);
+          store(state, c);
+          if (cs) store(cs, c, n);
+        } else if constexpr (AFTER) {
+          y = gru(a[r][0], a[r][1], load(u + 2 * LANES), a[r][2], load(s[r] + unit, n), kept, H, n);
+        } else if constexpr (BEFORE) {
+          const Vec reset = logistic(a[r][0]), z = logistic(a[r][1]);
+          store(reset_ + b * width_ + unit, reset * load(s[r] + unit, n));
+          store(z_ + b * width_ + unit, z);
+          keep(kept, H, n, {reset, z});
+          continue;
+        } else {
+          y = elman<K>(a[r][v]);
+        }
+        store(ys, y, n);
+        store(to + b * width_ + unit, y);
+      }
+    }
+  }
+
+  // n = tanh(u_n + (r h) w_hn), and the new state.
+  template <int R>
+  void second_product(const Chunk& chunk, long k, long t, long j, long row, const float* from, float* to) const {
+    const long H = n_.units, unit = layout_.unit(j, 0), n = layout_.lanes(j, 0), block = layout_.width();
+    const float *a[R], *u = chunk.u + chunk.at(j, k, row) * block + 2 * LANES;
+    Vec sums[R][1];
+    for (int r = 0; r < R; ++r) {
+      a[r] = reset_ + (row + r) * width_;
+      sums[r][0] = load(u + r * block);
+    }
+    multiply<R, 1>(a, H, h_n_ + j * LANES * H, sums);
+    for (int r = 0; r < R; ++r) {
+      const long b = row + r, at = n_.at(t, b);
+      if (!valid(at)) continue;
+      const Vec z = load(z_ + b * width_ + unit), h = load(before(from, t, b) + unit, n), candidate = tangent(sums[r][0]);
+      const Vec y = (1.0f - z) * candidate + z * h;
+      if (p_.kept) store(p_.kept + at * KEPT * H + 2 * H + unit, candidate, n);
+      store(p_.ys + at * H + unit, y, n);
+      store(to + b * width_ + unit, y);
+    }
+  }
+
+  const Sizes n_;
+  const Forward p_;
+  const Layout layout_;
+  const long blocks_, width_;
+  const Team team_;
+  long at_once_, u_size_;
+  float *x_, *h_, *h_n_, *bias_, *b_hn_, *state_[2], *c_, *z_, *reset_, *u_;
+};

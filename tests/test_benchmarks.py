@@ -1,0 +1,125 @@
+"""benchmarks/: every script runs and writes what --out asks for; what is compared, and in which turns. No times."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+PROMOTION = "standard"  # Optax divides floats by integers
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = {
+    "cells": "--cells lstm --shapes 16,3,3,4 --passes backward",
+    "cells both ways": "--cells gru --shapes 1,3,3,4 --layers 2 --bidirectional --contestants xla torch onnxruntime",
+    "streaming": "--cells lstm elman --units 4",
+    "training": "--cells gru --shapes 2,5,16,24 --contestants native torch",
+    "compile_time": "--cells gru --shape 2,3,3,4 --contestants native",
+    "memory": "--steps 9 --rows 2 --inputs 3 --units 4 --contestants native-remat torch",
+    "scaling": "--base 2,3,3,4 --points 2 --axes B --contestants native torch",
+}
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Imports a benchmark by its name; the product of matrices is a small one, and what is compiled stays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        contest = importlib.import_module("contest")
+        patch.setattr(contest, "PRODUCT", 16)
+        patch.setattr(contest, "BLOCK", 0.0)
+        patch.setattr(jax, "clear_caches", lambda: None)
+        yield importlib.import_module
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_benchmark_runs_and_writes(load, tmp_path, capsys, name):
+    """Three files that name the command and the machine; the table is also printed."""
+    script, out = load(name.split()[0]), tmp_path / "new" / "v1.0"
+    assert script.main([*SCRIPTS[name].split(), "--repeats", "1", "--out", str(out)]) == 0
+    text, data = Path(f"{out}.md").read_text(encoding="utf-8"), json.loads(Path(f"{out}.json").read_text())
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+    assert data["command"].startswith(f"python benchmarks/{name.split()[0]}.py --")
+    assert data["rows"]
+    for line in (data["command"], data["machine"], f"jax {jax.__version__}"):
+        assert line in text
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in text.splitlines() if line.startswith("|"))
+
+
+def test_whoever_is_absent_is_named(load, monkeypatch, capsys):
+    contest, streaming = load("contest"), load("streaming")
+    monkeypatch.setattr(contest.native, "absent", lambda: "no compiler")
+    monkeypatch.setattr(contest.importlib.util, "find_spec", lambda module: None if module == "torch" else module)
+    args = contest.parse(contest.parser("streaming.py", None, streaming.CONTESTANTS), [])
+    assert args.contestants == ["xla", "empty", "onnxruntime"]
+    assert "absent: native (no compiler); torch (not installed)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        contest.parse(contest.parser("streaming.py", None, ["native"]), [])
+    assert "none is here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--repeats 0", "--threads 0", "--shapes 1,2,3", "--shapes 0,1,1,1", "--cells rnn"])
+def test_bad_flags(load, capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        load("cells").main(flags.split())
+    assert stopped.value.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_other_results_are_no_contest(load, monkeypatch, backward):
+    """Outputs that are off by a hundredth, and gradients alone that are."""
+    cells, peers = load("cells"), load("peers")
+    build = peers.ours("xla")
+
+    def tampered(cell, params):
+        network = build(cell, params)
+
+        def outputs(weights, xs):
+            ys = network.outputs(weights, xs)
+            return ys + 0.01 * (ys - jax.lax.stop_gradient(ys)) if backward else 1.01 * ys
+
+        return network._replace(outputs=outputs)
+
+    monkeypatch.setitem(peers.NETWORKS, "flax", tampered)
+    task = peers.task("lstm", peers.Shape(2, 3, 3, 4))
+    contestants = {name: cells.in_jax(name)(task, backward, 1) for name in ("xla", "flax")}
+    with pytest.raises(AssertionError, match="flax against xla"):
+        cells.contest.agree(contestants)
+
+
+def test_they_take_turns(load):
+    """After two calls to see how long they take, in every round each has one call before those that are timed."""
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found = load("contest").interleaved(runs, 2)
+    assert "".join(calls) == "ab" + "ab" + 2 * ("aaaa" + "bbbb")
+    assert [len(each) for each in found.values()] == [2, 2]
+
+
+def test_the_lead_is_of_the_fastest_peer(load):
+    contest = load("contest")
+    assert contest.lead({"native": 2.0, "xla": 1.0, "torch": 5.0, "flax": 4.0}, "native") == 2
+    assert contest.lead({"native": 2.0, "xla": 1.0}, "native") is None
+
+
+def test_operations(load):
+    """As XLA counts them for the products alone: the layer above reads both directions."""
+    peers = load("peers")
+    shape = peers.Shape(3, 5, 7, 11)
+    assert peers.operations("gru", shape) == 2 * 3 * 5 * (7 + 11) * 3 * 11
+    both = 2 * (2 * 3 * 5 * (7 + 11) * 4 * 11) + 2 * (2 * 3 * 5 * (22 + 11) * 4 * 11)
+    assert peers.operations("lstm", shape, 2, True) == both
+    sizes = [w.size for w in jax.tree.leaves(peers.task("lstm", shape, 2, True).params) if np.ndim(w) == 2]
+    assert both == 2 * 3 * 5 * sum(sizes)
+
+
+def test_exponents(load):
+    exponent = load("scaling").exponent
+    assert [exponent([1, 2, 8], [3.0, 6.0, 384.0], k) for k in range(3)] == [None, 1.0, 3.0]
+    assert exponent([1, 2], [None, 1.0], 1) is None
