@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 PROMOTION = "standard"  # Optax divides floats by integers
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {
-    "cells": "--cells lstm --shapes 16,3,3,4 --passes backward",
+    "cells": "--cells lstm --shapes 16,3,3,4 --passes backward --contestants native torch keras flax haiku equinox",
     "cells both ways": "--cells gru --shapes 1,3,3,4 --layers 2 --bidirectional --contestants xla torch onnxruntime",
     "streaming": "--cells lstm elman --units 4",
     "training": "--cells gru --shapes 2,5,16,24 --contestants native torch",
