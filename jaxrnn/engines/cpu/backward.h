@@ -267,12 +267,14 @@ class BackwardRun : Cell<K> {
     const float *x[AT_ONCE], *s[AT_ONCE], *reset[AT_ONCE];
     for (long begin = 0; begin < count; begin += AT_ONCE) {
       const long size = std::min(AT_ONCE, count - begin);
+      long k = chunk.first + begin / B, b = begin % B;
       for (long i = 0; i < size; ++i) {
-        const long k = chunk.first + (begin + i) / B, b = (begin + i) % B, at = n_.at(n_.time(k), b);
+        const long at = n_.at(n_.time(k), b);
         const bool live = valid(at);
         x[i] = live ? p_.xs + at * D : nothing_;
         s[i] = live ? h_before(k, b) : nothing_;
         reset[i] = reset_ + (begin + i) * H;
+        if (++b == B) b = 0, ++k;
       }
       for (long j = panels.begin; j < panels.end; ++j) {
         const float *d_u = panel(d_u_, chunk, j, begin), *d_v = panel(d_v_, chunk, j, begin);
@@ -307,13 +309,14 @@ class BackwardRun : Cell<K> {
 
   // d_xs = d_u w_xᵀ.
   void inputs(const Chunk& chunk, Range rows) const {
-    const long D = n_.inputs, B = n_.rows;
+    const long D = n_.inputs;
     each_tile(rows, {0, inputs_.blocks()}, [&](auto tile, long j, long m) {
       constexpr int R = decltype(tile)::value;
       Vec sums[R][OUT] = {};
       times<R>(d_u_, chunk, m, 0, V, w_x_ + j * panels_ * panel_ * OUT * LANES, sums);
-      for (int r = 0; r < R; ++r) {
-        float* d_x = p_.d_xs + n_.at(n_.time(chunk.first + (m + r) / B), (m + r) % B) * D;
+      const uint32_t first = static_cast<uint32_t>(m), B = static_cast<uint32_t>(n_.rows);
+      for (uint32_t r = 0; r < R; ++r) {
+        float* d_x = p_.d_xs + n_.at(n_.time(chunk.first + (first + r) / B), (first + r) % B) * D;
         for (int v = 0; v < OUT; ++v)
           if (const long n = inputs_.lanes(j, v)) store(d_x + inputs_.unit(j, v), sums[r][v], n);
       }

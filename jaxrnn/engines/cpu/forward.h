@@ -73,11 +73,11 @@ class ForwardRun : Cell<K> {
       : n_(n), p_(p), layout_{n.units, GATES, V}, blocks_(layout_.blocks()), width_(blocks_ * layout_.units()),
         team_(team(n, n.units * GATES * n.units, blocks_, threads)) {
     const long block = layout_.width(), B = n_.rows, parts = team_.threads;
-    const long rows = team_.by_rows ? (B + parts - 1) / parts : B;
+    most_rows_ = team_.by_rows ? (B + parts - 1) / parts : B;
     const long floats = team_.by_rows ? blocks_ * block : (blocks_ + parts - 1) / parts * block;
-    at_once_ = steps_at_once(n_, rows, floats, 32);
-    u_size_ = Scratch::rounded(at_once_ * rows * floats);
-    Scratch scratch(blocks_ * block * (n_.inputs + n_.units + 2) + 6 * Scratch::rounded(B * width_) + parts * u_size_ + 256);
+    at_once_ = steps_at_once(n_, most_rows_, floats, 32);
+    u_size_ = Scratch::rounded(at_once_ * most_rows_ * floats);
+    Scratch scratch(blocks_ * block * (n_.inputs + n_.units + 2) + 6 * Scratch::rounded(B * width_) + parts * (u_size_ + 2 * at_once_ * most_rows_) + 256);
     x_ = scratch.take(blocks_ * block * n_.inputs);
     h_ = scratch.take(blocks_ * block * n_.units);
     h_n_ = h_ + blocks_ * 2 * LANES * n_.units;
@@ -85,6 +85,7 @@ class ForwardRun : Cell<K> {
     b_hn_ = scratch.take(width_);
     for (float** state : {&state_[0], &state_[1], &c_, &z_, &reset_}) *state = scratch.take(B * width_);
     u_ = scratch.take(parts * u_size_);
+    x_rows_ = reinterpret_cast<const float**>(scratch.take(2 * parts * at_once_ * most_rows_));
   }
 
   void run() {
@@ -93,17 +94,21 @@ class ForwardRun : Cell<K> {
       prepare(worker.part(n_.rows), worker.part(blocks_));
       worker.barrier.wait();
       for (long first = 0; first < n_.steps; first += at_once_) {
-        const Chunk chunk{first, std::min(at_once_, n_.steps - first), rows, blocks, u_ + worker.number * u_size_};
+        const Chunk chunk{first, std::min(at_once_, n_.steps - first), rows, blocks, u_ + worker.number * u_size_,
+                          x_rows_ + worker.number * at_once_ * most_rows_};
         project(chunk);
         for (long k = first; k < first + chunk.steps; ++k) {
           const long t = n_.time(k);
           const float* from = state_[k & 1];
           float* to = state_[~k & 1];
-          for (long j = blocks.begin; j < blocks.end; ++j)
-            tiles<FIRST_ROWS>(rows, [&](auto count, long r) {
-              if (count == 1 && n_.rows == 1) first_product<1, 2>(chunk, k, t, j, r, from, to);
-              else first_product<decltype(count)::value, 1>(chunk, k, t, j, r, from, to);
-            });
+          if (n_.rows == 1) {
+            tiles<4>(blocks, [&](auto count, long j) { one_row<decltype(count)::value>(chunk, k, t, j, from, to); });
+          } else {
+            for (long j = blocks.begin; j < blocks.end; ++j)
+              tiles<ROWS<FIRST>>(rows, [&](auto count, long r) {
+                one_block<decltype(count)::value>(chunk, k, t, j, r, from, to);
+              });
+          }
           if (!worker.by_rows) worker.barrier.wait();
           if constexpr (BEFORE) {
             for (long j = blocks.begin; j < blocks.end; ++j)
@@ -120,13 +125,13 @@ class ForwardRun : Cell<K> {
 
  private:
   static constexpr int FIRST = BEFORE ? 2 : V;  // vectors of the product with h, of which a second follows
-  static constexpr int FIRST_ROWS = ROWS<FIRST>;
 
   // Steps whose u = x w_x + b lies in memory, (block, step, row, width).
   struct Chunk {
     long first, steps;
     Range rows, blocks;
     float* u;
+    const float** x;  // where the inputs of every row lie
     long at(long j, long k, long row) const {
       return ((j - blocks.begin) * steps + k - first) * rows.size() + row - rows.begin;
     }
@@ -171,17 +176,16 @@ class ForwardRun : Cell<K> {
 
   void project(const Chunk& chunk) const {
     const long block = layout_.width(), B = chunk.rows.size();
+    const float** x = chunk.x;
+    for (long k = chunk.first; k < chunk.first + chunk.steps; ++k)
+      for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(n_.time(k), b) * n_.inputs;
     for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
       tiles<ROWS<V>>({0, chunk.steps * B}, [&](auto count, long m) {
         constexpr int R = decltype(count)::value;
-        const float* x[R];
         Vec a[R][V];
-        for (int r = 0; r < R; ++r) {
-          const long t = n_.time(chunk.first + (m + r) / B), row = chunk.rows.begin + (m + r) % B;
-          x[r] = p_.xs + n_.at(t, row) * n_.inputs;
+        for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v) a[r][v] = load(bias_ + j * block + v * LANES);
-        }
-        multiply<R, V>(x, n_.inputs, x_ + j * block * n_.inputs, a);
+        multiply<R, V>(chunk.x + m, n_.inputs, x_ + j * block * n_.inputs, a);
         float* u = chunk.u + ((j - chunk.blocks.begin) * chunk.steps * B + m) * block;
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v) store(u + r * block + v * LANES, a[r][v]);
@@ -193,54 +197,112 @@ class ForwardRun : Cell<K> {
     return p_.start && p_.start[n_.at(t, r)] ? p_.fresh_h + r * n_.units : state + r * width_;
   }
 
-  // The product with h of a tile of rows and a block of units, and the gates; of a GRU that resets before the product,
-  // r and z only.
-  template <int R, int CHAINS>
-  void first_product(const Chunk& chunk, long k, long t, long j, long row, const float* from, float* to) const {
-    const long H = n_.units, block = layout_.width();
-    const float *s[R], *u = chunk.u + chunk.at(j, k, row) * block;
+  // Vectors of units of some rows: a block of several rows, or several blocks of a single row.
+  template <int R>
+  struct Places {
+    long block[R], row[R];
+  };
+
+  template <int R>
+  void one_block(const Chunk& chunk, long k, long t, long j, long row, const float* from, float* to) const {
+    const float* s[R];
     Vec a[R][FIRST];
+    Places<R> places;
     for (int r = 0; r < R; ++r) {
       s[r] = before(from, t, row + r);
-      for (int v = 0; v < FIRST; ++v)
-        a[r][v] = AFTER && v == 2 ? load(b_hn_ + j * LANES) : load(u + r * block + v * LANES);
+      sums(chunk, k, j, row + r, a[r]);
+      places.block[r] = j, places.row[r] = row + r;
     }
-    multiply<R, FIRST, CHAINS>(s, H, h_ + j * FIRST * LANES * H, a);
-    for (int r = 0; r < R; ++r, u += block) {
-      const long b = row + r, at = n_.at(t, b);
+    multiply<R, FIRST>(s, n_.units, h_ + j * FIRST * LANES * n_.units, a);
+    gates<R>(chunk, k, t, places, a, from, to);
+  }
+
+  template <int R>
+  void one_row(const Chunk& chunk, long k, long t, long j, const float* from, float* to) const {
+    const float* s[1] = {before(from, t, 0)};
+    Vec a[R][FIRST];
+    Places<R> places;
+    for (int r = 0; r < R; ++r) {
+      Vec one[1][FIRST];
+      sums(chunk, k, j + r, 0, one[0]);
+      multiply<1, FIRST, 2>(s, n_.units, h_ + (j + r) * FIRST * LANES * n_.units, one);
+      for (int v = 0; v < FIRST; ++v) a[r][v] = one[0][v];
+      places.block[r] = j + r, places.row[r] = 0;
+    }
+    gates<R>(chunk, k, t, places, a, from, to);
+  }
+
+  // What the product with h is added to.
+  JAXRNN_INLINE void sums(const Chunk& chunk, long k, long j, long row, Vec* a) const {
+    const float* u = chunk.u + chunk.at(j, k, row) * layout_.width();
+    for (int v = 0; v < FIRST; ++v) a[v] = AFTER && v == 2 ? load(b_hn_ + j * LANES) : load(u + v * LANES);
+  }
+
+  // The gates and what follows from them; of a GRU that resets before the product, r and z only.
+  template <int R>
+  JAXRNN_INLINE void gates(const Chunk& chunk, long k, long t, const Places<R>& places, Vec (&a)[R][FIRST],
+                           const float* from, float* to) const {
+    constexpr int N = GATES == 1 ? V : 1;  // vectors of y
+    const long H = n_.units;
+    const float* h[R];
+    Vec y[R][N], c[R], before_[R], candidate[R];
+    bool fresh[R];
+    for (int r = 0; r < R; ++r) {
+      h[r] = before(from, t, places.row[r]);
+      fresh[r] = h[r] != from + places.row[r] * width_;
+      const long j = places.block[r], b = places.row[r], unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+      if constexpr (LSTM) c[r] = fresh[r] ? load(p_.fresh_c + b * H + unit, n) : load(c_ + b * width_ + unit);
+      if constexpr (GATES == 3) before_[r] = load(h[r] + unit, n);
+    }
+    if constexpr (LSTM) {
+      Vec last[R];
+      lstm<R>(a, c, last);
+      for (int r = 0; r < R; ++r) y[r][0] = last[r];
+    } else if constexpr (AFTER) {
+      Vec u_n[R], last[R];
+      for (int r = 0; r < R; ++r)
+        u_n[r] = load(chunk.u + chunk.at(places.block[r], k, places.row[r]) * layout_.width() + 2 * LANES);
+      gru<R>(a, u_n, before_, candidate, last);
+      for (int r = 0; r < R; ++r) y[r][0] = last[r];
+    } else if constexpr (BEFORE) {
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < 2; ++v) a[r][v] = logistic(a[r][v]);
+    } else {
+      for (int r = 0; r < R; ++r) {
+        elman<K, N>(a[r]);
+        for (int v = 0; v < N; ++v) y[r][v] = a[r][v];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const long j = places.block[r], b = places.row[r], at = n_.at(t, b);
       const bool live = valid(at);
-      for (int v = 0; v < (GATES == 1 ? V : 1); ++v) {
+      for (int v = 0; v < N; ++v) {
         const long unit = layout_.unit(j, v), n = layout_.lanes(j, v);
-        if (n == 0) continue;
-        float *ys = p_.ys + at * H + unit, *kept = p_.kept ? p_.kept + at * KEPT * H + unit : nullptr;
-        float* cs = p_.cs ? p_.cs + at * H + unit : nullptr;
+        if (GATES == 1 && n == 0) continue;
+        float *ys = p_.ys + at * H + unit, *state = to + b * width_ + unit;
+        float *kept = p_.kept ? p_.kept + at * KEPT * H + unit : nullptr, *cs = p_.cs ? p_.cs + at * H + unit : nullptr;
         if (!live) {
           store(ys, Vec{}, n);
-          store(to + b * width_ + unit, load(from + b * width_ + unit));
+          store(state, load(from + b * width_ + unit));
           for (long gate = 0; kept && gate < KEPT; ++gate) store(kept + gate * H, Vec{}, n);
           if (cs) store(cs, Vec{}, n);
           continue;
         }
-        Vec y;
-        if constexpr (LSTM) {
-          float* state = c_ + b * width_ + unit;
-          Vec c = s[r] == from + b * width_ ? load(state) : load(p_.fresh_c + b * H + unit, n);
-          y = lstm(a[r], c, kept, H, n);
-          store(state, c);
-          if (cs) store(cs, c, n);
-        } else if constexpr (AFTER) {
-          y = gru(a[r][0], a[r][1], load(u + 2 * LANES), a[r][2], load(s[r] + unit, n), kept, H, n);
-        } else if constexpr (BEFORE) {
-          const Vec reset = logistic(a[r][0]), z = logistic(a[r][1]);
-          store(reset_ + b * width_ + unit, reset * load(s[r] + unit, n));
-          store(z_ + b * width_ + unit, z);
-          keep(kept, H, n, {reset, z});
-          continue;
+        if constexpr (BEFORE) {
+          store(reset_ + b * width_ + unit, a[r][0] * before_[r]);
+          store(z_ + b * width_ + unit, a[r][1]);
         } else {
-          y = elman<K>(a[r][v]);
+          store(ys, y[r][v], n);
+          store(state, y[r][v]);
         }
-        store(ys, y, n);
-        store(to + b * width_ + unit, y);
+        if constexpr (LSTM) {
+          store(c_ + b * width_ + unit, c[r]);
+          if (cs) store(cs, c[r], n);
+        }
+        if (!kept) continue;
+        for (int gate = 0; gate < std::min<int>(KEPT, FIRST); ++gate)
+          store(kept + gate * H, AFTER && gate == 2 ? candidate[r] : a[r][gate], n);
+        if constexpr (AFTER) store(kept + 3 * H, a[r][2], n);
       }
     }
   }
@@ -272,6 +334,7 @@ class ForwardRun : Cell<K> {
   const Layout layout_;
   const long blocks_, width_;
   const Team team_;
-  long at_once_, u_size_;
+  long most_rows_, at_once_, u_size_;
+  const float** x_rows_;
   float *x_, *h_, *h_n_, *bias_, *b_hn_, *state_[2], *c_, *z_, *reset_, *u_;
 };

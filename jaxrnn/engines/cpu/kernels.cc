@@ -15,6 +15,9 @@
 #include "problem.h"
 #include "threads.h"
 
+// A call of a function of vectors would cost more than the function.
+#define JAXRNN_INLINE inline __attribute__((always_inline))
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross the boundary of this file
 
 namespace jaxrnn {

@@ -7,36 +7,44 @@ struct Cell {
   static constexpr bool LSTM = K == Kind::kLstm, AFTER = K == Kind::kGru, BEFORE = K == Kind::kGruBefore;
 };
 
-inline void keep(float* kept, long units, long n, std::initializer_list<Vec> gates) {
-  if (kept == nullptr) return;
-  for (Vec gate : gates) {
-    store(kept, gate, n);
-    kept += units;
-  }
-}
+// Some vectors at once, each step for all of them before the next one: one alone would wait for its own results.
+// `gates` holds sums, and then what is kept.
 
-template <Kind K>
-inline Vec elman(Vec a) {
-  return K == Kind::kElmanTanh ? tangent(a) : a > 0.0f ? a : a != a ? a : Vec{};
+template <Kind K, int N>
+JAXRNN_INLINE void elman(Vec* a) {
+#pragma GCC unroll 4
+  for (int k = 0; k < N; ++k) a[k] = K == Kind::kElmanTanh ? tangent(a[k]) : a[k] > 0.0f ? a[k] : a[k] != a[k] ? a[k] : Vec{};
 }
 
 // y, and c in place, from the sums of the four gates.
-inline Vec lstm(const Vec* a, Vec& c, float* kept, long units, long n) {
-  const Vec i = logistic(a[0]), f = logistic(a[1]), g = tangent(a[2]), o = logistic(a[3]);
-  c = f * c + i * g;
-  keep(kept, units, n, {i, f, g, o});
-  return o * tangent(c);
+template <int R>
+JAXRNN_INLINE void lstm(Vec (&gates)[R][4], Vec (&c)[R], Vec (&y)[R]) {
+  for (int r = 0; r < R; ++r) {
+    gates[r][0] = logistic(gates[r][0]);
+    gates[r][1] = logistic(gates[r][1]);
+    gates[r][2] = tangent(gates[r][2]);
+    gates[r][3] = logistic(gates[r][3]);
+    c[r] = gates[r][1] * c[r] + gates[r][0] * gates[r][2];
+  }
+  for (int r = 0; r < R; ++r) y[r] = gates[r][3] * tangent(c[r]);
 }
 
-// y from the sums of r and z, u_n and q = h w_hn + b_hn.
-inline Vec gru(Vec a_r, Vec a_z, Vec u_n, Vec q, Vec h, float* kept, long units, long n) {
-  const Vec r = logistic(a_r), z = logistic(a_z), candidate = tangent(u_n + r * q);
-  keep(kept, units, n, {r, z, candidate, q});
-  return (1.0f - z) * candidate + z * h;
+// y from the sums of r and z and from q = h w_hn + b_hn, and u_n and h.
+template <int R>
+JAXRNN_INLINE void gru(Vec (&gates)[R][3], const Vec (&u_n)[R], const Vec (&h)[R], Vec (&candidate)[R], Vec (&y)[R]) {
+  for (int r = 0; r < R; ++r) {
+    gates[r][0] = logistic(gates[r][0]);
+    gates[r][1] = logistic(gates[r][1]);
+    candidate[r] = u_n[r] + gates[r][0] * gates[r][2];
+  }
+  for (int r = 0; r < R; ++r) {
+    candidate[r] = tangent(candidate[r]);
+    y[r] = (1.0f - gates[r][1]) * candidate[r] + gates[r][1] * h[r];
+  }
 }
 
 // The cotangents of the four sums, and of c in place, from that of y.
-inline void lstm_back(Vec d_y, Vec& d_c, Vec c_before, Vec c, const float* kept, long units, long n, Vec* d_a) {
+JAXRNN_INLINE void lstm_back(Vec d_y, Vec& d_c, Vec c_before, Vec c, const float* kept, long units, long n, Vec* d_a) {
   const Vec i = load(kept, n), f = load(kept + units, n), g = load(kept + 2 * units, n), o = load(kept + 3 * units, n);
   const Vec squashed = tangent(c), d = d_c + d_y * o * (1.0f - squashed * squashed);
   d_a[0] = d * g * i * (1.0f - i);

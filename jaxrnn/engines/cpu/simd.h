@@ -5,44 +5,43 @@ typedef float Vec __attribute__((vector_size(JAXRNN_WIDTH)));
 typedef int32_t Int __attribute__((vector_size(JAXRNN_WIDTH)));
 constexpr long LANES = JAXRNN_WIDTH / sizeof(float);
 
-inline Vec splat(float x) { return x - Vec{}; }
+JAXRNN_INLINE Vec splat(float x) { return x - Vec{}; }
 
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
+// In memory anywhere, and what is stored may be no other thing than numbers.
+typedef float Loose __attribute__((vector_size(JAXRNN_WIDTH), aligned(4)));
 
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+JAXRNN_INLINE Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+
+JAXRNN_INLINE void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 
 // The first n lanes; the others are 0 when read and left alone when written.
 #if JAXRNN_WIDTH == 64
-inline Vec load(const float* p, long n) { return n >= LANES ? load(p) : _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+JAXRNN_INLINE Vec load(const float* p, long n) { return n >= LANES ? load(p) : _mm512_maskz_loadu_ps((1u << n) - 1, p); }
 
-inline void store(float* p, Vec v, long n) {
+JAXRNN_INLINE void store(float* p, Vec v, long n) {
   if (n >= LANES) store(p, v);
   else _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
 }
 #else
-inline Vec load(const float* p, long n) {
+JAXRNN_INLINE Vec load(const float* p, long n) {
   if (n >= LANES) return load(p);
   Vec v{};
   for (long k = 0; k < n; ++k) v[k] = p[k];
   return v;
 }
 
-inline void store(float* p, Vec v, long n) {
+JAXRNN_INLINE void store(float* p, Vec v, long n) {
   if (n >= LANES) return store(p, v);
   for (long k = 0; k < n; ++k) p[k] = v[k];
 }
 #endif
 
-inline Vec absolute(Vec x) { return (Vec)((Int)x & 0x7fffffff); }
+JAXRNN_INLINE Vec absolute(Vec x) { return (Vec)((Int)x & 0x7fffffff); }
 
-inline Vec with_sign_of(Vec x, Vec sign) { return (Vec)((Int)x | ((Int)sign & ~0x7fffffff)); }
+JAXRNN_INLINE Vec with_sign_of(Vec x, Vec sign) { return (Vec)((Int)x | ((Int)sign & ~0x7fffffff)); }
 
 // a / b for 1 ≤ b < 2^120.
-inline Vec divide(Vec a, Vec b) {
+JAXRNN_INLINE Vec divide(Vec a, Vec b) {
 #if JAXRNN_WIDTH == 64
   Vec y = _mm512_maskz_rcp14_ps(0xffff, b);
   y = y + y * (1.0f - b * y);
@@ -74,7 +73,7 @@ struct Exponential {
 };
 
 // e^-|x| never overflows, and both branches keep their relative accuracy. 2^n in two factors, for subnormal results.
-inline Vec logistic(Vec x) {
+JAXRNN_INLINE Vec logistic(Vec x) {
   Vec a = absolute(x);
   Exponential power(-(a > 104.0f ? splat(104.0f) : a));
   Int n = power.whole(), half = n >> 1;
@@ -83,7 +82,7 @@ inline Vec logistic(Vec x) {
 }
 
 // (e^2|x| - 1) / (e^2|x| + 1), which is 1 in float32 from |x| = 9.02 on.
-inline Vec tangent(Vec x) {
+JAXRNN_INLINE Vec tangent(Vec x) {
   Vec a = absolute(x);
   Exponential power(2.0f * (a > 9.1f ? splat(9.1f) : a));
   Vec scale = Exponential::power(power.whole());

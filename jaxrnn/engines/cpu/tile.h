@@ -10,7 +10,7 @@ constexpr int ROWS = SUMS / V;
 
 // sums[r] += Σ_k a[r][k] w[k]. CHAINS sums at once for every number, where one alone would wait for itself.
 template <int R, int V, int CHAINS = 1>
-inline void multiply(const float* const* a, long length, const float* w, Vec (&sums)[R][V]) {
+JAXRNN_INLINE void multiply(const float* const* a, long length, const float* w, Vec (&sums)[R][V]) {
   if constexpr (CHAINS > 1) {
     Vec more[CHAINS][R][V] = {};
     long k = 0;
@@ -43,7 +43,7 @@ inline void multiply(const float* const* a, long length, const float* w, Vec (&s
 
 // sums[i] += Σ_n a[n][i] panel[n]: some rows of aᵀ panel, of which `stride` floats lie between two rows.
 template <int R, int V>
-inline void accumulate(const float* const* a, long from, long count, const float* panel, long stride, float* sums,
+JAXRNN_INLINE void accumulate(const float* const* a, long from, long count, const float* panel, long stride, float* sums,
                        long step) {
   Vec s[R][V];
 #pragma GCC unroll 24
@@ -76,18 +76,23 @@ struct Range {
 inline Range share(long count, int parts, int part) { return {count * part / parts, count * (part + 1) / parts}; }
 
 template <int MAX, class F>
-inline void one_tile(long count, long row, const F& f) {
+JAXRNN_INLINE void one_tile(long count, long row, const F& f) {
   if (count == MAX) f(std::integral_constant<int, MAX>{}, row);
   else if constexpr (MAX > 1) one_tile<MAX - 1>(count, row, f);
 }
 
 // f(integral_constant of a count, first row) for tiles of nearly equal size, of at most MAX rows.
 template <int MAX, class F>
-inline void tiles(Range rows, const F& f) {
-  const long count = (rows.size() + MAX - 1) / MAX;
-  for (long k = 0; k < count; ++k) {
-    const Range tile = share(rows.size(), static_cast<int>(count), static_cast<int>(k));
-    one_tile<MAX>(tile.size(), rows.begin + tile.begin, f);
+JAXRNN_INLINE void tiles(Range rows, const F& f) {
+  // Of 32 bits, since a division of 64 takes as long as the product of a tile.
+  const uint32_t size = static_cast<uint32_t>(rows.size()), count = (size + MAX - 1) / MAX;
+  if (count == 0) return;
+  const uint32_t least = size / count, more = size - least * count;
+  long row = rows.begin;
+  for (uint32_t k = 0; k < count; ++k) {
+    const uint32_t tile = least + (k < more);
+    one_tile<MAX>(tile, row, f);
+    row += tile;
   }
 }
 
