@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxrnn.engines.arrays import cast_like
-from jaxrnn.engines.choose import IMPLEMENTATIONS, Implementation, choose
+from jaxrnn.engines.choose import IMPLEMENTATIONS, Implementation, choose, record
 from jaxrnn.engines.loop import time_loop
 
 _XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
@@ -135,7 +135,7 @@ class Cell(metaclass=CellType):
         An override honours every argument: `carry` and `fresh` are given, `valid` and `reset` are None or bool
         (T, *batch), `xs` is zero at invalid steps and `ys` must be, `noise` is None or `(sequence, steps)`.
         """
-        choose("scan", implementation, REFUSALS, cell=self)
+        record("scan", *choose("scan", implementation, REFUSALS, cell=self), cell=self)
         sequence, steps = (None, None) if noise is None else noise
 
         def step(carry, inputs):

@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn.cells.gated import GatedCell
 from jaxrnn.engines.arrays import zero_where_not
 from jaxrnn.engines.loop import final
 from jaxrnn.layers import Layer
@@ -299,22 +300,26 @@ class Bidirectional(Cell):
     def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
         self._check(params)
 
-        def run(k, cell, backwards):
-            return cell.scan(
-                params[k],
-                carry[k],
+        def run(scan, params, carry, fresh, noise, backwards):
+            return scan(
+                params,
+                carry,
                 xs,
-                fresh=fresh[k],
+                fresh=fresh,
                 valid=valid,
                 reset=reset,
                 reverse=backwards,
-                noise=_part(noise, k),
+                noise=noise,
                 remat_every=remat_every,
                 implementation=implementation,
             )
 
-        forward, a = run(0, self.forward, reverse)
-        backward, b = run(1, self.backward, not reverse)
+        noises = [_part(noise, k) for k in range(2)]
+        if self.forward == self.backward and type(self.forward).scan is GatedCell.scan:
+            (forward, a), (backward, b) = run(self.forward.scan_both, params, carry, fresh, noises, reverse)
+        else:
+            forward, a = run(self.forward.scan, params[0], carry[0], fresh[0], noises[0], reverse)
+            backward, b = run(self.backward.scan, params[1], carry[1], fresh[1], noises[1], not reverse)
         ys = self.merge(a, b) if callable(self.merge) else jax.tree.map(MERGES[self.merge], a, b)
         return BidirectionalPair(forward, backward), ys if self.ends_time else zero_where_not(valid, ys)
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
-from jaxrnn.engines import choose
+from jaxrnn.engines import choose, gated, native
 from jaxrnn.engines.arrays import accumulator, cast_like, inexact, zero_where_not
 from jaxrnn.engines.choose import EngineCall, Implementation
 from jaxrnn.engines.loop import final
@@ -91,18 +91,19 @@ def scan(
     xs = zero_where_not(valid, xs)
     carry, fresh = _carries(cell, params, carry, xs, batch_shape)
     noise = None if key is None else cell.noise(_key(key), length, batch_shape)
-    carry, ys = cell.scan(
-        params,
-        carry,
-        xs,
-        fresh=fresh,
-        valid=valid,
-        reset=reset,
-        reverse=bool(reverse),
-        noise=noise,
-        remat_every=remat_every,
-        implementation=implementation,
-    )
+    with native.reading(batch_major=0 < time_axis == len(batch_shape)):
+        carry, ys = cell.scan(
+            params,
+            carry,
+            xs,
+            fresh=fresh,
+            valid=valid,
+            reset=reset,
+            reverse=bool(reverse),
+            noise=noise,
+            remat_every=remat_every,
+            implementation=implementation,
+        )
     if time_axis and not cell.ends_time:
         ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)
     return carry, ys
@@ -136,7 +137,8 @@ def step(
     params, x = _on_device(params), jax.tree.map(jnp.asarray, x)
     batch_shape = _batch_shape(cell, "x", x)
     carry, _ = _carries(cell, params, carry, x, batch_shape)
-    new, y = cell.step(params, carry, x, noise)
+    with gated.stepping(implementation):
+        new, y = cell.step(params, carry, x, noise)
     return cast_like(new, carry, owner=type(cell).__name__), y
 
 
@@ -238,13 +240,13 @@ def explain(
         >>> import jax, jax.numpy as jnp, jaxrnn
         >>> cell = jaxrnn.GRU(3, 4)
         >>> params = cell.init(jax.random.key(0))
-        >>> jaxrnn.explain(cell, params, None, jnp.ones((7, 3))).calls[0].implementation
+        >>> jaxrnn.explain(cell, params, None, jnp.ones((7, 3)), platform="gpu").calls[0].implementation
         'xla'
     """
     platform = jax.default_backend() if platform is None else platform
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f"platform: expected 'cpu', 'gpu', 'tpu' or None, got {platform!r}")
-    with choose.recording() as calls:
+    with choose.recording(platform) as calls:
         jax.eval_shape(lambda params, carry, xs: scan(cell, params, carry, xs, **keywords), params, carry, xs)
     return Explanation(platform, tuple(calls))
 

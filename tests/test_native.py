@@ -1,7 +1,9 @@
 """The compiled CPU kernels: the numbers of XLA's form, under every transformation, on every instruction set."""
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sanitize
 from members import weighted_sum
 
 import jaxrnn
@@ -56,7 +59,7 @@ def flags(steps, rows):
     }
 
 
-def both(function):
+def both_ways(function):
     """What `function` of an implementation's name gives, for the kernels and for XLA's form."""
     return [jax.tree.map(np.asarray, jax.jit(function, static_argnums=0)(name)) for name in ("native", "xla")]
 
@@ -83,7 +86,7 @@ def test_values_and_gradients(kind, shape):
 
             return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, carry, xs)
 
-        close(*both(run))
+        close(*both_ways(run))
 
 
 @needed
@@ -99,7 +102,7 @@ def test_a_learned_start_gets_its_gradient(kind):
             lambda params: weighted_sum(jaxrnn.scan(cell, params, None, xs, reset=reset, implementation=name))
         )(params)
 
-    close(*both(run))
+    close(*both_ways(run))
 
 
 TRANSFORMATIONS = {
@@ -139,7 +142,7 @@ def test_transformations(kind, how):
 
         return TRANSFORMATIONS[how](loss, params, xs)
 
-    close(*both(run), 1e-4)
+    close(*both_ways(run), 1e-4)
 
 
 @needed
@@ -245,6 +248,193 @@ def program(name, **environment):
     )
     assert run.returncode == 0, run.stderr
     return np.concatenate(json.loads(run.stdout))
+
+
+def text(function, *arguments):
+    """The compiled program."""
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+@needed
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_major_sequences_are_read_as_they_lie(kind):
+    cell, params, carry, xs = problem(kind, (6, 4, 3, 5))
+    reset = RNG.random((6, 4)) < 0.3
+    lengths = np.array([6, 0, 3, 5])
+
+    def loss(xs, axis):
+        reset_ = np.moveaxis(reset, 0, axis)
+        result = jaxrnn.scan(
+            cell, params, carry, xs, lengths=lengths, reset=reset_, time_axis=axis, implementation="native"
+        )
+        return weighted_sum(result[0]) + weighted_sum(jnp.moveaxis(result[1], axis, 0)), result
+
+    (_, (last, ys)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(xs, 0)
+    turned = jnp.moveaxis(xs, 0, 1)
+    (_, (last_1, ys_1)), gradient_1 = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(turned, 1)
+    close((last, jnp.moveaxis(ys, 0, 1), jnp.moveaxis(gradient, 0, 1)), (last_1, ys_1, gradient_1))
+
+    def run(xs):
+        return jaxrnn.scan(cell, params, None, xs, time_axis=1, implementation="native")
+
+    program = text(run, turned)
+    assert "jaxrnn_gated_forward" in program
+    assert not any(word in program for word in (" transpose(", " copy(")), program
+    several_axes = jnp.stack([turned, 2 * turned])
+    close(run(several_axes[1]), jax.tree.map(lambda leaf: leaf[1], cell_over_axes(cell, params, several_axes)))
+
+
+def cell_over_axes(cell, params, xs):
+    return jaxrnn.scan(cell, params, None, xs, time_axis=2, implementation="native")
+
+
+@needed
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_directions_are_one_call(kind):
+    cell, params, carry, xs = problem(kind, (6, 4, 3, 5))
+    both = jaxrnn.Bidirectional(cell, cell)
+    params = jaxrnn.BidirectionalPair(params, draw(params))
+    carry = jaxrnn.BidirectionalPair(carry, draw(carry))
+    for options in flags(6, 4).values():
+
+        def run(name, options=options):
+            def loss(params, carry, xs):
+                result = jaxrnn.scan(both, params, carry, xs, implementation=name, **options)
+                return weighted_sum(result), result
+
+            return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, carry, xs)
+
+        close(*map(jax.tree.leaves, both_ways(run)))
+    assert text(lambda xs: jaxrnn.scan(both, params, None, xs), xs).count('custom_call_target="jaxrnn') == 1
+    many = several(params)
+
+    def gradient(name):
+        return jax.vmap(jax.grad(lambda p: weighted_sum(jaxrnn.scan(both, p, None, xs, implementation=name))))(many)
+
+    close(*map(jax.tree.leaves, both_ways(gradient)))
+
+
+@needed
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (7,)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_step(kind, rows):
+    for inputs, units in [(1, 1), (11, 19), (40, 150)]:  # the last one with several threads
+        cell, params, carry, xs = problem(kind, (1, 7, inputs, units))
+        carry = jax.tree.map(lambda leaf: leaf[0] if rows == () else leaf[: rows[0]], carry)
+        x = xs[0, 0] if rows == () else xs[0, : rows[0]]
+
+        def run(name):
+            def loss(params, carry, x):
+                result = jaxrnn.step(cell, params, carry, x, implementation=name)
+                return weighted_sum(result), result
+
+            value = jaxrnn.step(cell, params, carry, x, implementation=name)
+            return value, jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, carry, x)
+
+        close(*both_ways(run))
+    program = text(lambda carry, x: jaxrnn.step(cell, params, carry, x), carry, x)
+    assert program.count("custom_call_target") == 1
+
+
+@needed
+def test_a_call_of_another_shape_is_refused():
+    """The binding itself, since nothing above it lets such a call pass."""
+    shape = jax.ShapeDtypeStruct
+    ones = functools.partial(jnp.ones, dtype=jnp.float32)
+    right = [ones((1, 5, 2, 3)), ones((1, 3, 16)), ones((1, 4, 16)), ones((1, 2, 4)), ones((1, 2, 4))]
+    right += [ones((1, 2, 0)), ones((1, 2, 0)), jnp.ones((1, 5, 0), bool), jnp.ones((1, 5, 0), bool)]
+    right += [ones((1, 16)), ones((1, 0))]
+    results = [shape(s, jnp.float32) for s in [(1, 5, 2, 4), (1, 2, 4), (1, 2, 4), (1, 5, 2, 0), (1, 5, 2, 0)]]
+
+    def call(arguments, results=results, **changed):
+        options = {"kind": 2, "batch_major": False, "directions": 0, "pattern": 1} | changed
+        options = {k: v if isinstance(v, bool) else np.int64(v) for k, v in options.items()}
+        return jax.block_until_ready(jax.ffi.ffi_call("jaxrnn_gated_forward", results)(*arguments, **options))
+
+    call(right)
+    for k, wrong in enumerate([(1, 5, 2, 4), (1, 3, 15), (1, 4, 8), (1, 3, 4), (2, 2, 4)]):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
+            call([*right[:k], ones(wrong), *right[k + 1 :]])
+    for k in range(5):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
+            call([*right[:k], jnp.ones(right[k].shape, jnp.int32), *right[k + 1 :]])
+    for k in range(3):
+        wrong = [*results[:k], shape((*results[k].shape[:-1], 3), jnp.float32), *results[k + 1 :]]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
+            call(right, wrong)
+    for changed in ({"kind": 5}, {"kind": -1}, {"pattern": 0}, {"batch_major": True}):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
+            call(right, **changed)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
+        call(right[:-1])
+
+
+@needed
+def test_none_takes_the_kernels_on_the_cpu_alone():
+    cell, params, _, xs = problem("lstm", (5, 4, 3, 2))
+    (call,) = jaxrnn.explain(cell, params, None, xs, platform="cpu").calls
+    assert call.implementation == "native"
+    (call,) = jaxrnn.explain(cell, params, None, xs, platform="gpu").calls
+    assert call.implementation == "xla"
+    assert call.refused["native"] == "the kernels are compiled for the CPU"
+    lowered = jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs)).trace(xs).lower(lowering_platforms=("cuda",))
+    assert "jaxrnn_gated" not in lowered.as_text()
+    named = jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs, implementation="native")).trace(xs)
+    with pytest.raises(ValueError, match="'native' has kernels for the CPU, and this is compiled for cuda"):
+        named.lower(lowering_platforms=("cuda",))
+
+
+DEVICES = """
+import jax, jax.numpy as jnp, numpy as np, jaxrnn
+from jax.sharding import NamedSharding, PartitionSpec as P
+assert jax.device_count() == 2
+mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+for cell in (jaxrnn.LSTM(3, 5), jaxrnn.GRU(3, 5), jaxrnn.Bidirectional(jaxrnn.Elman(3, 5), jaxrnn.Elman(3, 5))):
+    params = cell.init(jax.random.key(0))
+    xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
+    reset = jax.random.bernoulli(jax.random.key(2), 0.3, (7, 4))
+    lengths = jnp.array([7, 0, 3, 5])
+    def loss(params, xs, reset, lengths):
+        ys = jaxrnn.scan(cell, params, None, xs, reset=reset, lengths=lengths)[1]
+        return (jnp.sin(ys) ** 2).sum(), ys
+    both = jax.value_and_grad(loss, has_aux=True)
+    (value, ys), gradient = jax.jit(both)(params, xs, reset, lengths)
+    rows, row = NamedSharding(mesh, P(None, "rows")), NamedSharding(mesh, P("rows"))
+    placed = jax.device_put(xs, rows), jax.device_put(reset, rows), jax.device_put(lengths, row)
+    compiled = jax.jit(both).lower(params, *placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    (value_2, ys_2), gradient_2 = compiled(params, *placed)
+    assert ys_2.sharding.is_equivalent_to(rows, 3), ys_2.sharding
+
+    def local(params, xs, reset, lengths):
+        (value, ys), gradient = both(params, xs, reset, lengths)
+        return jax.lax.psum(value, "rows"), ys, gradient
+    sequence = P(None, "rows")
+    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), sequence, sequence, P("rows")),
+                                   out_specs=(P(), sequence, P()), check_vma=True))
+    program = mapped.lower(params, xs, reset, lengths).compile().as_text()
+    assert jaxrnn.engines.native.absent() is not None or "jaxrnn_gated_backward" in program
+    value_3, ys_3, gradient_3 = mapped(params, xs, reset, lengths)
+    for other in ((value_2, ys_2, gradient_2), (value_3, ys_3, gradient_3)):
+        for a, b in zip(jax.tree.leaves((value, ys, gradient)), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, 1e-5, 1e-5)
+"""
+
+
+def test_two_devices_divide_the_rows():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    run = subprocess.run(
+        [sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+@pytest.mark.parametrize("sanitizer", sanitize.SANITIZERS)
+def test_sanitizers_find_nothing(sanitizer):
+    assert "0 wrong" in sanitize.run(sanitizer, 100, "g++")
 
 
 @needed

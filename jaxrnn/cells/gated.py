@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.engines.gated import GatedWeights, Kernel, gated_products, gated_scan, gated_step
+from jaxrnn.engines.gated import GatedWeights, Kernel, gated_products, gated_scan, gated_scan_both, gated_step
 
 
 class GatedCell(Cell):
@@ -56,6 +56,24 @@ class GatedCell(Cell):
             reset=reset,
             reverse=reverse,
             mask=_mask(noise),
+            remat_every=remat_every,
+            implementation=implementation,
+        )
+
+    def scan_both(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+        """`scan` in one direction and in the other, of pairs: [(carry, ys), (carry, ys)]."""
+        for each in params:
+            check.params(self, each)
+        return gated_scan_both(
+            self,
+            [self.weights(each) for each in params],
+            carry,
+            xs,
+            fresh=fresh,
+            valid=valid,
+            reset=reset,
+            reverse=reverse,
+            mask=[_mask(each) for each in noise],
             remat_every=remat_every,
             implementation=implementation,
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 ENGINES = ("scan", "gated_scan", "linear_scan")
-IMPLEMENTATIONS = ("xla", "native", "associative", "chunked", "pallas")
+IMPLEMENTATIONS = ("native", "xla", "associative", "chunked", "pallas")  # the fastest that can run first
 
 Implementation = str | Mapping[str, str] | None
 
@@ -26,18 +26,18 @@ class EngineCall(NamedTuple):
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.refused.items()])
 
 
-_calls: contextvars.ContextVar[list[EngineCall] | None] = contextvars.ContextVar("calls", default=None)
+_recorded: contextvars.ContextVar[tuple[str, list[EngineCall]] | None] = contextvars.ContextVar("recorded", default=None)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[EngineCall]]:
-    """Collects the engine calls that are traced inside."""
+def recording(platform: str) -> Iterator[list[EngineCall]]:
+    """Collects the engine calls that are traced inside, as they would run on a platform."""
     calls: list[EngineCall] = []
-    token = _calls.set(calls)
+    token = _recorded.set((platform, calls))
     try:
         yield calls
     finally:
-        _calls.reset(token)
+        _recorded.reset(token)
 
 
 def check(implementation: Implementation) -> None:
@@ -54,8 +54,10 @@ def check(implementation: Implementation) -> None:
             raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} or None, got {name!r}")
 
 
-def choose(engine: str, implementation: Implementation, refusals: Mapping[str, str], *, cell: object) -> str:
-    """The implementation of `engine` that runs: the one that was named, else the fastest.
+def choose(
+    engine: str, implementation: Implementation, refusals: Mapping[str, str], *, cell: object
+) -> tuple[str, Mapping[str, str]]:
+    """The implementation of `engine` that runs, the one that was named, else the fastest; and why others do not.
 
     Args:
       engine: the engine's name.
@@ -67,14 +69,20 @@ def choose(engine: str, implementation: Implementation, refusals: Mapping[str, s
       ValueError: if the named implementation cannot run this call, saying why and which can.
     """
     check(implementation)
+    recorded = _recorded.get()
+    if recorded is not None and recorded[0] != "cpu":
+        refusals = {"native": "the kernels are compiled for the CPU"} | dict(refusals)
     name = implementation.get(engine) if isinstance(implementation, Mapping) else implementation
     supported = [each for each in IMPLEMENTATIONS if each not in refusals]
     if name is not None and name in refusals:
         raise ValueError(
             f"implementation: {engine} cannot run {cell!r} as {name!r}: {refusals[name]}; supported here: {supported}"
         )
-    chosen = name or supported[0]
-    calls = _calls.get()
-    if calls is not None:
-        calls.append(EngineCall(engine, repr(cell), chosen, dict(refusals)))
-    return chosen
+    return name or supported[0], refusals
+
+
+def record(engine: str, implementation: str, refusals: Mapping[str, str], *, cell: object) -> None:
+    """Tells `recording` of a call."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded[1].append(EngineCall(engine, repr(cell), implementation, dict(refusals)))

@@ -8,6 +8,9 @@ carry', y = gate(θ, carry, u, v, w)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jax import Array
 
 from jaxrnn.engines import native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot
-from jaxrnn.engines.choose import Implementation, choose
+from jaxrnn.engines.choose import Implementation, choose, record
 from jaxrnn.engines.loop import time_loop
 
 REFUSALS = {
@@ -106,12 +109,32 @@ def gated_products(cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: 
     return _products(cell, cast(weights, dtype), carry, x, mask, dtype, wide)
 
 
+_stepping: ContextVar[tuple[Implementation] | None] = ContextVar("stepping", default=None)
+
+
+@contextmanager
+def stepping(implementation: Implementation) -> Iterator[None]:
+    """Inside, `gated_step` runs as `implementation`; outside it is XLA's form."""
+    token = _stepping.set((implementation,))
+    try:
+        yield
+    finally:
+        _stepping.reset(token)
+
+
 def gated_step(
     cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None
 ) -> tuple[Any, Array]:
     """One step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation."""
     dtype, wide = _dtypes(weights, carry, x)
-    return _step(cell, cast(weights, dtype), carry, x, mask, dtype, wide)
+    weights = cast(weights, dtype)
+    asked = _stepping.get()
+    if asked is not None:
+        run = _kernel(cell, [weights], [carry], dtype, [mask], *asked)
+        if run is not None:
+            ((new, ys),) = run([carry], x[None], fresh=[carry], valid=None, reset=None, directions=[False], every=None)
+            return new, ys[0]
+    return _step(cell, weights, carry, x, mask, dtype, wide)
 
 
 def _step(cell, weights, carry, x, mask, dtype, wide):
@@ -150,17 +173,12 @@ def gated_scan(
     """
     dtype, wide = _dtypes(weights, carry, xs)
     weights = cast(weights, dtype)
-    kernel = cell.kernel(weights)
-    refusal = _refusal(kernel, (dtype, *(leaf.dtype for leaf in carry)), mask)
-    refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
-    if choose("gated_scan", implementation, refusals, cell=cell) == "native":
-        assert isinstance(kernel, Kernel)
-        arrays = weights.w_x, weights.b, kernel.w_h, kernel.b_hn
-        layer = native.Layer(arrays, carry, fresh, reverse)
-        (result,) = native.scan(
-            kernel.kind, [layer], xs, valid=valid, reset=reset, every=remat_every, named=implementation is not None
+    run = _kernel(cell, [weights], [carry], dtype, [mask], implementation)
+    if run is not None:
+        (result,) = run(
+            [carry], xs, fresh=[fresh], valid=valid, reset=reset, directions=[reverse], every=remat_every
         )
-        return type(carry)(*result[0]), result[1]
+        return result
 
     def step(carry, x):
         return _step(cell, weights, carry, x, mask, dtype, wide)
@@ -168,12 +186,66 @@ def gated_scan(
     return time_loop(step, carry, xs, fresh=fresh, valid=valid, reset=reset, reverse=reverse, remat_every=remat_every)
 
 
-def _refusal(kernel: Kernel | str, dtypes, mask) -> str | None:
+def gated_scan_both(
+    cell: GatedRecurrence, weights, carry, xs, *, fresh, valid, reset, reverse, mask, remat_every, implementation
+) -> list[tuple[Any, Array]]:
+    """`gated_scan` in one direction and in the other, at once where a kernel can: weights, carries and masks are pairs."""
+    directions = reverse, not reverse
+    if remat_every is None:
+        dtype, _ = _dtypes(weights, carry[0], xs)
+        cast_weights = [cast(each, dtype) for each in weights]
+        run = _kernel(cell, cast_weights, carry, dtype, mask, implementation)
+        if run is not None:
+            return run(carry, xs, fresh=fresh, valid=valid, reset=reset, directions=directions, every=None)
+    return [
+        gated_scan(
+            cell,
+            weights[k],
+            carry[k],
+            xs,
+            fresh=fresh[k],
+            valid=valid,
+            reset=reset,
+            reverse=directions[k],
+            mask=mask[k],
+            remat_every=remat_every,
+            implementation=implementation,
+        )
+        for k in range(2)
+    ]
+
+
+def _kernel(cell, weights, carries, dtype, masks, implementation):
+    """Runs recurrences of one cell by a compiled kernel, with the arguments of `native.scan`; None if none is chosen."""
+    kernels = [cell.kernel(each) for each in weights]
+    refusal = _refusal(kernels[0], (dtype, *(leaf.dtype for carry in carries for leaf in carry)), masks)
+    refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
+    chosen, refusals = choose("gated_scan", implementation, refusals, cell=cell)
+    if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
+        for _ in weights:
+            record("gated_scan", chosen, refusals, cell=cell)
+    if chosen != "native":
+        return None
+
+    def run(carry, xs, *, fresh, valid, reset, directions, every):
+        layers = [
+            native.Layer((each.w_x, each.b, kernel.w_h, kernel.b_hn), *rest)
+            for each, kernel, *rest in zip(weights, kernels, carry, fresh, directions, strict=True)
+        ]
+        results = native.scan(
+            kernels[0].kind, layers, xs, valid=valid, reset=reset, every=every, named=implementation is not None
+        )
+        return [(type(old)(*new), ys) for old, (new, ys) in zip(carry, results, strict=True)]
+
+    return run
+
+
+def _refusal(kernel: Kernel | str, dtypes, masks) -> str | None:
     """Why the compiled kernels do not run this call, or None."""
     if isinstance(kernel, str):
         return kernel
     if any(dtype != jnp.float32 for dtype in dtypes):
         return f"the kernels compute in float32, not in {', '.join(sorted({jnp.dtype(d).name for d in dtypes}))}"
-    if mask is not None:
+    if any(mask is not None for mask in masks):
         return "no kernel draws recurrent dropout"
     return native.absent()

@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -242,8 +243,7 @@ forward_p = Primitive("jaxrnn_gated_forward")
 tangent_p = Primitive("jaxrnn_gated_tangent")
 backward_p = Primitive("jaxrnn_gated_backward")
 _REFERENCE = {forward_p: _forward_xla, tangent_p: _tangent_xla, backward_p: _backward_xla}
-# Whether the sequences that the user holds are batch-major: then kernels read and write them so, and nothing is copied.
-batch_major: ContextVar[bool] = ContextVar("batch_major", default=False)
+_batch_major: ContextVar[bool] = ContextVar("batch_major", default=False)
 _OPTIONS = ("kind", "directions", "batch_major", "named", "save", "wrt")
 
 
@@ -447,12 +447,12 @@ def absent() -> str | None:
         library = ctypes.CDLL(str(files[0]))
         library.jaxrnn_jaxlib.restype = ctypes.c_char_p
         refusal = newer(library.jaxrnn_jaxlib().decode())
+        targets = [jax.ffi.pycapsule(getattr(library, primitive.name)) for primitive in (forward_p, backward_p)]
     except (OSError, AttributeError) as error:
         return f"the compiled kernels could not be loaded: {error}"
     if refusal is not None:
         return refusal
-    for primitive in (forward_p, backward_p):
-        target = jax.ffi.pycapsule(getattr(library, primitive.name))
+    for primitive, target in zip((forward_p, backward_p), targets, strict=True):
         jax.ffi.register_ffi_target(primitive.name, target, platform="cpu")
         mlir.register_lowering(primitive, _on_cpu(primitive), platform="cpu")
     return None
@@ -464,6 +464,16 @@ def newer(version: str) -> str | None:
     if compiled <= running:
         return None
     return f"the kernels were compiled for jaxlib {version}, newer than the {jaxlib.__version__} that runs; build again"
+
+
+@contextmanager
+def reading(*, batch_major: bool) -> Iterator[None]:
+    """How the sequences lie that are at hand: where batch-major, kernels read and write them so, and nothing is copied."""
+    token = _batch_major.set(batch_major)
+    try:
+        yield
+    finally:
+        _batch_major.reset(token)
 
 
 class Layer(NamedTuple):
@@ -487,7 +497,7 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
     """
     batch = xs.shape[1:-1]
     rows, members, size = math.prod(batch), len(layers), layers[0].weights[2].shape[0]
-    by_batch = batch_major.get() and bool(batch)
+    by_batch = _batch_major.get() and bool(batch)
     directions = tuple(layer.reverse for layer in layers)
 
     def together(arrays):
@@ -504,12 +514,12 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
         return arrays if present else [array[..., :0] for array in arrays]
 
     def sequence(arrays, *last):
-        """(T, *batch, *last) of each, or of all, to that of the call."""
-        array = together(arrays) if len(arrays) > 1 else arrays[0][None]
+        """(T, *batch, *last) of each, or of all, to that of the call; an axis is moved before another one is put in
+        front, so that XLA sees it move back."""
         if by_batch:
-            array = jnp.moveaxis(array, 1, len(batch) + 1)
-        shape = (rows, array.shape[len(batch) + 1]) if by_batch else (array.shape[1], rows)
-        return array.reshape(len(arrays), *shape, *last)
+            arrays = [jnp.moveaxis(array, 0, len(batch)) for array in arrays]
+        length = arrays[0].shape[len(batch) if by_batch else 0]
+        return together(arrays).reshape(len(arrays), *((rows, length) if by_batch else (length, rows)), *last)
 
     def flags(arrays, length):
         if arrays is not None:
@@ -538,11 +548,11 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
             named=named,
             save=False,
         )
+        states = [array.reshape(members, *batch, size) for array in (h, c)[: len(state[0])]]
+        new = tuple(tuple(each[m] for each in states) for m in range(members))
         if by_batch:
-            ys = jnp.moveaxis(ys.reshape(members, *batch, length, size), len(batch) + 1, 1)
-        ys = ys.reshape(members, length, *batch, size)
-        states = [tree.reshape(members, *batch, size) for tree in (h, c)[: len(state[0])]]
-        return tuple(tuple(each[m] for each in states) for m in range(members)), tuple(ys[m] for m in range(members))
+            return new, tuple(jnp.moveaxis(ys[m].reshape(*batch, length, size), len(batch), 0) for m in range(members))
+        return new, tuple(ys[m].reshape(length, *batch, size) for m in range(members))
 
     start = None if reset is None else [starts(reset, valid, reverse) for reverse in directions]
     carry = tuple(tuple(layer.carry) for layer in layers)

@@ -127,7 +127,7 @@ struct Problem {
   // `directions`: bit k tells that member k runs from the last step to the first, again after `pattern` members.
   ffi::Error read(Arrays& arrays, int64_t kind_number, bool batch_major, int64_t directions_, int64_t pattern_) {
     long x[4], w[3];
-    if (kind_number < 0 || kind_number > static_cast<int64_t>(Kind::kGruBefore) || pattern_ < 1 ||
+    if (kind_number < 0 || kind_number >= KINDS || pattern_ < 1 ||
         !arrays.shape(0, false, 4, x) || !arrays.shape(1, false, 3, w) || !arrays.shape(2, false, 3, w))
       return ffi::Error::InvalidArgument("jaxrnn: unknown kind, or xs, w_x or w_h of another rank");
     kind = static_cast<Kind>(kind_number), directions = directions_, pattern = pattern_;
@@ -192,7 +192,7 @@ ffi::Error forward(int64_t kind, bool batch_major, int64_t directions, int64_t p
     Forward p{};
     q.fill(p, m);
     p.b = b[m], p.b_hn = b_hn[m], p.ys = ys[m], p.last_h = last_h[m], p.last_c = last_c[m], p.kept = kept[m], p.cs = cs[m];
-    kernels().forward(q.kind, q.sizes(m), p, threads);
+    kernels().forward[kind](q.sizes(m), p, threads);
   });
   return ffi::Error::Success();
 }
@@ -241,7 +241,7 @@ ffi::Error backward(int64_t kind, bool batch_major, int64_t directions, int64_t 
     p.d_ys = d_ys[m], p.d_last_h = d_last_h[m], p.d_last_c = d_last_c[m];
     p.d_xs = d_xs[m], p.d_w_x = d_w_x[m], p.d_b = d_b[m], p.d_w_h = d_w_h[m], p.d_b_hn = d_b_hn[m];
     p.d_h = d_h[m], p.d_c = d_c[m], p.d_fresh_h = d_fresh_h[m], p.d_fresh_c = d_fresh_c[m];
-    kernels().backward(q.kind, q.sizes(m), p, threads);
+    kernels().backward[kind](q.sizes(m), p, threads);
   });
   return ffi::Error::Success();
 }
@@ -258,10 +258,13 @@ ffi::Error backward(int64_t kind, bool batch_major, int64_t directions, int64_t 
       .RemainingArgs()                     \
       .RemainingRets()
 
+#pragma GCC visibility push(default)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_forward, jaxrnn::forward, JAXRNN_BINDING);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_backward, jaxrnn::backward, JAXRNN_BINDING);
 
-#define JAXRNN_EXPORT extern "C" __attribute__((visibility("default")))
-JAXRNN_EXPORT const char* jaxrnn_jaxlib() { return JAXRNN_JAXLIB; }  // whose headers this was compiled with
-JAXRNN_EXPORT const char* jaxrnn_instructions() { return jaxrnn::kernels().name; }
-JAXRNN_EXPORT int jaxrnn_threads() { return jaxrnn::Pool::threads(); }
+extern "C" {
+const char* jaxrnn_jaxlib() { return JAXRNN_JAXLIB; }  // whose headers this was compiled with
+const char* jaxrnn_instructions() { return jaxrnn::kernels().name; }
+int jaxrnn_threads() { return jaxrnn::Pool::threads(); }
+}
+#pragma GCC visibility pop

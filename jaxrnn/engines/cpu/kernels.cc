@@ -29,6 +29,7 @@ namespace baseline {
 #include "pointwise.h"
 #include "forward.h"
 #include "backward.h"
+#include "step.h"
 #include "table.h"
 }  // namespace baseline
 #undef JAXRNN_WIDTH
@@ -43,6 +44,7 @@ namespace avx2 {
 #include "pointwise.h"
 #include "forward.h"
 #include "backward.h"
+#include "step.h"
 #include "table.h"
 }  // namespace avx2
 #undef JAXRNN_WIDTH
@@ -57,6 +59,7 @@ namespace avx512 {
 #include "pointwise.h"
 #include "forward.h"
 #include "backward.h"
+#include "step.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH

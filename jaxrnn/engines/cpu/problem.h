@@ -42,9 +42,12 @@ struct Backward : Inputs {
   float *d_xs, *d_w_x, *d_w_h, *d_h, *d_c, *d_fresh_h, *d_fresh_c, *d_b, *d_b_hn;
 };
 
+constexpr int KINDS = 5;
+
+// One of each for every kind.
 struct Kernels {
-  void (*forward)(Kind, const Sizes&, const Forward&, int threads);
-  void (*backward)(Kind, const Sizes&, const Backward&, int threads);
+  void (*forward[KINDS])(const Sizes&, const Forward&, int threads);
+  void (*backward[KINDS])(const Sizes&, const Backward&, int threads);
   const char* name;
 };
 

@@ -1,14 +1,27 @@
 // The kernels of one instruction set.
 
-template <template <Kind> class Run, class Arguments>
-inline void dispatch(Kind kind, const Sizes& n, const Arguments& p, int threads) {
-  switch (kind) {
-    case Kind::kElmanTanh: return Run<Kind::kElmanTanh>(n, p, threads).run();
-    case Kind::kElmanRelu: return Run<Kind::kElmanRelu>(n, p, threads).run();
-    case Kind::kLstm: return Run<Kind::kLstm>(n, p, threads).run();
-    case Kind::kGru: return Run<Kind::kGru>(n, p, threads).run();
-    case Kind::kGruBefore: return Run<Kind::kGruBefore>(n, p, threads).run();
-  }
+template <Kind K>
+inline void run_forward(const Sizes& n, const Forward& p, int threads) {
+  if (OneStep<K>::serves(n, p)) OneStep<K>(n, p, threads).run();
+  else ForwardRun<K>(n, p, threads).run();
 }
 
-inline Kernels table(const char* name) { return {dispatch<ForwardRun, Forward>, dispatch<BackwardRun, Backward>, name}; }
+template <Kind K>
+inline void run_backward(const Sizes& n, const Backward& p, int threads) {
+  BackwardRun<K>(n, p, threads).run();
+}
+
+inline Kernels table(const char* name) {
+  Kernels kernels{{}, {}, name};
+  auto enter = [&](auto kind) {
+    constexpr Kind K = decltype(kind)::value;
+    kernels.forward[static_cast<int>(K)] = run_forward<K>;
+    kernels.backward[static_cast<int>(K)] = run_backward<K>;
+  };
+  enter(std::integral_constant<Kind, Kind::kElmanTanh>{});
+  enter(std::integral_constant<Kind, Kind::kElmanRelu>{});
+  enter(std::integral_constant<Kind, Kind::kLstm>{});
+  enter(std::integral_constant<Kind, Kind::kGru>{});
+  enter(std::integral_constant<Kind, Kind::kGruBefore>{});
+  return kernels;
+}
