@@ -315,8 +315,9 @@ class Bidirectional(Cell):
             )
 
         noises = [_part(noise, k) for k in range(2)]
-        if self.forward == self.backward and type(self.forward).scan is GatedCell.scan:
-            (forward, a), (backward, b) = run(self.forward.scan_both, params, carry, fresh, noises, reverse)
+        cell = self.forward
+        if cell == self.backward and isinstance(cell, GatedCell) and type(cell).scan is GatedCell.scan:
+            (forward, a), (backward, b) = run(cell.scan_both, params, carry, fresh, noises, reverse)
         else:
             forward, a = run(self.forward.scan, params[0], carry[0], fresh[0], noises[0], reverse)
             backward, b = run(self.backward.scan, params[1], carry[1], fresh[1], noises[1], not reverse)

@@ -121,6 +121,11 @@ def step(
       noise: None (deterministic), or `(sequence, steps[t])` of `cell.noise(key, length, batch_shape)`.
       implementation: as in `scan`.
 
+    For the least delay jit it, and hand back the carry as it comes. On the CPU the environment variable
+    JAXRNN_NUM_THREADS bounds the threads of the kernels, and, before the first computation,
+    `jax.config.update("jax_cpu_enable_async_dispatch", False)` spares what is no single kernel (a stack of layers) the
+    way to another thread: only the program as a whole can decide on either.
+
     Raises:
       ValueError, TypeError: for what does not fit, and for cells that cannot run step by step.
 

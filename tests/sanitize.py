@@ -1,7 +1,7 @@
 """Builds the compiled kernels with sanitizers and runs them on problems drawn at random:
 
-    python tests/sanitize.py                    # AddressSanitizer with UndefinedBehaviorSanitizer, then ThreadSanitizer
-    python tests/sanitize.py thread --cases 50
+python tests/sanitize.py                    # AddressSanitizer with UndefinedBehaviorSanitizer, then ThreadSanitizer
+python tests/sanitize.py thread --cases 50
 """
 
 from __future__ import annotations

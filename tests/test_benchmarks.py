@@ -8,18 +8,21 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrnn.engines import native
+
 pytest.importorskip("matplotlib")
 
 PROMOTION = "standard"  # Optax divides floats by integers
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+OURS = "native" if native.absent() is None else "xla"
 SCRIPTS = {
-    "cells": "--cells lstm --shapes 16,3,3,4 --passes backward --contestants native torch keras flax haiku equinox",
+    "cells": f"--cells lstm --shapes 16,3,3,4 --passes backward --contestants {OURS} torch keras flax haiku equinox",
     "cells both ways": "--cells gru --shapes 1,3,3,4 --layers 2 --bidirectional --contestants xla torch onnxruntime",
-    "streaming": "--cells lstm elman --units 4",
-    "training": "--cells gru --shapes 2,5,16,24 --contestants native torch",
-    "compile_time": "--cells gru --shape 2,3,3,4 --contestants native",
-    "memory": "--steps 9 --rows 2 --inputs 3 --units 4 --contestants native-remat torch",
-    "scaling": "--base 2,3,3,4 --points 2 --axes B --contestants native torch",
+    "streaming": f"--cells lstm --units 4 --contestants {OURS} empty",
+    "training": f"--cells gru --shapes 2,5,16,24 --contestants {OURS} torch",
+    "compile_time": f"--cells gru --shape 2,3,3,4 --contestants {OURS}",
+    "memory": f"--steps 9 --rows 2 --inputs 3 --units 4 --contestants {OURS}-remat torch",
+    "scaling": f"--base 2,3,3,4 --points 2 --axes B --contestants {OURS} torch",
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers
 

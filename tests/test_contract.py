@@ -205,7 +205,7 @@ def jitted_gradient(cell):
     return jax.jit(jax.value_and_grad(loss_of(cell, xs, reverse=not streams(cell), remat_every=4), allow_int=True))
 
 
-@every_member_and_option()
+@every_member()
 def test_gradients_are_finite_differences(cell):
     """The gradient of params, carry and xs together, through masks, resets and remat; forward mode agrees."""
     point, xs = differentiable(cell)

@@ -201,7 +201,7 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
             "implementation: expected engines among .* got 'gru_scan'",
         ),
         ({"implementation": {"gated_scan": "fast"}}, ValueError, "got 'fast'"),
-        ({"implementation": "native"}, ValueError, "gated_scan cannot run .* as 'native': .*supported here: .*xla"),
+        ({"implementation": "pallas"}, ValueError, "gated_scan cannot run .* as 'pallas': .*supported here: .*xla"),
         ({"implementation": {"gated_scan": "associative"}}, ValueError, "not linear"),
     ],
 )
@@ -342,7 +342,8 @@ def test_explain_and_summary():
         jaxrnn.explain(CELL, PARAMS, None, XS, platform="abacus")
     with pytest.raises(TypeError, match=r"cell: expected a jaxrnn\.Cell"):
         jaxrnn.summary(GRU)
-    assert "gated_scan: xla  for GRU(input_size=2, hidden_size=3)" in str(jaxrnn.explain(CELL, PARAMS, None, XS))
+    explained = jaxrnn.explain(CELL, PARAMS, None, XS, platform="gpu")
+    assert "gated_scan: xla  for GRU(input_size=2, hidden_size=3)" in str(explained)
 
 
 def test_last():

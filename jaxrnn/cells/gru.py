@@ -136,6 +136,7 @@ class GRU(GatedCell):
             return f"no kernel has {changed}"
         if self.reset_after:
             return Kernel("gru", weights.w_h, weights.theta.b_hn)
+        assert weights.w_2 is not None
         return Kernel("gru_before", jnp.concatenate([weights.w_h, weights.w_2], axis=1))
 
     def gates(self, params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None) -> GRUGates:

@@ -26,7 +26,9 @@ class EngineCall(NamedTuple):
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.refused.items()])
 
 
-_recorded: contextvars.ContextVar[tuple[str, list[EngineCall]] | None] = contextvars.ContextVar("recorded", default=None)
+_recorded: contextvars.ContextVar[tuple[str, list[EngineCall]] | None] = contextvars.ContextVar(
+    "recorded", default=None
+)
 
 
 @contextlib.contextmanager

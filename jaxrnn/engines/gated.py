@@ -175,9 +175,7 @@ def gated_scan(
     weights = cast(weights, dtype)
     run = _kernel(cell, [weights], [carry], dtype, [mask], implementation)
     if run is not None:
-        (result,) = run(
-            [carry], xs, fresh=[fresh], valid=valid, reset=reset, directions=[reverse], every=remat_every
-        )
+        (result,) = run([carry], xs, fresh=[fresh], valid=valid, reset=reset, directions=[reverse], every=remat_every)
         return result
 
     def step(carry, x):
@@ -189,7 +187,7 @@ def gated_scan(
 def gated_scan_both(
     cell: GatedRecurrence, weights, carry, xs, *, fresh, valid, reset, reverse, mask, remat_every, implementation
 ) -> list[tuple[Any, Array]]:
-    """`gated_scan` in one direction and in the other, at once where a kernel can: weights, carries and masks are pairs."""
+    """`gated_scan` of pairs, in one direction and in the other, at once where a kernel can."""
     directions = reverse, not reverse
     if remat_every is None:
         dtype, _ = _dtypes(weights, carry[0], xs)
@@ -216,7 +214,7 @@ def gated_scan_both(
 
 
 def _kernel(cell, weights, carries, dtype, masks, implementation):
-    """Runs recurrences of one cell by a compiled kernel, with the arguments of `native.scan`; None if none is chosen."""
+    """What runs recurrences of one cell by a compiled kernel, or None if none is chosen."""
     kernels = [cell.kernel(each) for each in weights]
     refusal = _refusal(kernels[0], (dtype, *(leaf.dtype for carry in carries for leaf in carry)), masks)
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}

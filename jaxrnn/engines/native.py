@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 from jax import Array, lax
 from jax.extend.core import Primitive
@@ -460,15 +460,15 @@ def absent() -> str | None:
 
 def newer(version: str) -> str | None:
     """Why kernels compiled with the headers of this jaxlib cannot run here: newer ones stop the whole CPU backend."""
-    compiled, running = (tuple(map(int, each.split(".")[:3])) for each in (version, jaxlib.__version__))
+    compiled, running = (tuple(map(int, each.split(".")[:3])) for each in (version, jaxlib.version.__version__))
     if compiled <= running:
         return None
-    return f"the kernels were compiled for jaxlib {version}, newer than the {jaxlib.__version__} that runs; build again"
+    return f"the kernels were compiled for jaxlib {version}, newer than the {jaxlib.version.__version__} that runs; build again"
 
 
 @contextmanager
 def reading(*, batch_major: bool) -> Iterator[None]:
-    """How the sequences lie that are at hand: where batch-major, kernels read and write them so, and nothing is copied."""
+    """How the sequences at hand lie: where batch-major, kernels read and write them so, and nothing is copied."""
     token = _batch_major.set(batch_major)
     try:
         yield

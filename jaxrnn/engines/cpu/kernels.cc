@@ -1,6 +1,7 @@
 // The kernels once for each instruction set, and the choice among them when the program runs.
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)  // which has no target for a part of a file
+#define JAXRNN_CHOICE
 #include <immintrin.h>
 #endif
 
@@ -34,7 +35,7 @@ namespace baseline {
 }  // namespace baseline
 #undef JAXRNN_WIDTH
 
-#if defined(__x86_64__)
+#if defined(JAXRNN_CHOICE)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define JAXRNN_WIDTH 32
@@ -68,7 +69,7 @@ namespace avx512 {
 
 const Kernels& kernels() {
   static const Kernels chosen = [] {
-#if defined(__x86_64__)
+#if defined(JAXRNN_CHOICE)
     const char* limit = std::getenv("JAXRNN_INSTRUCTIONS");
     const bool any = limit == nullptr;
     if ((any || !std::strcmp(limit, "avx512")) && __builtin_cpu_supports("avx512f") &&
