@@ -12,7 +12,7 @@ kernels = Extension(
     depends=[str(path) for path in folder.glob("*.h")],
     include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
     define_macros=[("JAXRNN_JAXLIB", f'"{jaxlib.__version__}"')],
-    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"],
     language="c++",
     optional=True,
 )

@@ -460,10 +460,11 @@ def absent() -> str | None:
 
 def newer(version: str) -> str | None:
     """Why kernels compiled with the headers of this jaxlib cannot run here: newer ones stop the whole CPU backend."""
-    compiled, running = (tuple(map(int, each.split(".")[:3])) for each in (version, jaxlib.version.__version__))
-    if compiled <= running:
+    running = jaxlib.version.__version__
+    compiled, own = (tuple(map(int, each.split(".")[:3])) for each in (version, running))
+    if compiled <= own:
         return None
-    return f"the kernels were compiled for jaxlib {version}, newer than the {jaxlib.version.__version__} that runs; build again"
+    return f"the kernels were compiled for jaxlib {version}, newer than the {running} that runs; build again"
 
 
 @contextmanager

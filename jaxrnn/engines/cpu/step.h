@@ -11,7 +11,7 @@ class OneStep : Cell<K> {
 
   OneStep(const Sizes& n, const Forward& p, int threads)
       : n_(n), p_(p), blocks_((n.units + LANES - 1) / LANES), width_(blocks_ * LANES),
-        team_{(n.inputs + n.units) * GATES * n.units < 200000 ? 1 : threads, false} {
+        team_{(n.inputs + n.units) * GATES * n.units < ALONE ? 1 : threads, false} {
     Scratch scratch(n.rows * (SUMS_KEPT + 1) * width_ + 64);
     sums_ = scratch.take(n.rows * SUMS_KEPT * width_);
     reset_ = scratch.take(n.rows * width_);
@@ -45,6 +45,7 @@ class OneStep : Cell<K> {
 
  private:
   static constexpr long SUMS_KEPT = GATES + 1;  // of a GRU, u_n and v_n are two
+  static constexpr long ALONE = 600000;         // multiplications below which waking another thread takes longer
 
   void begin(float* a, Range units) const {
     for (long gate = 0; gate < SUMS_KEPT; ++gate)
