@@ -31,6 +31,7 @@ from jaxrnn.engines import native
 PEERS = {name: [name] for name in ("torch", "onnxruntime", "keras", "flax", "haiku", "equinox")}  # what each imports
 PEERS["onnxruntime"] += ["onnx"]
 PACKAGES = ("jax", "jaxlib", "torch", "onnxruntime", "keras", "flax", "dm-haiku", "equinox", "optax", "numpy")
+REST = 0.1  # seconds before a turn, in which the threads of the last one stop spinning (onnxruntime's after 0.04)
 BLOCK = 0.03  # seconds that a timed block lasts at least
 CALLS = 3  # that it has at least
 PRODUCT = 2048  # rows and columns of the matrices whose product is the yardstick
@@ -154,8 +155,8 @@ def agree(contestants: Mapping[str, Contestant], *, calls: int = 1, tolerance: f
 def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds per call of every contestant in each of `repeats` rounds, in which they take turns.
 
-    A turn begins with a call that is not timed, after which the contestant's own threads are awake and the caches hold
-    its arrays.
+    A turn begins with a rest, and with a call that is not timed: then the threads of others sleep, the contestant's own
+    are awake, and the caches hold its arrays.
     """
     for run in runs.values():
         run()
@@ -163,6 +164,7 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            time.sleep(REST)
             run()
             found[name].append(seconds(run, calls[name]))
     return found

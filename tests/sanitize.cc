@@ -68,14 +68,14 @@ struct Case {
     f.ys = out(T * B * H), f.last_h = out(B * H), f.last_c = out(B * H, lstm);
     f.kept = out(T * B * kept_of(kind) * H, save && kept_of(kind)), f.cs = out(T * B * H, save && lstm);
     const int number = static_cast<int>(kind);
-    kernels().forward[number](n, f, threads);
+    jaxrnn::forward(kind, n, f, threads);
     if (!save) return found;
     Backward b = backward;
     b.ys = f.ys, b.kept = f.kept, b.cs = f.cs;
     b.d_xs = out(T * B * D), b.d_w_x = out(D * G), b.d_w_h = out(H * G), b.d_h = out(B * H), b.d_c = out(B * H, lstm);
     b.d_fresh_h = out(B * H, flags), b.d_fresh_c = out(B * H, flags && lstm);
     b.d_b = out(G, forward.b != nullptr), b.d_b_hn = out(H, kind == Kind::kGru);
-    kernels().backward[number](n, b, threads);
+    jaxrnn::backward(kind, n, b, threads);
     return found;
   }
 };
@@ -102,6 +102,6 @@ int main(int count, char** values) {
   std::vector<std::thread> threads;
   for (unsigned k = 0; k < 3; ++k) threads.emplace_back(work, k);
   for (auto& thread : threads) thread.join();
-  std::printf("%u cases, %s, %d wrong\n", cases, kernels().name, wrong.load());
+  std::printf("%u cases, %s, %d wrong\n", cases, instructions(), wrong.load());
   return wrong != 0;
 }

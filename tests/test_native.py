@@ -347,32 +347,33 @@ def test_a_call_of_another_shape_is_refused():
     """The binding itself, since nothing above it lets such a call pass."""
     shape = jax.ShapeDtypeStruct
     ones = functools.partial(jnp.ones, dtype=jnp.float32)
-    right = [ones((1, 5, 2, 3)), ones((1, 3, 16)), ones((1, 4, 16)), ones((1, 2, 4)), ones((1, 2, 4))]
-    right += [ones((1, 2, 0)), ones((1, 2, 0)), jnp.ones((1, 5, 0), bool), jnp.ones((1, 5, 0), bool)]
-    right += [ones((1, 16)), ones((1, 0))]
-    results = [shape(s, jnp.float32) for s in [(1, 5, 2, 4), (1, 2, 4), (1, 2, 4), (1, 5, 2, 0), (1, 5, 2, 0)]]
+    right = [ones((1, 5, 2, 3)), ones((1, 3, 16)), ones((1, 4, 16)), ones((1, 2, 4)), ones((1, 2, 4)), ones((1, 16))]
+    results = [shape(s, jnp.float32) for s in [(1, 5, 2, 4), (1, 2, 4), (1, 2, 4)]]
+    here = 0b01000011111 | 0b111 << 32
 
     def call(arguments, results=results, **changed):
-        options = {"kind": 2, "batch_major": False, "directions": 0, "pattern": 1} | changed
+        options = {"kind": 2, "batch_major": False, "directions": 0, "pattern": 1, "members": 1, "here": here} | changed
         options = {k: v if isinstance(v, bool) else np.int64(v) for k, v in options.items()}
         return jax.block_until_ready(jax.ffi.ffi_call("jaxrnn_gated_forward", results)(*arguments, **options))
 
+    def refused(*arguments, **changed):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
+            call(*arguments, **changed)
+
     call(right)
-    for k, wrong in enumerate([(1, 5, 2, 4), (1, 3, 15), (1, 4, 8), (1, 3, 4), (2, 2, 4)]):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
-            call([*right[:k], ones(wrong), *right[k + 1 :]])
-    for k in range(5):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
-            call([*right[:k], jnp.ones(right[k].shape, jnp.int32), *right[k + 1 :]])
+    for k, wrong in enumerate([(1, 5, 2, 4), (1, 3, 15), (1, 4, 8), (1, 3, 4), (2, 2, 4), (1, 15)]):
+        refused([*right[:k], ones(wrong), *right[k + 1 :]])
+    for k in range(6):
+        refused([*right[:k], jnp.ones(right[k].shape, jnp.int32), *right[k + 1 :]])
     for k in range(3):
-        wrong = [*results[:k], shape((*results[k].shape[:-1], 3), jnp.float32), *results[k + 1 :]]
-        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
-            call(right, wrong)
-    for changed in ({"kind": 5}, {"kind": -1}, {"pattern": 0}, {"batch_major": True}):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
-            call(right, **changed)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="jaxrnn: "):
-        call(right[:-1])
+        refused(right, [*results[:k], shape((*results[k].shape[:-1], 3), jnp.float32), *results[k + 1 :]])
+    for changed in ({"kind": 5}, {"kind": -1}, {"pattern": 0}, {"batch_major": True}, {"members": 2}, {"members": -1}):
+        refused(right, **changed)
+    for bit in (0, 1, 3, 4, 5, 9, 10, 32, 33, 34, 35):  # one array fewer, or more, than there are
+        refused(right, here=here ^ (1 << bit))
+    refused(right[:-1])
+    refused([*right, right[0]])
+    refused(right, [*results, results[0]])
 
 
 @needed

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.engines import native
+from jaxrnn.engines import gated_native, native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot
 from jaxrnn.engines.choose import Implementation, choose, record
 from jaxrnn.engines.loop import time_loop
@@ -227,10 +227,10 @@ def _kernel(cell, weights, carries, dtype, masks, implementation):
 
     def run(carry, xs, *, fresh, valid, reset, directions, every):
         layers = [
-            native.Layer((each.w_x, each.b, kernel.w_h, kernel.b_hn), *rest)
+            gated_native.Layer((each.w_x, each.b, kernel.w_h, kernel.b_hn), *rest)
             for each, kernel, *rest in zip(weights, kernels, carry, fresh, directions, strict=True)
         ]
-        results = native.scan(
+        results = gated_native.scan(
             kernels[0].kind, layers, xs, valid=valid, reset=reset, every=every, named=implementation is not None
         )
         return [(type(old)(*new), ys) for old, (new, ys) in zip(carry, results, strict=True)]

@@ -41,27 +41,32 @@ void* pointer(ffi::Result<B>& buffer) {
 // The arrays of a call, one after another. Of those that are not as they must be it remembers the first.
 class Arrays {
  public:
-  Arrays(ffi::RemainingArgs arguments, ffi::RemainingRets results) : arguments_(arguments), results_(results) {}
+  // The lowest bits of `here` tell of every argument whether it is among those of the call; those from the 32nd on, of
+  // every result.
+  Arrays(ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t members, int64_t here)
+      : arguments_(arguments), results_(results), members_(members), arguments_here_(static_cast<uint64_t>(here) & 0xffffffff),
+        results_here_(static_cast<uint64_t>(here) >> 32) {}
 
-  bool shape(size_t number, bool result, size_t rank, long* sizes) const {
-    auto read = [&](auto&& buffer) {
-      if (!buffer.has_value() || dimensions(*buffer).size() != rank) return false;
-      for (size_t k = 0; k < rank; ++k) sizes[k] = dimensions(*buffer)[k];
-      return true;
-    };
-    return result ? read(results_.get<ffi::AnyBuffer>(number)) : read(arguments_.get<ffi::AnyBuffer>(number));
+  // Of one of the first arguments.
+  bool shape(size_t number, size_t rank, long* sizes) const {
+    const auto buffer = arguments_.get<ffi::AnyBuffer>(number);
+    if (!buffer.has_value() || buffer->dimensions().size() != rank) return false;
+    for (size_t k = 0; k < rank; ++k) sizes[k] = buffer->dimensions()[k];
+    return true;
   }
-  void members(long count) { members_ = count; }
 
   // The next argument or result: `shape` for every member, or, where it is absent, without elements.
   Members<const float> floats(const char* name, std::initializer_list<long> shape) {
+    if (!next(arguments_here_)) return {};
     return check<const float>(name, arguments_.get<ffi::Buffer<ffi::F32>>(argument_++), shape);
   }
   Members<const uint8_t> flags(const char* name, std::initializer_list<long> shape) {
+    if (!next(arguments_here_)) return {};
     return check<const uint8_t>(name, arguments_.get<ffi::Buffer<ffi::PRED>>(argument_++), shape);
   }
   Members<float> result(const char* name, std::initializer_list<long> shape) {
-    return check<float>(name, results_.get<ffi::Buffer<ffi::F32>>(result_++), shape);
+    if (!next(results_here_)) return {};
+    return check<float>(name, results_.get<ffi::Buffer<ffi::F32>>(result_++), shape, false);
   }
   // That an array is there, if it has elements.
   template <class P>
@@ -70,13 +75,20 @@ class Arrays {
   }
 
   ffi::Error error() {
-    if (error_.empty() && (argument_ != arguments_.size() || result_ != results_.size())) error_ = "too many arrays";
+    const bool all = argument_ == arguments_.size() && result_ == results_.size() && !arguments_here_ && !results_here_;
+    if (error_.empty() && !all) error_ = "too many arrays";
     return error_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument("jaxrnn: " + error_);
   }
 
  private:
+  static bool next(uint64_t& here) {
+    const bool first = here & 1;
+    here >>= 1;
+    return first;
+  }
+
   template <class P, class B>
-  Members<P> check(const char* name, B buffer, std::initializer_list<long> shape) {
+  Members<P> check(const char* name, B buffer, std::initializer_list<long> shape, bool may_be_shared = true) {
     if (!buffer.has_value()) {
       if (error_.empty()) error_ = std::string(name) + ": not there, or of another dtype";
       return {};
@@ -85,7 +97,7 @@ class Arrays {
     long elements = 1, size = 1;
     for (long each : found) elements *= each;
     if (elements == 0) return {};
-    bool equal = found.size() == shape.size() + 1 && (found[0] == members_ || found[0] == 1);
+    bool equal = found.size() == shape.size() + 1 && (found[0] == members_ || (may_be_shared && found[0] == 1));
     size_t k = 1;
     for (long expected : shape) equal = equal && found[k++] == expected, size *= expected;
     if (!equal) {
@@ -98,7 +110,8 @@ class Arrays {
   ffi::RemainingArgs arguments_;
   ffi::RemainingRets results_;
   size_t argument_ = 0, result_ = 0;
-  long members_ = 0;
+  const long members_;
+  uint64_t arguments_here_, results_here_;
   std::string error_;
 };
 
@@ -109,7 +122,7 @@ void each_member(long members, const Work& work) {
   const std::function<void(int)> part = [&](int k) {
     for (long m = members * k / threads; m < members * (k + 1) / threads; ++m) work(m, 1);
   };
-  if (members >= threads && threads > 1 && Pool::run(threads, part)) return;
+  if (members >= threads && threads > 1 && Pool::share(threads, part)) return;
   for (long m = 0; m < members; ++m) work(m, members >= threads ? 1 : threads);
 }
 
@@ -125,12 +138,12 @@ struct Problem {
   bool lstm() const { return kind == Kind::kLstm; }
 
   // `directions`: bit k tells that member k runs from the last step to the first, again after `pattern` members.
-  ffi::Error read(Arrays& arrays, int64_t kind_number, bool batch_major, int64_t directions_, int64_t pattern_) {
+  ffi::Error read(Arrays& arrays, int64_t kind_number, bool batch_major, int64_t directions_, int64_t pattern_, int64_t members) {
     long x[4], w[3];
-    if (kind_number < 0 || kind_number >= KINDS || pattern_ < 1 ||
-        !arrays.shape(0, false, 4, x) || !arrays.shape(1, false, 3, w) || !arrays.shape(2, false, 3, w))
+    if (kind_number < 0 || kind_number >= KINDS || pattern_ < 1 || members < 0 ||
+        !arrays.shape(0, 4, x) || !arrays.shape(1, 3, w) || !arrays.shape(2, 3, w))
       return ffi::Error::InvalidArgument("jaxrnn: unknown kind, or xs, w_x or w_h of another rank");
-    kind = static_cast<Kind>(kind_number), directions = directions_, pattern = pattern_;
+    kind = static_cast<Kind>(kind_number), directions = directions_, pattern = pattern_, M = members;
     first = x[1], second = x[2];
     n = Sizes{batch_major ? x[2] : x[1], batch_major ? x[1] : x[2], x[3], w[1], false, batch_major};
     G = gates_of(kind) * n.units;
@@ -169,14 +182,11 @@ struct Problem {
   }
 };
 
-ffi::Error forward(int64_t kind, bool batch_major, int64_t directions, int64_t pattern, ffi::RemainingArgs arguments,
-                   ffi::RemainingRets results) {
-  Arrays arrays(arguments, results);
+ffi::Error gated_forward(int64_t kind, bool batch_major, int64_t directions, int64_t pattern, int64_t members, int64_t here,
+                         ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  Arrays arrays(arguments, results, members, here);
   Problem q;
-  if (ffi::Error error = q.read(arrays, kind, batch_major, directions, pattern); error.failure()) return error;
-  long last[3];
-  if (!arrays.shape(1, true, 3, last)) return ffi::Error::InvalidArgument("jaxrnn: a final h of another rank");
-  arrays.members(q.M = last[0]);
+  if (ffi::Error error = q.read(arrays, kind, batch_major, directions, pattern, members); error.failure()) return error;
   q.take(arrays);
   const long B = q.n.rows, H = q.n.units, first = q.first, second = q.second;
   const auto b = arrays.floats("b", {q.G}), b_hn = arrays.floats("b_hn", {H});
@@ -192,19 +202,16 @@ ffi::Error forward(int64_t kind, bool batch_major, int64_t directions, int64_t p
     Forward p{};
     q.fill(p, m);
     p.b = b[m], p.b_hn = b_hn[m], p.ys = ys[m], p.last_h = last_h[m], p.last_c = last_c[m], p.kept = kept[m], p.cs = cs[m];
-    kernels().forward[kind](q.sizes(m), p, threads);
+    forward(q.kind, q.sizes(m), p, threads);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error backward(int64_t kind, bool batch_major, int64_t directions, int64_t pattern, ffi::RemainingArgs arguments,
-                    ffi::RemainingRets results) {
-  Arrays arrays(arguments, results);
+ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, int64_t pattern, int64_t members, int64_t here,
+                          ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  Arrays arrays(arguments, results, members, here);
   Problem q;
-  if (ffi::Error error = q.read(arrays, kind, batch_major, directions, pattern); error.failure()) return error;
-  long d_h_sizes[3];
-  if (!arrays.shape(3, true, 3, d_h_sizes)) return ffi::Error::InvalidArgument("jaxrnn: d_h of another rank");
-  arrays.members(q.M = d_h_sizes[0]);
+  if (ffi::Error error = q.read(arrays, kind, batch_major, directions, pattern, members); error.failure()) return error;
   q.take(arrays);
   const long B = q.n.rows, D = q.n.inputs, H = q.n.units, G = q.G, first = q.first, second = q.second;
   const auto ys = arrays.floats("ys", {first, second, H});
@@ -241,7 +248,7 @@ ffi::Error backward(int64_t kind, bool batch_major, int64_t directions, int64_t 
     p.d_ys = d_ys[m], p.d_last_h = d_last_h[m], p.d_last_c = d_last_c[m];
     p.d_xs = d_xs[m], p.d_w_x = d_w_x[m], p.d_b = d_b[m], p.d_w_h = d_w_h[m], p.d_b_hn = d_b_hn[m];
     p.d_h = d_h[m], p.d_c = d_c[m], p.d_fresh_h = d_fresh_h[m], p.d_fresh_c = d_fresh_c[m];
-    kernels().backward[kind](q.sizes(m), p, threads);
+    backward(q.kind, q.sizes(m), p, threads);
   });
   return ffi::Error::Success();
 }
@@ -255,16 +262,18 @@ ffi::Error backward(int64_t kind, bool batch_major, int64_t directions, int64_t 
       .Attr<bool>("batch_major")           \
       .Attr<int64_t>("directions")         \
       .Attr<int64_t>("pattern")            \
+      .Attr<int64_t>("members")            \
+      .Attr<int64_t>("here")               \
       .RemainingArgs()                     \
       .RemainingRets()
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_forward, jaxrnn::forward, JAXRNN_BINDING);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_backward, jaxrnn::backward, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_forward, jaxrnn::gated_forward, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_backward, jaxrnn::gated_backward, JAXRNN_BINDING);
 
 extern "C" {
 const char* jaxrnn_jaxlib() { return JAXRNN_JAXLIB; }  // whose headers this was compiled with
-const char* jaxrnn_instructions() { return jaxrnn::kernels().name; }
+const char* jaxrnn_instructions() { return jaxrnn::instructions(); }
 int jaxrnn_threads() { return jaxrnn::Pool::threads(); }
 }
 #pragma GCC visibility pop

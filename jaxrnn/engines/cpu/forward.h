@@ -1,62 +1,6 @@
 // The recurrence over time. Threads divide the rows, and then never wait for each other; or, where rows are few or the
 // weights many, the units, and wait once a step.
 
-struct Team {
-  int threads;
-  bool by_rows;
-};
-
-constexpr long CACHE = 1 << 17;  // floats of weights that a thread reads again from its own cache at every step
-
-// `weights` are those that every step reads; `blocks` can be divided among threads.
-inline Team team(const Sizes& n, long weights, long blocks, int threads) {
-  if (threads == 1 || n.steps * n.rows * weights < 200000) return {1, true};
-  const bool many_rows = n.rows >= 4 * threads, large = weights > CACHE && blocks >= threads;
-  if (many_rows && !large) return {threads, true};
-  if (blocks >= threads && n.rows * weights >= 60000) return {threads, false};
-  return n.rows >= threads ? Team{threads, true} : Team{1, true};
-}
-
-// One thread of those that run a call.
-struct Worker {
-  int number, count;
-  bool by_rows;
-  Barrier& barrier;
-  Range rows(long all) const { return by_rows ? share(all, count, number) : Range{0, all}; }
-  Range blocks(long all) const { return by_rows ? Range{0, all} : share(all, count, number); }
-  Range part(long all) const { return share(all, count, number); }
-};
-
-template <class Work>
-inline void in_team(const Team& team, const Work& work) {
-  Barrier together(team.threads), alone(1);
-  auto member = [&](int k) { work(Worker{k, team.threads, team.by_rows, together}); };
-  if (team.threads == 1 || !Pool::run(team.threads, member)) work(Worker{0, 1, true, alone});
-}
-
-// Memory of one call, aligned, kept by the thread for the next.
-class Scratch {
- public:
-  explicit Scratch(long floats) {
-    thread_local std::vector<char> memory;
-    const size_t bytes = floats * sizeof(float) + 64;
-    if (memory.size() < bytes) {
-      memory.clear();
-      memory.resize(bytes);
-    }
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
-  }
-  float* take(long floats) {
-    float* p = next_;
-    next_ += rounded(floats);
-    return p;
-  }
-  static long rounded(long floats) { return (floats + 15) / 16 * 16; }
-
- private:
-  float* next_;
-};
-
 // Steps whose input products are computed at once: enough rows for the weights to pay, few enough to stay in the cache.
 inline long steps_at_once(const Sizes& n, long rows, long floats, long wanted) {
   const long fit = floats == 0 ? n.steps : (1 << 16) / floats, least = (wanted + rows - 1) / rows;

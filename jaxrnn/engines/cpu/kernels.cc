@@ -23,9 +23,28 @@
 
 namespace jaxrnn {
 
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*forward[KINDS])(const Sizes&, const Forward&, int threads);
+  void (*backward[KINDS])(const Sizes&, const Backward&, int threads);
+  void (*step[KINDS])(const Sizes&, const Forward&, int threads);  // a single one
+  void (*small_step[KINDS])(const Sizes&, const Forward&, int threads);
+};
+
+template <class F>
+void each_kind(const F& f) {
+  f(std::integral_constant<Kind, Kind::kElmanTanh>{});
+  f(std::integral_constant<Kind, Kind::kElmanRelu>{});
+  f(std::integral_constant<Kind, Kind::kLstm>{});
+  f(std::integral_constant<Kind, Kind::kGru>{});
+  f(std::integral_constant<Kind, Kind::kGruBefore>{});
+}
+
 #define JAXRNN_WIDTH 16
 namespace baseline {
 #include "simd.h"
+#include "team.h"
 #include "tile.h"
 #include "pointwise.h"
 #include "forward.h"
@@ -41,6 +60,7 @@ namespace baseline {
 #define JAXRNN_WIDTH 32
 namespace avx2 {
 #include "simd.h"
+#include "team.h"
 #include "tile.h"
 #include "pointwise.h"
 #include "forward.h"
@@ -49,6 +69,16 @@ namespace avx2 {
 #include "table.h"
 }  // namespace avx2
 #undef JAXRNN_WIDTH
+
+#define JAXRNN_WIDTH 16
+namespace fma {
+#include "simd.h"
+#include "team.h"
+#include "tile.h"
+#include "pointwise.h"
+#include "step.h"
+}  // namespace fma
+#undef JAXRNN_WIDTH
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -56,31 +86,54 @@ namespace avx2 {
 #define JAXRNN_WIDTH 64
 namespace avx512 {
 #include "simd.h"
+#include "team.h"
 #include "tile.h"
 #include "pointwise.h"
 #include "forward.h"
 #include "backward.h"
-#include "step.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
 #pragma GCC pop_options
 #endif
 
-const Kernels& kernels() {
+static const Kernels& kernels() {
   static const Kernels chosen = [] {
+    Kernels kernels = baseline::table("baseline");
+    baseline::enter_steps(kernels.step);
+    baseline::enter_steps(kernels.small_step);
 #if defined(JAXRNN_CHOICE)
     const char* limit = std::getenv("JAXRNN_INSTRUCTIONS");
-    const bool any = limit == nullptr;
-    if ((any || !std::strcmp(limit, "avx512")) && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-      return avx512::table("avx512");
-    if ((any || !std::strcmp(limit, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return avx2::table("avx2");
+    auto may = [&](const char* name) { return limit == nullptr || !std::strcmp(limit, name); };
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    const bool use_avx512 = may("avx512") && has_avx512;
+    if (use_avx512 || (may("avx2") && has_avx2)) {
+      kernels = use_avx512 ? avx512::table("avx512") : avx2::table("avx2");
+      avx2::enter_steps(kernels.step);
+      fma::enter_steps(kernels.small_step);
+    }
 #endif
-    return baseline::table("baseline");
+    return kernels;
   }();
   return chosen;
 }
+
+constexpr long SMALL = 1 << 17;  // weights that half of a second-level cache holds: another thread would not pay
+
+void forward(Kind kind, const Sizes& n, const Forward& p, int threads) {
+  const int k = static_cast<int>(kind);
+  const bool step = n.steps == 1 && n.rows <= 2 && !p.kept && !p.cs && !p.valid && !p.start;
+  if (!step) kernels().forward[k](n, p, threads);
+  else if ((n.inputs + n.units) * gates_of(kind) * n.units <= SMALL) kernels().small_step[k](n, p, 1);
+  else kernels().step[k](n, p, threads);
+}
+
+void backward(Kind kind, const Sizes& n, const Backward& p, int threads) {
+  kernels().backward[static_cast<int>(kind)](n, p, threads);
+}
+
+const char* instructions() { return kernels().name; }
 
 }  // namespace jaxrnn

@@ -44,13 +44,9 @@ struct Backward : Inputs {
 
 constexpr int KINDS = 5;
 
-// One of each for every kind.
-struct Kernels {
-  void (*forward[KINDS])(const Sizes&, const Forward&, int threads);
-  void (*backward[KINDS])(const Sizes&, const Backward&, int threads);
-  const char* name;
-};
-
-const Kernels& kernels();  // of the best instruction set that this processor has
+// By the best instruction set that this processor has.
+void forward(Kind kind, const Sizes& n, const Forward& p, int threads);
+void backward(Kind kind, const Sizes& n, const Backward& p, int threads);
+const char* instructions();
 
 }  // namespace jaxrnn

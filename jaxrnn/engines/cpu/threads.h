@@ -6,9 +6,12 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -65,30 +68,12 @@ class Pool {
     return count;
   }
 
-  // work(k) for k = 0, ..., count − 1, all at once; false, and nothing done, while another call has the pool.
-  static bool run(int count, const std::function<void(int)>& work) {
-    Pool& pool = get();
-    std::unique_lock<std::mutex> owner(pool.owner_, std::try_to_lock);
-    if (!owner.owns_lock() || pool.process_ != getpid()) return false;
-    {
-      std::lock_guard<std::mutex> lock(pool.mutex_);
-      while (static_cast<int>(pool.workers_.size()) < count - 1) {
-        int number = static_cast<int>(pool.workers_.size()) + 1;
-        pool.workers_.emplace_back([&pool, number] { pool.loop(number); });
-      }
-      pool.work_ = &work;
-      pool.count_ = count;
-      pool.left_.store(count - 1, std::memory_order_relaxed);
-      pool.job_.fetch_add(1, std::memory_order_release);
-    }
-    pool.wake_.notify_all();
-    work(0);
-    for (int spins = 0; pool.left_.load(std::memory_order_acquire) != 0; ++spins) {
-      if (spins < 4096) relax();
-      else sched_yield();
-    }
-    return true;
-  }
+  // part(k) for k = 0, ..., count − 1, each by a thread of its own, so that they may wait for each other; false, and
+  // nothing done, while another call has the pool.
+  static bool run(int count, const std::function<void(int)>& part) { return get().start(count, part, false); }
+
+  // The same of parts that never wait: what no thread has begun when the caller is through, the caller does too.
+  static bool share(int count, const std::function<void(int)>& part) { return get().start(count, part, true); }
 
  private:
   // Never destroyed: threads may still wait in it when the process ends.
@@ -97,30 +82,70 @@ class Pool {
     return *pool;
   }
 
-  void loop(int number) {
-    unsigned seen = 0;
+  struct Worker {
+    std::atomic<uint64_t> taken{0};  // the last job whose part somebody began
+    bool take(uint64_t job) {
+      uint64_t last = taken.load();
+      return last < job && taken.compare_exchange_strong(last, job);
+    }
+  };
+
+  bool start(int count, const std::function<void(int)>& part, bool all) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock() || process_ != getpid()) return false;
+    while (static_cast<int>(workers_.size()) < count - 1) {
+      workers_.push_back(std::make_unique<Worker>());
+      const int number = static_cast<int>(workers_.size());
+      std::thread([this, number, worker = workers_.back().get(), seen = job_.load()] {
+        loop(number, *worker, seen);
+      }).detach();
+    }
+    part_ = &part;
+    left_.store(count - 1);
+    const uint64_t job = (job_.load() / MOST + 1) * MOST + count;
+    job_.store(job);
+    if (asleep_.load() != 0) {
+      { std::lock_guard<std::mutex> lock(mutex_); }
+      wake_.notify_all();
+    }
+    part(0);
+    for (int k = 1; all && k < count; ++k)
+      if (workers_[k - 1]->take(job)) part(k), left_.fetch_sub(1);
+    for (int spins = 0; left_.load() != 0; ++spins) {
+      if (spins < 4096) relax();
+      else sched_yield();
+    }
+    return true;
+  }
+
+  // Whoever does not begin a part looks at nothing else of the job, since the next one may have come.
+  void loop(int number, Worker& worker, uint64_t seen) {
     while (true) {
-      for (int spins = 0; spins < 2048 && job_.load(std::memory_order_acquire) == seen; ++spins) relax();
-      const std::function<void(int)>* work;
-      {
+      uint64_t job = job_.load();
+      const auto until = std::chrono::steady_clock::now() + AWAKE;
+      while (job == seen && std::chrono::steady_clock::now() < until)
+        for (int spins = 0; spins < 64 && (job = job_.load()) == seen; ++spins) relax();
+      if (job == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return job_.load(std::memory_order_relaxed) != seen; });
-        seen = job_.load(std::memory_order_relaxed);
-        if (number >= count_) continue;
-        work = work_;
+        asleep_.fetch_add(1);
+        wake_.wait(lock, [&] { return (job = job_.load()) != seen; });
+        asleep_.fetch_sub(1);
       }
-      (*work)(number);
-      left_.fetch_sub(1, std::memory_order_acq_rel);
+      seen = job;
+      if (number >= static_cast<int>(job % MOST) || !worker.take(job)) continue;
+      (*part_)(number);
+      left_.fetch_sub(1);
     }
   }
 
+  static constexpr uint64_t MOST = 1 << 16;               // threads
+  static constexpr std::chrono::milliseconds AWAKE{2};  // that a thread waits for the next job before it sleeps
   std::mutex owner_, mutex_;
   std::condition_variable wake_;
-  std::vector<std::thread> workers_;
-  const std::function<void(int)>* work_ = nullptr;
-  int count_ = 0;
-  std::atomic<int> left_{0};
-  std::atomic<unsigned> job_{0};
+  std::vector<std::unique_ptr<Worker>> workers_;
+  const std::function<void(int)>* part_ = nullptr;
+  std::atomic<uint64_t> job_{0};  // its number, times MOST, and how many threads it takes
+  std::atomic<int> left_{0}, asleep_{0};
   const pid_t process_ = getpid();  // a forked child has no workers
 };
 

@@ -68,13 +68,6 @@ JAXRNN_INLINE void accumulate(const float* const* a, long from, long count, cons
     for (int v = 0; v < V; ++v) store(sums + i * step + v * LANES, s[i][v]);
 }
 
-struct Range {
-  long begin, end;
-  long size() const { return end - begin; }
-};
-
-inline Range share(long count, int parts, int part) { return {count * part / parts, count * (part + 1) / parts}; }
-
 template <int MAX, class F>
 JAXRNN_INLINE void one_tile(long count, long row, const F& f) {
   if (count == MAX) f(std::integral_constant<int, MAX>{}, row);

@@ -1,0 +1,316 @@
+"""Gated recurrences by compiled kernels on the CPU: three primitives, so that every transformation has them.
+
+On the CPU `forward` and `backward` are kernels; `tangent`, what is differentiated again, and what runs elsewhere are
+the forms of `gated_xla`, where the three and their arrays are described.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
+
+from jaxrnn.engines import gated_xla, native
+from jaxrnn.engines.gated_xla import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
+from jaxrnn.engines.loop import in_chunks, starts
+
+KINDS = {"elman_tanh": 0, "elman_relu": 1, "lstm": 2, "gru": 3, "gru_before": 4}
+
+forward_p = Primitive("jaxrnn_gated_forward")
+tangent_p = Primitive("jaxrnn_gated_tangent")
+backward_p = Primitive("jaxrnn_gated_backward")
+_REFERENCE = {forward_p: gated_xla.forward, tangent_p: gated_xla.tangent, backward_p: gated_xla.backward}
+_OPTIONS = ("kind", "directions", "batch_major", "named", "save", "wrt")
+
+
+@functools.cache
+def _shapes(primitive, shapes, **options):
+    return jax.eval_shape(functools.partial(_REFERENCE[primitive], **options), *shapes)
+
+
+def _abstract(primitive):
+    def rule(*avals, **options):
+        shapes = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+        like = avals[0]
+
+        def abstract(out):
+            sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(out.shape)))
+            return like.update(shape=out.shape, dtype=out.dtype, weak_type=False, sharding=sharding)
+
+        return [abstract(out) for out in _shapes(primitive, shapes, **options)]
+
+    return rule
+
+
+def _bind(primitive, *arrays, **options):
+    """Under `shard_map` all arrays vary over the mesh axes that any of them varies over."""
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    every = frozenset().union(*varying)
+    arrays = [
+        array if own == every else lax.pcast(array, tuple(every - own), to="varying")
+        for array, own in zip(arrays, varying, strict=True)
+    ]
+    return primitive.bind(*arrays, **options)
+
+
+def _batched(primitive):
+    inputs, outputs = LABELS[primitive.name.removeprefix("jaxrnn_gated_")]
+
+    def rule(arrays, axes, **options):
+        rows = {"w": None, "r": 1, "s": 1 if options["batch_major"] else 2}
+        count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        members = count_members(a.shape[1 if axis == 0 else 0] for a, axis in zip(arrays, axes, strict=True))
+        by_member = (primitive is backward_p and "weights" in options["wrt"]) or any(
+            axis is not None and label == "w" for axis, label in zip(axes, inputs, strict=True)
+        )
+
+        def fold(array, axis, label, shared):
+            """The new axis into that of members, or of rows."""
+            place = 0 if by_member else rows[label]
+            if axis is None:
+                if place is None or (by_member and shared and array.shape[0] == 1):
+                    return array
+                array, axis = jnp.broadcast_to(array[None], (count, *array.shape)), 0
+            array = jnp.moveaxis(array, axis, place)
+            if by_member and array.shape[1] != members:
+                array = jnp.broadcast_to(array, (count, members, *array.shape[2:]))
+            return array.reshape(*array.shape[:place], count * array.shape[place + 1], *array.shape[place + 2 :])
+
+        fixed = len(FIXED) if primitive is not forward_p else len(arrays)
+        folded = [fold(*each, k < fixed) for k, each in enumerate(zip(arrays, axes, inputs, strict=True))]
+        places = [0 if by_member else rows[label] for label in outputs]
+        results = _bind(primitive, *folded, **options)
+        unfolded = [
+            array
+            if place is None
+            else array.reshape(*array.shape[:place], count, array.shape[place] // count, *array.shape[place + 1 :])
+            for array, place in zip(results, places, strict=True)
+        ]
+        return unfolded, places
+
+    return rule
+
+
+def _instantiate(tangents):
+    return [ad.instantiate_zeros(tangent) for tangent in tangents]
+
+
+def _jvp_by_xla(reference, primals, tangents, options):
+    """By differentiating XLA's form."""
+    moving = [k for k in range(len(primals)) if k not in FLAGS]
+
+    def run(*arrays):
+        whole = list(primals)
+        for k, array in zip(moving, arrays, strict=True):
+            whole[k] = array
+        return reference(*whole, **options)
+
+    return jax.jvp(run, [primals[k] for k in moving], _instantiate([tangents[k] for k in moving]))
+
+
+def _forward_jvp(primals, tangents, *, save, **options):
+    if save:
+        return _jvp_by_xla(_REFERENCE[forward_p], primals, tangents, options | {"save": True})
+    *read, b, b_hn = primals
+    results = _bind(forward_p, *primals, save=True, **options)
+    tangents = [tangent for k, tangent in enumerate(tangents) if k not in FLAGS]
+    wrt = () if type(tangents[0]) is ad.Zero else ("xs",)
+    if any(type(tangents[k]) is not ad.Zero for k, label in enumerate(LINEAR) if label == "w"):
+        wrt += ("weights", *(name for name, bias in (("b", b), ("b_hn", b_hn)) if bias.size))
+    fixed = *read, results[0], *results[3:]
+    shapes = linear_shapes(fixed, results[1].shape[0], wrt)
+
+    def whole(tangent, shape):
+        """A tangent of every member; of what is absent, nothing."""
+        if math.prod(shape.shape) == 0:
+            return jnp.zeros(shape.shape, shape.dtype)
+        return jnp.broadcast_to(ad.instantiate_zeros(tangent), shape.shape)
+
+    linear = [whole(*each) for each in zip(tangents, shapes, strict=True)]
+    moved = _bind(tangent_p, *fixed, *linear, wrt=wrt, **options)
+    nothing = [array[..., :0] for array in results[3:]]
+    return [*results[:3], *nothing], [*moved, *zeros(nothing)]
+
+
+def _linear_jvp(primitive):
+    """Of a primitive that is linear in all but its first arguments."""
+
+    def rule(primals, tangents, **options):
+        count = len(FIXED)
+        if all(type(tangent) is ad.Zero for tangent in tangents[:count]):
+            moved = _bind(primitive, *primals[:count], *_instantiate(tangents[count:]), **options)
+            return _bind(primitive, *primals, **options), moved
+        return _jvp_by_xla(_REFERENCE[primitive], primals, tangents, options)
+
+    return rule
+
+
+def _transpose(other):
+    def rule(cotangents, *arrays, **options):
+        count = len(FIXED)
+        fixed, linear = arrays[:count], arrays[count:]
+        found = _bind(other, *fixed, *_instantiate(cotangents), **options)
+        return [None] * count + [
+            cotangent if ad.is_undefined_primal(array) else None for array, cotangent in zip(linear, found, strict=True)
+        ]
+
+    return rule
+
+
+def _by_xla(primitive):
+    return mlir.lower_fun(_REFERENCE[primitive], multiple_results=True)
+
+
+def _elsewhere(primitive):
+    """Where there is no kernel."""
+    by_xla = _by_xla(primitive)
+
+    def rule(ctx, *operands, **options):
+        if options["named"]:
+            platforms = ", ".join(ctx.module_context.platforms)
+            raise ValueError(f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}")
+        return by_xla(ctx, *operands, **options)
+
+    return rule
+
+
+def _on_cpu(primitive):
+    call, by_xla = jax.ffi.ffi_lowering(primitive.name), _by_xla(primitive)
+
+    def rule(ctx, *operands, kind, directions, batch_major, named, **options):
+        # XLA does not know how to divide a kernel among devices.
+        devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+        if devices not in (None, 1) and not named:
+            return by_xla(
+                ctx, *operands, kind=kind, directions=directions, batch_major=batch_major, named=named, **options
+            )
+        # What has no elements is not handed over, but for the first three, which tell the sizes.
+        arguments = [k for k, aval in enumerate(ctx.avals_in) if k < 3 or aval.size]
+        results = [k for k, aval in enumerate(ctx.avals_out) if aval.size]
+        found = call(
+            ctx.replace(avals_in=[ctx.avals_in[k] for k in arguments], avals_out=[ctx.avals_out[k] for k in results]),
+            *[operands[k] for k in arguments],
+            kind=np.int64(KINDS[kind]),
+            batch_major=batch_major,
+            directions=np.int64(sum(reverse << k for k, reverse in enumerate(directions))),
+            pattern=np.int64(len(directions)),
+            members=np.int64(count_members(aval.shape[0] for aval in ctx.avals_in)),
+            here=np.int64(sum(1 << k for k in arguments) + sum(1 << 32 + k for k in results)),
+        )
+        whole: list[Any] = [
+            None if aval.size else mlir.ir_constant(np.zeros(aval.shape, aval.dtype)) for aval in ctx.avals_out
+        ]
+        for k, value in zip(results, found, strict=True):
+            whole[k] = value
+        return whole
+
+    return rule
+
+
+for _primitive in _REFERENCE:
+    _primitive.multiple_results = True
+    _primitive.def_impl(functools.partial(jax.jit(_primitive.bind, static_argnames=_OPTIONS)))
+    _primitive.def_abstract_eval(_abstract(_primitive))
+    batching.primitive_batchers[_primitive] = _batched(_primitive)
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_jvps[tangent_p] = _linear_jvp(tangent_p)
+ad.primitive_jvps[backward_p] = _linear_jvp(backward_p)
+ad.primitive_transposes[tangent_p] = _transpose(backward_p)
+ad.primitive_transposes[backward_p] = _transpose(tangent_p)
+mlir.register_lowering(tangent_p, _by_xla(tangent_p))
+for _primitive in (forward_p, backward_p):
+    mlir.register_lowering(_primitive, _elsewhere(_primitive))
+    native.register(_primitive, _on_cpu(_primitive))
+
+
+class Layer(NamedTuple):
+    """One recurrence of a call."""
+
+    weights: tuple[Array, Array | None, Array, Array | None]  # w_x (D, G), b (G,), w_h (H, G), b_hn (H,)
+    carry: Any  # a named tuple of h, or h and c, (*batch, H)
+    fresh: Any
+    reverse: bool
+
+
+def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: int | None, named: bool) -> list:
+    """Recurrences of the same sizes over the first axis of `xs`, all at once: (carry, ys) of each.
+
+    Args:
+      kind: of `KINDS`.
+      layers: what differs among them.
+      xs: (T, *batch, D). valid, reset: bool (T, *batch) or None.
+      every: store one carry every so many steps for the backward pass, or None for all; then all in one direction.
+      named: whether nothing else may run instead.
+    """
+    batch = xs.shape[1:-1]
+    rows, members, size = math.prod(batch), len(layers), layers[0].weights[2].shape[0]
+    by_batch = native.is_batch_major() and bool(batch)
+    directions = tuple(layer.reverse for layer in layers)
+
+    def together(arrays):
+        return arrays[0][None] if members == 1 else jnp.stack(arrays)
+
+    def weight(k):
+        arrays = [layer.weights[k] for layer in layers]
+        return jnp.zeros((1, 0), xs.dtype) if arrays[0] is None else together(arrays)
+
+    def carries(trees, present=True):
+        """h and c, without elements where they are absent."""
+        arrays = [together(each).reshape(members, rows, size) for each in zip(*trees, strict=True)]
+        arrays += [jnp.zeros((1, rows, 0), xs.dtype)] * (2 - len(arrays))
+        return arrays if present else [array[..., :0] for array in arrays]
+
+    def sequence(arrays, *last):
+        """(T, *batch, *last) of each, or of all, to that of the call; an axis is moved before another one is put in
+        front, so that XLA sees it move back."""
+        if by_batch:
+            arrays = [jnp.moveaxis(array, 0, len(batch)) for array in arrays]
+        length = arrays[0].shape[len(batch) if by_batch else 0]
+        return together(arrays).reshape(len(arrays), *((rows, length) if by_batch else (length, rows)), *last)
+
+    def flags(arrays, length):
+        if arrays is not None:
+            return sequence(arrays)
+        return jnp.zeros((1, rows, 0) if by_batch else (1, length, 0), bool)
+
+    w_x, b, w_h, b_hn = (weight(k) for k in range(4))
+
+    def run(state, inputs):
+        xs, valid, start = inputs
+        length = xs.shape[0]
+        ys, h, c, *_ = _bind(
+            forward_p,
+            sequence([xs], xs.shape[-1]),
+            w_x,
+            w_h,
+            *carries(state),
+            *carries([layer.fresh for layer in layers], start is not None),
+            flags(None if valid is None else [valid], length),
+            flags(start, length),
+            b,
+            b_hn,
+            kind=kind,
+            directions=directions,
+            batch_major=by_batch,
+            named=named,
+            save=False,
+        )
+        states = [array.reshape(members, *batch, size) for array in (h, c)[: len(state[0])]]
+        new = tuple(tuple(each[m] for each in states) for m in range(members))
+        if by_batch:
+            return new, tuple(jnp.moveaxis(ys[m].reshape(*batch, length, size), len(batch), 0) for m in range(members))
+        return new, tuple(ys[m].reshape(length, *batch, size) for m in range(members))
+
+    start = None if reset is None else [starts(reset, valid, reverse) for reverse in directions]
+    carry = tuple(tuple(layer.carry) for layer in layers)
+    state, ys = in_chunks(run, carry, (xs, valid, start), directions[0], every)
+    return list(zip(state, ys, strict=True))

@@ -1,0 +1,222 @@
+"""The gated recurrences that compiled kernels compute, in JAX: what runs where there is no kernel, and what is
+differentiated again.
+
+forward: the recurrence, and what is kept of it. tangent: its derivative, linear in the tangents. backward: the
+transpose of that.
+
+Every array has an axis of members M in front: weights (M, ...), rows (M, B, ...), sequences (M, T, B, ...), or
+(M, B, T, ...) if they are batch-major. What is read may have one member for all. What is absent has a last axis of 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn.engines.arrays import dot, select
+
+
+def _split(array: Array, parts: int) -> list[Array]:
+    return jnp.split(array, parts, axis=-1)
+
+
+def _step(kind: str, u, w_h, b_hn, h, c):
+    """One step of one member: (h', c', what is kept) of u = x w_x + b."""
+    size = w_h.shape[0]
+    match kind:
+        case "lstm":
+            i, f, g, o = _split(u + dot(h, w_h), 4)
+            i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+            c = f * c + i * g
+            return o * jnp.tanh(c), c, jnp.concatenate([i, f, g, o], -1)
+        case "gru":
+            v = dot(h, w_h)
+            q = v[..., 2 * size :] + b_hn if b_hn.size else v[..., 2 * size :]
+            r, z = _split(jax.nn.sigmoid(u[..., : 2 * size] + v[..., : 2 * size]), 2)
+            n = jnp.tanh(u[..., 2 * size :] + r * q)
+            return (1 - z) * n + z * h, c, jnp.concatenate([r, z, n, q], -1)
+        case "gru_before":
+            r, z = _split(jax.nn.sigmoid(u[..., : 2 * size] + dot(h, w_h[:, : 2 * size])), 2)
+            n = jnp.tanh(u[..., 2 * size :] + dot(r * h, w_h[:, 2 * size :]))
+            return (1 - z) * n + z * h, c, jnp.concatenate([r, z, n], -1)
+    a = u + dot(h, w_h)
+    return jnp.tanh(a) if kind == "elman_tanh" else jax.nn.relu(a), c, h[..., :0]
+
+
+def _choose(flag: Array | None, on, off):
+    return on if flag is None else select(flag, on, off)
+
+
+def zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _present(*flags):
+    return tuple(flag if flag.size else None for flag in flags)
+
+
+def _forward_one(xs, w_x, w_h, h, c, fresh_h, fresh_c, valid, start, b, b_hn, *, kind, reverse, save):
+    flags = valid, start = _present(valid, start)
+    us = dot(xs, w_x)
+    us = us + b if b.size else us
+
+    def body(state, inputs):
+        u, (valid, start) = inputs
+        h, c = state if start is None else _choose(start, (fresh_h, fresh_c), state)
+        results = _step(kind, u, w_h, b_hn, h, c)
+        state = _choose(valid, results[:2], state)
+        y, cs, kept = _choose(valid, results, zeros(results))
+        return state, (y, *((kept, cs) if save else ()))
+
+    (h, c), (ys, *kept) = lax.scan(body, (h, c), (us, flags), reverse=reverse)
+    return ys, h, c, *(kept or (ys[..., :0], ys[..., :0]))
+
+
+def _before(first, fresh, states, valid, start, reverse):
+    """The carry before every step, from those after every step, the first and the fresh one."""
+
+    def body(state, inputs):
+        new, valid, start = inputs
+        before = state if start is None else _choose(start, fresh, state)
+        return _choose(valid, new, state), before
+
+    return lax.scan(body, first, (states, valid, start), reverse=reverse)[1]
+
+
+def _tangent_one(
+    xs, w_x, w_h, h, c, fresh_h, fresh_c, valid, start, ys, kept, cs,
+    d_xs, d_w_x, d_w_h, d_h, d_c, d_fresh_h, d_fresh_c, d_b, d_b_hn,
+    *, kind, reverse,
+):  # fmt: skip
+    """The tangents of ys, h', c'."""
+    size, after = w_h.shape[0], kind == "gru"
+    flags = valid, start = _present(valid, start)
+    s, c_before = _before((h, c), (fresh_h, fresh_c), (ys, cs), valid, start, reverse)
+    d_u = jnp.zeros((*xs.shape[:2], w_h.shape[1]), xs.dtype)
+    d_v = d_u if after else d_u[..., :0]
+    if d_xs.size:
+        d_u = d_u + dot(d_xs, w_x)
+    if d_w_x.size:
+        d_u = d_u + dot(xs, d_w_x)
+    if d_b.size:
+        d_u = d_u + d_b
+    if d_w_h.size:
+        if after:
+            d_v = d_v + dot(s, d_w_h)
+        elif kind == "gru_before":
+            second = dot(kept[..., :size] * s, d_w_h[:, 2 * size :])
+            d_u = d_u + jnp.concatenate([dot(s, d_w_h[:, : 2 * size]), second], -1)
+        else:
+            d_u = d_u + dot(s, d_w_h)
+    if d_b_hn.size:
+        d_v = d_v + jnp.pad(d_b_hn, (2 * size, 0))
+
+    def body(state, inputs):
+        d_u, d_v, kept, s, c_before, y, c, (valid, start) = inputs
+        d_s, d_c = state if start is None else _choose(start, (d_fresh_h, d_fresh_c), state)
+        match kind:
+            case "lstm":
+                i, f, g, o = _split(kept, 4)
+                a_i, a_f, a_g, a_o = _split(d_u + dot(d_s, w_h), 4)
+                squashed = jnp.tanh(c)
+                d_c = f * d_c + c_before * f * (1 - f) * a_f + g * i * (1 - i) * a_i + i * (1 - g * g) * a_g
+                d_y = squashed * o * (1 - o) * a_o + o * (1 - squashed * squashed) * d_c
+            case "gru" | "gru_before":
+                r, z, n = _split(kept[..., : 3 * size], 3)
+                v = dot(d_s, w_h) + d_v if after else dot(d_s, w_h[:, : 2 * size])
+                a_r, a_z = _split(d_u[..., : 2 * size] + v[..., : 2 * size], 2)
+                d_r, d_z = r * (1 - r) * a_r, z * (1 - z) * a_z
+                if after:
+                    a_n = d_r * kept[..., 3 * size :] + r * v[..., 2 * size :]
+                else:
+                    a_n = dot(d_r * s + r * d_s, w_h[:, 2 * size :])
+                d_n = (1 - n * n) * (d_u[..., 2 * size :] + a_n)
+                d_y = (1 - z) * d_n + (s - n) * d_z + z * d_s
+            case _:
+                a = d_u + dot(d_s, w_h)
+                d_y = (1 - y * y) * a if kind == "elman_tanh" else jnp.where(y > 0, a, jnp.zeros_like(a))
+        return _choose(valid, (d_y, d_c), state), _choose(valid, d_y, jnp.zeros_like(d_y))
+
+    state, d_ys = lax.scan(body, (d_h, d_c), (d_u, d_v, kept, s, c_before, ys, cs, flags), reverse=reverse)
+    return d_ys, *state
+
+
+# Where the rows of an array are: in s, a sequence, r, rows, or w, weights, nowhere. What the recurrence reads (xs, w_x,
+# w_h, h, c, fresh_h, fresh_c, valid, start) and the two biases; what is linear (the same without the flags); and what
+# `tangent` and `backward` are not linear in (ys, kept and cs beside what the recurrence reads).
+READ, BIASES, LINEAR, FIXED = "swwrrrrss", "ww", "swwrrrrww", "swwrrrrsssss"
+FLAGS = 7, 8
+LABELS = {
+    "forward": (READ + BIASES, "srrss"),
+    "tangent": (FIXED + LINEAR, "srr"),
+    "backward": (FIXED + "srr", LINEAR),
+}
+
+
+def _members(name, function):
+    """`function` of one member whose sequences are time-major, for all members."""
+    inputs, outputs = LABELS[name]
+
+    def turn(arrays, labels):
+        return [jnp.swapaxes(a, 0, 1) if label == "s" else a for a, label in zip(arrays, labels, strict=True)]
+
+    def run(*arrays, directions, batch_major, named, wrt=None, **options):
+        count = count_members(array.shape[0] for array in arrays)
+
+        def one(reverse):
+            def run_one(*arrays):
+                arrays = turn(arrays, inputs) if batch_major else arrays
+                results = function(*arrays, reverse=reverse, **options)
+                return turn(results, outputs) if batch_major else list(results)
+
+            return run_one
+
+        def some(reverse, first):
+            shared = [array.shape[0] == 1 and count != 1 for array in arrays]
+            chosen = [a[0] if one else a[first :: len(directions)] for a, one in zip(arrays, shared, strict=True)]
+            return jax.vmap(one(reverse), [None if one else 0 for one in shared])(*chosen)
+
+        parts = [some(reverse, k) for k, reverse in enumerate(directions)]
+        if len(parts) == 1:
+            return parts[0]
+        return [jnp.stack(each, 1).reshape(count, *each[0].shape[1:]) for each in zip(*parts, strict=True)]
+
+    return run
+
+
+def count_members(sizes: Iterable[int]) -> int:
+    """The members of a call, of arrays with these many: all, or one for all."""
+    counts = set(sizes) - {1}
+    return counts.pop() if counts else 1
+
+
+forward, tangent = _members("forward", _forward_one), _members("tangent", _tangent_one)
+
+
+def backward(*arrays, wrt, **options):
+    """The transpose of `tangent`: cotangents of xs, weights and carries."""
+    fixed, cotangents = arrays[: len(FIXED)], list(arrays[len(FIXED) :])
+    shapes = linear_shapes(fixed, count_members(array.shape[0] for array in arrays), wrt)
+    run = functools.partial(tangent, *fixed, wrt=wrt, **options)
+    return list(jax.linear_transpose(run, *shapes)(cotangents))
+
+
+def linear_shapes(fixed, members: int, wrt: tuple[str, ...]):
+    """Shapes of what `tangent` is linear in."""
+    xs, w_x, w_h, h, c, fresh_h, fresh_c = fixed[:7]
+
+    def like(array, present=True):
+        last = array.shape[-1] if present else 0
+        return jax.ShapeDtypeStruct((members, *array.shape[1:-1], last), xs.dtype)
+
+    def bias(name, size):
+        return jax.ShapeDtypeStruct((members, size if name in wrt else 0), xs.dtype)
+
+    weights = "weights" in wrt
+    products = like(xs, "xs" in wrt), like(w_x, weights), like(w_h, weights)
+    carries = like(h), like(c), like(fresh_h), like(fresh_c)
+    return *products, *carries, bias("b", w_h.shape[2]), bias("b_hn", w_h.shape[1])
