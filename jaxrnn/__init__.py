@@ -8,8 +8,19 @@ from jaxrnn.cells.elman import Elman, ElmanCarry, ElmanGates, ElmanParams, elman
 from jaxrnn.cells.gated import GatedCell
 from jaxrnn.cells.gru import GRU, GRUCarry, GRUGates, GRUNorm, GRUParams, gru_init, gru_step
 from jaxrnn.cells.indrnn import IndRNN, IndRNNCarry, IndRNNGates, IndRNNParams, indrnn_init, indrnn_step
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.lru import LRU, LRUCarry, LRUParams, lru_init, lru_step
 from jaxrnn.cells.lstm import LSTM, LSTMCarry, LSTMGates, LSTMNorm, LSTMParams, lstm_init, lstm_step
 from jaxrnn.cells.mgu import MGU, MGUCarry, MGUGates, MGUParams, mgu_init, mgu_step
+from jaxrnn.cells.min_gru import MinGRU, MinGRUCarry, MinGRUGates, MinGRUParams, min_gru_init, min_gru_step
+from jaxrnn.cells.min_lstm import (
+    MinLSTM,
+    MinLSTMCarry,
+    MinLSTMGates,
+    MinLSTMParams,
+    min_lstm_init,
+    min_lstm_step,
+)
 from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
 from jaxrnn.engines.gated import GatedWeights
 from jaxrnn.layers import (
@@ -23,6 +34,7 @@ from jaxrnn.layers import (
     Linear,
     LinearParams,
 )
+from jaxrnn.linear import linear_scan
 from jaxrnn.pool import Pool, PoolCarry
 from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
 from jaxrnn.sequence import Explanation, explain, last, rollout, scan, step
@@ -33,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRU",
+    "LRU",
     "LSTM",
     "MGU",
     "Apply",
@@ -63,6 +76,8 @@ __all__ = [
     "IndRNNCarry",
     "IndRNNGates",
     "IndRNNParams",
+    "LRUCarry",
+    "LRUParams",
     "LSTMCarry",
     "LSTMGates",
     "LSTMNorm",
@@ -73,10 +88,19 @@ __all__ = [
     "LearnedCarry",
     "LearnedCarryParams",
     "Linear",
+    "LinearCell",
     "LinearParams",
     "MGUCarry",
     "MGUGates",
     "MGUParams",
+    "MinGRU",
+    "MinGRUCarry",
+    "MinGRUGates",
+    "MinGRUParams",
+    "MinLSTM",
+    "MinLSTMCarry",
+    "MinLSTMGates",
+    "MinLSTMParams",
     "Pool",
     "PoolCarry",
     "RecurrentDropout",
@@ -99,10 +123,17 @@ __all__ = [
     "indrnn_step",
     "irnn_init",
     "last",
+    "linear_scan",
+    "lru_init",
+    "lru_step",
     "lstm_init",
     "lstm_step",
     "mgu_init",
     "mgu_step",
+    "min_gru_init",
+    "min_gru_step",
+    "min_lstm_init",
+    "min_lstm_step",
     "rollout",
     "scan",
     "step",

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrnn import (
     GRU,
+    LRU,
     LSTM,
     MGU,
     Apply,
@@ -25,6 +26,8 @@ from jaxrnn import (
     LayerNorm,
     LearnedCarry,
     Linear,
+    MinGRU,
+    MinLSTM,
     Pool,
     RecurrentDropout,
     Residual,
@@ -125,6 +128,9 @@ CELLS = {
     "gru_reset_before": GRU(D, H, reset_after=False),
     "mgu": MGU(D, H),
     "indrnn": IndRNN(D, H, activation="tanh"),
+    "min_gru": MinGRU(D, H),
+    "min_lstm": MinLSTM(D, H, positive=False),
+    "lru": LRU(D, H),
     "conv_lstm_1d": ConvLSTM((4,), D, H),
     "conv_lstm_2d": ConvLSTM((5, 4), D, H, kernel_size=(3, 2), strides=2, dilation=(1, 2), padding="VALID"),
     "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
@@ -152,6 +158,7 @@ COMPOSITIONS = {
     "backward": Backward(Residual(GRU(D, D))),
     "backward_stack": Stack((LSTM(D, H), Dropout(0.2), Backward(GRU(H, 4)), Elman(4, D))),
     "residual": Residual(GRU(D, D)),
+    "linear_stack": Stack((LRU(D, H), Dropout(0.3), Residual(MinGRU(D, D)), Bidirectional(MinLSTM(D, H), LRU(D, 4)))),
     "learned_carry": LearnedCarry(LSTM(D, H)),
     "emit_carry": EmitCarry(LSTM(D, H)),
     "recurrent_dropout": RecurrentDropout(LSTM(D, H), 0.3),
@@ -237,11 +244,12 @@ def draw_x(cell, seed, *leading, dtype=None):
 
 
 def is_floating(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Floating or complex."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def floats(tree) -> list:
-    """The floating leaves."""
+    """The floating and complex leaves."""
     return [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
 
 
@@ -250,6 +258,8 @@ def redraw(tree, seed, scale=0.5):
     rng = _rng(seed, 2)
 
     def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return (scale * (rng.normal(size=leaf.shape) + 1j * rng.normal(size=leaf.shape))).astype(leaf.dtype)
         if is_floating(leaf):
             return (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype)
         return np.full(leaf.shape, 2, leaf.dtype)
@@ -272,5 +282,6 @@ def weighted_sum(tree, seed=9):
     """A random weighting of every floating leaf: a loss that sees all of it."""
     rng, total = _rng(seed, 3), jnp.zeros((), jnp.result_type(float))
     for leaf in floats(tree):
-        total = total + jnp.sum(rng.normal(size=leaf.shape).astype(total.dtype) * leaf.astype(total.dtype))
+        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+            total = total + jnp.sum(rng.normal(size=leaf.shape).astype(total.dtype) * part.astype(total.dtype))
     return total

@@ -241,3 +241,32 @@ def convolve(x, w, *, strides, dilation, padding):
             take[axis] = slice(o * d, o * d + (out[axis] - 1) * s + 1, s)
         y = y + x[tuple(take)] @ w[offset]
     return y
+
+
+def _candidate(v, positive):
+    return np.where(v >= 0, v + 0.5, sigmoid(v)) if positive else v
+
+
+def min_gru_step(params, carry, x, *, positive=True):
+    """Feng et al. 2024, section 3.1 and appendix B: gates z n."""
+    z, n = np.split(x @ params.w_x + (0 if params.b is None else params.b), 2, -1)
+    z, n = sigmoid(z), _candidate(n, positive)
+    h = (1 - z) * carry.h + z * n
+    return type(carry)(h), h, {"z": z, "n": n}
+
+
+def min_lstm_step(params, carry, x, *, positive=True):
+    """Feng et al. 2024, section 3.2 and appendix B: gates f i n, the first two divided by their sum."""
+    f, i, n = np.split(x @ params.w_x + (0 if params.b is None else params.b), 3, -1)
+    f, i, n = sigmoid(f), sigmoid(i), _candidate(n, positive)
+    h = (f * carry.h + i * n) / (f + i)
+    return type(carry)(h), h, {"f": f / (f + i), "i": i / (f + i), "n": n}
+
+
+def lru_step(params, carry, x):
+    """Orvieto et al. 2023, with B and C as real and imaginary parts side by side."""
+    size = len(params.nu)
+    decay = np.exp(-np.exp(params.nu) + 1j * np.exp(params.theta))
+    h = decay * carry.h + np.exp(params.gamma) * (x @ (params.w_x[:, :size] + 1j * params.w_x[:, size:]))
+    y = np.real(h @ (params.w_y[:size] - 1j * params.w_y[size:])) + params.d * x
+    return type(carry)(h), y, None

@@ -42,13 +42,17 @@ RESETS = np.array(
 ALL, NONE = np.ones((TIME, BATCH), bool), np.zeros((TIME, BATCH), bool)
 
 
+def _wide(leaf):
+    return np.asarray(leaf, np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+
 def close(actual, expected, tolerance=1e-9):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         assert a.shape == e.shape, jax.tree_util.keystr(path)
         np.testing.assert_allclose(
-            np.asarray(a, np.float64),
-            np.asarray(e, np.float64),
+            _wide(a),
+            _wide(e),
             tolerance,
             tolerance,
             err_msg=jax.tree_util.keystr(path),
@@ -220,7 +224,9 @@ def test_gradients_are_finite_differences(cell):
 
 
 def dot(a, b):
-    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if is_floating(x))
+    """The derivative in direction b, of a gradient a: of complex numbers, the real part of their product."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(jnp.sum(x * y).real for x, y in pairs if is_floating(x))
 
 
 @some_members("elman", "lstm", "own")
@@ -276,11 +282,12 @@ def test_dtypes(cell, dtype):
     put_out = ys.y if isinstance(cell, jaxrnn.EmitCarry) else ys
     assert {leaf.dtype for leaf in jax.tree.leaves(put_out)} == {jnp.dtype(dtype)}
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    assert all(leaf.dtype == wide for leaf in jax.tree.leaves(carry) if is_floating(leaf))
-    given = jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, carry)
+    assert all(jnp.finfo(leaf.dtype).dtype == wide for leaf in jax.tree.leaves(carry) if is_floating(leaf))
+    real = lambda leaf: is_floating(leaf) and not jnp.iscomplexobj(leaf)
+    given = jax.tree.map(lambda leaf: leaf.astype(dtype) if real(leaf) else leaf, carry)
     kept, _ = jitted_scan(cell)(params, given, xs, HOLES, RESETS, None)
     assert [leaf.dtype for leaf in jax.tree.leaves(kept)] == [leaf.dtype for leaf in jax.tree.leaves(given)]
-    widen = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, float) if is_floating(leaf) else leaf, tree)
+    widen = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, float) if real(leaf) else leaf, tree)
     fresh = jax.tree.map(np.asarray, jax.jit(lambda params: cell.initial_carry(params, (BATCH,)))(widen(params)))
     expected = jitted_scan(cell)(widen(params), fresh, widen(xs), HOLES, RESETS, None)[1]
     for got, want in zip(jax.tree.leaves(ys), jax.tree.leaves(expected), strict=True):

@@ -93,6 +93,16 @@ def mgu(id, absent=()):
     return pytest.param(Case(jaxrnn.MGU(D, H), jaxrnn.mgu_step, oracles.mgu_step, absent), id=id)
 
 
+def minimal(id, absent=(), **fields):
+    return [
+        pytest.param(Case(cell(D, H, **fields), free, oracle, absent), id=f"{cell.__name__} {id}")
+        for cell, free, oracle in (
+            (jaxrnn.MinGRU, jaxrnn.min_gru_step, oracles.min_gru_step),
+            (jaxrnn.MinLSTM, jaxrnn.min_lstm_step, oracles.min_lstm_step),
+        )
+    ]
+
+
 def conv(id, spatial_shape, absent=(), **fields):
     cell = jaxrnn.ConvLSTM(spatial_shape, D, H, **fields)
     return pytest.param(Case(cell, jaxrnn.conv_lstm_step, oracles.conv_lstm_step, absent), id=id)
@@ -111,6 +121,9 @@ CASES = [
     indrnn("IndRNN plain"),
     indrnn("IndRNN tanh", activation="tanh"),
     indrnn("IndRNN without b", absent=("b",)),
+    *minimal("plain"),
+    *minimal("any sign", positive=False),
+    *minimal("without b", absent=("b",)),
     conv("ConvLSTM 1D", (7,)),
     conv("ConvLSTM 1D even kernel strides dilation", (8,), kernel_size=4, strides=3, dilation=2),
     conv("ConvLSTM 2D", (4, 5), kernel_size=(3, 2)),
@@ -279,6 +292,57 @@ def test_activation_at_zero(spec):
     assert jaxrnn.activation(spec)(0.0) == 0
 
 
+def test_lru_is_the_oracle():
+    """Values, and gradients by finite differences; real and imaginary parts of the carry apart."""
+    cell = jaxrnn.LRU(D, H)
+    rng = np.random.default_rng(0)
+    params = redraw(rng, jax.eval_shape(cell.init, jax.random.key(0)), 0.8)
+    parts, xs = rng.normal(size=(2, B, H)), rng.normal(size=(T, B, D))
+    weights = rng.normal(size=(T, B, D))
+
+    def carry(parts):
+        return jaxrnn.LRUCarry(parts[0] + 1j * parts[1])
+
+    def loss(params, parts, xs):
+        last, ys = jaxrnn.scan(cell, params, jaxrnn.LRUCarry(jax.lax.complex(*parts)), xs)
+        return (weights * ys).sum() + (last.h.real - 2 * last.h.imag).sum(), (last, ys)
+
+    with jax.enable_x64(True):
+        gradients, result = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, parts, xs)
+        free = jaxrnn.lru_step(params, carry(parts), xs[0])
+    expected = oracles.unroll(oracles.lru_step, params, carry(parts), xs)
+    for one, other in zip(
+        jax.tree.leaves((result, free)),
+        jax.tree.leaves((expected, oracles.lru_step(params, carry(parts), xs[0])[:2])),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, 1e-10, 1e-12)
+
+    leaves, structure = jax.tree.flatten((params, parts, xs))
+    for k, gradient in enumerate(jax.tree.leaves(gradients)):
+        direction = rng.normal(size=gradient.shape)
+        direction *= 3e-6 / np.linalg.norm(direction)
+
+        def moved(sign, k=k, direction=direction):
+            params, parts, xs = structure.unflatten([*leaves[:k], leaves[k] + sign * direction, *leaves[k + 1 :]])
+            last, ys = oracles.unroll(oracles.lru_step, params, carry(parts), xs)
+            return (weights * ys).sum() + (last.h.real - 2 * last.h.imag).sum()
+
+        tolerance = 1e-6 * np.linalg.norm(gradient) * np.linalg.norm(direction)
+        np.testing.assert_allclose(np.vdot(gradient, direction), (moved(1) - moved(-1)) / 2, 0, tolerance)
+
+
+@pytest.mark.parametrize(("r_min", "r_max", "max_phase"), [(0.0, 1.0, 6.28), (0.9, 0.999, 0.3)])
+def test_lru_draws_its_ring(r_min, r_max, max_phase):
+    """Uniform by area, and an input scale that keeps the variance."""
+    params = jaxrnn.lru_init(jax.random.key(0), 3, 4000, r_min=r_min, r_max=r_max, max_phase=max_phase)
+    modulus, phase = np.exp(-np.exp(params.nu)), np.exp(params.theta)
+    area = (modulus**2 - r_min**2) / (r_max**2 - r_min**2)
+    for drawn in (area, phase / max_phase):
+        np.testing.assert_allclose(np.quantile(drawn, [0, 0.25, 0.5, 0.75, 1]), [0, 0.25, 0.5, 0.75, 1], atol=0.03)
+    np.testing.assert_allclose(np.exp(params.gamma) ** 2, 1 - modulus**2, 1e-3, 1e-4)
+
+
 KEY = jax.random.key(3)
 SHAPES = {
     jaxrnn.Elman(D, H): jaxrnn.ElmanParams((D, H), (H, H), (H,)),
@@ -292,6 +356,8 @@ SHAPES = {
     ),
     jaxrnn.MGU(D, H): jaxrnn.MGUParams((D, 2 * H), (H, 2 * H), (2 * H,)),
     jaxrnn.IndRNN(D, H): jaxrnn.IndRNNParams((D, H), (H,), (H,)),
+    jaxrnn.MinGRU(D, H): jaxrnn.MinGRUParams((D, 2 * H), (2 * H,)),
+    jaxrnn.MinLSTM(D, H): jaxrnn.MinLSTMParams((D, 3 * H), (3 * H,)),
     jaxrnn.ConvLSTM((5, 4), D, H, kernel_size=(3, 2)): jaxrnn.ConvLSTMParams(
         (3, 2, D, 4 * H), (3, 2, H, 4 * H), (4 * H,)
     ),
@@ -319,7 +385,7 @@ def test_initial_shapes(cell):
 @every_cell
 def test_initial_vectors_are_zero_but_for_the_forget_bias_and_gains(cell):
     params = initial(cell)
-    gates = {jaxrnn.LSTM: "ifgo", jaxrnn.ConvLSTM: "ifgo"}.get(type(cell), "")
+    gates = {jaxrnn.LSTM: "ifgo", jaxrnn.ConvLSTM: "ifgo", jaxrnn.MinLSTM: "fin"}.get(type(cell), "")
     gates = "fgo" if getattr(cell, "coupled", False) else gates
     expected = np.concatenate([np.full(H, float(gate == "f")) for gate in gates]) if gates else 0
     np.testing.assert_array_equal(params.b, np.broadcast_to(expected, params.b.shape))
@@ -399,7 +465,8 @@ def test_initial_weights_come_from_the_key(cell):
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.abs(first.w_x - other.w_x).max() > 0.1
-    assert np.abs(first.w_h - other.w_h).max() > 0.1
+    if hasattr(first, "w_h"):
+        assert np.abs(first.w_h - other.w_h).max() > 0.1
 
 
 def test_irnn_init():

@@ -56,8 +56,22 @@ def check(implementation: Implementation) -> None:
             raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} or None, got {name!r}")
 
 
+def _named(engine: str, implementation: Implementation) -> str | None:
+    return implementation.get(engine) if isinstance(implementation, Mapping) else implementation
+
+
+def is_free(engine: str, implementation: Implementation) -> bool:
+    """Whether no implementation of `engine` is named, so that each platform may take its own."""
+    return _named(engine, implementation) is None
+
+
 def choose(
-    engine: str, implementation: Implementation, refusals: Mapping[str, str], *, cell: object
+    engine: str,
+    implementation: Implementation,
+    refusals: Mapping[str, str],
+    *,
+    cell: object,
+    elsewhere: str | None = None,
 ) -> tuple[str, Mapping[str, str]]:
     """The implementation of `engine` that runs, the one that was named, else the fastest; and why others do not.
 
@@ -66,21 +80,23 @@ def choose(
       implementation: None, a name, or a mapping from engine to name.
       refusals: for each implementation that cannot run this call, the reason.
       cell: whose recurrence it is, for messages.
+      elsewhere: the fastest where there is no CPU, if that is not the first.
 
     Raises:
       ValueError: if the named implementation cannot run this call, saying why and which can.
     """
     check(implementation)
     recorded = _recorded.get()
-    if recorded is not None and recorded[0] != "cpu":
+    on_cpu = recorded is None or recorded[0] == "cpu"
+    if not on_cpu:
         refusals = {"native": "the kernels are compiled for the CPU"} | dict(refusals)
-    name = implementation.get(engine) if isinstance(implementation, Mapping) else implementation
+    name = _named(engine, implementation)
     supported = [each for each in IMPLEMENTATIONS if each not in refusals]
     if name is not None and name in refusals:
         raise ValueError(
             f"implementation: {engine} cannot run {cell!r} as {name!r}: {refusals[name]}; supported here: {supported}"
         )
-    return name or supported[0], refusals
+    return name or (None if on_cpu else elsewhere) or supported[0], refusals
 
 
 def record(engine: str, implementation: str, refusals: Mapping[str, str], *, cell: object) -> None:

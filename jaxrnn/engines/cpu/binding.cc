@@ -1,7 +1,9 @@
 // The kernels as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <new>
 #include <string>
 
 #include "problem.h"
@@ -115,15 +117,27 @@ class Arrays {
   std::string error_;
 };
 
-// Work on every member: many members one for each thread, few ones with all threads in each.
+// Work on every member: one for each thread if there are many of them, and each with all threads if they are few, or so
+// large that a thread's cache holds the recurrent weights only in part.
 template <class Work>
-void each_member(long members, const Work& work) {
+ffi::Error each_member(long members, long weights, const Work& work) {
   const int threads = Pool::threads();
-  const std::function<void(int)> part = [&](int k) {
-    for (long m = members * k / threads; m < members * (k + 1) / threads; ++m) work(m, 1);
+  const bool apart = members >= threads && weights <= 1 << 17;
+  std::atomic<bool> exhausted{false};
+  auto one = [&](long m, int threads) {
+    try {
+      work(m, threads);
+    } catch (const std::bad_alloc&) {
+      exhausted = true;
+    }
   };
-  if (members >= threads && threads > 1 && Pool::share(threads, part)) return;
-  for (long m = 0; m < members; ++m) work(m, members >= threads ? 1 : threads);
+  const std::function<void(int)> part = [&](int k) {
+    for (long m = members * k / threads; m < members * (k + 1) / threads; ++m) one(m, 1);
+  };
+  if (!apart || threads == 1 || !Pool::share(threads, part))
+    for (long m = 0; m < members; ++m) one(m, apart ? 1 : threads);
+  if (exhausted) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxrnn: there is no memory for the weights' copies");
+  return ffi::Error::Success();
 }
 
 // What both passes are told, and read first.
@@ -198,13 +212,12 @@ ffi::Error gated_forward(int64_t kind, bool batch_major, int64_t directions, int
   arrays.need("last_c", last_c, q.M * B != 0 && q.lstm());
   if (ffi::Error error = arrays.error(); error.failure()) return error;
   if (q.M == 0 || B == 0) return ffi::Error::Success();
-  each_member(q.M, [&](long m, int threads) {
+  return each_member(q.M, q.G * q.n.units, [&](long m, int threads) {
     Forward p{};
     q.fill(p, m);
     p.b = b[m], p.b_hn = b_hn[m], p.ys = ys[m], p.last_h = last_h[m], p.last_c = last_c[m], p.kept = kept[m], p.cs = cs[m];
     forward(q.kind, q.sizes(m), p, threads);
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, int64_t pattern, int64_t members, int64_t here,
@@ -241,7 +254,7 @@ ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, in
       if (array.first) std::memset(array.first, 0, q.M * size * sizeof(float));
     return ffi::Error::Success();
   }
-  each_member(q.M, [&](long m, int threads) {
+  return each_member(q.M, q.G * q.n.units, [&](long m, int threads) {
     Backward p{};
     q.fill(p, m);
     p.ys = ys[m], p.kept = kept[m], p.cs = cs[m];
@@ -250,7 +263,6 @@ ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, in
     p.d_h = d_h[m], p.d_c = d_c[m], p.d_fresh_h = d_fresh_h[m], p.d_fresh_c = d_fresh_c[m];
     backward(q.kind, q.sizes(m), p, threads);
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ struct Kernels {
   void (*backward[KINDS])(const Sizes&, const Backward&, int threads);
   void (*step[KINDS])(const Sizes&, const Forward&, int threads);  // a single one
   void (*small_step[KINDS])(const Sizes&, const Forward&, int threads);
+  void (*linear)(const LinearProblem&, int threads);
 };
 
 template <class F>
@@ -49,6 +50,7 @@ namespace baseline {
 #include "pointwise.h"
 #include "forward.h"
 #include "backward.h"
+#include "linear.h"
 #include "step.h"
 #include "table.h"
 }  // namespace baseline
@@ -65,6 +67,7 @@ namespace avx2 {
 #include "pointwise.h"
 #include "forward.h"
 #include "backward.h"
+#include "linear.h"
 #include "step.h"
 #include "table.h"
 }  // namespace avx2
@@ -91,6 +94,7 @@ namespace avx512 {
 #include "pointwise.h"
 #include "forward.h"
 #include "backward.h"
+#include "linear.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
@@ -133,6 +137,8 @@ void forward(Kind kind, const Sizes& n, const Forward& p, int threads) {
 void backward(Kind kind, const Sizes& n, const Backward& p, int threads) {
   kernels().backward[static_cast<int>(kind)](n, p, threads);
 }
+
+void linear(const LinearProblem& p, int threads) { kernels().linear(p, threads); }
 
 const char* instructions() { return kernels().name; }
 

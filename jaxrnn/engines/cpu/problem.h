@@ -42,11 +42,23 @@ struct Backward : Inputs {
   float *d_xs, *d_w_x, *d_w_h, *d_h, *d_c, *d_fresh_h, *d_fresh_c, *d_b, *d_b_hn;
 };
 
+// A linear recurrence over T steps of R columns.
+struct LinearProblem {
+  long steps, columns;
+  bool reverse, shifted;  // shifted: h_k = c_{k-1} + b_k, c_k = a_k h_k
+  const float *a, *b, *h;  // (T, R) or, constant, (1, R); (T, R); (R,)
+  long a_steps;
+  const uint8_t* cut;  // (T or 1, groups), each for R / groups columns, or null
+  long cut_steps, cut_groups;
+  float *hs, *last;  // (T, R), (R,)
+};
+
 constexpr int KINDS = 5;
 
 // By the best instruction set that this processor has.
 void forward(Kind kind, const Sizes& n, const Forward& p, int threads);
 void backward(Kind kind, const Sizes& n, const Backward& p, int threads);
+void linear(const LinearProblem& p, int threads);
 const char* instructions();
 
 }  // namespace jaxrnn

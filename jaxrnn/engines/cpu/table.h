@@ -13,6 +13,7 @@ inline void run_backward(const Sizes& n, const Backward& p, int threads) {
 inline Kernels table(const char* name) {
   Kernels kernels{};
   kernels.name = name;
+  kernels.linear = run_linear;
   each_kind([&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     kernels.forward[static_cast<int>(K)] = run_forward<K>;

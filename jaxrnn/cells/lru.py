@@ -1,0 +1,162 @@
+"""The linear recurrent unit: complex and diagonal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn import check
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.engines.arrays import accumulator, dot
+
+
+class LRUParams(NamedTuple):
+    """nu, theta, gamma (H,): of modulus, phase and input scale of λ. w_x (D, 2H), w_y (2H, D): real and imaginary parts
+    side by side. d (D,).
+    """
+
+    nu: Array
+    theta: Array
+    gamma: Array
+    w_x: Array
+    w_y: Array
+    d: Array
+
+
+class LRUCarry(NamedTuple):
+    """h (..., H), complex."""
+
+    h: Array
+
+
+class LRU(LinearCell):
+    """The linear recurrent unit: `lru_step` as a cell.
+
+        λ = exp(−exp(ν) + i exp(θ))
+        h' = λ h + exp(γ) (x w_re + i x w_im),  w_x = [w_re, w_im]
+        y = Re(h') w_y[:H] + Im(h') w_y[H:] + d x
+
+    |λ| < 1 for every ν. There is no nonlinearity: stack it with layers that have one.
+
+    Args:
+      input_size: D, which y has too. hidden_size: H, complex.
+      r_min, r_max, max_phase: λ is drawn uniformly by area from the ring of these radii, with phases up to the last.
+
+    Reference: Orvieto et al. 2023, Resurrecting recurrent neural networks for long sequences, arXiv 2303.06349.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.LRU(3, 16)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> carry.h.dtype, ys.shape
+        (dtype('complex64'), (7, 3))
+    """
+
+    input_size: int
+    hidden_size: int
+    r_min: float = 0.0
+    r_max: float = 1.0
+    max_phase: float = 2 * math.pi
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        if not 0 <= self.r_min < self.r_max <= 1:
+            raise ValueError(f"LRU: expected 0 ≤ r_min < r_max ≤ 1, got {self.r_min} and {self.r_max}")
+        check.positive(self, "max_phase", self.max_phase)
+
+    @property
+    def output_size(self) -> int:
+        return self.input_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> LRUParams:
+        return lru_init(
+            key,
+            self.input_size,
+            self.hidden_size,
+            r_min=self.r_min,
+            r_max=self.r_max,
+            max_phase=self.max_phase,
+            dtype=dtype,
+        )
+
+    def initial_carry(self, params: LRUParams, batch_shape: tuple[int, ...] = ()) -> LRUCarry:
+        zeros = self.zeros(params, batch_shape, self.hidden_size)
+        return LRUCarry(zeros.astype(accumulator(zeros.dtype, jnp.complex64)))
+
+    def coefficients(self, params, x):
+        wide = accumulator(params.nu.dtype)
+        nu, theta, gamma = (each.astype(wide) for each in params[:3])
+        modulus, phase = jnp.exp(-jnp.exp(nu)), jnp.exp(theta)
+        a = lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase))
+        re, im = jnp.split(dot(x, params.w_x).astype(wide), 2, axis=-1)
+        scale = jnp.exp(gamma)
+        return a, lax.complex(scale * re, scale * im)
+
+    def output(self, params, h, x):
+        parts = jnp.concatenate([h.real, h.imag], axis=-1)
+        y = dot(parts.astype(params.w_y.dtype), params.w_y)
+        return y + (params.d * x).astype(y.dtype)
+
+
+def lru_init(
+    key: Array,
+    input_size: int,
+    hidden_size: int,
+    *,
+    r_min: float = 0.0,
+    r_max: float = 1.0,
+    max_phase: float = 2 * math.pi,
+    dtype: Any = jnp.float32,
+) -> LRUParams:
+    """Parameters of `lru_step`: λ uniform by area on a ring, exp(γ) = √(1 − |λ|²), so that h has the scale of x; w_x of
+    variance 1/(2 D), w_y of 1/H, d of 1.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> params = jaxrnn.lru_init(jax.random.key(0), 3, 16, r_min=0.9, r_max=0.99)
+    >>> bool(jnp.all((jnp.exp(-jnp.exp(params.nu)) > 0.9) & (jnp.exp(-jnp.exp(params.nu)) < 0.99)))
+    True
+    """
+    wide = accumulator(dtype)
+    k_r, k_phase, k_x, k_y, k_d = jax.random.split(key, 5)
+    tiny = jnp.finfo(wide).tiny
+    area = jax.random.uniform(k_r, (hidden_size,), wide) * (r_max**2 - r_min**2) + r_min**2
+    area = jnp.clip(area, tiny, 1 - jnp.finfo(wide).eps)  # |λ|², neither 0 nor 1
+    phase = jax.random.uniform(k_phase, (hidden_size,), wide, minval=tiny) * max_phase
+    w_x = jax.random.normal(k_x, (input_size, 2 * hidden_size), wide) / math.sqrt(2 * input_size)
+    w_y = jax.random.normal(k_y, (2 * hidden_size, input_size), wide) / math.sqrt(hidden_size)
+    d = jax.random.normal(k_d, (input_size,), wide)
+    params = LRUParams(jnp.log(-jnp.log(area) / 2), jnp.log(phase), jnp.log1p(-area) / 2, w_x, w_y, d)
+    return LRUParams(*(each.astype(dtype) for each in params))
+
+
+def lru_step(params: LRUParams, carry: LRUCarry, x: Array, noise: Any = None) -> tuple[LRUCarry, Array]:
+    """One step of a linear recurrent unit.
+
+        λ = exp(−exp(ν) + i exp(θ))
+        h' = λ h + exp(γ) (x w_re + i x w_im)
+        y = Re(h') w_y[:H] + Im(h') w_y[H:] + d x
+
+    Args:
+      params: `LRUParams` with nu, theta, gamma (H,), w_x (D, 2H), w_y (2H, D), d (D,).
+      carry: `LRUCarry(h)`, (..., H), complex.
+      x: input, (..., D).
+      noise: None.
+
+    Returns:
+      The new carry, and the output, (..., D).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.lru_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.lru_step(params, jaxrnn.LRUCarry(jnp.zeros(16, jnp.complex64)), jnp.ones(3))
+        >>> y.shape
+        (3,)
+    """
+    rows, columns = params.w_x.shape
+    return LRU(rows, columns // 2).step(params, carry, x, noise)

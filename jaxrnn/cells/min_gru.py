@@ -1,0 +1,143 @@
+"""The minimal gated recurrent unit, whose gates do not see the state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.engines.arrays import dot
+
+
+class MinGRUParams(NamedTuple):
+    """w_x (D, 2H), b (2H,) or None: the update gate z and the candidate n."""
+
+    w_x: Array
+    b: Array | None
+
+
+class MinGRUCarry(NamedTuple):
+    """h (..., H)."""
+
+    h: Array
+
+
+class MinGRUGates(NamedTuple):
+    """The activated gate z and the candidate n, each (..., H)."""
+
+    z: Array
+    n: Array
+
+
+class MinGRU(LinearCell):
+    """The minimal gated recurrent unit: `min_gru_step` as a cell.
+
+        z = σ(x w_xz + b_z)
+        n = g(x w_xn + b_n),  g(v) = v + 1/2 for v ≥ 0, else σ(v)
+        h' = (1 − z) h + z n,  y = h'
+
+    Nothing in a step waits for the one before it but h' itself, so that a sequence trains in parallel over time.
+
+    Args:
+      input_size: D. hidden_size: H.
+      positive: whether g keeps the candidate, and with it the state, positive; else g(v) = v.
+
+    Reference: Feng et al. 2024, Were RNNs all we needed?, arXiv 2410.01201.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.MinGRU(3, 16)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> ys.shape
+        (7, 16)
+    """
+
+    input_size: int
+    hidden_size: int
+    positive: bool = True
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> MinGRUParams:
+        return min_gru_init(key, self.input_size, self.hidden_size, dtype=dtype)
+
+    def initial_carry(self, params: MinGRUParams, batch_shape: tuple[int, ...] = ()) -> MinGRUCarry:
+        return MinGRUCarry(self.zeros(params, batch_shape, self.hidden_size))
+
+    def gates(self, params: MinGRUParams, carry: MinGRUCarry, x: Array, noise: Any = None) -> MinGRUGates:
+        """The activated gate and the candidate of one step."""
+        check.params(self, params)
+        return self._gates(params, x)
+
+    def coefficients(self, params, x):
+        z, n = self._gates(params, x)
+        return 1 - z, z * n
+
+    def _gates(self, params, x):
+        u = affine(params, x)
+        z, n = jnp.split(u, 2, axis=-1)
+        return MinGRUGates(jax.nn.sigmoid(z), candidate(n) if self.positive else n)
+
+
+def affine(params: Any, x: Array) -> Array:
+    """x w_x + b, in at least float32."""
+    u = dot(x, params.w_x)
+    return u if params.b is None else u + params.b.astype(u.dtype)
+
+
+def candidate(v: Array) -> Array:
+    """A positive function that is nearly the identity: v + 1/2 for v ≥ 0, else σ(v)."""
+    return jnp.where(v >= 0, v + 0.5, jax.nn.sigmoid(v))
+
+
+def min_gru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> MinGRUParams:
+    """Parameters of `min_gru_step`: w_x LeCun normal, b zero.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.min_gru_init(jax.random.key(0), 3, 16).w_x.shape
+    (3, 32)
+    """
+    w_x = lecun_normal(key, input_size, hidden_size, 2, dtype)
+    return MinGRUParams(w_x, jnp.zeros(2 * hidden_size, dtype))
+
+
+def min_gru_step(
+    params: MinGRUParams, carry: MinGRUCarry, x: Array, noise: Any = None, *, positive: bool = True
+) -> tuple[MinGRUCarry, Array]:
+    """One step of a minimal gated recurrent unit.
+
+        z = σ(x w_xz + b_z)
+        n = g(x w_xn + b_n)
+        h' = (1 − z) h + z n
+
+    Args:
+      params: `MinGRUParams` with w_x (D, 2H), b (2H,) or None.
+      carry: `MinGRUCarry(h)`, (..., H).
+      x: input, (..., D).
+      noise: None.
+      positive: as of `MinGRU`.
+
+    Returns:
+      The new carry, and the output h', (..., H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.min_gru_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.min_gru_step(params, jaxrnn.MinGRUCarry(jnp.zeros(16)), jnp.ones(3))
+        >>> y.shape
+        (16,)
+    """
+    rows, columns = params.w_x.shape
+    return MinGRU(rows, columns // 2, positive).step(params, carry, x, noise)

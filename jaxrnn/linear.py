@@ -1,0 +1,114 @@
+"""The linear recurrence as a function of arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn.engines.arrays import accumulator, zero_where_not
+from jaxrnn.engines.choose import Implementation
+from jaxrnn.engines.linear import linear_form, linear_recurrence
+from jaxrnn.engines.loop import starts
+
+
+def linear_scan(
+    a: Any,
+    b: Any,
+    h0: Any = None,
+    *,
+    reverse: bool = False,
+    reset: Any = None,
+    mask: Any = None,
+    time_axis: int = 0,
+    implementation: Implementation = None,
+) -> tuple[Array, Array]:
+    """The linear recurrence h_t = a_t h_{t-1} + b_t, elementwise: (h_T, hs).
+
+    Real or complex, of any sign and modulus. In half precision sums are in float32, and so is h_T. Its gradients are
+    one such recurrence in the other direction; forward mode and second derivatives are exact too.
+
+    Args:
+      a: the coefficients, broadcastable to b: constant over time, over a batch or over channels where an axis is 1 or
+        missing.
+      b: what is added, (T, ...), or with time at `time_axis`.
+      h0: the state before the first step, broadcastable to b without its time axis; None for zeros.
+      reverse: from the last step to the first: h_t = a_t h_{t+1} + b_t.
+      reset: bool, the shape of b's leading axes, time among them: a new sequence begins at step t. Forward h_t = b_t
+        there; in reverse that is so at the valid step before. By selection: nothing non-finite crosses the boundary.
+      mask: bool like `reset`: the valid steps. An invalid one keeps the state, and its hs is 0.
+      time_axis: the axis of time in b, and in `reset` and `mask`; in a too, where a has as many axes as b.
+      implementation: None for the fastest; "native" is one pass of a compiled kernel (float32, on the CPU), "xla" goes
+        step by step, "associative" takes logarithmically many parallel passes, "chunked" does so in chunks, in turn.
+
+    Returns:
+      The last state, b's shape without time, and all states, like b.
+
+    Raises:
+      ValueError, TypeError: for shapes, dtypes and names that do not fit, at trace time.
+
+    Reference: Martin and Cundy 2018, arXiv 1709.04057 (in parallel over time).
+
+        >>> import jax.numpy as jnp, jaxrnn
+        >>> last, hs = jaxrnn.linear_scan(0.5, jnp.ones(4))
+        >>> hs
+        Array([1.   , 1.5  , 1.75 , 1.875], dtype=float32)
+        >>> jaxrnn.linear_scan(0.5, jnp.ones(4), reset=jnp.array([False, False, True, False]))[1]
+        Array([1. , 1.5, 1. , 1.5], dtype=float32)
+    """
+    b = jnp.asarray(b)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(a, b)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"b: expected floating or complex numbers, got {b.dtype}")
+    a, b = jnp.asarray(a), b.astype(dtype)
+    a = a.astype(dtype if jnp.iscomplexobj(a) else jnp.finfo(dtype).dtype)
+    if not -b.ndim <= time_axis < b.ndim:
+        raise ValueError(f"time_axis: expected an axis of b with shape {b.shape}, got {time_axis}")
+    time_axis %= b.ndim
+    inner = (*b.shape[:time_axis], *b.shape[time_axis + 1 :])
+    a = _broadcastable("a", a, b.shape)
+    a = a.reshape((1,) * (b.ndim - a.ndim) + a.shape)
+    state = accumulator(dtype)
+    if h0 is None:
+        h = jnp.zeros(inner, state)
+    else:
+        h = jnp.asarray(h0)
+        h = jnp.broadcast_to(_broadcastable("h0", h, inner), inner).astype(accumulator(h.dtype, state))
+    form = linear_form(implementation, a.dtype, b.dtype, h.dtype)
+    valid, reset = (_flags(name, flag, b.shape, time_axis) for name, flag in (("mask", mask), ("reset", reset)))
+    if valid is not None and reset is not None and valid.ndim != reset.ndim:
+        raise ValueError(f"reset: expected as many axes as mask has, {valid.ndim}, got {reset.ndim}")
+    last, hs = linear_recurrence(
+        jnp.moveaxis(a, time_axis, 0),
+        jnp.moveaxis(b, time_axis, 0),
+        h,
+        valid=valid,
+        start=starts(reset, valid, bool(reverse)),
+        reverse=bool(reverse),
+        form=form,
+    )
+    return last, jnp.moveaxis(zero_where_not(valid, hs), 0, time_axis)
+
+
+def _broadcastable(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    fits = array.ndim <= len(shape) and all(
+        own in (1, whole) for own, whole in zip(array.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}")
+    return array
+
+
+def _flags(name: str, flag: Any, shape: tuple[int, ...], time_axis: int) -> Array | None:
+    """Time first."""
+    if flag is None:
+        return None
+    flag = jnp.asarray(flag)
+    if flag.dtype != bool:
+        raise TypeError(f"{name}: expected bool, got {flag.dtype}")
+    if flag.ndim <= time_axis or flag.shape != shape[: flag.ndim]:
+        raise ValueError(f"{name}: expected leading axes of b, {shape}, time among them, got {flag.shape}")
+    return jnp.moveaxis(flag, time_axis, 0)
