@@ -7,6 +7,7 @@ from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMCarry, ConvLSTMParams, conv
 from jaxrnn.cells.elman import Elman, ElmanCarry, ElmanGates, ElmanParams, elman_init, elman_step, irnn_init
 from jaxrnn.cells.gated import GatedCell
 from jaxrnn.cells.gru import GRU, GRUCarry, GRUGates, GRUNorm, GRUParams, gru_init, gru_step
+from jaxrnn.cells.hgrn import HGRN, HGRNCarry, HGRNGates, HGRNParams, hgrn_init, hgrn_step
 from jaxrnn.cells.indrnn import IndRNN, IndRNNCarry, IndRNNGates, IndRNNParams, indrnn_init, indrnn_step
 from jaxrnn.cells.linear import LinearCell
 from jaxrnn.cells.lru import LRU, LRUCarry, LRUParams, lru_init, lru_step
@@ -21,6 +22,8 @@ from jaxrnn.cells.min_lstm import (
     min_lstm_init,
     min_lstm_step,
 )
+from jaxrnn.cells.rg_lru import RGLRU, RGLRUCarry, RGLRUGates, RGLRUParams, rg_lru_init, rg_lru_step
+from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm_init, slstm_step
 from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
 from jaxrnn.engines.gated import GatedWeights
 from jaxrnn.layers import (
@@ -45,9 +48,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRU",
+    "HGRN",
     "LRU",
     "LSTM",
     "MGU",
+    "RGLRU",
+    "SLSTM",
     "Apply",
     "Backward",
     "Bidirectional",
@@ -72,6 +78,9 @@ __all__ = [
     "GRUParams",
     "GatedCell",
     "GatedWeights",
+    "HGRNCarry",
+    "HGRNGates",
+    "HGRNParams",
     "IndRNN",
     "IndRNNCarry",
     "IndRNNGates",
@@ -103,8 +112,14 @@ __all__ = [
     "MinLSTMParams",
     "Pool",
     "PoolCarry",
+    "RGLRUCarry",
+    "RGLRUGates",
+    "RGLRUParams",
     "RecurrentDropout",
     "Residual",
+    "SLSTMCarry",
+    "SLSTMGates",
+    "SLSTMParams",
     "Stack",
     "Summary",
     "SummaryRow",
@@ -119,6 +134,8 @@ __all__ = [
     "explain",
     "gru_init",
     "gru_step",
+    "hgrn_init",
+    "hgrn_step",
     "indrnn_init",
     "indrnn_step",
     "irnn_init",
@@ -134,8 +151,12 @@ __all__ = [
     "min_gru_step",
     "min_lstm_init",
     "min_lstm_step",
+    "rg_lru_init",
+    "rg_lru_step",
     "rollout",
     "scan",
+    "slstm_init",
+    "slstm_step",
     "step",
     "summary",
 ]

@@ -10,9 +10,12 @@ import pytest
 
 from jaxrnn import (
     GRU,
+    HGRN,
     LRU,
     LSTM,
     MGU,
+    RGLRU,
+    SLSTM,
     Apply,
     Backward,
     Bidirectional,
@@ -131,6 +134,10 @@ CELLS = {
     "min_gru": MinGRU(D, H),
     "min_lstm": MinLSTM(D, H, positive=False),
     "lru": LRU(D, H),
+    "rg_lru": RGLRU(D),
+    "hgrn": HGRN(D, H, lower_bound=0.3),
+    "slstm": SLSTM(D, 4, heads=2),
+    "rg_lru_blocks": RGLRU(4, blocks=2),
     "conv_lstm_1d": ConvLSTM((4,), D, H),
     "conv_lstm_2d": ConvLSTM((5, 4), D, H, kernel_size=(3, 2), strides=2, dilation=(1, 2), padding="VALID"),
     "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
@@ -158,7 +165,9 @@ COMPOSITIONS = {
     "backward": Backward(Residual(GRU(D, D))),
     "backward_stack": Stack((LSTM(D, H), Dropout(0.2), Backward(GRU(H, 4)), Elman(4, D))),
     "residual": Residual(GRU(D, D)),
-    "linear_stack": Stack((LRU(D, H), Dropout(0.3), Residual(MinGRU(D, D)), Bidirectional(MinLSTM(D, H), LRU(D, 4)))),
+    "linear_stack": Stack(
+        (LRU(D, H), Dropout(0.3), Residual(MinGRU(D, D)), RGLRU(D), Bidirectional(MinLSTM(D, H), LRU(D, 4)))
+    ),
     "learned_carry": LearnedCarry(LSTM(D, H)),
     "emit_carry": EmitCarry(LSTM(D, H)),
     "recurrent_dropout": RecurrentDropout(LSTM(D, H), 0.3),

@@ -270,3 +270,41 @@ def lru_step(params, carry, x):
     h = decay * carry.h + np.exp(params.gamma) * (x @ (params.w_x[:, :size] + 1j * params.w_x[:, size:]))
     y = np.real(h @ (params.w_y[:size] - 1j * params.w_y[size:])) + params.d * x
     return type(carry)(h), y, None
+
+
+def rg_lru_step(params, carry, x):
+    """De et al. 2024, section 2.4, with gates in blocks."""
+    blocks, rows, _ = params.w_x.shape
+    u = np.stack([x[..., rows * n : rows * (n + 1)] @ params.w_x[n] for n in range(blocks)], -2)
+    r, i = (u[..., k * rows : (k + 1) * rows].reshape(x.shape) for k in (0, 1))
+    if params.b is not None:
+        r, i = r + params.b[0], i + params.b[1]
+    r, i = sigmoid(r), sigmoid(i)
+    a = np.exp(-8 * np.logaddexp(0, params.decay) * r)
+    scale = np.where(carry.started[..., None], np.sqrt(1 - a**2), 1)
+    h = a * carry.h + scale * i * x
+    return type(carry)(h, np.ones_like(carry.started)), h, {"r": r, "i": i}
+
+
+def hgrn_step(params, carry, x, *, lower_bound=0.0):
+    """Qin et al. 2023 without phases: gates f n."""
+    f, v = np.split(x @ params.w_x + (0 if params.b is None else params.b), 2, -1)
+    f, n = lower_bound + (1 - lower_bound) * sigmoid(f), v * sigmoid(v)
+    h = f * carry.h + (1 - f) * n
+    return type(carry)(h), h, {"f": f, "n": n}
+
+
+def slstm_step(params, carry, x, *, heads=1):
+    """Beck et al. 2024, equations 8 to 17, head by head."""
+    size = params.w_h.shape[1]
+    a = (x @ params.w_x + (0 if params.b is None else params.b)).reshape(*x.shape[:-1], 4, heads, size)
+    for k in range(heads):
+        v = carry.h[..., k * size : (k + 1) * size] @ params.w_h[k]
+        a[..., k, :] += v.reshape(*v.shape[:-1], 4, size)
+    i, f, z, o = np.moveaxis(a.reshape(*x.shape[:-1], 4, heads * size), -2, 0)
+    log_f = -np.logaddexp(0, -f)
+    m = np.where(carry.n == 0, i, np.maximum(i, log_f + carry.m))
+    i, f, z, o = np.exp(i - m), np.exp(np.minimum(log_f + carry.m - m, 0)), np.tanh(z), sigmoid(o)
+    c, n = f * carry.c + i * z, np.maximum(f * carry.n + i, 1)
+    h = o * c / n
+    return type(carry)(h, c, n, m), h, {"i": i, "f": f, "z": z, "o": o}

@@ -14,11 +14,12 @@ import pytest
 
 import jaxrnn
 from jaxrnn.cells.activations import ACTIVATIONS
+from jaxrnn.cells.rg_lru import bounded_sqrt
 
 T, B, D, H, P = 4, 3, 2, 6, 5
 
 # What a cell says by a field and its free function reads off the params.
-STRUCTURE = ("peephole", "coupled", "projection_size", "layer_norm")
+STRUCTURE = ("peephole", "coupled", "projection_size", "layer_norm", "heads")
 
 LSTM_OPTIONS = {
     "peephole": True,
@@ -103,6 +104,14 @@ def minimal(id, absent=(), **fields):
     ]
 
 
+def hgrn(id, absent=(), **fields):
+    return pytest.param(Case(jaxrnn.HGRN(D, H, **fields), jaxrnn.hgrn_step, oracles.hgrn_step, absent), id=id)
+
+
+def slstm(id, absent=(), **fields):
+    return pytest.param(Case(jaxrnn.SLSTM(D, H, **fields), jaxrnn.slstm_step, oracles.slstm_step, absent), id=id)
+
+
 def conv(id, spatial_shape, absent=(), **fields):
     cell = jaxrnn.ConvLSTM(spatial_shape, D, H, **fields)
     return pytest.param(Case(cell, jaxrnn.conv_lstm_step, oracles.conv_lstm_step, absent), id=id)
@@ -124,6 +133,12 @@ CASES = [
     *minimal("plain"),
     *minimal("any sign", positive=False),
     *minimal("without b", absent=("b",)),
+    hgrn("HGRN plain"),
+    hgrn("HGRN bound", lower_bound=0.4),
+    hgrn("HGRN without b", absent=("b",)),
+    slstm("SLSTM plain"),
+    slstm("SLSTM heads", heads=3),
+    slstm("SLSTM without b", absent=("b",), heads=2),
     conv("ConvLSTM 1D", (7,)),
     conv("ConvLSTM 1D even kernel strides dilation", (8,), kernel_size=4, strides=3, dilation=2),
     conv("ConvLSTM 2D", (4, 5), kernel_size=(3, 2)),
@@ -332,6 +347,82 @@ def test_lru_is_the_oracle():
         np.testing.assert_allclose(np.vdot(gradient, direction), (moved(1) - moved(-1)) / 2, 0, tolerance)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_rg_lru_is_the_oracle(blocks):
+    """Values, and gradients by finite differences, of rows that have started and of rows that have not."""
+    cell = jaxrnn.RGLRU(H, blocks)
+    rng = np.random.default_rng(0)
+    params = redraw(rng, jax.eval_shape(cell.init, jax.random.key(0)), 0.8)
+    h, xs, weights = rng.normal(size=(B, H)), rng.normal(size=(T, B, H)), rng.normal(size=(T, B, H))
+    carry = functools.partial(jaxrnn.RGLRUCarry, started=np.array([True, False, True]))
+
+    def loss(params, h, xs):
+        last, ys = jaxrnn.scan(cell, params, carry(h), xs)
+        return (weights * ys).sum() + last.h.sum(), (last, ys)
+
+    with jax.enable_x64(True):
+        gradients, result = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, h, xs)
+        free, gates = jaxrnn.rg_lru_step(params, carry(h), xs[0]), cell.gates(params, carry(h), xs[0])
+    expected = oracles.unroll(oracles.rg_lru_step, params, carry(h), xs)
+    *once, activated = oracles.rg_lru_step(params, carry(h), xs[0])
+    ours, theirs = jax.tree.leaves((result, free, gates._asdict())), jax.tree.leaves((expected, tuple(once), activated))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, 1e-10, 1e-12)
+
+    leaves, structure = jax.tree.flatten((params, h, xs))
+    for k, gradient in enumerate(jax.tree.leaves(gradients)):
+        direction = rng.normal(size=gradient.shape)
+        direction *= 3e-6 / np.linalg.norm(direction)
+
+        def moved(sign, k=k, direction=direction):
+            params, h, xs = structure.unflatten([*leaves[:k], leaves[k] + sign * direction, *leaves[k + 1 :]])
+            last, ys = oracles.unroll(oracles.rg_lru_step, params, carry(h), xs)
+            return (weights * ys).sum() + last.h.sum()
+
+        tolerance = 1e-6 * np.linalg.norm(gradient) * np.linalg.norm(direction)
+        np.testing.assert_allclose(np.vdot(gradient, direction), (moved(1) - moved(-1)) / 2, 0, tolerance)
+
+
+def test_rg_lru_begins_with_the_whole_input():
+    """At the first valid step of a sequence, and after every reset, the input enters without the root."""
+    cell = jaxrnn.RGLRU(2)
+    params = cell.init(jax.random.key(0))
+    xs = jax.random.normal(jax.random.key(1), (6, 2))
+    mask, reset = jnp.array([0, 1, 1, 0, 1, 1], bool), jnp.array([0, 0, 0, 1, 1, 0], bool)
+    whole = cell.gates(params, None, xs).i * xs
+    for reverse, begins in ((False, [1, 4]), (True, [5, 2])):
+        _, ys = jaxrnn.scan(cell, params, None, xs, mask=mask, reset=reset, reverse=reverse)
+        np.testing.assert_allclose(ys[jnp.array(begins)], whole[jnp.array(begins)], 1e-6)
+        rest = [t for t in (1, 2, 4, 5) if t not in begins]
+        assert np.abs(ys[jnp.array(rest)] - whole[jnp.array(rest)]).min() > 1e-3
+
+
+def test_rg_lru_draws_its_decay_and_bounds_its_slope():
+    params = jaxrnn.rg_lru_init(jax.random.key(0), 4000, blocks=1000)
+    a = np.exp(-8 * np.logaddexp(0, params.decay))
+    np.testing.assert_allclose(np.quantile(a**2, [0, 0.5, 1]), [0.81, (0.81 + 0.999**2) / 2, 0.999**2], atol=0.01)
+    slope = jax.grad(bounded_sqrt)
+    np.testing.assert_allclose([slope(x) for x in (0.0, 1e-9, 1e-4, 4.0)], [1000, 1000, 50, 0.25], 1e-5)
+
+
+def test_slstm_begins_by_itself_and_stays_in_range():
+    """From zeros the first normaliser is 1, and gates of ±300 overflow nowhere."""
+    cell = jaxrnn.SLSTM(D, H, heads=2)
+    params = cell.init(jax.random.key(0))
+    np.testing.assert_array_equal(params.b.reshape(4, H)[1], np.tile(np.linspace(3, 6, H // 2, dtype=np.float32), 2))
+    carry, _ = jaxrnn.step(cell, params, None, jnp.ones(D))
+    np.testing.assert_array_equal(carry.n, np.ones(H))
+    xs = 1000 * jax.random.normal(jax.random.key(1), (50, D))
+
+    def loss(params):
+        ys = jaxrnn.scan(cell, params, None, xs)[1]
+        return ys.sum(), ys
+
+    gradient, ys = jax.grad(loss, has_aux=True)(params)
+    assert np.abs(ys).max() <= 1
+    assert all(np.isfinite(leaf).all() for leaf in gradient)
+
+
 @pytest.mark.parametrize(("r_min", "r_max", "max_phase"), [(0.0, 1.0, 6.28), (0.9, 0.999, 0.3)])
 def test_lru_draws_its_ring(r_min, r_max, max_phase):
     """Uniform by area, and an input scale that keeps the variance."""
@@ -358,6 +449,7 @@ SHAPES = {
     jaxrnn.IndRNN(D, H): jaxrnn.IndRNNParams((D, H), (H,), (H,)),
     jaxrnn.MinGRU(D, H): jaxrnn.MinGRUParams((D, 2 * H), (2 * H,)),
     jaxrnn.MinLSTM(D, H): jaxrnn.MinLSTMParams((D, 3 * H), (3 * H,)),
+    jaxrnn.HGRN(D, H): jaxrnn.HGRNParams((D, 2 * H), (2 * H,)),
     jaxrnn.ConvLSTM((5, 4), D, H, kernel_size=(3, 2)): jaxrnn.ConvLSTMParams(
         (3, 2, D, 4 * H), (3, 2, H, 4 * H), (4 * H,)
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
@@ -19,8 +19,9 @@ from jaxrnn.engines.loop import in_chunks, starts
 class LinearCell(Cell):
     """A cell of the form that `engines.linear` runs: h' = a h + b, elementwise, a and b of the input alone.
 
-    A subclass has a carry with one field, h, and defines `coefficients`, and `output` where y is not h. Both take any
-    leading axes, so that a whole sequence is one call of each.
+    A subclass has a carry with the field h and defines `coefficients`, and `output` where y is not h. Both take any
+    leading axes, so that a whole sequence is one call of each. Where the first step of a sequence is another one than
+    the rest, the carry has a field `started` too, and `begin` says what (a, b) are there.
     """
 
     @abstractmethod
@@ -31,15 +32,27 @@ class LinearCell(Cell):
         """y, of the new state."""
         return h
 
+    def begin(self, a: Array, b: Array, started: Array) -> tuple[Array, Array]:
+        """(a, b) as they are where a sequence has started, and as they are at its first step."""
+        return a, b
+
     def step(self, params, carry, x, noise=None):
         check.params(self, params)
         dtype = compute_dtype(x, params)
         params, x = cast(params, dtype), x.astype(dtype)
         a, b = self.coefficients(params, x)
+        started = getattr(carry, "started", None)
+        if started is not None:
+            a, b = self.begin(a, b, started)
         wide = accumulator(b.dtype, carry.h.dtype)
         h = a.astype(wide) * carry.h.astype(wide) + b.astype(wide)
         y = self.output(params, h.astype(b.dtype), x).astype(dtype)
-        return type(carry)(h.astype(carry.h.dtype)), y
+        return self._carry(carry, h.astype(carry.h.dtype), True), y
+
+    def _carry(self, old, h, valid):
+        if not hasattr(old, "started"):
+            return type(old)(h)
+        return type(old)(h, old.started | valid)
 
     def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
         check.params(self, params)
@@ -48,19 +61,33 @@ class LinearCell(Cell):
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, params, xs)]
         form = linear_form(implementation, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
 
-        def run(h, inputs):
+        def run(carry, inputs):
             xs, valid, start = inputs
             a, b = self.coefficients(params, xs)
+            if hasattr(carry, "started"):
+                a, b = self.begin(a, b, _started(carry.started, fresh.started, valid, start, reverse, xs.shape[0]))
+            h = carry.h
             if start is not None:
                 b = select(start, b + a * fresh.h.astype(b.dtype), b)
             wide = h.astype(accumulator(b.dtype, h.dtype))
             last, hs = linear_recurrence(a, b, wide, valid=valid, start=start, reverse=reverse, form=form)
-            return last.astype(h.dtype), zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
+            some = xs.shape[0] > 0 if valid is None else valid.any(0)
+            ys = zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
+            return self._carry(carry, last.astype(h.dtype), some), ys
 
-        h, ys = in_chunks(run, carry.h, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
-        return type(carry)(h), ys
+        return in_chunks(run, carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
 
     def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
         """(*batch_shape, size), in the params' dtype."""
         check.params(self, params)
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
+
+
+def _started(given: Array, fresh: Array, valid: Array | None, start: Array | None, reverse: bool, length: int) -> Array:
+    """Of every step (T, *batch), whether a valid step came before it in its sequence."""
+    if valid is None:
+        valid = jnp.ones((length, *given.shape), bool)
+    seen = lax.cummax(valid.astype(jnp.int32), axis=0, reverse=reverse).astype(bool)
+    none = jnp.zeros_like(seen[:1])
+    seen = jnp.concatenate([seen[1:], none] if reverse else [none, seen[:-1]])[:length]
+    return seen | given if start is None else jnp.where(start, fresh, seen | given)

@@ -1,0 +1,130 @@
+"""The hierarchically gated recurrent network's unit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.min_gru import affine
+
+
+class HGRNParams(NamedTuple):
+    """w_x (D, 2H), b (2H,) or None: the forget gate f and the candidate n."""
+
+    w_x: Array
+    b: Array | None
+
+
+class HGRNCarry(NamedTuple):
+    """h (..., H)."""
+
+    h: Array
+
+
+class HGRNGates(NamedTuple):
+    """The activated gate f and the candidate n, each (..., H)."""
+
+    f: Array
+    n: Array
+
+
+class HGRN(LinearCell):
+    """The real unit of the hierarchically gated recurrent network: `hgrn_step` as a cell.
+
+        f = γ + (1 − γ) σ(x w_f + b_f)
+        n = v σ(v),  v = x w_n + b_n
+        h' = f h + (1 − f) n,  y = h'
+
+    γ is a lower bound on what is kept: let it grow from layer to layer, and upper ones remember for longer.
+
+    Args:
+      input_size: D. hidden_size: H.
+      lower_bound: γ, at least 0 and below 1.
+
+    Reference: Qin et al. 2023, Hierarchically gated recurrent neural network, arXiv 2311.04823; with a real state.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.Stack([jaxrnn.HGRN(3, 8), jaxrnn.HGRN(8, 8, lower_bound=0.9)])
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> ys.shape
+        (7, 8)
+    """
+
+    input_size: int
+    hidden_size: int
+    lower_bound: float = 0.0
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        check.rate(self, "lower_bound", self.lower_bound)
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> HGRNParams:
+        return hgrn_init(key, self.input_size, self.hidden_size, dtype=dtype)
+
+    def initial_carry(self, params: HGRNParams, batch_shape: tuple[int, ...] = ()) -> HGRNCarry:
+        return HGRNCarry(self.zeros(params, batch_shape, self.hidden_size))
+
+    def gates(self, params: HGRNParams, carry: HGRNCarry, x: Array, noise: Any = None) -> HGRNGates:
+        """The activated gate and the candidate of one step."""
+        check.params(self, params)
+        return self._gates(params, x)
+
+    def coefficients(self, params, x):
+        f, n = self._gates(params, x)
+        return f, (1 - f) * n
+
+    def _gates(self, params, x):
+        f, n = jnp.split(affine(params, x), 2, axis=-1)
+        return HGRNGates(self.lower_bound + (1 - self.lower_bound) * jax.nn.sigmoid(f), jax.nn.silu(n))
+
+
+def hgrn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> HGRNParams:
+    """Parameters of `hgrn_step`: w_x LeCun normal, b zero.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.hgrn_init(jax.random.key(0), 3, 16).w_x.shape
+    (3, 32)
+    """
+    return HGRNParams(lecun_normal(key, input_size, hidden_size, 2, dtype), jnp.zeros(2 * hidden_size, dtype))
+
+
+def hgrn_step(
+    params: HGRNParams, carry: HGRNCarry, x: Array, noise: Any = None, *, lower_bound: float = 0.0
+) -> tuple[HGRNCarry, Array]:
+    """One step of a hierarchically gated recurrent network's unit.
+
+        f = γ + (1 − γ) σ(x w_f + b_f)
+        h' = f h + (1 − f) silu(x w_n + b_n)
+
+    Args:
+      params: `HGRNParams` with w_x (D, 2H), b (2H,) or None.
+      carry: `HGRNCarry(h)`, (..., H).
+      x: input, (..., D).
+      noise: None.
+      lower_bound: γ, as of `HGRN`.
+
+    Returns:
+      The new carry, and the output h', (..., H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.hgrn_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.hgrn_step(params, jaxrnn.HGRNCarry(jnp.zeros(16)), jnp.ones(3))
+        >>> y.shape
+        (16,)
+    """
+    rows, columns = params.w_x.shape
+    return HGRN(rows, columns // 2, lower_bound).step(params, carry, x, noise)

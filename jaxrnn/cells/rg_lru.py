@@ -1,0 +1,165 @@
+"""The real-gated linear recurrent unit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.engines.arrays import accumulator
+
+POWER = 8.0  # c of the paper
+STEEPEST = 1000.0  # that the derivative of the square root may be
+
+
+class RGLRUParams(NamedTuple):
+    """decay (D,): Λ. w_x (N, D/N, 2 D/N): N blocks of the gates r and i. b (2, D) or None."""
+
+    decay: Array
+    w_x: Array
+    b: Array | None
+
+
+class RGLRUCarry(NamedTuple):
+    """h (..., D), and whether its sequence has started, bool (...)."""
+
+    h: Array
+    started: Array
+
+
+class RGLRUGates(NamedTuple):
+    """The activated recurrence gate r and input gate i, each (..., D)."""
+
+    r: Array
+    i: Array
+
+
+class RGLRU(LinearCell):
+    """The real-gated linear recurrent unit of Griffin: `rg_lru_step` as a cell.
+
+        r, i = σ(x w_r + b_r), σ(x w_i + b_i)
+        a = exp(−8 softplus(Λ) r)
+        h' = a h + √(1 − a²) (i x),  y = h'
+
+    At the first step of a sequence the factor √(1 − a²) is 1; the carry knows whether that step is over. The derivative
+    of the square root is at most 1000.
+
+    Args:
+      input_size: D, which h and y have too.
+      blocks: N, of which w_r and w_i are block-diagonal; it divides D.
+
+    Reference: De et al. 2024, Griffin, arXiv 2402.19427.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.RGLRU(16, blocks=4)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 16)))
+        >>> bool(carry.started), ys.shape
+        (True, (7, 16))
+    """
+
+    input_size: int
+    blocks: int = 1
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "blocks", self.blocks)
+        if self.input_size % self.blocks:
+            raise ValueError(f"RGLRU: blocks must divide input_size {self.input_size}, got {self.blocks}")
+
+    @property
+    def output_size(self) -> int:
+        return self.input_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> RGLRUParams:
+        return rg_lru_init(key, self.input_size, blocks=self.blocks, dtype=dtype)
+
+    def initial_carry(self, params: RGLRUParams, batch_shape: tuple[int, ...] = ()) -> RGLRUCarry:
+        return RGLRUCarry(self.zeros(params, batch_shape, self.input_size), jnp.zeros(batch_shape, bool))
+
+    def gates(self, params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Any = None) -> RGLRUGates:
+        """The activated gates of one step."""
+        check.params(self, params)
+        return self._gates(params, x)
+
+    def coefficients(self, params, x):
+        r, i = self._gates(params, x)
+        wide = r.dtype
+        exponent = -POWER * jax.nn.softplus(params.decay.astype(wide)) * r
+        return jnp.exp(exponent), i * x.astype(wide)
+
+    def begin(self, a, b, started):
+        scale = bounded_sqrt((1 - a) * (1 + a))
+        return a, jnp.where(started[..., None], scale, jnp.ones_like(scale)) * b
+
+    def _gates(self, params, x):
+        wide = accumulator(x.dtype)
+        blocks = x.reshape(*x.shape[:-1], self.blocks, self.input_size // self.blocks)
+        u = jnp.einsum("...nd,nde->...ne", blocks, params.w_x, preferred_element_type=wide)
+        gates = [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
+        if params.b is not None:
+            gates = [gate + b.astype(wide) for gate, b in zip(gates, params.b, strict=True)]
+        return RGLRUGates(*map(jax.nn.sigmoid, gates))
+
+
+@jax.custom_jvp
+def bounded_sqrt(x: Array) -> Array:
+    """√x, whose derivative is at most 1000 where x comes near 0."""
+    return jnp.sqrt(x)
+
+
+@bounded_sqrt.defjvp
+def _bounded_sqrt_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return bounded_sqrt(x), tangent * jax.lax.rsqrt(jnp.maximum(4 * x, jnp.full_like(x, STEEPEST**-2)))
+
+
+def rg_lru_init(key: Array, input_size: int, *, blocks: int = 1, dtype: Any = jnp.float32) -> RGLRUParams:
+    """Parameters of `rg_lru_step`: Λ such that a lies in [0.9, 0.999] where r = 1, its square uniform; w_x LeCun normal
+    per block, b zero.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.rg_lru_init(jax.random.key(0), 16, blocks=4).w_x.shape
+    (4, 4, 8)
+    """
+    wide, size = accumulator(dtype), input_size // blocks
+    k_decay, k_x = jax.random.split(key)
+    square = jax.random.uniform(k_decay, (input_size,), wide, 0.9**2, 0.999**2)
+    softplus = -jnp.log(square) / (2 * POWER)
+    decay = jnp.log(jnp.expm1(softplus)).astype(dtype)
+    keys = jax.random.split(k_x, blocks)
+    w_x = jax.vmap(lambda key: lecun_normal(key, size, size, 2, dtype))(keys)
+    return RGLRUParams(decay, w_x, jnp.zeros((2, input_size), dtype))
+
+
+def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Any = None) -> tuple[RGLRUCarry, Array]:
+    """One step of a real-gated linear recurrent unit.
+
+        r, i = σ(x w_r + b_r), σ(x w_i + b_i)
+        a = exp(−8 softplus(Λ) r)
+        h' = a h + √(1 − a²) (i x), without the root at the first step
+
+    Args:
+      params: `RGLRUParams` with decay (D,), w_x (N, D/N, 2 D/N), b (2, D) or None.
+      carry: `RGLRUCarry(h, started)`, (..., D) and bool (...).
+      x: input, (..., D).
+      noise: None.
+
+    Returns:
+      The new carry, and the output h', (..., D).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.rg_lru_init(jax.random.key(0), 16)
+        >>> carry, y = jaxrnn.rg_lru_step(params, jaxrnn.RGLRUCarry(jnp.zeros(16), jnp.array(False)), jnp.ones(16))
+        >>> bool(carry.started)
+        True
+    """
+    blocks, rows, _ = params.w_x.shape
+    return RGLRU(blocks * rows, blocks).step(params, carry, x, noise)

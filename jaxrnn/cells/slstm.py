@@ -1,0 +1,158 @@
+"""The scalar LSTM of xLSTM: exponential gates, a normaliser, and heads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.engines.gated import GatedWeights
+
+
+class SLSTMParams(NamedTuple):
+    """w_x (D, 4H), w_h (N, H/N, 4 H/N), b (4H,) or None: gates i f z o, in w_h within each of N heads."""
+
+    w_x: Array
+    w_h: Array
+    b: Array | None
+
+
+class SLSTMCarry(NamedTuple):
+    """h, c, the normaliser n and the stabiliser m, each (..., H). Where n is 0 nothing has come in yet."""
+
+    h: Array
+    c: Array
+    n: Array
+    m: Array
+
+
+class SLSTMGates(NamedTuple):
+    """The gates i and f as c and n are multiplied by them, z and o, each (..., H)."""
+
+    i: Array
+    f: Array
+    z: Array
+    o: Array
+
+
+class SLSTM(GatedCell):
+    """The scalar LSTM of xLSTM: `slstm_step` as a cell.
+
+        i, f, z, o = x w_x + h w_h + b, w_h block-diagonal
+        m' = max(i, log σ(f) + m), or i where n = 0
+        i', f' = exp(i − m'), exp(log σ(f) + m − m')
+        c' = f' c + i' tanh(z),  n' = f' n + i', at least 1
+        h' = σ(o) c' / n',  y = h'
+
+    m keeps the exponentials within range and cancels in h'.
+
+    Args:
+      input_size: D. hidden_size: H.
+      heads: N, of which w_h is block-diagonal: units see the past of their own head only. It divides H.
+
+    Reference: Beck et al. 2024, xLSTM: extended long short-term memory, arXiv 2405.04517.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.SLSTM(3, 16, heads=4)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> ys.shape
+        (7, 16)
+    """
+
+    input_size: int
+    hidden_size: int
+    heads: int = 1
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        check.size(self, "heads", self.heads)
+        if self.hidden_size % self.heads:
+            raise ValueError(f"SLSTM: heads must divide hidden_size {self.hidden_size}, got {self.heads}")
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> SLSTMParams:
+        return slstm_init(key, self.input_size, self.hidden_size, heads=self.heads, dtype=dtype)
+
+    def initial_carry(self, params: SLSTMParams, batch_shape: tuple[int, ...] = ()) -> SLSTMCarry:
+        return SLSTMCarry(*[self.zeros(params, batch_shape, self.hidden_size)] * 4)
+
+    def weights(self, params: SLSTMParams) -> GatedWeights:
+        return GatedWeights(params.w_x, params.b, params.w_h)
+
+    def gates(self, params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Any = None) -> SLSTMGates:
+        """The gates of one step."""
+        _, carry, u, v, _ = self.products(params, carry, x, noise)
+        return self._activate(carry, u, v)[0]
+
+    def gate(self, theta, carry, u, v, w):
+        (i, f, z, o), m = self._activate(carry, u, v)
+        c, n = f * carry.c + i * z, f * carry.n + i
+        n = jnp.where(n < 1, jnp.ones_like(n), n)
+        h = o * c / n
+        return SLSTMCarry(h, c, n, m), h
+
+    def _activate(self, carry, u, v):
+        """The gates, and m'."""
+        by_head = v.reshape(*v.shape[:-1], self.heads, 4, self.hidden_size // self.heads)
+        v = jnp.swapaxes(by_head, -3, -2).reshape(v.shape)
+        i, f, z, o = jnp.split(u + v, 4, axis=-1)
+        kept = jax.nn.log_sigmoid(f) + carry.m
+        m = jnp.where(carry.n == 0, i, jnp.maximum(i, kept))
+        past = kept - m  # above 0 only where n is 0, and with it what it multiplies
+        past = jnp.where(past > 0, jnp.zeros_like(past), past)
+        return SLSTMGates(jnp.exp(i - m), jnp.exp(past), jnp.tanh(z), jax.nn.sigmoid(o)), m
+
+
+def slstm_init(
+    key: Array, input_size: int, hidden_size: int, *, heads: int = 1, dtype: Any = jnp.float32
+) -> SLSTMParams:
+    """Parameters of `slstm_step`: w_x LeCun normal, w_h zero, b zero but for f, where it goes from 3 to 6 over a head.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.slstm_init(jax.random.key(0), 3, 16, heads=4).w_h.shape
+    (4, 4, 16)
+    """
+    size = hidden_size // heads
+    b = jnp.zeros((4, hidden_size), dtype).at[1].set(jnp.tile(jnp.linspace(3, 6, size), heads).astype(dtype))
+    w_x = lecun_normal(key, input_size, hidden_size, 4, dtype)
+    return SLSTMParams(w_x, jnp.zeros((heads, size, 4 * size), dtype), b.reshape(-1))
+
+
+def slstm_step(params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Any = None) -> tuple[SLSTMCarry, Array]:
+    """One step of a scalar LSTM of xLSTM.
+
+        i, f, z, o = x w_x + h w_h + b
+        m' = max(i, log σ(f) + m), or i where n = 0
+        i', f' = exp(i − m'), exp(log σ(f) + m − m')
+        c' = f' c + i' tanh(z),  n' = f' n + i'
+        h' = σ(o) c' / n'
+
+    Args:
+      params: `SLSTMParams` with w_x (D, 4H), w_h (N, H/N, 4 H/N), b (4H,) or None.
+      carry: `SLSTMCarry(h, c, n, m)`, each (..., H).
+      x: input, (..., D).
+      noise: None, or `(mask, None)` with a factor on h in its product, (..., H).
+
+    Returns:
+      The new carry, and the output h', (..., H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.slstm_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.slstm_step(params, jaxrnn.SLSTMCarry(*[jnp.zeros(16)] * 4), jnp.ones(3))
+        >>> y.shape
+        (16,)
+    """
+    heads, rows, _ = params.w_h.shape
+    return SLSTM(params.w_x.shape[0], heads * rows, heads).step(params, carry, x, noise)
