@@ -23,6 +23,7 @@ from jaxrnn.cells.min_lstm import (
     min_lstm_step,
 )
 from jaxrnn.cells.rg_lru import RGLRU, RGLRUCarry, RGLRUGates, RGLRUParams, rg_lru_init, rg_lru_step
+from jaxrnn.cells.s5 import S5, S5Carry, S5Params, s5_init, s5_step
 from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm_init, slstm_step
 from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
 from jaxrnn.engines.gated import GatedWeights
@@ -53,6 +54,7 @@ __all__ = [
     "LSTM",
     "MGU",
     "RGLRU",
+    "S5",
     "SLSTM",
     "Apply",
     "Backward",
@@ -117,6 +119,8 @@ __all__ = [
     "RGLRUParams",
     "RecurrentDropout",
     "Residual",
+    "S5Carry",
+    "S5Params",
     "SLSTMCarry",
     "SLSTMGates",
     "SLSTMParams",
@@ -154,6 +158,8 @@ __all__ = [
     "rg_lru_init",
     "rg_lru_step",
     "rollout",
+    "s5_init",
+    "s5_step",
     "scan",
     "slstm_init",
     "slstm_step",

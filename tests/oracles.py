@@ -308,3 +308,18 @@ def slstm_step(params, carry, x, *, heads=1):
     c, n = f * carry.c + i * z, np.maximum(f * carry.n + i, 1)
     h = o * c / n
     return type(carry)(h, c, n, m), h, {"i": i, "f": f, "z": z, "o": o}
+
+
+def s5_step(params, carry, x, *, discretization="zoh"):
+    """Smith et al. 2022, with B and C as real and imaginary parts side by side."""
+    size = len(params.log_step)
+    eigenvalue, step = -np.exp(params.log_decay) + 1j * params.frequency, np.exp(params.log_step)
+    if discretization == "zoh":
+        a = np.exp(eigenvalue * step)
+        scale = (a - 1) / eigenvalue
+    else:
+        a = (2 + step * eigenvalue) / (2 - step * eigenvalue)
+        scale = 2 * step / (2 - step * eigenvalue)
+    h = a * carry.h + scale * (x @ (params.w_x[:, :size] + 1j * params.w_x[:, size:]))
+    y = 2 * np.real(h @ (params.w_y[:size] - 1j * params.w_y[size:])) + params.d * x
+    return type(carry)(h), y, None

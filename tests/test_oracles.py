@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.linalg
 
 import jaxrnn
 from jaxrnn.cells.activations import ACTIVATIONS
 from jaxrnn.cells.rg_lru import bounded_sqrt
+from jaxrnn.cells.s5 import _hippo
 
 T, B, D, H, P = 4, 3, 2, 6, 5
 
@@ -307,30 +309,38 @@ def test_activation_at_zero(spec):
     assert jaxrnn.activation(spec)(0.0) == 0
 
 
-def test_lru_is_the_oracle():
+COMPLEX = {
+    "LRU": (jaxrnn.LRU(D, H), jaxrnn.lru_step, oracles.lru_step, {}),
+    "S5": (jaxrnn.S5(D, H), jaxrnn.s5_step, oracles.s5_step, {}),
+    "S5 bilinear": (
+        jaxrnn.S5(D, H, "bilinear"), jaxrnn.s5_step, oracles.s5_step, {"discretization": "bilinear"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_cell_is_the_oracle(name):
     """Values, and gradients by finite differences; real and imaginary parts of the carry apart."""
-    cell = jaxrnn.LRU(D, H)
+    cell, free, oracle, options = COMPLEX[name]
     rng = np.random.default_rng(0)
     params = redraw(rng, jax.eval_shape(cell.init, jax.random.key(0)), 0.8)
     parts, xs = rng.normal(size=(2, B, H)), rng.normal(size=(T, B, D))
     weights = rng.normal(size=(T, B, D))
+    kind = type(jax.eval_shape(cell.initial_carry, params))
 
     def carry(parts):
-        return jaxrnn.LRUCarry(parts[0] + 1j * parts[1])
+        return kind(parts[0] + 1j * parts[1])
 
     def loss(params, parts, xs):
-        last, ys = jaxrnn.scan(cell, params, jaxrnn.LRUCarry(jax.lax.complex(*parts)), xs)
+        last, ys = jaxrnn.scan(cell, params, kind(jax.lax.complex(*parts)), xs)
         return (weights * ys).sum() + (last.h.real - 2 * last.h.imag).sum(), (last, ys)
 
     with jax.enable_x64(True):
         gradients, result = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, parts, xs)
-        free = jaxrnn.lru_step(params, carry(parts), xs[0])
-    expected = oracles.unroll(oracles.lru_step, params, carry(parts), xs)
-    for one, other in zip(
-        jax.tree.leaves((result, free)),
-        jax.tree.leaves((expected, oracles.lru_step(params, carry(parts), xs[0])[:2])),
-        strict=True,
-    ):
+        once = free(params, carry(parts), xs[0], **options)
+    expected = oracles.unroll(oracle, params, carry(parts), xs, **options)
+    expected_once = oracle(params, carry(parts), xs[0], **options)[:2]
+    for one, other in zip(jax.tree.leaves((result, once)), jax.tree.leaves((expected, expected_once)), strict=True):
         np.testing.assert_allclose(one, other, 1e-10, 1e-12)
 
     leaves, structure = jax.tree.flatten((params, parts, xs))
@@ -340,11 +350,43 @@ def test_lru_is_the_oracle():
 
         def moved(sign, k=k, direction=direction):
             params, parts, xs = structure.unflatten([*leaves[:k], leaves[k] + sign * direction, *leaves[k + 1 :]])
-            last, ys = oracles.unroll(oracles.lru_step, params, carry(parts), xs)
+            last, ys = oracles.unroll(oracle, params, carry(parts), xs, **options)
             return (weights * ys).sum() + (last.h.real - 2 * last.h.imag).sum()
 
         tolerance = 1e-6 * np.linalg.norm(gradient) * np.linalg.norm(direction)
         np.testing.assert_allclose(np.vdot(gradient, direction), (moved(1) - moved(-1)) / 2, 0, tolerance)
+
+
+def test_s5_begins_as_hippo():
+    """Half of the conjugate pairs stand for the whole real system of 2 P states, held over steps of one length."""
+    pairs, step = 3, 0.07
+    size = 2 * pairs
+    with jax.enable_x64(True):
+        cell = jaxrnn.S5(size, pairs, step_min=step, step_max=step)
+        params = cell.init(jax.random.key(0), jnp.float64)
+        n = np.arange(size)
+        root = np.sqrt(2 * n + 1)
+        legs = -np.where(n[:, None] > n, np.outer(root, root), 0) - np.diag(n + 1)
+        normal = legs + np.outer(root, root) / 2
+        # B and C of the whole system, from those of its eigenvectors.
+        values = np.linalg.eigvals(normal)
+        eigenvalue = -np.exp(params.log_decay) + 1j * np.asarray(params.frequency)
+        np.testing.assert_allclose(np.sort(values.imag), np.sort([*eigenvalue.imag, *-eigenvalue.imag]), atol=1e-10)
+        np.testing.assert_allclose(values.real, -0.5, atol=1e-10)
+        whole, held = np.zeros(size), scipy.linalg.expm(normal * step)
+        xs = np.random.default_rng(0).normal(size=(9, size))
+        _, vectors = _hippo(pairs)
+        w_x, w_y = np.asarray(params.w_x), np.asarray(params.w_y)
+        b, c = w_x[:, :pairs] + 1j * w_x[:, pairs:], w_y[:pairs] - 1j * w_y[pairs:]
+        b, c = 2 * np.real(vectors @ b.T), 2 * np.real(c.T @ vectors.conj().T)
+        expected = []
+        for x in xs:
+            whole = held @ whole + np.linalg.solve(normal, (held - np.eye(size)) @ b @ x)
+            expected.append(c @ whole + np.asarray(params.d) * x)
+        _, ys = jaxrnn.scan(cell, params, None, xs)
+        np.testing.assert_allclose(ys, expected, 1e-9, 1e-9)
+    drawn = jaxrnn.s5_init(jax.random.key(0), 2, 500).log_step
+    np.testing.assert_allclose(np.quantile(drawn, [0, 0.5, 1]), np.log([1e-3, 1e-2, 1e-1]), atol=0.2)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])

@@ -1,0 +1,188 @@
+"""The simplified state space layer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxrnn import check
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.engines.arrays import accumulator, dot
+
+DISCRETIZATIONS = ("zoh", "bilinear")
+
+
+class S5Params(NamedTuple):
+    """log_decay, frequency, log_step (P,): λ = −exp(log_decay) + i frequency, Δ = exp(log_step). w_x (D, 2P) and
+    w_y (2P, D): real and imaginary parts side by side. d (D,).
+    """
+
+    log_decay: Array
+    frequency: Array
+    log_step: Array
+    w_x: Array
+    w_y: Array
+    d: Array
+
+
+class S5Carry(NamedTuple):
+    """h (..., P), complex."""
+
+    h: Array
+
+
+class S5(LinearCell):
+    """The simplified state space layer: `s5_step` as a cell.
+
+        s' = λ s + x B,  λ = −exp(decay) + i frequency        the continuous system, B = w_re + i w_im
+        h' = ā h + b̄ (x B)                                    over a step of length Δ
+        y = 2 (Re(h') w_y[:P] + Im(h') w_y[P:]) + d x
+
+        ā = exp(λ Δ), b̄ = (ā − 1) / λ                         "zoh": the input is held during the step
+        ā = (1 + λ Δ/2) / (1 − λ Δ/2), b̄ = Δ / (1 − λ Δ/2)    "bilinear"
+
+    Of every conjugate pair of eigenvalues one is kept, hence the 2. The real part of λ is negative for all params.
+
+    Args:
+      input_size: D, which y has too.
+      hidden_size: P, the pairs; the system has 2 P states.
+      discretization: "zoh" or "bilinear".
+      step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
+
+    Reference: Smith et al. 2022, Simplified state space layers for sequence modeling, arXiv 2208.04933.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.S5(3, 16)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> carry.h.dtype, ys.shape
+        (dtype('complex64'), (7, 3))
+    """
+
+    input_size: int
+    hidden_size: int
+    discretization: str = "zoh"
+    step_min: float = 1e-3
+    step_max: float = 1e-1
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        if self.discretization not in DISCRETIZATIONS:
+            raise ValueError(f"S5: discretization: expected one of {DISCRETIZATIONS}, got {self.discretization!r}")
+        check.positive(self, "step_min", self.step_min)
+        if not self.step_min <= self.step_max:
+            raise ValueError(f"S5: expected step_min ≤ step_max, got {self.step_min} and {self.step_max}")
+
+    @property
+    def output_size(self) -> int:
+        return self.input_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> S5Params:
+        return s5_init(
+            key, self.input_size, self.hidden_size, step_min=self.step_min, step_max=self.step_max, dtype=dtype
+        )
+
+    def initial_carry(self, params: S5Params, batch_shape: tuple[int, ...] = ()) -> S5Carry:
+        zeros = self.zeros(params, batch_shape, self.hidden_size)
+        return S5Carry(zeros.astype(accumulator(zeros.dtype, jnp.complex64)))
+
+    def coefficients(self, params, x):
+        wide = accumulator(params.d.dtype)
+        log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
+        step = jnp.exp(log_step)
+        eigenvalue = lax.complex(-jnp.exp(log_decay), frequency)
+        moved = lax.complex(step * eigenvalue.real, step * eigenvalue.imag)
+        if self.discretization == "zoh":
+            a, scale = jnp.exp(moved), jnp.expm1(moved) / eigenvalue
+        else:
+            below = 1 - moved / 2
+            a, scale = (1 + moved / 2) / below, step.astype(moved.dtype) / below
+        u = dot(x, params.w_x).astype(wide)
+        return a, scale * lax.complex(*jnp.split(u, 2, axis=-1))
+
+    def output(self, params, h, x):
+        parts = jnp.concatenate([h.real, h.imag], axis=-1)
+        y = 2 * dot(parts.astype(params.w_y.dtype), params.w_y)
+        return y + (params.d * x).astype(y.dtype)
+
+
+@functools.cache
+def _hippo(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis."""
+    root = np.sqrt(1 + 2 * np.arange(2 * pairs))
+    skew = np.tril(np.outer(root, root) / 2, -1)
+    values, vectors = np.linalg.eigh(-1j * (skew.T - skew))
+    return -0.5 + 1j * values[pairs:], vectors[:, pairs:]
+
+
+def s5_init(
+    key: Array,
+    input_size: int,
+    hidden_size: int,
+    *,
+    step_min: float = 1e-3,
+    step_max: float = 1e-1,
+    dtype: Any = jnp.float32,
+) -> S5Params:
+    """Parameters of `s5_step`: λ the eigenvalues of the normal part of HiPPO-LegS; w_x of variance 1/D and w_y of
+    1/(2P) in the coordinates of HiPPO, turned into those of its eigenvectors; log Δ uniform; d normal.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.s5_init(jax.random.key(0), 3, 16)
+    >>> params.w_x.shape, params.w_y.shape
+    ((3, 32), (32, 3))
+    """
+    wide = accumulator(dtype)
+    values, vectors = _hippo(hidden_size)
+    turn = np.concatenate([vectors.real, vectors.imag], axis=1)
+    k_x, k_y, k_step, k_d = jax.random.split(key, 4)
+    b = jax.random.normal(k_x, (input_size, 2 * hidden_size), wide) / math.sqrt(input_size)
+    c = jax.random.normal(k_y, (2 * hidden_size, input_size), wide) / math.sqrt(2 * hidden_size)
+    conjugate = np.concatenate([np.ones(hidden_size), -np.ones(hidden_size)])
+    log_step = jax.random.uniform(k_step, (hidden_size,), wide, math.log(step_min), math.log(step_max))
+    params = S5Params(
+        log_decay=jnp.log(jnp.asarray(-values.real, wide)),
+        frequency=jnp.asarray(values.imag, wide),
+        log_step=log_step,
+        w_x=jnp.matmul(b, jnp.asarray(turn * conjugate, wide), precision="highest"),
+        w_y=jnp.matmul(jnp.asarray((turn * conjugate).T, wide), c, precision="highest"),
+        d=jax.random.normal(k_d, (input_size,), wide),
+    )
+    return S5Params(*(each.astype(dtype) for each in params))
+
+
+def s5_step(
+    params: S5Params, carry: S5Carry, x: Array, noise: Any = None, *, discretization: str = "zoh"
+) -> tuple[S5Carry, Array]:
+    """One step of a simplified state space layer.
+
+        h' = ā h + b̄ (x B),  ā and b̄ of λ and Δ as in `S5`
+        y = 2 (Re(h') w_y[:P] + Im(h') w_y[P:]) + d x
+
+    Args:
+      params: `S5Params` with log_decay, frequency, log_step (P,), w_x (D, 2P), w_y (2P, D), d (D,).
+      carry: `S5Carry(h)`, (..., P), complex.
+      x: input, (..., D).
+      noise: None.
+      discretization: as of `S5`.
+
+    Returns:
+      The new carry, and the output, (..., D).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.s5_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.s5_step(params, jaxrnn.S5Carry(jnp.zeros(16, jnp.complex64)), jnp.ones(3))
+        >>> y.shape
+        (3,)
+    """
+    rows, columns = params.w_x.shape
+    return S5(rows, columns // 2, discretization).step(params, carry, x, noise)
