@@ -95,6 +95,8 @@ class Cell(metaclass=CellType):
     recurrent_state = None
     # The fields of the params that are weights of the recurrent product.
     recurrent_weights = ()
+    # Those that a small learning rate suits: of eigenvalues, decays, lengths of steps.
+    slow_weights = ()
     # Whether y has the size of x, whatever that is.
     pointwise = False
     # Whether a sequence goes in and a single y comes out.

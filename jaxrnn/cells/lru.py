@@ -55,6 +55,8 @@ class LRU(LinearCell):
         (dtype('complex64'), (7, 3))
     """
 
+    slow_weights = ("nu", "theta", "gamma")  # type: ignore[assignment]
+
     input_size: int
     hidden_size: int
     r_min: float = 0.0

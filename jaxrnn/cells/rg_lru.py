@@ -62,6 +62,8 @@ class RGLRU(LinearCell):
         (True, (7, 16))
     """
 
+    slow_weights = ("decay",)  # type: ignore[assignment]
+
     input_size: int
     blocks: int = 1
 

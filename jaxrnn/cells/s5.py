@@ -64,6 +64,8 @@ class S5(LinearCell):
         (dtype('complex64'), (7, 3))
     """
 
+    slow_weights = ("log_decay", "frequency", "log_step")  # type: ignore[assignment]
+
     input_size: int
     hidden_size: int
     discretization: str = "zoh"

@@ -5,6 +5,7 @@ from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, r
 from jaxrnn.training.evaluate import evaluate, predict
 from jaxrnn.training.fit import NonFiniteError, fit
 from jaxrnn.training.history import BadStep, History
+from jaxrnn.training.labels import labels
 from jaxrnn.training.losses import (
     Mean,
     Perplexity,
@@ -51,6 +52,7 @@ __all__ = [
     "cross_entropy",
     "evaluate",
     "fit",
+    "labels",
     "load",
     "make_eval",
     "make_loss",

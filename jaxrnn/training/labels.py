@@ -1,0 +1,39 @@
+"""Which parameters need a smaller learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxrnn.cell import Cell
+
+
+def labels(cell: Cell, params: Any) -> Any:
+    """ "slow" or "regular" for every parameter, for `optax.multi_transform`.
+
+    Slow are those that eigenvalues, decays and step lengths are made of, as the cell's class says in `slow_weights`: a
+    small change of one moves a memory by many steps, so that they are trained with a smaller learning rate and without
+    weight decay.
+
+        >>> import jax, jaxrnn, optax
+        >>> from jaxrnn import training
+        >>> cell = jaxrnn.Stack([jaxrnn.Linear(3, 8), jaxrnn.LRU(8, 16)])
+        >>> params = cell.init(jax.random.key(0))
+        >>> kinds = training.labels(cell, params)
+        >>> kinds[1].nu, kinds[1].w_x
+        ('slow', 'regular')
+        >>> optimizer = optax.multi_transform({"slow": optax.adam(1e-4), "regular": optax.adamw(1e-3)}, kinds)
+        >>> state = optimizer.init(params)
+    """
+    leaves, structure = jax.tree.flatten(params)
+    numbers = structure.unflatten(range(len(leaves)))
+    slow = set(_slow(cell, numbers))
+    return jax.tree.map(lambda number: "slow" if number in slow else "regular", numbers)
+
+
+def _slow(cell, numbers):
+    for name in cell.slow_weights:
+        yield from jax.tree.leaves(getattr(numbers, name))
+    for part in cell.parts(numbers, None):
+        yield from _slow(part.cell, part.params)
