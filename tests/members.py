@@ -171,6 +171,7 @@ COMPOSITIONS = {
     "linear_stack": Stack(
         (LRU(D, H), Dropout(0.3), Residual(MinGRU(D, D)), RGLRU(D), Bidirectional(MinLSTM(D, H), LRU(D, 4)))
     ),
+    "learned_rg_lru": LearnedCarry(RGLRU(D)),
     "learned_carry": LearnedCarry(LSTM(D, H)),
     "emit_carry": EmitCarry(LSTM(D, H)),
     "recurrent_dropout": RecurrentDropout(LSTM(D, H), 0.3),

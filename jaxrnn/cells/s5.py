@@ -115,7 +115,7 @@ class S5(LinearCell):
 
 
 @functools.cache
-def _hippo(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+def _hippo(pairs: int) -> tuple[Any, Any]:
     """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis."""
     root = np.sqrt(1 + 2 * np.arange(2 * pairs))
     skew = np.tril(np.outer(root, root) / 2, -1)

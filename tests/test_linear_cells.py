@@ -1,0 +1,36 @@
+"""Cells with a linear recurrence over long sequences: one step at a time and in parallel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn.engines import native
+
+D, H, T = 4, 8, 10_000
+CELLS = {
+    "min_gru": jaxrnn.MinGRU(D, H),
+    "min_lstm": jaxrnn.MinLSTM(D, H),
+    "hgrn": jaxrnn.HGRN(D, H, lower_bound=0.99),
+    "lru": jaxrnn.LRU(D, H, r_min=0.9, r_max=0.999),
+    "s5": jaxrnn.S5(D, H),
+    "rg_lru": jaxrnn.RGLRU(D, blocks=2),
+}
+NATIVE = ["native"] if native.absent() is None else []
+
+
+@pytest.mark.parametrize("implementation", [*NATIVE, "associative", "chunked"])
+@pytest.mark.parametrize("name", CELLS)
+def test_steps_are_the_whole_over_many_steps(name, implementation):
+    """Within 1e-5 of the largest number, in float32."""
+    cell = CELLS[name]
+    params = cell.init(jax.random.key(0))
+    carry = cell.initial_carry(params)
+    if implementation == "native" and jnp.iscomplexobj(carry.h):
+        pytest.skip("the kernel is real")
+    xs = jax.random.normal(jax.random.key(1), (T, D))
+    stepped = jax.jit(lambda xs: jax.lax.scan(lambda carry, x: cell.step(params, carry, x), carry, xs))(xs)
+    whole = jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs, implementation=implementation))(xs)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(stepped), strict=True):
+        np.testing.assert_allclose(one, other, 0, 1e-5 * float(np.abs(other).max()))
