@@ -1,5 +1,7 @@
 """Time: what other libraries get wrong, one test for each."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,3 +289,46 @@ def test_rollout_is_the_loop():
         params
     )
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_accelerators_take_the_input_product_of_all_steps_at_once(monkeypatch):
+    xs = draw_x(GRU(2, 3), 0, 7, 5)
+    params = draw_params(GRU(2, 3))
+    run = jax.jit(lambda xs: jaxrnn.scan(GRU(2, 3), params, None, xs, implementation="xla")[1]).trace(xs)
+    shapes = [
+        re.findall(r"stablehlo.dot_general .*\(tensor<(\w+)xf64>", run.lower(lowering_platforms=(platform,)).as_text())
+        for platform in ("cpu", "cuda")
+    ]
+    assert sorted(shapes[0]) == ["5x2", "5x3"]
+    assert sorted(shapes[1]) == ["5x3", "7x5x2"]
+
+    cell = Stack((BOTH, jaxrnn.RecurrentDropout(LSTM(5, 4), 0.3), jaxrnn.IndRNN(4, 3), GRU(3, 2, layer_norm=True)))
+    params, carry, xs = draw_params(cell), draw_carry(cell, draw_params(cell), 4), draw_x(cell, 1, 6, 4)
+    reset = np.arange(24).reshape(6, 4) % 5 == 0
+
+    def loss(params, carry, xs, remat_every):
+        end, ys = jaxrnn.scan(
+            cell,
+            params,
+            carry,
+            xs,
+            lengths=np.array([6, 0, 3, 5]),
+            reset=reset,
+            key=jax.random.key(0),
+            remat_every=remat_every,
+            implementation="xla",
+        )
+        return weighted_sum((end, ys)), (end, ys)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    expected = run(params, carry, xs, None)
+    taken = []
+
+    def elsewhere(*operands, cpu, default):
+        taken.append(default)
+        return default(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+    close(run(params, carry, xs, None), expected)
+    close(run(params, carry, xs, 4), expected)
+    assert taken

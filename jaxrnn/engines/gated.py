@@ -77,7 +77,13 @@ def recurrent_product(s: Array, w_h: Array) -> Array:
     return v.reshape(*v.shape[:-2], blocks * columns)
 
 
-def _products(cell, weights: GatedWeights, carry, x, mask, dtype, wide):
+def _input_product(weights: GatedWeights, x, dtype, wide):
+    """u in the wide dtype, for one step or many."""
+    u = dot(x.astype(dtype), weights.w_x).astype(wide)
+    return u if weights.b is None else u + weights.b.astype(wide)
+
+
+def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide):
     """(carry, u, v, w) in the wide dtype, from products of operands in `dtype`; `weights` are already in `dtype`."""
 
     def narrow(array):
@@ -85,9 +91,6 @@ def _products(cell, weights: GatedWeights, carry, x, mask, dtype, wide):
 
     carry = cast(carry, wide)
     theta = cast(weights.theta, wide)
-    u = dot(narrow(x), weights.w_x).astype(wide)
-    if weights.b is not None:
-        u = u + weights.b.astype(wide)
     s = getattr(carry, cell.recurrent_state)
     if mask is not None:
         s = s * mask.astype(wide)
@@ -106,7 +109,8 @@ def _dtypes(weights, carry, x):
 def gated_products(cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None):
     """What `gate` takes at one step: (θ, carry, u, v, w), in the dtype that gates compute in."""
     dtype, wide = _dtypes(weights, carry, x)
-    return _products(cell, cast(weights, dtype), carry, x, mask, dtype, wide)
+    weights = cast(weights, dtype)
+    return _products(cell, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)
 
 
 _stepping: ContextVar[tuple[Implementation] | None] = ContextVar("stepping", default=None)
@@ -134,11 +138,11 @@ def gated_step(
         if run is not None:
             ((new, ys),) = run([carry], x[None], fresh=[carry], valid=None, reset=None, directions=[False], every=None)
             return new, ys[0]
-    return _step(cell, weights, carry, x, mask, dtype, wide)
+    return _step(cell, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)
 
 
-def _step(cell, weights, carry, x, mask, dtype, wide):
-    new, y = cell.gate(*_products(cell, weights, carry, x, mask, dtype, wide))
+def _step(cell, weights, carry, u, mask, dtype, wide):
+    new, y = cell.gate(*_products(cell, weights, carry, u, mask, dtype, wide))
     return cast_like(new, carry, owner=type(cell).__name__), y.astype(dtype)
 
 
@@ -178,10 +182,17 @@ def gated_scan(
         (result,) = run([carry], xs, fresh=[fresh], valid=valid, reset=reset, directions=[reverse], every=remat_every)
         return result
 
-    def step(carry, x):
-        return _step(cell, weights, carry, x, mask, dtype, wide)
-
-    return time_loop(step, carry, xs, fresh=fresh, valid=valid, reset=reset, reverse=reverse, remat_every=remat_every)
+    return time_loop(
+        lambda carry, u: _step(cell, weights, carry, u, mask, dtype, wide),
+        carry,
+        xs,
+        fresh=fresh,
+        valid=valid,
+        reset=reset,
+        reverse=reverse,
+        remat_every=remat_every,
+        prepare=lambda x: _input_product(weights, x, dtype, wide),
+    )
 
 
 def gated_scan_both(

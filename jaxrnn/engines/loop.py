@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,26 +45,37 @@ def time_loop(
     reset: Array | None,
     reverse: bool,
     remat_every: int | None,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
     """`lax.scan` of `step(carry, x) -> (carry, y)` over the first axis of `xs`.
+
+    With `prepare` it is `step(carry, prepare(x))`, and the platform decides: a CPU has in its cache what it prepares
+    step by step, accelerators prepare all steps at once, in one large product.
 
     An invalid step is computed from the fresh carry and discarded by selection, so that whatever the carry holds there,
     nothing of it reaches a gradient.
     """
     start = starts(reset, valid, reverse)
 
-    def body(carry, inputs):
-        x, valid, start = inputs
-        keep = valid if start is None else ~start if valid is None else valid & ~start
-        new, y = step(carry if keep is None else select(keep, carry, fresh), x)
-        if valid is not None:
-            new, y = select(valid, new, carry), zero_where_not(valid, y)
-        return new, y
+    def scan(carry, inputs, ahead=None, within=None):
+        def body(carry, inputs):
+            x, valid, start = inputs
+            x = x if within is None else within(x)
+            keep = valid if start is None else ~start if valid is None else valid & ~start
+            new, y = step(carry if keep is None else select(keep, carry, fresh), x)
+            if valid is not None:
+                new, y = select(valid, new, carry), zero_where_not(valid, y)
+            return new, y
 
-    def scan(carry, xs):
-        return lax.scan(body, carry, xs, reverse=reverse)
+        xs, valid, start = inputs
+        xs = xs if ahead is None else ahead(xs)
+        return lax.scan(body, carry, (xs, valid, start), reverse=reverse)
 
-    return in_chunks(scan, carry, (xs, valid, start), reverse, remat_every)
+    def prepared(carry, inputs):
+        each, all_at_once = functools.partial(scan, within=prepare), functools.partial(scan, ahead=prepare)
+        return lax.platform_dependent(carry, inputs, cpu=each, default=all_at_once)
+
+    return in_chunks(scan if prepare is None else prepared, carry, (xs, valid, start), reverse, remat_every)
 
 
 def in_chunks(
