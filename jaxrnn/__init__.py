@@ -1,7 +1,15 @@
 """jaxrnn: recurrent networks for JAX, as pure functions over pytrees."""
 
+from jaxrnn.blocks import glu, griffin_block, mamba_block, residual_block, slstm_block
 from jaxrnn.cell import Cell
 from jaxrnn.cells.activations import activation
+from jaxrnn.cells.causal_conv import (
+    CausalConv,
+    CausalConvCarry,
+    CausalConvParams,
+    causal_conv_init,
+    causal_conv_step,
+)
 from jaxrnn.cells.chrono import chrono_init
 from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMCarry, ConvLSTMParams, conv_lstm_init, conv_lstm_step
 from jaxrnn.cells.elman import Elman, ElmanCarry, ElmanGates, ElmanParams, elman_init, elman_step, irnn_init
@@ -22,10 +30,14 @@ from jaxrnn.cells.min_lstm import (
     min_lstm_init,
     min_lstm_step,
 )
+from jaxrnn.cells.qrnn import QRNN, QRNNCarry, QRNNParams, qrnn_init, qrnn_step
 from jaxrnn.cells.rg_lru import RGLRU, RGLRUCarry, RGLRUGates, RGLRUParams, rg_lru_init, rg_lru_step
+from jaxrnn.cells.s4d import S4D, S4DCarry, S4DParams, s4d_init, s4d_step
 from jaxrnn.cells.s5 import S5, S5Carry, S5Params, s5_init, s5_step
+from jaxrnn.cells.s6 import S6, S6Carry, S6Params, s6_init, s6_step
 from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm_init, slstm_step
-from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
+from jaxrnn.cells.sru import SRU, SRUCarry, SRUGates, SRUParams, sru_init, sru_step
+from jaxrnn.compose import Bidirectional, BidirectionalPair, Parallel, Stack
 from jaxrnn.engines.gated import GatedWeights
 from jaxrnn.layers import (
     Apply,
@@ -53,13 +65,20 @@ __all__ = [
     "LRU",
     "LSTM",
     "MGU",
+    "QRNN",
     "RGLRU",
+    "S4D",
     "S5",
+    "S6",
     "SLSTM",
+    "SRU",
     "Apply",
     "Backward",
     "Bidirectional",
     "BidirectionalPair",
+    "CausalConv",
+    "CausalConvCarry",
+    "CausalConvParams",
     "Cell",
     "ConvLSTM",
     "ConvLSTMCarry",
@@ -112,30 +131,44 @@ __all__ = [
     "MinLSTMCarry",
     "MinLSTMGates",
     "MinLSTMParams",
+    "Parallel",
     "Pool",
     "PoolCarry",
+    "QRNNCarry",
+    "QRNNParams",
     "RGLRUCarry",
     "RGLRUGates",
     "RGLRUParams",
     "RecurrentDropout",
     "Residual",
+    "S4DCarry",
+    "S4DParams",
     "S5Carry",
     "S5Params",
+    "S6Carry",
+    "S6Params",
     "SLSTMCarry",
     "SLSTMGates",
     "SLSTMParams",
+    "SRUCarry",
+    "SRUGates",
+    "SRUParams",
     "Stack",
     "Summary",
     "SummaryRow",
     "WeightDrop",
     "Zoneout",
     "activation",
+    "causal_conv_init",
+    "causal_conv_step",
     "chrono_init",
     "conv_lstm_init",
     "conv_lstm_step",
     "elman_init",
     "elman_step",
     "explain",
+    "glu",
+    "griffin_block",
     "gru_init",
     "gru_step",
     "hgrn_init",
@@ -149,20 +182,31 @@ __all__ = [
     "lru_step",
     "lstm_init",
     "lstm_step",
+    "mamba_block",
     "mgu_init",
     "mgu_step",
     "min_gru_init",
     "min_gru_step",
     "min_lstm_init",
     "min_lstm_step",
+    "qrnn_init",
+    "qrnn_step",
+    "residual_block",
     "rg_lru_init",
     "rg_lru_step",
     "rollout",
+    "s4d_init",
+    "s4d_step",
     "s5_init",
     "s5_step",
+    "s6_init",
+    "s6_step",
     "scan",
+    "slstm_block",
     "slstm_init",
     "slstm_step",
+    "sru_init",
+    "sru_step",
     "step",
     "summary",
 ]

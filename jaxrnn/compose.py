@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +23,47 @@ def _concatenate(*ys: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *ys)
 
 
-class Stack(Cell):
+class Several(Cell):
+    """A cell made of a tuple of `cells`, with tuples of params, carries and noise."""
+
+    cells: tuple[Cell, ...]
+
+    def __post_init__(self):
+        if not isinstance(self.cells, tuple) or not self.cells:
+            raise TypeError(f"{self._name}: cells must be a tuple of at least one cell, got {self.cells!r}")
+        for k, cell in enumerate(self.cells):
+            check_cell(self, f"cells[{k}]", cell)
+
+    @property
+    def _name(self):
+        return type(self).__name__
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> tuple:
+        keys = jax.random.split(key, len(self.cells))
+        return tuple(cell.init(each, dtype) for cell, each in zip(self.cells, keys, strict=True))
+
+    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> tuple:
+        self._check(params)
+        return tuple(cell.initial_carry(p, batch_shape) for cell, p in zip(self.cells, params, strict=True))
+
+    def noise(self, key, length, batch_shape):
+        drawn = []
+        for cell, each in zip(self.cells, jax.random.split(key, len(self.cells)), strict=True):
+            drawn.append(cell.noise(each, length, batch_shape))
+            length = self._length_above(cell, length)
+        return tuple(sequence for sequence, _ in drawn), tuple(steps for _, steps in drawn)
+
+    def _length_above(self, cell, length):
+        return length
+
+    def _check(self, params):
+        if not isinstance(params, tuple) or len(params) != len(self.cells):
+            raise TypeError(
+                f"params: {self._name} takes a tuple of {len(self.cells)}, one per cell, got {_kind(params)}"
+            )
+
+
+class Stack(Several):
     """Cells one above another: each reads what the one below puts out.
 
     A sequence runs layer by layer; a step runs through all of them. Params and carry are tuples, one entry per cell.
@@ -42,15 +84,12 @@ class Stack(Cell):
         (5, 2)
     """
 
-    cells: tuple[Cell, ...]
     skip: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.cells, tuple) or not self.cells:
-            raise TypeError(f"Stack: cells must be a tuple of at least one cell, got {self.cells!r}")
+        super().__post_init__()
         size, ended = None, None
         for k, cell in enumerate(self.cells):
-            check_cell(self, f"cells[{k}]", cell)
             if ended is not None and (cell.ends_time or jax.tree.leaves(check.shapes_of_carry(cell))):
                 raise ValueError(
                     f"Stack: cells[{ended}] ends the time axis, so cells[{k}] must have no carry: {cell!r}"
@@ -106,21 +145,9 @@ class Stack(Cell):
     def ends_time(self) -> bool:  # type: ignore[override]
         return any(cell.ends_time for cell in self.cells)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> tuple:
-        keys = jax.random.split(key, len(self.cells))
-        return tuple(cell.init(each, dtype) for cell, each in zip(self.cells, keys, strict=True))
-
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> tuple:
-        self._check(params)
-        return tuple(cell.initial_carry(p, batch_shape) for cell, p in zip(self.cells, params, strict=True))
-
-    def noise(self, key, length, batch_shape):
-        drawn = []
-        for cell, each in zip(self.cells, jax.random.split(key, len(self.cells)), strict=True):
-            drawn.append(cell.noise(each, length, batch_shape))
-            # What follows acts once even if there was no step at all.
-            length = max(length, 1) if cell.ends_time else length
-        return tuple(sequence for sequence, _ in drawn), tuple(steps for _, steps in drawn)
+    def _length_above(self, cell, length):
+        # What follows the end of time acts once even if there was no step at all.
+        return max(length, 1) if cell.ends_time else length
 
     def step(self, params, carry, x, noise=None):
         self._check(params)
@@ -165,10 +192,6 @@ class Stack(Cell):
     def _output(self, ys):
         return _concatenate(*ys) if self.skip else ys[-1]
 
-    def _check(self, params):
-        if not isinstance(params, tuple) or len(params) != len(self.cells):
-            raise TypeError(f"params: Stack takes a tuple of {len(self.cells)}, one per cell, got {_kind(params)}")
-
     def parts(self, params, given):
         parts, below = [], None
         for k, cell in enumerate(self.cells):
@@ -192,12 +215,99 @@ def _fits(given, wanted, any_rank: bool = False) -> bool:
     return given is None or wanted is None or given == wanted
 
 
-MERGES: dict[str, Callable[[Array, Array], Array]] = {
-    "concat": lambda a, b: jnp.concatenate([a, b], axis=-1),
-    "sum": lambda a, b: a + b,
-    "mul": lambda a, b: a * b,
-    "average": lambda a, b: (a + b) / 2,
+MERGES: dict[str, Callable[..., Array]] = {
+    "concat": lambda *ys: jnp.concatenate(ys, axis=-1),
+    "sum": lambda *ys: functools.reduce(operator.add, ys),
+    "mul": lambda *ys: functools.reduce(operator.mul, ys),
+    "average": lambda *ys: functools.reduce(operator.add, ys) / len(ys),
 }
+
+
+def _merge(merge: str | Callable[..., Any], ys: Any) -> Any:
+    return merge(*ys) if callable(merge) else jax.tree.map(MERGES[merge], *ys)
+
+
+def _merged_size(merge: str | Callable[..., Any], sizes: Any) -> Any:
+    """The size of what is merged, or None where it is not known."""
+    if callable(merge) or None in sizes:
+        return None
+    if merge != "concat":
+        return sizes[0]
+    return sum(sizes) if isinstance(sizes[0], int) else (*sizes[0][:-1], sum(size[-1] for size in sizes))
+
+
+class Parallel(Several):
+    """Cells beside one another: all read the same x, and y = merge(their outputs).
+
+    Params and carry are tuples, one entry per cell.
+
+    Args:
+      cells: cells of equal input.
+      merge: "concat" (last axis), "sum", "mul", "average", or a callable of all outputs, compared by identity.
+
+    Raises:
+      ValueError: if sizes do not fit.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> gate = jaxrnn.Stack((jaxrnn.Linear(3, 4), jaxrnn.Apply("sigmoid")))
+        >>> cell = jaxrnn.Parallel((jaxrnn.GRU(3, 4), gate), "mul")
+        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+        (7, 5, 4)
+    """
+
+    merge: str | Callable[..., Any] = "concat"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.merge) and self.merge not in MERGES:
+            raise ValueError(f"Parallel: merge must be one of {sorted(MERGES)} or a callable, got {self.merge!r}")
+        for k, cell in enumerate(self.cells):
+            if not _fits(self.input_size, input_size(cell)):
+                raise ValueError(f"Parallel: cells[{k}] reads size {input_size(cell)}, not {self.input_size}: {cell!r}")
+            if self.merge in ("sum", "mul", "average") and not _fits(self._sizes[0], self._sizes[k]):
+                raise ValueError(f"Parallel: merge {self.merge!r} needs equal sizes, got {self._sizes}")
+            if cell.ends_time != self.ends_time:
+                raise ValueError("Parallel: either all cells or none may end the time axis")
+
+    @property
+    def _sizes(self):
+        return [output_size(cell, self.input_size) for cell in self.cells]
+
+    @property
+    def input_ndim(self):  # type: ignore[override]
+        return next((cell for cell in self.cells if input_size(cell) is not None), self.cells[0]).input_ndim
+
+    @property
+    def input_size(self) -> Any:
+        return next((size for size in map(input_size, self.cells) if size is not None), None)
+
+    @property
+    def output_size(self) -> Any:
+        return _merged_size(self.merge, self._sizes)
+
+    @property
+    def ends_time(self) -> bool:  # type: ignore[override]
+        return self.cells[0].ends_time
+
+    def step(self, params, carry, x, noise=None):
+        self._check(params)
+        return self._run([cell.step(params[k], carry[k], x, _part(noise, k)) for k, cell in enumerate(self.cells)])
+
+    def scan(self, params, carry, xs, *, fresh, noise, **arguments):
+        self._check(params)
+        carry, ys = self._run(
+            [
+                cell.scan(params[k], carry[k], xs, fresh=fresh[k], noise=_part(noise, k), **arguments)
+                for k, cell in enumerate(self.cells)
+            ]
+        )
+        return carry, ys if self.ends_time else zero_where_not(arguments["valid"], ys)
+
+    def _run(self, results):
+        return tuple(new for new, _ in results), _merge(self.merge, [y for _, y in results])
+
+    def parts(self, params, given):
+        return tuple(Part(str(k), cell, params[k], given) for k, cell in enumerate(self.cells))
 
 
 class BidirectionalPair(NamedTuple):
@@ -263,12 +373,7 @@ class Bidirectional(Cell):
 
     @property
     def output_size(self) -> Any:
-        forward, backward = self._output_sizes
-        if callable(self.merge) or forward is None or backward is None:
-            return None
-        if self.merge != "concat":
-            return forward
-        return forward + backward if isinstance(forward, int) else (*forward[:-1], forward[-1] + backward[-1])
+        return _merged_size(self.merge, self._output_sizes)
 
     @property
     def ends_time(self) -> bool:  # type: ignore[override]
@@ -321,7 +426,7 @@ class Bidirectional(Cell):
         else:
             forward, a = run(self.forward.scan, params[0], carry[0], fresh[0], noises[0], reverse)
             backward, b = run(self.backward.scan, params[1], carry[1], fresh[1], noises[1], not reverse)
-        ys = self.merge(a, b) if callable(self.merge) else jax.tree.map(MERGES[self.merge], a, b)
+        ys = _merge(self.merge, (a, b))
         return BidirectionalPair(forward, backward), ys if self.ends_time else zero_where_not(valid, ys)
 
     def _check(self, params):

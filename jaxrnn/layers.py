@@ -139,12 +139,13 @@ class LayerNormParams(NamedTuple):
 
 
 class LayerNorm(Layer):
-    """y = (x − mean) / √(variance + ε) · scale + b over the last axis.
+    """y = (x − mean) / √(variance + ε) · scale + b over the last axis, or each of its groups.
 
     Args:
       size: D. epsilon: ε.
+      groups: parts of the last axis that are normalised by themselves; it divides D.
 
-    Reference: Ba, Kiros & Hinton 2016, Layer normalization.
+    Reference: Ba, Kiros & Hinton 2016, Layer normalization; Wu & He 2018, Group normalization.
 
         >>> import jax, jax.numpy as jnp, jaxrnn
         >>> layer = jaxrnn.LayerNorm(2)
@@ -154,12 +155,16 @@ class LayerNorm(Layer):
 
     size: int
     epsilon: float = 1e-5
+    groups: int = 1
 
     pointwise = True
 
     def __post_init__(self):
         check.size(self, "size", self.size)
         check.positive(self, "epsilon", self.epsilon)
+        check.size(self, "groups", self.groups)
+        if self.size % self.groups:
+            raise ValueError(f"LayerNorm: groups must divide size {self.size}, got {self.groups}")
 
     @property
     def input_size(self) -> int:
@@ -179,7 +184,8 @@ class LayerNorm(Layer):
             raise ValueError(f"x: expected (..., {self.size}), got {x.shape}")
         dtype = compute_dtype(x, params)
         wide = accumulator(dtype)
-        y = normalize(x.astype(dtype).astype(wide), self.epsilon) * params.scale.astype(dtype).astype(wide)
+        parts = x.astype(dtype).astype(wide).reshape(*x.shape[:-1], self.groups, self.size // self.groups)
+        y = normalize(parts, self.epsilon).reshape(x.shape) * params.scale.astype(dtype).astype(wide)
         if params.b is not None:
             y = y + params.b.astype(dtype).astype(wide)
         return y.astype(dtype)

@@ -5,6 +5,7 @@ library's names, gates a dict. `unroll` is the loop over time. Nothing here know
 """
 
 import numpy as np
+import scipy.special
 
 
 def unroll(step, params, carry, xs, **options):
@@ -17,7 +18,7 @@ def unroll(step, params, carry, xs, **options):
 
 
 def activate(spec, x):
-    """The activation `spec`, a name or (name, alpha, beta), of x: ONNX's table, and Keras' hard sigmoid."""
+    """The activation `spec`, a name or (name, alpha, beta), of x: ONNX's table, and some more."""
     name, *given = (spec,) if isinstance(spec, str) else spec
     defaults = {
         "affine": (1.0, 0.0),
@@ -53,6 +54,10 @@ def activate(spec, x):
             return np.maximum(0, np.minimum(1, alpha * x + beta))
         case "elu":
             return np.where(x < 0, alpha * np.expm1(np.minimum(x, 0)), x)
+        case "silu":
+            return x * sigmoid(x)
+        case "gelu":
+            return x * scipy.special.ndtr(x)
         case "keras_hard_sigmoid":
             return np.maximum(0, np.minimum(6, x + 3)) / 6
     raise ValueError(f"no activation {name!r}")
@@ -310,16 +315,70 @@ def slstm_step(params, carry, x, *, heads=1):
     return type(carry)(h, c, n, m), h, {"i": i, "f": f, "z": z, "o": o}
 
 
-def s5_step(params, carry, x, *, discretization="zoh"):
-    """Smith et al. 2022, with B and C as real and imaginary parts side by side."""
-    size = len(params.log_step)
-    eigenvalue, step = -np.exp(params.log_decay) + 1j * params.frequency, np.exp(params.log_step)
-    if discretization == "zoh":
+def _discretize(how, eigenvalue, step):
+    if how == "zoh":
         a = np.exp(eigenvalue * step)
-        scale = (a - 1) / eigenvalue
-    else:
-        a = (2 + step * eigenvalue) / (2 - step * eigenvalue)
-        scale = 2 * step / (2 - step * eigenvalue)
+        return a, (a - 1) / eigenvalue
+    return (2 + step * eigenvalue) / (2 - step * eigenvalue), 2 * step / (2 - step * eigenvalue)
+
+
+def s5_step(params, carry, x, *, discretization="zoh", timed=False):
+    """Smith et al. 2022, with B and C as real and imaginary parts side by side; steps times those of the last input."""
+    size = len(params.log_step)
+    x, time = (x[..., :-1], x[..., -1:]) if timed else (x, 1)
+    eigenvalue = -np.exp(params.log_decay) + 1j * params.frequency
+    a, scale = _discretize(discretization, eigenvalue, np.exp(params.log_step) * time)
     h = a * carry.h + scale * (x @ (params.w_x[:, :size] + 1j * params.w_x[:, size:]))
     y = 2 * np.real(h @ (params.w_y[:size] - 1j * params.w_y[size:])) + params.d * x
     return type(carry)(h), y, None
+
+
+def s4d_step(params, carry, x, *, discretization="zoh", timed=False):
+    """Gu et al. 2022, channel by channel."""
+    x, time = (x[..., :-1], x[..., -1]) if timed else (x, np.ones(x.shape[:-1]))
+    h, y = np.empty_like(carry.h), np.empty_like(x)
+    for k in range(x.shape[-1]):
+        eigenvalue = -np.exp(params.log_decay[k]) + 1j * params.frequency[k]
+        a, scale = _discretize(discretization, eigenvalue, np.exp(params.log_step[k]) * time[..., None])
+        h[..., k, :] = a * carry.h[..., k, :] + scale * x[..., k, None]
+        y[..., k] = 2 * np.real(h[..., k, :] @ (params.c[0, k] + 1j * params.c[1, k])) + params.d[k] * x[..., k]
+    return type(carry)(h), y, None
+
+
+def s6_step(params, carry, x):
+    """Gu & Dao 2023, algorithm 2, channel by channel."""
+    size, states = params.log_decay.shape
+    r, b, c = np.split(x @ params.w_x, [len(params.w_step), len(params.w_step) + states], -1)
+    step = np.logaddexp(0, r @ params.w_step + params.b_step)
+    h, y = np.empty_like(carry.h), np.empty_like(x)
+    for k in range(size):
+        a = np.exp(step[..., k, None] * -np.exp(params.log_decay[k]))
+        h[..., k, :] = a * carry.h[..., k, :] + step[..., k, None] * b * x[..., k, None]
+        y[..., k] = (c * h[..., k, :]).sum(-1) + params.d[k] * x[..., k]
+    return type(carry)(h), y, None
+
+
+def sru_step(params, carry, x, *, activation="identity"):
+    """Lei et al. 2017: gates n f r."""
+    size = carry.h.shape[-1]
+    n, f, r, *skip = np.split(x @ params.w_x, params.w_x.shape[1] // size, -1)
+    b = np.zeros(2 * size) if params.b is None else params.b
+    f, r = sigmoid(f + b[:size]), sigmoid(r + b[size:])
+    h = f * carry.h + (1 - f) * n
+    return type(carry)(h), r * activate(activation, h) + (1 - r) * (skip[0] if skip else x), {"n": n, "f": f, "r": r}
+
+
+def qrnn_step(params, carry, x):
+    """Bradbury et al. 2016, equations 1 to 4 with a filter of any width."""
+    seen = np.concatenate([carry.window, x[..., None, :]], -2)
+    u = sum(seen[..., k, :] @ w for k, w in enumerate(np.split(params.w_x, seen.shape[-2])))
+    z, f, o = np.split(u + (0 if params.b is None else params.b), 3, -1)
+    f, o = sigmoid(f), sigmoid(o)
+    h = f * carry.h + (1 - f) * np.tanh(z)
+    return type(carry)(h, seen[..., 1:, :]), o * h, None
+
+
+def causal_conv_step(params, carry, x):
+    """A product with each of the last inputs."""
+    seen = np.concatenate([carry.window, x[..., None, :]], -2)
+    return type(carry)(seen[..., 1:, :]), (seen * params.w).sum(-2) + (0 if params.b is None else params.b), None

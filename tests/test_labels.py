@@ -12,7 +12,13 @@ from members import MEMBERS
 import jaxrnn
 from jaxrnn import training
 
-SLOW = {"LRU": {"nu", "theta", "gamma"}, "S5": {"log_decay", "frequency", "log_step"}, "RGLRU": {"decay"}}
+SLOW = {
+    "LRU": {"nu", "theta", "gamma"},
+    "S4D": {"log_decay", "frequency", "log_step"},
+    "S5": {"log_decay", "frequency", "log_step"},
+    "S6": {"log_decay", "b_step", "d"},
+    "RGLRU": {"decay"},
+}
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -16,6 +16,10 @@ CELLS = {
     "lru": jaxrnn.LRU(D, H, r_min=0.9, r_max=0.999),
     "s5": jaxrnn.S5(D, H),
     "rg_lru": jaxrnn.RGLRU(D, blocks=2),
+    "s4d": jaxrnn.S4D(D, H, "hippo"),
+    "s6": jaxrnn.S6(D, H),
+    "sru": jaxrnn.SRU(D, H),
+    "qrnn": jaxrnn.QRNN(D, H, window=4),
 }
 NATIVE = ["native"] if native.absent() is None else []
 

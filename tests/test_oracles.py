@@ -16,7 +16,7 @@ import scipy.linalg
 import jaxrnn
 from jaxrnn.cells.activations import ACTIVATIONS
 from jaxrnn.cells.rg_lru import bounded_sqrt
-from jaxrnn.cells.s5 import _hippo
+from jaxrnn.cells.state_space import hippo
 
 T, B, D, H, P = 4, 3, 2, 6, 5
 
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        sizes = ("input_size", "input_channels", "hidden_size", "spatial_shape", "kernel_size")
+        sizes = ("input_size", "input_channels", "hidden_size", "spatial_shape", "kernel_size", "log_space")
         fields = dataclasses.asdict(self.cell)
         return {name: value for name, value in fields.items() if name not in sizes}
 
@@ -283,7 +283,7 @@ def test_every_two_options_meet_in_all_four_ways(options):
 
 SPECS = [
     *("identity", "relu", "tanh", "sigmoid", "softsign", "softplus", "affine", "leaky_relu", "thresholded_relu"),
-    *("scaled_tanh", "hard_sigmoid", "elu", "keras_hard_sigmoid"),
+    *("scaled_tanh", "hard_sigmoid", "elu", "keras_hard_sigmoid", "silu", "gelu"),
     *(("affine", 0.7), ("affine", 0.7, -0.2), ("leaky_relu", 0.3), ("thresholded_relu", 0.4), ("scaled_tanh", 1.3)),
     *(("scaled_tanh", 1.3, 0.6), ("hard_sigmoid", 0.4), ("hard_sigmoid", 0.4, 0.3), ("elu", 0.5)),
 ]
@@ -309,31 +309,53 @@ def test_activation_at_zero(spec):
     assert jaxrnn.activation(spec)(0.0) == 0
 
 
-COMPLEX = {
+def bilinear(cell, free, oracle, **options):
+    return cell, free, oracle, {"discretization": "bilinear"} | options
+
+
+STATES = {
     "LRU": (jaxrnn.LRU(D, H), jaxrnn.lru_step, oracles.lru_step, {}),
     "S5": (jaxrnn.S5(D, H), jaxrnn.s5_step, oracles.s5_step, {}),
-    "S5 bilinear": (
-        jaxrnn.S5(D, H, "bilinear"), jaxrnn.s5_step, oracles.s5_step, {"discretization": "bilinear"},
+    "S5 bilinear": bilinear(jaxrnn.S5(D, H, "bilinear"), jaxrnn.s5_step, oracles.s5_step),
+    "S5 timed": (jaxrnn.S5(D + 1, H, timed=True), jaxrnn.s5_step, oracles.s5_step, {"timed": True}),
+    "S4D": (jaxrnn.S4D(D, H), jaxrnn.s4d_step, oracles.s4d_step, {}),
+    "S4D bilinear timed": bilinear(
+        jaxrnn.S4D(D + 1, H, discretization="bilinear", timed=True), jaxrnn.s4d_step, oracles.s4d_step, timed=True
     ),
-}  # fmt: skip
+    "S6": (jaxrnn.S6(D, H, 2), jaxrnn.s6_step, oracles.s6_step, {}),
+    "SRU": (jaxrnn.SRU(D, H), jaxrnn.sru_step, oracles.sru_step, {}),
+    "SRU square": (jaxrnn.SRU(D, D, "tanh"), jaxrnn.sru_step, oracles.sru_step, {"activation": "tanh"}),
+    "QRNN": (jaxrnn.QRNN(D, H, 3), jaxrnn.qrnn_step, oracles.qrnn_step, {}),
+    "QRNN of one": (jaxrnn.QRNN(D, H, 1), jaxrnn.qrnn_step, oracles.qrnn_step, {}),
+    "CausalConv": (jaxrnn.CausalConv(D, 4), jaxrnn.causal_conv_step, oracles.causal_conv_step, {}),
+}
 
 
-@pytest.mark.parametrize("name", COMPLEX)
-def test_complex_cell_is_the_oracle(name):
+@pytest.mark.parametrize("name", STATES)
+def test_cell_is_the_oracle(name):
     """Values, and gradients by finite differences; real and imaginary parts of the carry apart."""
-    cell, free, oracle, options = COMPLEX[name]
+    cell, free, oracle, options = STATES[name]
     rng = np.random.default_rng(0)
     params = redraw(rng, jax.eval_shape(cell.init, jax.random.key(0)), 0.8)
-    parts, xs = rng.normal(size=(2, B, H)), rng.normal(size=(T, B, D))
-    weights = rng.normal(size=(T, B, D))
-    kind = type(jax.eval_shape(cell.initial_carry, params))
+    fresh = jax.eval_shape(lambda params: cell.initial_carry(params, (B,)), params)
+    parts = [rng.normal(size=(1 + jnp.iscomplexobj(leaf), *leaf.shape)) for leaf in fresh]
+    xs, weights = rng.normal(size=(T, B, cell.input_size)), rng.normal(size=(T, B, cell.output_size))
 
     def carry(parts):
-        return kind(parts[0] + 1j * parts[1])
+        def whole(each):
+            if len(each) == 1:
+                return each[0]
+            return each[0] + 1j * each[1] if isinstance(each, np.ndarray) else jax.lax.complex(*each)
+
+        return type(fresh)(*map(whole, parts))
+
+    def seen(result):
+        last, ys = result
+        return (weights * ys).sum() + sum((leaf.real - 2 * leaf.imag).sum() for leaf in last)
 
     def loss(params, parts, xs):
-        last, ys = jaxrnn.scan(cell, params, kind(jax.lax.complex(*parts)), xs)
-        return (weights * ys).sum() + (last.h.real - 2 * last.h.imag).sum(), (last, ys)
+        result = jaxrnn.scan(cell, params, carry(parts), xs)
+        return seen(result), result
 
     with jax.enable_x64(True):
         gradients, result = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, parts, xs)
@@ -345,16 +367,81 @@ def test_complex_cell_is_the_oracle(name):
 
     leaves, structure = jax.tree.flatten((params, parts, xs))
     for k, gradient in enumerate(jax.tree.leaves(gradients)):
+        if gradient.size == 0:
+            continue
         direction = rng.normal(size=gradient.shape)
         direction *= 3e-6 / np.linalg.norm(direction)
 
         def moved(sign, k=k, direction=direction):
             params, parts, xs = structure.unflatten([*leaves[:k], leaves[k] + sign * direction, *leaves[k + 1 :]])
-            last, ys = oracles.unroll(oracle, params, carry(parts), xs, **options)
-            return (weights * ys).sum() + (last.h.real - 2 * last.h.imag).sum()
+            return seen(oracles.unroll(oracle, params, carry(parts), xs, **options))
 
         tolerance = 1e-6 * np.linalg.norm(gradient) * np.linalg.norm(direction)
         np.testing.assert_allclose(np.vdot(gradient, direction), (moved(1) - moved(-1)) / 2, 0, tolerance)
+
+
+def test_log_space_is_real_space():
+    """Values and gradients, of states of any sign, over steps of which some are invalid and some begin anew."""
+    rng = np.random.default_rng(0)
+    xs, h = rng.normal(size=(T, B, D)), rng.normal(size=(B, H))
+    valid, reset = rng.random((2, T, B)) < 0.6
+    for cell in (jaxrnn.MinGRU, jaxrnn.MinLSTM):
+        with jax.enable_x64(True):
+            params = redraw(rng, jax.eval_shape(cell(D, H).init, jax.random.key(0)), 2)
+            learned = jaxrnn.LearnedCarryParams(params, type(cell(D, H).initial_carry(params))(rng.normal(size=H)))
+            found = []
+            for form in ("real", None, "xla", "associative", "chunked"):
+
+                def run(learned, h, xs, form=form, cell=cell):
+                    own = jaxrnn.LearnedCarry(cell(D, H, log_space=form != "real"))
+                    last, ys = jaxrnn.scan(
+                        own,
+                        learned,
+                        type(learned.carry)(h),
+                        xs,
+                        mask=valid,
+                        reset=reset,
+                        implementation=None if form == "real" else form,
+                    )
+                    return (ys**2).sum() + last.h.sum(), (last, ys)
+
+                found.append(jax.value_and_grad(run, (0, 1, 2), has_aux=True)(learned, h, xs))
+            for each in found[1:]:
+                for one, other in zip(jax.tree.leaves(each), jax.tree.leaves(found[0]), strict=True):
+                    np.testing.assert_allclose(one, other, 1e-9, 1e-11)
+        with pytest.raises(ValueError, match="log_space needs positive"):
+            cell(D, H, positive=False, log_space=True)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_window_holds_the_last_valid_inputs_of_its_sequence(reverse):
+    """Against lists that grow step by step, whole and cut in two."""
+    rng = np.random.default_rng(0)
+    steps, rows, size = 11, 6, 4
+    cell = jaxrnn.CausalConv(D, size)
+    learned = jaxrnn.LearnedCarry(cell)
+    params = redraw(rng, jax.eval_shape(learned.init, jax.random.key(0)), 1)
+    xs, first = rng.normal(size=(steps, rows, D)), rng.normal(size=(rows, size - 1, D))
+    valid, reset = rng.random((steps, rows)) < 0.6, rng.random((steps, rows)) < 0.3
+    expected, windows = np.zeros((steps, rows, D)), []
+    for row in range(rows):
+        seen, boundary = list(first[row]), False
+        for t in range(steps)[:: -1 if reverse else 1]:
+            if not valid[t, row]:
+                continue
+            if boundary if reverse else reset[t, row]:
+                seen = list(np.asarray(params.carry.window))
+            boundary = reset[t, row]
+            seen.append(xs[t, row])
+            expected[t, row] = (np.array(seen[-size:]) * params.cell.w).sum(0) + params.cell.b
+        windows.append(seen[1 - size :])
+    with jax.enable_x64(True):
+        carry = jaxrnn.CausalConvCarry(first)
+        flags = {"mask": valid, "reset": reset, "reverse": reverse}
+        for more in ({}, {"remat_every": 3}):
+            last, ys = jax.jit(lambda xs, more=more: jaxrnn.scan(learned, params, carry, xs, **flags, **more))(xs)
+            np.testing.assert_allclose(ys, expected, 1e-12, 1e-12)
+            np.testing.assert_allclose(last.window, windows, 1e-12, 1e-12)
 
 
 def test_s5_begins_as_hippo():
@@ -375,7 +462,7 @@ def test_s5_begins_as_hippo():
         np.testing.assert_allclose(values.real, -0.5, atol=1e-10)
         whole, held = np.zeros(size), scipy.linalg.expm(normal * step)
         xs = np.random.default_rng(0).normal(size=(9, size))
-        _, vectors = _hippo(pairs)
+        _, vectors = hippo(pairs)
         w_x, w_y = np.asarray(params.w_x), np.asarray(params.w_y)
         b, c = w_x[:, :pairs] + 1j * w_x[:, pairs:], w_y[:pairs] - 1j * w_y[pairs:]
         b, c = 2 * np.real(vectors @ b.T), 2 * np.real(c.T @ vectors.conj().T)

@@ -74,12 +74,14 @@ def test_imports_point_downwards():
     """engines first, what is built on all of them last."""
     order = [
         "engines",
+        "linear",
         "check",
         "cell",
         "cells",
         "layers",
         "compose",
         "wrap",
+        "blocks",
         "regularize",
         "pool",
         "sequence",

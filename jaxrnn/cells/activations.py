@@ -1,4 +1,4 @@
-"""Activations by name: the eleven of ONNX, Keras' hard sigmoid, and the identity."""
+"""Activations by name: the eleven of ONNX, Keras' hard sigmoid, SiLU, GELU and the identity."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Array], tuple[float, ...]]] = {
     "scaled_tanh": (lambda x, alpha, beta: alpha * jnp.tanh(beta * x), (1.0, 1.0)),
     "hard_sigmoid": (lambda x, alpha, beta: jnp.clip(alpha * x + beta, 0, 1), (0.2, 0.5)),
     "elu": (lambda x, alpha: jax.nn.elu(x, alpha), (1.0,)),
+    "silu": (jax.nn.silu, ()),
+    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), ()),
     "keras_hard_sigmoid": (lambda x: jnp.clip(x / 6 + 0.5, 0, 1), ()),
 }
 
@@ -38,7 +40,7 @@ def activation(spec: Activation) -> Callable[[Array], Array]:
         identity x · relu max(x, 0) · tanh · sigmoid 1/(1 + e⁻ˣ) · softsign x/(1 + |x|) · softplus log(1 + eˣ)
         affine αx + β (1, 0) · leaky_relu x, or αx below 0 (0.01) · thresholded_relu x above α, else 0 (1)
         scaled_tanh α tanh(βx) (1, 1) · hard_sigmoid clip(αx + β, 0, 1) (0.2, 0.5) · elu x, or α(eˣ − 1) below 0 (1)
-        keras_hard_sigmoid clip(x/6 + ½, 0, 1)
+        keras_hard_sigmoid clip(x/6 + ½, 0, 1) · silu x/(1 + e⁻ˣ) · gelu x Φ(x), Φ that of the normal distribution
 
     Raises:
       ValueError: for a name that is not known, or more numbers than it takes.

@@ -13,7 +13,9 @@ from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, select, zero_where_not
 from jaxrnn.engines.linear import linear_form, linear_recurrence
+from jaxrnn.engines.log_linear import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks, starts
+from jaxrnn.engines.window import step_window, windows
 
 
 class LinearCell(Cell):
@@ -21,12 +23,19 @@ class LinearCell(Cell):
 
     A subclass has a carry with the field h and defines `coefficients`, and `output` where y is not h. Both take any
     leading axes, so that a whole sequence is one call of each. Where the first step of a sequence is another one than
-    the rest, the carry has a field `started` too, and `begin` says what (a, b) are there.
+    the rest, the carry has a field `started` too, and `begin` says what (a, b) are there. Where a step sees the inputs
+    before it, the carry has a field `window`, (*batch, K−1, D), and x is (..., K D), the oldest first.
+
+    Where a field `log_space` is true, sequences run in log space, on `log_coefficients`.
     """
 
     @abstractmethod
     def coefficients(self, params: Any, x: Array) -> tuple[Array, Array]:
         """(a, b), in at least float32; a may lack axes."""
+
+    def log_coefficients(self, params: Any, x: Array) -> tuple[Array, Array]:
+        """The logarithms of (a, b), both positive."""
+        raise NotImplementedError
 
     def output(self, params: Any, h: Array, x: Array) -> Array:
         """y, of the new state."""
@@ -40,6 +49,10 @@ class LinearCell(Cell):
         check.params(self, params)
         dtype = compute_dtype(x, params)
         params, x = cast(params, dtype), x.astype(dtype)
+        window = None
+        if hasattr(carry, "window"):
+            taps, window = step_window(carry.window, x)
+            x = jnp.concatenate(taps, axis=-1)
         a, b = self.coefficients(params, x)
         started = getattr(carry, "started", None)
         if started is not None:
@@ -47,33 +60,41 @@ class LinearCell(Cell):
         wide = accumulator(b.dtype, carry.h.dtype)
         h = a.astype(wide) * carry.h.astype(wide) + b.astype(wide)
         y = self.output(params, h.astype(b.dtype), x).astype(dtype)
-        return self._carry(carry, h.astype(carry.h.dtype), True), y
-
-    def _carry(self, old, h, valid):
-        if not hasattr(old, "started"):
-            return type(old)(h)
-        return type(old)(h, old.started | valid)
+        return _replaced(carry, h.astype(carry.h.dtype), True, window), y
 
     def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         params, xs = cast(params, dtype), xs.astype(dtype)
-        dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, params, xs)]
-        form = linear_form(implementation, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
+        widths = carry.window.shape[-2] + 1 if hasattr(carry, "window") else 1
+        seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
+        dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, params, seen)]
+        in_logs = getattr(self, "log_space", False)
+        if in_logs:
+            form = log_linear_form(implementation, self)
+        else:
+            form = linear_form(implementation, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
 
         def run(carry, inputs):
             xs, valid, start = inputs
-            a, b = self.coefficients(params, xs)
-            if hasattr(carry, "started"):
-                a, b = self.begin(a, b, _started(carry.started, fresh.started, valid, start, reverse, xs.shape[0]))
-            h = carry.h
-            if start is not None:
-                b = select(start, b + a * fresh.h.astype(b.dtype), b)
-            wide = h.astype(accumulator(b.dtype, h.dtype))
-            last, hs = linear_recurrence(a, b, wide, valid=valid, start=start, reverse=reverse, form=form)
+            window = None
+            if hasattr(carry, "window"):
+                taps, window = windows(carry.window, fresh.window, xs, valid, start, reverse)
+                xs = jnp.concatenate(taps, axis=-1)
+            h, options = carry.h, {"valid": valid, "start": start, "reverse": reverse, "form": form}
+            wide = h.astype(accumulator(dtypes[1], h.dtype))
+            if in_logs:
+                last, hs = log_linear_recurrence(*self.log_coefficients(params, xs), wide, fresh=fresh.h, **options)
+            else:
+                a, b = self.coefficients(params, xs)
+                if hasattr(carry, "started"):
+                    a, b = self.begin(a, b, _started(carry.started, fresh.started, valid, start, reverse, xs.shape[0]))
+                if start is not None:
+                    b = select(start, b + a * fresh.h.astype(b.dtype), b)
+                last, hs = linear_recurrence(a, b, wide, **options)
             some = xs.shape[0] > 0 if valid is None else valid.any(0)
             ys = zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
-            return self._carry(carry, last.astype(h.dtype), some), ys
+            return _replaced(carry, last.astype(h.dtype), some, window), ys
 
         return in_chunks(run, carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
 
@@ -81,6 +102,16 @@ class LinearCell(Cell):
         """(*batch_shape, size), in the params' dtype."""
         check.params(self, params)
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
+
+
+def _replaced(carry: Any, h: Array, valid: Any, window: Array | None) -> Any:
+    """The carry after steps of which some were valid."""
+    new = {"h": h}
+    if hasattr(carry, "started"):
+        new["started"] = carry.started | valid
+    if window is not None:
+        new["window"] = window
+    return carry._replace(**new)
 
 
 def _started(given: Array, fresh: Array, valid: Array | None, start: Array | None, reverse: bool, length: int) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxrnn import check
 from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
 from jaxrnn.engines.arrays import accumulator, dot
-
-DISCRETIZATIONS = ("zoh", "bilinear")
 
 
 class S5Params(NamedTuple):
@@ -54,6 +51,7 @@ class S5(LinearCell):
       hidden_size: P, the pairs; the system has 2 P states.
       discretization: "zoh" or "bilinear".
       step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
+      timed: irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
 
     Reference: Smith et al. 2022, Simplified state space layers for sequence modeling, arXiv 2208.04933.
 
@@ -71,23 +69,18 @@ class S5(LinearCell):
     discretization: str = "zoh"
     step_min: float = 1e-3
     step_max: float = 1e-1
+    timed: bool = False
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
-        if self.discretization not in DISCRETIZATIONS:
-            raise ValueError(f"S5: discretization: expected one of {DISCRETIZATIONS}, got {self.discretization!r}")
-        check.positive(self, "step_min", self.step_min)
-        if not self.step_min <= self.step_max:
-            raise ValueError(f"S5: expected step_min ≤ step_max, got {self.step_min} and {self.step_max}")
+        check_state_space(self)
 
     @property
     def output_size(self) -> int:
-        return self.input_size
+        return self.input_size - self.timed
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> S5Params:
         return s5_init(
-            key, self.input_size, self.hidden_size, step_min=self.step_min, step_max=self.step_max, dtype=dtype
+            key, self.output_size, self.hidden_size, step_min=self.step_min, step_max=self.step_max, dtype=dtype
         )
 
     def initial_carry(self, params: S5Params, batch_shape: tuple[int, ...] = ()) -> S5Carry:
@@ -97,30 +90,16 @@ class S5(LinearCell):
     def coefficients(self, params, x):
         wide = accumulator(params.d.dtype)
         log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
-        step = jnp.exp(log_step)
-        eigenvalue = lax.complex(-jnp.exp(log_decay), frequency)
-        moved = lax.complex(step * eigenvalue.real, step * eigenvalue.imag)
-        if self.discretization == "zoh":
-            a, scale = jnp.exp(moved), jnp.expm1(moved) / eigenvalue
-        else:
-            below = 1 - moved / 2
-            a, scale = (1 + moved / 2) / below, step.astype(moved.dtype) / below
+        x, time = elapsed(self, x)
+        step = jnp.exp(log_step) if time is None else jnp.exp(log_step) * time[..., None].astype(wide)
+        a, scale = discretize(self.discretization, log_decay, frequency, step)
         u = dot(x, params.w_x).astype(wide)
         return a, scale * lax.complex(*jnp.split(u, 2, axis=-1))
 
     def output(self, params, h, x):
         parts = jnp.concatenate([h.real, h.imag], axis=-1)
         y = 2 * dot(parts.astype(params.w_y.dtype), params.w_y)
-        return y + (params.d * x).astype(y.dtype)
-
-
-@functools.cache
-def _hippo(pairs: int) -> tuple[Any, Any]:
-    """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis."""
-    root = np.sqrt(1 + 2 * np.arange(2 * pairs))
-    skew = np.tril(np.outer(root, root) / 2, -1)
-    values, vectors = np.linalg.eigh(-1j * (skew.T - skew))
-    return -0.5 + 1j * values[pairs:], vectors[:, pairs:]
+        return y + (params.d * elapsed(self, x)[0]).astype(y.dtype)
 
 
 def s5_init(
@@ -141,17 +120,16 @@ def s5_init(
     ((3, 32), (32, 3))
     """
     wide = accumulator(dtype)
-    values, vectors = _hippo(hidden_size)
+    values, vectors = hippo(hidden_size)
     turn = np.concatenate([vectors.real, vectors.imag], axis=1)
     k_x, k_y, k_step, k_d = jax.random.split(key, 4)
     b = jax.random.normal(k_x, (input_size, 2 * hidden_size), wide) / math.sqrt(input_size)
     c = jax.random.normal(k_y, (2 * hidden_size, input_size), wide) / math.sqrt(2 * hidden_size)
     conjugate = np.concatenate([np.ones(hidden_size), -np.ones(hidden_size)])
-    log_step = jax.random.uniform(k_step, (hidden_size,), wide, math.log(step_min), math.log(step_max))
     params = S5Params(
         log_decay=jnp.log(jnp.asarray(-values.real, wide)),
         frequency=jnp.asarray(values.imag, wide),
-        log_step=log_step,
+        log_step=draw_log_step(k_step, (hidden_size,), step_min, step_max, wide),
         w_x=jnp.matmul(b, jnp.asarray(turn * conjugate, wide), precision="highest"),
         w_y=jnp.matmul(jnp.asarray((turn * conjugate).T, wide), c, precision="highest"),
         d=jax.random.normal(k_d, (input_size,), wide),
@@ -160,7 +138,13 @@ def s5_init(
 
 
 def s5_step(
-    params: S5Params, carry: S5Carry, x: Array, noise: Any = None, *, discretization: str = "zoh"
+    params: S5Params,
+    carry: S5Carry,
+    x: Array,
+    noise: Any = None,
+    *,
+    discretization: str = "zoh",
+    timed: bool = False,
 ) -> tuple[S5Carry, Array]:
     """One step of a simplified state space layer.
 
@@ -170,9 +154,9 @@ def s5_step(
     Args:
       params: `S5Params` with log_decay, frequency, log_step (P,), w_x (D, 2P), w_y (2P, D), d (D,).
       carry: `S5Carry(h)`, (..., P), complex.
-      x: input, (..., D).
+      x: input, (..., D), or (..., D + 1) with the time of the step.
       noise: None.
-      discretization: as of `S5`.
+      discretization, timed: as of `S5`.
 
     Returns:
       The new carry, and the output, (..., D).
@@ -187,4 +171,4 @@ def s5_step(
         (3,)
     """
     rows, columns = params.w_x.shape
-    return S5(rows, columns // 2, discretization).step(params, carry, x, noise)
+    return S5(rows + timed, columns // 2, discretization, timed=timed).step(params, carry, x, noise)

@@ -1,0 +1,210 @@
+"""What a recurrence can and cannot learn: parity, and selective copying.
+
+Parity: after every bit, whether the ones so far are odd. Trained on 20 bits, tested on 100. A state has to change its
+sign with every one, for ever; recurrences whose state decays by positive factors cannot do that, however long they are
+trained: at best they learn the lengths that they see. Those that are nonlinear in their state can.
+
+Selective copying: a few marked tokens lie among noise in 256 steps, and have to be told at the end, in order. What to
+keep has to depend on the input; a recurrence that is the same at every step keeps the noise too.
+
+Every model is trained from several seeds at once, in one program (`jax.vmap`), on sequences that are drawn anew at
+every step. Printed is, for each seed, the share of right answers on new sequences: at the last bit for parity, where
+chance is one half, and of all tokens for copying.
+
+Exit status: 0 if the best seed of every model that should learn its task exceeds `--wanted`, and every seed of the
+others stays below it, 1 if not.
+
+Reference: parity and eigenvalues: Grazzi et al. 2024, arXiv 2411.12537; selective copying: Gu & Dao 2023, Mamba,
+arXiv 2312.00752; Feng et al. 2024, arXiv 2410.01201.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from rich.console import Console
+from rich.table import Table
+
+import jaxrnn
+from jaxrnn import GRU, LRU, LSTM, S6, SLSTM, Cell, Elman, Embed, LayerNorm, Linear, MinGRU, Stack, residual_block
+from jaxrnn.training import labels
+
+Sample = Callable[[Array, int], tuple[Array, Array]]  # (key, length) -> (tokens, targets), (T, B), −1 where none
+
+
+class Task(NamedTuple):
+    """What is drawn, how long, and where the answers count."""
+
+    sample: Sample
+    vocabulary: int
+    answers: int
+    trained: int
+    tested: int
+    last: bool  # whether the last answer alone counts in the test
+
+
+class Model(NamedTuple):
+    """Cells above an embedding, and whether theory says that they can learn the task."""
+
+    cells: Callable[[], tuple[Cell, ...]]
+    learns: bool
+    frozen: bool = False  # whether eigenvalues stay as they begin
+
+
+def parity(key: Array, length: int, rows: int = 64) -> tuple[Array, Array]:
+    bits = jax.random.bernoulli(key, 0.5, (length, rows)).astype(jnp.int32)
+    return bits, jnp.cumsum(bits, axis=0) % 2
+
+
+MARKED, NOISE, ASK = 8, 8, 9  # as many tokens to tell, and the two tokens beside those
+
+
+def copying(key: Array, length: int, rows: int = 32) -> tuple[Array, Array]:
+    """`length` steps with `MARKED` tokens among noise, in any places; then as many that ask for them."""
+    k_tokens, k_places = jax.random.split(key)
+    tokens = jax.random.randint(k_tokens, (MARKED, rows), 0, NOISE)
+    order = jax.vmap(lambda key: jax.random.permutation(key, length))(jax.random.split(k_places, rows))
+    places = jnp.sort(order[:, :MARKED], axis=1).T
+    body = jnp.full((length, rows), NOISE).at[places, jnp.arange(rows)].set(tokens)
+    none = jnp.full((length, rows), -1)
+    return jnp.concatenate([body, jnp.full((MARKED, rows), ASK)]), jnp.concatenate([none, tokens])
+
+
+TASKS = {
+    "parity": Task(parity, 2, 2, 20, 100, last=True),
+    "selective copying": Task(copying, 10, 8, 256, 256, last=False),
+}
+SIZE = 64
+
+
+def blocks(cell: Callable[[], Cell], count: int) -> Callable[[], tuple[Cell, ...]]:
+    return lambda: (*(residual_block(cell(), SIZE) for _ in range(count)), LayerNorm(SIZE))
+
+
+def positive_lru() -> Cell:
+    """With real eigenvalues between 0 and 1."""
+    return LRU(SIZE, SIZE, max_phase=1e-6)
+
+
+MODELS = {
+    "parity": {
+        "Elman": Model(lambda: (Elman(SIZE, SIZE),), True),
+        "LSTM": Model(lambda: (LSTM(SIZE, SIZE),), True),
+        "GRU": Model(lambda: (GRU(SIZE, SIZE),), True),
+        "sLSTM": Model(lambda: (SLSTM(SIZE, SIZE),), True),
+        "MinGRU": Model(blocks(lambda: MinGRU(SIZE, SIZE), 2), False),
+        "LRU, positive real": Model(blocks(positive_lru, 2), False, frozen=True),
+        "S6": Model(blocks(lambda: S6(SIZE, 8), 2), False),
+    },
+    "selective copying": {
+        "MinGRU, 3 layers": Model(blocks(lambda: MinGRU(SIZE, SIZE), 3), True),
+        "LRU, 3 layers": Model(blocks(lambda: LRU(SIZE, SIZE, r_min=0.9), 3), False),
+    },
+}
+STEPS = {"parity": 2000, "selective copying": 2000}
+
+
+def learn(task: Task, model: Model, *, steps: int, seeds: int, seed: int, rate: float = 3e-3) -> tuple[Array, Array]:
+    """(the share of right answers of every seed, the losses (seeds, steps))."""
+    cell = Stack((Embed(task.vocabulary, SIZE), *model.cells(), Linear(SIZE, task.answers)))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    eigenvalues = optax.set_to_zero() if model.frozen else adam
+    kinds = labels(cell, jax.eval_shape(cell.init, jax.random.key(0)))
+    optimizer = optax.multi_transform({"regular": adam, "slow": eigenvalues}, kinds)
+
+    def error(params: Any, tokens: Array, targets: Array) -> Array:
+        logits = jaxrnn.scan(cell, params, None, tokens)[1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        return jnp.mean(losses, where=targets >= 0)
+
+    def train(key: Array) -> tuple[Array, Array]:
+        k_init, k_train, k_test = jax.random.split(key, 3)
+        params = cell.init(k_init)
+
+        def step(state: Any, key: Array) -> tuple[Any, Array]:
+            params, moments = state
+            loss, gradient = jax.value_and_grad(error)(params, *task.sample(key, task.trained))
+            updates, moments = optimizer.update(gradient, moments, params)
+            return (optax.apply_updates(params, updates), moments), loss
+
+        (params, _), losses = lax.scan(step, (params, optimizer.init(params)), jax.random.split(k_train, steps))
+
+        def right(key: Array) -> Array:
+            tokens, targets = task.sample(key, task.tested)
+            found = jaxrnn.scan(cell, params, None, tokens)[1].argmax(-1)
+            if task.last:
+                found, targets = found[-1:], targets[-1:]
+            return jnp.mean(found == targets, where=targets >= 0)
+
+        return lax.map(right, jax.random.split(k_test, 16)).mean(), losses
+
+    return jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(seed), seeds))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few steps, for a first look")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="(default: both)")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
+    parser.add_argument("--wanted", type=float, default=0.99, help="share of right answers (default: %(default)s)")
+    parser.add_argument("--out", default="state_tracking.png", metavar="PATH", help="picture (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """For every task and model, what `learn` finds."""
+    found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for name in args.tasks:
+        steps = STEPS[name] // (20 if args.quick else 1)
+        for kind, model in MODELS[name].items():
+            result = learn(TASKS[name], model, steps=steps, seeds=args.seeds, seed=args.seed)
+            shares, losses = map(np.asarray, result)
+            found.setdefault(name, {})[kind] = shares, losses
+            Console().print(f"{name}: {kind}: {', '.join(f'{share:.3f}' for share in shares)}")
+    return found
+
+
+def picture(found: Any) -> Any:
+    """The losses of all seeds, a panel for each task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(found), 3.8), layout="constrained")
+    for axes, (name, kinds) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for k, (kind, (_, losses)) in enumerate(kinds.items()):
+            for n, each in enumerate(losses):
+                smooth = np.convolve(each, np.ones(20) / 20, "valid")
+                axes.plot(np.arange(len(smooth)) + 20, smooth, f"C{k}", alpha=0.7, label=None if n else kind)
+        axes.set(yscale="log", xlabel="step of training", ylabel="cross-entropy, in training", title=name)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status."""
+    args = parse(argv)
+    found, as_expected = run(args), True
+    table = Table("task", "model", "can it?", "right answers, best seed", "worst seed")
+    for name, kinds in found.items():
+        for kind, (shares, _) in kinds.items():
+            learns = MODELS[name][kind].learns
+            as_expected &= bool(shares.max() >= args.wanted) == learns
+            table.add_row(name, kind, "yes" if learns else "no", f"{shares.max():.3f}", f"{shares.min():.3f}")
+    Console().print(table)
+    picture(found).savefig(args.out, dpi=130)
+    print(f"{'as' if as_expected else 'not as'} theory says, at {args.wanted} right answers; picture in {args.out}")
+    return 0 if as_expected else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

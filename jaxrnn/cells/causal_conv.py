@@ -1,0 +1,130 @@
+"""A depthwise causal convolution over time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, zero_where_not
+from jaxrnn.engines.loop import in_chunks, starts
+from jaxrnn.engines.window import step_window, windows
+
+
+class CausalConvParams(NamedTuple):
+    """w (K, D), for the oldest input first. b (D,) or None."""
+
+    w: Array
+    b: Array | None
+
+
+class CausalConvCarry(NamedTuple):
+    """window (..., K−1, D): the last inputs, oldest first."""
+
+    window: Array
+
+
+class CausalConv(Cell):
+    """A depthwise causal convolution over time: `causal_conv_step` as a cell.
+
+        y_t = b + Σ_k w[k] x_{t−(K−1)+k}
+
+    The inputs are the last K valid ones since the sequence began, and 0 before that; so steps, a whole sequence and its
+    parts give the same.
+
+    Args:
+      input_size: D, which y has too. window: K.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.CausalConv(3, 4)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> carry.window.shape, ys.shape
+        ((3, 3), (7, 3))
+    """
+
+    input_size: int
+    window: int
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "window", self.window)
+
+    @property
+    def output_size(self) -> int:
+        return self.input_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> CausalConvParams:
+        return causal_conv_init(key, self.input_size, self.window, dtype=dtype)
+
+    def initial_carry(self, params: CausalConvParams, batch_shape: tuple[int, ...] = ()) -> CausalConvCarry:
+        check.params(self, params)
+        return CausalConvCarry(jnp.zeros((*batch_shape, self.window - 1, self.input_size), params.w.dtype))
+
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        dtype = compute_dtype(x, params)
+        taps, window = step_window(carry.window, x.astype(dtype))
+        return CausalConvCarry(window), _weighted(cast(params, dtype), taps)
+
+    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+        check.params(self, params)
+        dtype = compute_dtype(xs, params)
+
+        def run(carry, inputs):
+            xs, valid, start = inputs
+            taps, window = windows(carry.window, fresh.window, xs.astype(dtype), valid, start, reverse)
+            return CausalConvCarry(window), zero_where_not(valid, _weighted(cast(params, dtype), taps))
+
+        return in_chunks(run, carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
+
+
+def _weighted(params, taps):
+    wide = accumulator(taps[0].dtype)
+    y = jnp.zeros(taps[0].shape, wide) if params.b is None else jnp.broadcast_to(params.b.astype(wide), taps[0].shape)
+    for w, tap in zip(params.w, taps, strict=True):
+        y = y + w.astype(wide) * tap.astype(wide)
+    return y.astype(taps[0].dtype)
+
+
+def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: Any = jnp.float32) -> CausalConvParams:
+    """Parameters of `causal_conv_step`: w normal of variance 1/K, b zero.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.causal_conv_init(jax.random.key(0), 3, 4).w.shape
+    (4, 3)
+    """
+    w = jax.random.normal(key, (window, input_size), accumulator(dtype)) / window**0.5
+    return CausalConvParams(w.astype(dtype), jnp.zeros(input_size, dtype))
+
+
+def causal_conv_step(
+    params: CausalConvParams, carry: CausalConvCarry, x: Array, noise: Any = None
+) -> tuple[CausalConvCarry, Array]:
+    """One step of a depthwise causal convolution.
+
+        y_t = b + Σ_k w[k] x_{t−(K−1)+k}
+
+    Args:
+      params: `CausalConvParams` with w (K, D), b (D,) or None.
+      carry: `CausalConvCarry(window)`, (..., K−1, D), the oldest input first.
+      x: input, (..., D).
+      noise: None.
+
+    Returns:
+      The new carry, and the output, (..., D).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.causal_conv_init(jax.random.key(0), 3, 4)
+        >>> carry, y = jaxrnn.causal_conv_step(params, jaxrnn.CausalConvCarry(jnp.zeros((3, 3))), jnp.ones(3))
+        >>> y.shape
+        (3,)
+    """
+    window, size = params.w.shape
+    return CausalConv(size, window).step(params, carry, x, noise)

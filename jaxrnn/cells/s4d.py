@@ -1,0 +1,186 @@
+"""The diagonal structured state space layer: one small system for every channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
+from jaxrnn.engines.arrays import accumulator
+
+SPECTRA = ("linear", "inverse", "hippo")
+
+
+class S4DParams(NamedTuple):
+    """log_decay, frequency (D, N): λ = −exp(log_decay) + i frequency. log_step (D,): Δ = exp(log_step). c (2, D, N):
+    real and imaginary parts. d (D,).
+    """
+
+    log_decay: Array
+    frequency: Array
+    log_step: Array
+    c: Array
+    d: Array
+
+
+class S4DCarry(NamedTuple):
+    """h (..., D, N), complex."""
+
+    h: Array
+
+
+class S4D(LinearCell):
+    """The diagonal structured state space layer: `s4d_step` as a cell.
+
+        s' = λ s + x,  λ = −exp(decay) + i frequency     the continuous system, N pairs of states for each channel
+        h' = ā h + b̄ x                                   over a step of length Δ, as in `S5`
+        y = 2 Re Σ_n c_n h'_n + d x
+
+    Channels do not see each other: put a `Linear` above it. The real part of λ is negative for all params.
+
+    Args:
+      input_size: D, which y has too.
+      hidden_size: N, the pairs of a channel; its system has 2 N states.
+      spectrum: which λ it starts with: "linear", −1/2 + iπn; "inverse", −1/2 + i (M/π) (M/(2n+1) − 1) with M = 2N; or
+        "hippo", the eigenvalues of the normal part of HiPPO-LegS.
+      discretization: "zoh" or "bilinear".
+      step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
+      timed: irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
+
+    Reference: Gu et al. 2022, On the parameterization and initialization of diagonal state space models,
+    arXiv 2206.11893.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.S4D(3, 16)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> carry.h.shape, ys.shape
+        ((3, 16), (7, 3))
+    """
+
+    slow_weights = ("log_decay", "frequency", "log_step")  # type: ignore[assignment]
+
+    input_size: int
+    hidden_size: int
+    spectrum: str = "linear"
+    discretization: str = "zoh"
+    step_min: float = 1e-3
+    step_max: float = 1e-1
+    timed: bool = False
+
+    def __post_init__(self):
+        check_state_space(self)
+        if self.spectrum not in SPECTRA:
+            raise ValueError(f"S4D: spectrum: expected one of {SPECTRA}, got {self.spectrum!r}")
+
+    @property
+    def output_size(self) -> int:
+        return self.input_size - self.timed
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> S4DParams:
+        return s4d_init(
+            key,
+            self.output_size,
+            self.hidden_size,
+            spectrum=self.spectrum,
+            step_min=self.step_min,
+            step_max=self.step_max,
+            dtype=dtype,
+        )
+
+    def initial_carry(self, params: S4DParams, batch_shape: tuple[int, ...] = ()) -> S4DCarry:
+        dtype = accumulator(params.d.dtype, jnp.complex64)
+        return S4DCarry(jnp.zeros((*batch_shape, self.output_size, self.hidden_size), dtype))
+
+    def coefficients(self, params, x):
+        wide = accumulator(params.d.dtype)
+        log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
+        x, time = elapsed(self, x)
+        step = jnp.exp(log_step)[:, None]
+        if time is not None:
+            step = step * time[..., None, None].astype(wide)
+        a, scale = discretize(self.discretization, log_decay, frequency, step)
+        return a, scale * x[..., None].astype(scale.dtype)
+
+    def output(self, params, h, x):
+        re, im = params.c.astype(h.real.dtype)
+        y = 2 * jnp.sum(re * h.real - im * h.imag, axis=-1)
+        return y + (params.d * elapsed(self, x)[0]).astype(y.dtype)
+
+
+def s4d_init(
+    key: Array,
+    input_size: int,
+    hidden_size: int,
+    *,
+    spectrum: str = "linear",
+    step_min: float = 1e-3,
+    step_max: float = 1e-1,
+    dtype: Any = jnp.float32,
+) -> S4DParams:
+    """Parameters of `s4d_step`: λ as of `S4D`, the same for all channels; c complex normal of variance 1; log Δ
+    uniform; d normal.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.s4d_init(jax.random.key(0), 3, 16).frequency[0, :2].round(3)
+    Array([0.   , 3.142], dtype=float32)
+    """
+    wide = accumulator(dtype)
+    pair, states = np.arange(hidden_size), 2 * hidden_size
+    frequency = {
+        "linear": np.pi * pair,
+        "inverse": states / np.pi * (states / (2 * pair + 1) - 1),
+        "hippo": hippo(hidden_size)[0].imag,
+    }[spectrum]
+    k_step, k_c, k_d = jax.random.split(key, 3)
+    shape = input_size, hidden_size
+    params = S4DParams(
+        log_decay=jnp.full(shape, math.log(0.5), wide),
+        frequency=jnp.broadcast_to(jnp.asarray(frequency, wide), shape),
+        log_step=draw_log_step(k_step, (input_size,), step_min, step_max, wide),
+        c=jax.random.normal(k_c, (2, *shape), wide) * math.sqrt(0.5),
+        d=jax.random.normal(k_d, (input_size,), wide),
+    )
+    return S4DParams(*(each.astype(dtype) for each in params))
+
+
+def s4d_step(
+    params: S4DParams,
+    carry: S4DCarry,
+    x: Array,
+    noise: Any = None,
+    *,
+    discretization: str = "zoh",
+    timed: bool = False,
+) -> tuple[S4DCarry, Array]:
+    """One step of a diagonal structured state space layer.
+
+        h' = ā h + b̄ x,  ā and b̄ of λ and Δ as in `S5`
+        y = 2 Re Σ_n c_n h'_n + d x
+
+    Args:
+      params: `S4DParams` with log_decay, frequency (D, N), log_step (D,), c (2, D, N), d (D,).
+      carry: `S4DCarry(h)`, (..., D, N), complex.
+      x: input, (..., D), or (..., D + 1) with the time of the step.
+      noise: None.
+      discretization, timed: as of `S4D`.
+
+    Returns:
+      The new carry, and the output, (..., D).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.s4d_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.s4d_step(params, jaxrnn.S4DCarry(jnp.zeros((3, 16), jnp.complex64)), jnp.ones(3))
+        >>> y.shape
+        (3,)
+    """
+    size, states = params.frequency.shape
+    return S4D(size + timed, states, discretization=discretization, timed=timed).step(params, carry, x, noise)

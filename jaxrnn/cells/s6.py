@@ -1,0 +1,177 @@
+"""The selective state space layer of Mamba."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.engines.arrays import accumulator, dot
+
+CHUNK = 64  # steps whose states (steps, ..., D, N) are in memory at once
+
+
+class S6Params(NamedTuple):
+    """w_x (D, R + 2N): the low-rank step, B and C side by side. w_step (R, D), b_step (D,): of the step's length Δ.
+    log_decay (D, N): λ = −exp(log_decay). d (D,).
+    """
+
+    w_x: Array
+    w_step: Array
+    b_step: Array
+    log_decay: Array
+    d: Array
+
+
+class S6Carry(NamedTuple):
+    """h (..., D, N)."""
+
+    h: Array
+
+
+class S6(LinearCell):
+    """The selective state space layer of Mamba: `s6_step` as a cell.
+
+        r, B, C = x w_x
+        Δ = softplus(r w_step + b_step)
+        h' = exp(−exp(log_decay) Δ) h + Δ x Bᵀ         D channels, each with N states
+        y = h' C + d x
+
+    What the state takes in, keeps and puts out depends on the input. A sequence runs in chunks, of which one at a time
+    has its states in memory, in the backward pass too.
+
+    Args:
+      input_size: D, which y has too.
+      hidden_size: N, the states of a channel.
+      rank: R, of the map from x to Δ; None for D/16, rounded up.
+      step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
+
+    Reference: Gu & Dao 2023, Mamba, arXiv 2312.00752.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.S6(8, 4)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))
+        >>> carry.h.shape, ys.shape
+        ((8, 4), (7, 8))
+    """
+
+    slow_weights = ("log_decay", "b_step", "d")  # type: ignore[assignment]
+
+    input_size: int
+    hidden_size: int = 16
+    rank: int | None = None
+    step_min: float = 1e-3
+    step_max: float = 1e-1
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        if self.rank is not None:
+            check.size(self, "rank", self.rank)
+        check.positive(self, "step_min", self.step_min)
+        if not self.step_min <= self.step_max:
+            raise ValueError(f"S6: expected step_min ≤ step_max, got {self.step_min} and {self.step_max}")
+
+    @property
+    def output_size(self) -> int:
+        return self.input_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> S6Params:
+        return s6_init(
+            key,
+            self.input_size,
+            self.hidden_size,
+            rank=self.rank,
+            step_min=self.step_min,
+            step_max=self.step_max,
+            dtype=dtype,
+        )
+
+    def initial_carry(self, params: S6Params, batch_shape: tuple[int, ...] = ()) -> S6Carry:
+        return S6Carry(self.zeros(params, (*batch_shape, self.input_size), self.hidden_size))
+
+    def coefficients(self, params, x):
+        wide, rank = accumulator(x.dtype), params.w_step.shape[0]
+        u = dot(x, params.w_x[:, : rank + self.hidden_size]).astype(wide)
+        step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide) + params.b_step.astype(wide)
+        step = jax.nn.softplus(step)
+        a = jnp.exp(-jnp.exp(params.log_decay.astype(wide)) * step[..., None])
+        return a, (step * x.astype(wide))[..., None] * u[..., None, rank:]
+
+    def output(self, params, h, x):
+        c = dot(x, params.w_x[:, -self.hidden_size :]).astype(h.dtype)
+        return jnp.einsum("...dn,...n->...d", h, c) + (params.d * x).astype(h.dtype)
+
+    def scan(self, params, carry, xs, *, remat_every, **arguments):
+        if remat_every is None and xs.shape[0] > CHUNK:
+            remat_every = CHUNK
+        return super().scan(params, carry, xs, remat_every=remat_every, **arguments)
+
+
+def s6_init(
+    key: Array,
+    input_size: int,
+    hidden_size: int = 16,
+    *,
+    rank: int | None = None,
+    step_min: float = 1e-3,
+    step_max: float = 1e-1,
+    dtype: Any = jnp.float32,
+) -> S6Params:
+    """Parameters of `s6_step`: λ = −1, …, −N in every channel; w_x LeCun normal; w_step uniform up to 1/√R; b_step such
+    that Δ without input is log-uniform; d one.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.s6_init(jax.random.key(0), 32, 4)
+    >>> params.w_x.shape, params.w_step.shape
+    ((32, 10), (2, 32))
+    """
+    wide = accumulator(dtype)
+    rank = math.ceil(input_size / 16) if rank is None else rank
+    k_x, k_w, k_b = jax.random.split(key, 3)
+    bound = rank**-0.5
+    step = jnp.exp(jax.random.uniform(k_b, (input_size,), wide, math.log(step_min), math.log(step_max)))
+    params = S6Params(
+        w_x=lecun_normal(k_x, input_size, rank + 2 * hidden_size, 1, wide),
+        w_step=jax.random.uniform(k_w, (rank, input_size), wide, -bound, bound),
+        b_step=step + jnp.log(-jnp.expm1(-step)),  # whose softplus is the step
+        log_decay=jnp.broadcast_to(jnp.log(jnp.arange(1, hidden_size + 1, dtype=wide)), (input_size, hidden_size)),
+        d=jnp.ones(input_size, wide),
+    )
+    return S6Params(*(each.astype(dtype) for each in params))
+
+
+def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Any = None) -> tuple[S6Carry, Array]:
+    """One step of a selective state space layer.
+
+        r, B, C = x w_x
+        Δ = softplus(r w_step + b_step)
+        h' = exp(−exp(log_decay) Δ) h + Δ x Bᵀ
+        y = h' C + d x
+
+    Args:
+      params: `S6Params` with w_x (D, R + 2N), w_step (R, D), b_step (D,), log_decay (D, N), d (D,).
+      carry: `S6Carry(h)`, (..., D, N).
+      x: input, (..., D).
+      noise: None.
+
+    Returns:
+      The new carry, and the output, (..., D).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.s6_init(jax.random.key(0), 8, 4)
+        >>> carry, y = jaxrnn.s6_step(params, jaxrnn.S6Carry(jnp.zeros((8, 4))), jnp.ones(8))
+        >>> y.shape
+        (8,)
+    """
+    size, states = params.log_decay.shape
+    return S6(size, states, params.w_step.shape[0]).step(params, carry, x, noise)

@@ -1,0 +1,144 @@
+"""The simple recurrent unit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.initializers import lecun_normal
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.engines.arrays import accumulator, dot
+
+
+class SRUParams(NamedTuple):
+    """w_x (D, 3H): the candidate n, the gates f and r; (D, 4H) where D is not H: and the highway. b (2H,) or None: of f
+    and r.
+    """
+
+    w_x: Array
+    b: Array | None
+
+
+class SRUCarry(NamedTuple):
+    """h (..., H): c of the paper."""
+
+    h: Array
+
+
+class SRUGates(NamedTuple):
+    """The candidate n, and the activated forget gate f and reset gate r, each (..., H)."""
+
+    n: Array
+    f: Array
+    r: Array
+
+
+class SRU(LinearCell):
+    """The simple recurrent unit: `sru_step` as a cell.
+
+        n = x w_n;  f, r = σ(x w_f + b_f), σ(x w_r + b_r)
+        h' = f h + (1 − f) n
+        y = r φ(h') + (1 − r) x,  x w_s in place of x where D is not H
+
+    Its gates see the input alone, as in the first form of the paper, so that a sequence trains in parallel over time.
+
+    Args:
+      input_size: D. hidden_size: H.
+      activation: φ, see `jaxrnn.activation`.
+
+    Reference: Lei et al. 2017, Simple recurrent units for highly parallelizable recurrence, arXiv 1709.02755.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> cell = jaxrnn.SRU(3, 16)
+        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+        >>> ys.shape
+        (7, 16)
+    """
+
+    input_size: int
+    hidden_size: int
+    activation: Activation = "identity"
+
+    def __post_init__(self):
+        check.size(self, "input_size", self.input_size)
+        check.size(self, "hidden_size", self.hidden_size)
+        activation(self.activation)
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> SRUParams:
+        return sru_init(key, self.input_size, self.hidden_size, dtype=dtype)
+
+    def initial_carry(self, params: SRUParams, batch_shape: tuple[int, ...] = ()) -> SRUCarry:
+        return SRUCarry(self.zeros(params, batch_shape, self.hidden_size))
+
+    def gates(self, params: SRUParams, carry: SRUCarry, x: Array, noise: Any = None) -> SRUGates:
+        """The candidate and the activated gates of one step."""
+        check.params(self, params)
+        return SRUGates(*self._parts(params, x)[:3])
+
+    def coefficients(self, params, x):
+        n, f, *_ = self._parts(params, x)
+        return f, (1 - f) * n
+
+    def output(self, params, h, x):
+        _, _, r, skip = self._parts(params, x)
+        h = h.astype(r.dtype)
+        return r * activation(self.activation)(h) + (1 - r) * skip
+
+    def _parts(self, params, x):
+        """(n, f, r, highway), in at least float32."""
+        wide, size = accumulator(x.dtype), self.hidden_size
+        n, f, r, *skip = jnp.split(dot(x, params.w_x).astype(wide), params.w_x.shape[1] // size, axis=-1)
+        if params.b is not None:
+            f, r = f + params.b[:size].astype(wide), r + params.b[size:].astype(wide)
+        return n, jax.nn.sigmoid(f), jax.nn.sigmoid(r), skip[0] if skip else x.astype(wide)
+
+
+def sru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> SRUParams:
+    """Parameters of `sru_step`: w_x LeCun normal, b zero.
+
+    >>> import jax, jaxrnn
+    >>> jaxrnn.sru_init(jax.random.key(0), 3, 16).w_x.shape, jaxrnn.sru_init(jax.random.key(0), 3, 3).w_x.shape
+    ((3, 64), (3, 9))
+    """
+    parts = 3 if input_size == hidden_size else 4
+    return SRUParams(lecun_normal(key, input_size, hidden_size, parts, dtype), jnp.zeros(2 * hidden_size, dtype))
+
+
+def sru_step(
+    params: SRUParams, carry: SRUCarry, x: Array, noise: Any = None, *, activation: Activation = "identity"
+) -> tuple[SRUCarry, Array]:
+    """One step of a simple recurrent unit.
+
+        n = x w_n;  f, r = σ(x w_f + b_f), σ(x w_r + b_r)
+        h' = f h + (1 − f) n
+        y = r φ(h') + (1 − r) x,  x w_s in place of x where D is not H
+
+    Args:
+      params: `SRUParams` with w_x (D, 3H) or (D, 4H), b (2H,) or None.
+      carry: `SRUCarry(h)`, (..., H).
+      x: input, (..., D).
+      noise: None.
+      activation: as of `SRU`.
+
+    Returns:
+      The new carry, and the output, (..., H).
+
+    Raises:
+      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> params = jaxrnn.sru_init(jax.random.key(0), 3, 16)
+        >>> carry, y = jaxrnn.sru_step(params, jaxrnn.SRUCarry(jnp.zeros(16)), jnp.ones(3))
+        >>> y.shape
+        (16,)
+    """
+    return SRU(params.w_x.shape[0], carry.h.shape[-1], activation).step(params, carry, x, noise)

@@ -1,0 +1,61 @@
+"""What diagonal state space cells share: steps of a continuous system, and its eigenvalues."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxrnn import check
+
+DISCRETIZATIONS = ("zoh", "bilinear")
+
+
+def check_state_space(cell: Any) -> None:
+    """The fields that the cells have in common."""
+    name = type(cell).__name__
+    check.size(cell, "input_size", cell.input_size)
+    check.size(cell, "hidden_size", cell.hidden_size)
+    if cell.discretization not in DISCRETIZATIONS:
+        raise ValueError(f"{name}: discretization: expected one of {DISCRETIZATIONS}, got {cell.discretization!r}")
+    check.positive(cell, "step_min", cell.step_min)
+    if not cell.step_min <= cell.step_max:
+        raise ValueError(f"{name}: expected step_min ≤ step_max, got {cell.step_min} and {cell.step_max}")
+    if not isinstance(cell.timed, bool):
+        raise TypeError(f"{name}: timed must be a bool, got {cell.timed!r}")
+    if cell.timed and cell.input_size < 2:
+        raise ValueError(f"{name}: with timed, input_size must be at least 2, the time included, got 1")
+
+
+def elapsed(cell: Any, x: Array) -> tuple[Array, Array | None]:
+    """(what the system reads, the time since the step before it or None) of x."""
+    return (x[..., :-1], x[..., -1]) if cell.timed else (x, None)
+
+
+def discretize(how: str, log_decay: Array, frequency: Array, step: Array) -> tuple[Array, Array]:
+    """(ā, b̄) of s' = λ s + u over a step: λ = −exp(log_decay) + i frequency."""
+    eigenvalue = lax.complex(-jnp.exp(log_decay), frequency)
+    moved = lax.complex(step * eigenvalue.real, step * eigenvalue.imag)
+    if how == "zoh":
+        return jnp.exp(moved), jnp.expm1(moved) / eigenvalue
+    below = 1 - moved / 2
+    return (1 + moved / 2) / below, step.astype(moved.dtype) / below
+
+
+def draw_log_step(key: Array, shape: tuple[int, ...], least: float, most: float, dtype: Any) -> Array:
+    """log Δ, uniform."""
+    return jax.random.uniform(key, shape, dtype, math.log(least), math.log(most))
+
+
+@functools.cache
+def hippo(pairs: int) -> tuple[Any, Any]:
+    """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis."""
+    root = np.sqrt(1 + 2 * np.arange(2 * pairs))
+    skew = np.tril(np.outer(root, root) / 2, -1)
+    values, vectors = np.linalg.eigh(-1j * (skew.T - skew))
+    return -0.5 + 1j * values[pairs:], vectors[:, pairs:]

@@ -1,0 +1,68 @@
+"""The last inputs before every step: what a causal convolution over time reads."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
+    """(the inputs of one step, oldest first, x the last; the window after it) of a window (..., K−1, D)."""
+    taps = [*jnp.moveaxis(window.astype(x.dtype), -2, 0), x]
+    if len(taps) == 1:
+        return taps, window
+    return taps, jnp.concatenate([window[..., 1:, :], x[..., None, :].astype(window.dtype)], axis=-2)
+
+
+def windows(
+    window: Array, fresh: Array, xs: Array, valid: Array | None, start: Array | None, reverse: bool
+) -> tuple[list[Array], Array]:
+    """The last K valid inputs of every step since its sequence began, oldest first, as K arrays like `xs`, the last of
+    which it is; and the window after the last step.
+
+    Args:
+      window: the last K−1 valid inputs before, (*batch, K−1, D). fresh: those that a sequence begins with.
+      xs: (T, *batch, D). valid, start: bool (T, *batch) or None; `start` of the first step of a sequence.
+      reverse: from the last step to the first.
+    """
+    if reverse:
+        valid, start = (None if flags is None else jnp.flip(flags, 0) for flags in (valid, start))
+        taps, after = windows(window, fresh, jnp.flip(xs, 0), valid, start, False)
+        return [jnp.flip(tap, 0) for tap in taps], after
+    before, length = window.shape[-2], xs.shape[0]
+    if before == 0:
+        return [xs], window
+    # The window lies in front of the sequence as so many steps.
+    whole = jnp.concatenate([jnp.moveaxis(window, -2, 0).astype(xs.dtype), xs])
+    if valid is None and start is None:
+        taps = [whole[k : k + length] for k in range(before + 1)]
+        last = whole[length:].astype(window.dtype)
+        # What was in the window is not rounded.
+        kept = jnp.moveaxis(window, -2, 0)[length:]
+        return taps, jnp.moveaxis(last.at[: len(kept)].set(kept), 0, -2)
+    batch = xs.shape[1:-1]
+    ones, none = jnp.ones((before, *batch), bool), jnp.zeros((before, *batch), bool)
+    valid = jnp.concatenate([ones, jnp.ones((length, *batch), bool) if valid is None else valid])
+    start = jnp.concatenate([none, jnp.zeros((length, *batch), bool) if start is None else start])
+    time = jnp.arange(before + length).reshape(-1, *[1] * len(batch))
+    # Of every step, and of one after the last: the valid step before it, and the sequence that it belongs to.
+    previous = jnp.concatenate([jnp.zeros((1, *batch), int), lax.cummax(jnp.where(valid, time, 0), axis=0)])
+    sequence = jnp.cumsum(start, axis=0)
+    sequence = jnp.concatenate([sequence, sequence[-1:]])
+
+    def at(array, index):
+        return jnp.take_along_axis(array, index, 0)
+
+    wide = jnp.concatenate([jnp.moveaxis(window, -2, 0), xs.astype(window.dtype)])
+    index, found, same = previous[before:], [], []
+    for _ in range(before):
+        found.append(at(wide, index[..., None]))
+        same.append(at(sequence, index) == sequence[before:])
+        index = at(previous, index)
+    own = sum(each.astype(int) for each in same)  # how many of these are of the same sequence
+    first = jnp.moveaxis(fresh.astype(window.dtype), -2, 0)
+    for k in range(before):
+        beyond = jnp.clip(before - (k + 1 - own), 0, before - 1)
+        found[k] = jnp.where(same[k][..., None], found[k], at(first, beyond[..., None]))
+    found = found[::-1]
+    return [*(tap[:length].astype(xs.dtype) for tap in found), xs], jnp.stack([tap[length] for tap in found], axis=-2)
