@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxrnn.cell import Cell, check_cell
 from jaxrnn.compose import Bidirectional, Stack
 from jaxrnn.engines.arrays import accumulator, inexact, select
-from jaxrnn.engines.loop import final_index, starts
+from jaxrnn.engines.loop import final, starts
 from jaxrnn.wrap import Backward, Wrapper
 
 
@@ -117,28 +117,27 @@ class Pool(Wrapper):
             pooled = after == 0 if valid is None else valid & (after == 0)
             restarted = start.any(0)
             value, count = select(restarted, (fresh.value, fresh.count), (value, count))
-        if pooled is None:
-            pooled = jnp.ones((ys.shape[0], *count.shape), bool)
-        carry = PoolCarry(
-            cell, self._pooled(value, count, ys, pooled, reverse), count + pooled.sum(0, dtype=count.dtype)
-        )
+        new = ys.shape[0] if pooled is None else pooled.sum(0, dtype=count.dtype)
+        carry = PoolCarry(cell, self._pooled(value, count, ys, pooled, reverse), count + new)
         return carry, self._output(carry).astype(ys.dtype)
 
     def _pooled(self, value, count, ys, pooled, reverse):
-        """`value`, which holds `count` outputs, with the `pooled` ones of `ys`."""
-        ys, any_new = ys.astype(value.dtype), pooled.any(0)
+        """`value`, which holds `count` outputs, with the `pooled` ones of `ys`, or all."""
+        ys = ys.astype(value.dtype)
         if ys.shape[0] == 0:
             return value
+
+        def others(fill):
+            return ys if pooled is None else select(pooled, ys, jnp.full_like(ys, fill))
+
+        any_new = jnp.ones(count.shape, bool) if pooled is None else pooled.any(0)
         match self.how:
             case "last":
-                index = final_index(pooled, reverse)
-                index = index.reshape(1, *index.shape, *(1,) * (ys.ndim - 1 - index.ndim))
-                return select(any_new, jnp.take_along_axis(ys, index, axis=0)[0], value)
+                return select(any_new, final(ys, pooled, reverse), value)
             case "mean":
-                return value + select(pooled, ys, jnp.zeros_like(ys)).sum(0)
+                return value + others(0).sum(0)
             case _:
-                least = jnp.full_like(ys, -jnp.inf)
-                new = select(any_new, select(pooled, ys, least).max(0), value)
+                new = select(any_new, others(-jnp.inf).max(0), value)
                 return select((count > 0) & any_new, jnp.maximum(value, new), new)
 
     def _output(self, carry):

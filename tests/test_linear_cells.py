@@ -12,6 +12,8 @@ D, H, T = 4, 8, 10_000
 CELLS = {
     "min_gru": jaxrnn.MinGRU(D, H),
     "min_lstm": jaxrnn.MinLSTM(D, H),
+    "min_gru_log": jaxrnn.MinGRU(D, H, log_space=True),
+    "min_lstm_log": jaxrnn.MinLSTM(D, H, log_space=True),
     "hgrn": jaxrnn.HGRN(D, H, lower_bound=0.99),
     "lru": jaxrnn.LRU(D, H, r_min=0.9, r_max=0.999),
     "s5": jaxrnn.S5(D, H),
@@ -31,10 +33,21 @@ def test_steps_are_the_whole_over_many_steps(name, implementation):
     cell = CELLS[name]
     params = cell.init(jax.random.key(0))
     carry = cell.initial_carry(params)
-    if implementation == "native" and jnp.iscomplexobj(carry.h):
+    if implementation == "native" and (jnp.iscomplexobj(carry.h) or name.endswith("log")):
         pytest.skip("the kernel is real")
     xs = jax.random.normal(jax.random.key(1), (T, D))
     stepped = jax.jit(lambda xs: jax.lax.scan(lambda carry, x: cell.step(params, carry, x), carry, xs))(xs)
     whole = jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs, implementation=implementation))(xs)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(stepped), strict=True):
         np.testing.assert_allclose(one, other, 0, 1e-5 * float(np.abs(other).max()))
+
+
+@pytest.mark.parametrize("cell", [jaxrnn.MinGRU, jaxrnn.MinLSTM])
+def test_log_space_over_many_steps_in_float64(cell):
+    with jax.enable_x64(True):
+        params = cell(D, H).init(jax.random.key(0), jnp.float64)
+        xs = jax.random.normal(jax.random.key(1), (T, D), jnp.float64)
+        expected = jaxrnn.scan(cell(D, H), params, None, xs)[1]
+        for implementation in ("xla", "associative", "chunked"):
+            ys = jaxrnn.scan(cell(D, H, log_space=True), params, None, xs, implementation=implementation)[1]
+            np.testing.assert_allclose(ys, expected, 0, 1e-9 * float(np.abs(expected).max()))

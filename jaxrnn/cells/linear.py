@@ -117,8 +117,9 @@ def _replaced(carry: Any, h: Array, valid: Any, window: Array | None) -> Any:
 def _started(given: Array, fresh: Array, valid: Array | None, start: Array | None, reverse: bool, length: int) -> Array:
     """Of every step (T, *batch), whether a valid step came before it in its sequence."""
     if valid is None:
-        valid = jnp.ones((length, *given.shape), bool)
-    seen = lax.cummax(valid.astype(jnp.int32), axis=0, reverse=reverse).astype(bool)
-    none = jnp.zeros_like(seen[:1])
-    seen = jnp.concatenate([seen[1:], none] if reverse else [none, seen[:-1]])[:length]
+        seen = (jnp.arange(length) != (length - 1 if reverse else 0)).reshape(length, *[1] * given.ndim)
+    else:
+        seen = lax.cummax(valid.astype(jnp.int32), axis=0, reverse=reverse).astype(bool)
+        none = jnp.zeros_like(seen[:1])
+        seen = jnp.concatenate([seen[1:], none] if reverse else [none, seen[:-1]])[:length]
     return seen | given if start is None else jnp.where(start, fresh, seen | given)

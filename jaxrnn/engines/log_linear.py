@@ -1,7 +1,7 @@
 """The linear recurrence of positive numbers in log space: the logarithms of a and b go in, and no product is taken.
 
-Where decays or inputs lie beyond the range of floats, their logarithms do not. Where they lie within, real space is
-the more accurate: a rounded logarithm L is a relative error of |L| ε.
+Where decays or inputs lie beyond the range of floats, their logarithms do not. Stretches of steps are joined in pairs,
+since the difference of two long sums of logarithms would have lost its digits.
 """
 
 from __future__ import annotations
