@@ -1,14 +1,18 @@
-"""How fast is a linear recurrence, beside a loop, an associative scan, and the least that memory allows?
+"""How fast is a linear recurrence, beside a loop, an associative scan, and the least that memory allows? And how fast
+do the cells with one train, beside a GRU?
 
     python benchmarks/linear.py
     python benchmarks/linear.py --shapes 1024,2048 --dtypes float32 complex64 --repeats 9
+    python benchmarks/linear.py --shapes --steps 1024 --cells GRU MinGRU LRU   # the second table alone
 
 `jaxrnn.linear_scan` in every implementation; `lax.scan` and `lax.associative_scan` as one would write them; and, as the
 floor, `a * b + 1` for the forward pass and an elementwise function of three arrays to two for the backward pass, which
 move as many numbers. A shape is T,R: steps and columns. The backward pass is measured by itself: the vector-Jacobian
 product for a and b, of which the forward pass is not a part.
 
-Printed are milliseconds, and how many times as long as the floor ours takes.
+Printed are milliseconds, and how many times as long as the floor ours takes. Then, for every cell and number of steps
+T, the milliseconds of the gradient of all its params, and how many times as long a GRU takes: 4 rows, 64 inputs, 64
+units (S4D: 16 pairs of states for each input, S6: 16 states).
 """
 
 from __future__ import annotations
@@ -74,10 +78,54 @@ def build(name: str, a: Any, b: Any, h: Any, backward: bool) -> Contestant | Non
     return Contestant(lambda: jax.block_until_ready(pull(b)), lambda found: [np.asarray(each) for each in found])
 
 
+ROWS, SIZE = 4, 64
+CELLS = {
+    "GRU": jaxrnn.GRU(SIZE, SIZE),
+    "LSTM": jaxrnn.LSTM(SIZE, SIZE),
+    "MinGRU": jaxrnn.MinGRU(SIZE, SIZE),
+    "MinLSTM": jaxrnn.MinLSTM(SIZE, SIZE),
+    "MinGRU in logs": jaxrnn.MinGRU(SIZE, SIZE, log_space=True),
+    "SRU": jaxrnn.SRU(SIZE, SIZE),
+    "QRNN": jaxrnn.QRNN(SIZE, SIZE),
+    "HGRN": jaxrnn.HGRN(SIZE, SIZE),
+    "RGLRU": jaxrnn.RGLRU(SIZE),
+    "LRU": jaxrnn.LRU(SIZE, SIZE),
+    "S5": jaxrnn.S5(SIZE, SIZE),
+    "S4D": jaxrnn.S4D(SIZE, 16),
+    "S6": jaxrnn.S6(SIZE, 16),
+}
+
+
+def training(cell: jaxrnn.Cell, steps: int):
+    """The gradient of all params, as a function to be timed."""
+    params = cell.init(jax.random.key(0))
+    xs = jax.random.normal(jax.random.key(1), (steps, ROWS, SIZE))
+
+    @jax.jit
+    def gradient(params, xs):
+        return jax.grad(lambda params: jnp.mean(jaxrnn.scan(cell, params, None, xs)[1] ** 2))(params)
+
+    return lambda: jax.block_until_ready(gradient(params, xs))
+
+
+def cells_beside_a_gru(args: Any) -> tuple[Table, list[dict[str, Any]]]:
+    table, rows = Table("T", *args.cells), []
+    for steps in args.steps:
+        runs = {name: training(CELLS[name], steps) for name in args.cells}
+        times = contest.medians(contest.interleaved(runs, args.repeats))
+        rows.append({"steps": steps, "ms": {name: 1e3 * value for name, value in times.items()}})
+        table.add(steps, *rows[-1]["ms"].values())
+        if "GRU" in times:
+            table.add("GRU / cell", *(times["GRU"] / value for value in times.values()))
+    return table, rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = contest.parser(__file__, __doc__, CONTESTANTS)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="T,R")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="T,R")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "complex64"])
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--steps", nargs="*", type=int, default=[256, 1024, 4096, 16384], metavar="T")
     args = contest.parse(parser, argv)
     names, rows = args.contestants, []
     table = Table("T,R", "dtype", "pass", *names, f"{names[0]} / floor")
@@ -107,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         labels = [f"{row['shape']}\n{row['dtype']}\n{row['pass']}" for row in rows]
         contest.bars(figure.subplots(), labels, heights, ylabel="ms", yscale="log", title="Linear recurrences")
 
-    contest.write(args, [table], {"rows": rows}, draw)
+    cells, steps = cells_beside_a_gru(args)
+    contest.write(args, [table, cells], {"rows": rows, "cells": steps}, draw)
     return 0
 
 
