@@ -23,6 +23,7 @@ from jaxrnn.engines import gated_xla, native
 from jaxrnn.engines.gated_xla import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
 from jaxrnn.engines.loop import in_chunks, starts
 
+FEW = 8  # members whose cotangents are added one by one, since XLA is slow to reduce a short axis
 KINDS = {"elman_tanh": 0, "elman_relu": 1, "lstm": 2, "gru": 3, "gru_before": 4}
 
 forward_p = Primitive("jaxrnn_gated_forward")
@@ -133,7 +134,10 @@ def _forward_jvp(primals, tangents, *, save, **options):
         """A tangent of every member; of what is absent, nothing."""
         if math.prod(shape.shape) == 0:
             return jnp.zeros(shape.shape, shape.dtype)
-        return jnp.broadcast_to(ad.instantiate_zeros(tangent), shape.shape)
+        tangent = ad.instantiate_zeros(tangent)
+        if tangent.shape[0] != shape.shape[0] <= FEW:
+            return jnp.concatenate([tangent] * shape.shape[0])
+        return jnp.broadcast_to(tangent, shape.shape)
 
     linear = [whole(*each) for each in zip(tangents, shapes, strict=True)]
     moved = _bind(tangent_p, *fixed, *linear, wrt=wrt, **options)
