@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.engines import choose, gated, native
-from jaxrnn.engines.arrays import accumulator, cast_like, inexact, zero_where_not
+from jaxrnn.engines.arrays import accumulator, cast_like, inexact, varying_like, zero_where_not
 from jaxrnn.engines.choose import EngineCall, Implementation
 from jaxrnn.engines.loop import final
 
@@ -91,6 +91,7 @@ def scan(
     xs = zero_where_not(valid, xs)
     carry, fresh = _carries(cell, params, carry, xs, batch_shape)
     noise = None if key is None else cell.noise(_key(key), length, batch_shape)
+    carry = varying_like(carry, fresh, params, xs, valid, reset, noise)
     with native.reading(batch_major=0 < time_axis == len(batch_shape)):
         carry, ys = cell.scan(
             params,

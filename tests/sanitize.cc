@@ -80,23 +80,69 @@ struct Case {
   }
 };
 
+// A linear recurrence; its expected results are those of a plain loop.
+struct LinearCase {
+  std::mt19937 rng;
+  long T, R, groups;
+  bool reverse, shifted, constant, cuts, constant_cut;
+  std::vector<float> a, b, h;
+  std::vector<uint8_t> cut;
+
+  explicit LinearCase(unsigned seed) : rng(seed) {
+    auto draw = [&](long least, long most) { return std::uniform_int_distribution<long>(least, most)(rng); };
+    std::normal_distribution<float> normal(0.0f, 0.7f);
+    groups = draw(1, 5), T = draw(0, 40);
+    R = groups * (draw(0, 9) == 0 ? draw(2000, 9000) : draw(1, 300));
+    reverse = draw(0, 1), shifted = draw(0, 1), constant = draw(0, 2) == 0, cuts = draw(0, 1), constant_cut = draw(0, 3) == 0;
+    a.resize((constant ? 1 : T) * R), b.resize(T * R), h.resize(R);
+    for (auto* array : {&a, &b, &h})
+      for (float& x : *array) x = normal(rng);
+    cut.resize((constant_cut ? 1 : T) * groups);
+    for (uint8_t& flag : cut) flag = draw(0, 3) == 0;
+  }
+
+  std::vector<std::vector<float>> run(int threads) const {
+    std::vector<float> hs(T * R, 7.0f), last(R, 7.0f);
+    linear(LinearProblem{T, R, reverse, shifted, a.data(), b.data(), h.data(), constant ? 1 : T, cuts ? cut.data() : nullptr,
+                         constant_cut ? 1 : T, groups, hs.data(), last.data()},
+           threads);
+    return {hs, last};
+  }
+
+  std::vector<std::vector<float>> expected() const {
+    std::vector<float> hs(T * R), state = h;
+    for (long k = 0; k < T; ++k) {
+      const long t = reverse ? T - 1 - k : k;
+      for (long r = 0; r < R; ++r) {
+        const bool ends = cuts && cut[(constant_cut ? 0 : t) * groups + r / (R / groups)];
+        const float decay = a[(constant ? 0 : t) * R + r];
+        if (shifted) hs[t * R + r] = state[r] + b[t * R + r], state[r] = ends ? 0 : decay * hs[t * R + r];
+        else hs[t * R + r] = state[r] = (ends ? 0 : decay * state[r]) + b[t * R + r];
+      }
+    }
+    return {hs, state};
+  }
+};
+
 int main(int count, char** values) {
   const unsigned cases = count > 1 ? std::atoi(values[1]) : 200;
   std::atomic<int> wrong{0};
+  auto compare = [&](unsigned seed, const auto& found, const auto& expected) {
+    for (size_t k = 0; k < found.size(); ++k)
+      for (size_t i = 0; i < found[k].size(); ++i)
+        if (!(std::fabs(found[k][i] - expected[k][i]) <= 1e-4f + 1e-4f * std::fabs(expected[k][i]))) {
+          std::printf("case %u, result %zu, number %zu: %g for %g\n", seed, k, i, found[k][i], expected[k][i]);
+          ++wrong;
+          i = found[k].size() - 1;
+        }
+  };
   auto work = [&](unsigned first) {
     for (unsigned seed = first; seed < cases; seed += 3) {
       const Case one(seed);
       const auto expected = one.run(1);
-      for (int threads : {2, 4}) {
-        const auto found = one.run(threads);
-        for (size_t k = 0; k < found.size(); ++k)
-          for (size_t i = 0; i < found[k].size(); ++i)
-            if (!(std::fabs(found[k][i] - expected[k][i]) <= 1e-4f + 1e-4f * std::fabs(expected[k][i]))) {
-              std::printf("case %u, result %zu, number %zu: %g for %g\n", seed, k, i, found[k][i], expected[k][i]);
-              ++wrong;
-              i = found[k].size() - 1;
-            }
-      }
+      for (int threads : {2, 4}) compare(seed, one.run(threads), expected);
+      const LinearCase other(seed);
+      for (int threads : {1, 2, 4}) compare(seed, other.run(threads), other.expected());
     }
   };
   std::vector<std::thread> threads;

@@ -355,7 +355,17 @@ def test_what_the_kernel_refuses():
 
 
 @pytest.mark.skipif(not NATIVE, reason="no compiled kernels")
-@pytest.mark.parametrize("shape", [(T, 1), (T, 5, 7), (200, 3, 11, 16), (40, 1029), (2, 70_001)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (T, 1),
+        (T, 5, 7),
+        (200, 3, 11, 16),
+        (40, 1029),
+        (2, 70_001),
+        pytest.param((9, 950_003), marks=pytest.mark.full),  # more than malloc keeps mapped
+    ],
+)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_kernel_of_every_width(shape, reverse):
     """Columns that no vector and no cache line divides, threads, and flags of every number of axes."""

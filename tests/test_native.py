@@ -396,7 +396,9 @@ import jax, jax.numpy as jnp, numpy as np, jaxrnn
 from jax.sharding import NamedSharding, PartitionSpec as P
 assert jax.device_count() == 2
 mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-for cell in (jaxrnn.LSTM(3, 5), jaxrnn.GRU(3, 5), jaxrnn.Bidirectional(jaxrnn.Elman(3, 5), jaxrnn.Elman(3, 5))):
+for cell in (jaxrnn.LSTM(3, 5), jaxrnn.GRU(3, 5), jaxrnn.Bidirectional(jaxrnn.Elman(3, 5), jaxrnn.Elman(3, 5)),
+             jaxrnn.MGU(3, 5), jaxrnn.MinGRU(3, 5), jaxrnn.MinLSTM(3, 5, log_space=True), jaxrnn.RGLRU(3),
+             jaxrnn.QRNN(3, 5, 3), jaxrnn.LRU(3, 5), jaxrnn.S6(3, 4)):
     params = cell.init(jax.random.key(0))
     xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
     reset = jax.random.bernoulli(jax.random.key(2), 0.3, (7, 4))
@@ -420,7 +422,10 @@ for cell in (jaxrnn.LSTM(3, 5), jaxrnn.GRU(3, 5), jaxrnn.Bidirectional(jaxrnn.El
     mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), sequence, sequence, P("rows")),
                                    out_specs=(P(), sequence, P()), check_vma=True))
     program = mapped.lower(params, xs, reset, lengths).compile().as_text()
-    assert jaxrnn.engines.native.absent() is not None or "jaxrnn_gated_backward" in program
+    kernel = {"Bidirectional": "gated_backward", "LSTM": "gated_backward", "GRU": "gated_backward",
+              "MinGRU": "linear_scan", "RGLRU": "linear_scan", "QRNN": "linear_scan", "S6": "linear_scan"}
+    if jaxrnn.engines.native.absent() is None and type(cell).__name__ in kernel:
+        assert kernel[type(cell).__name__] in program, cell
     value_3, ys_3, gradient_3 = mapped(params, xs, reset, lengths)
     for other in ((value_2, ys_2, gradient_2), (value_3, ys_3, gradient_3)):
         for a, b in zip(jax.tree.leaves((value, ys, gradient)), jax.tree.leaves(other), strict=True):

@@ -6,12 +6,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def inexact(leaf) -> bool:
     """Whether a leaf holds floating or complex numbers."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def varying_like(tree: Any, *others: Any) -> Any:
+    """`tree` varying over all mesh axes of a `shard_map` that a leaf of it or of `others` varies over."""
+
+    def axes(leaf):
+        return jax.typeof(leaf).manual_axis_type.varying
+
+    every = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves((tree, others))))
+
+    def vary(leaf):
+        missing = tuple(every - axes(leaf))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree) if every else tree
 
 
 def compute_dtype(x: Array, params: Any):

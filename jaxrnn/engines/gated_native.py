@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from jaxrnn.engines import gated_xla, native
+from jaxrnn.engines.arrays import varying_like
 from jaxrnn.engines.gated_xla import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
 from jaxrnn.engines.loop import in_chunks, starts
 
@@ -53,14 +54,7 @@ def _abstract(primitive):
 
 
 def _bind(primitive, *arrays, **options):
-    """Under `shard_map` all arrays vary over the mesh axes that any of them varies over."""
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    every = frozenset().union(*varying)
-    arrays = [
-        array if own == every else lax.pcast(array, tuple(every - own), to="varying")
-        for array, own in zip(arrays, varying, strict=True)
-    ]
-    return primitive.bind(*arrays, **options)
+    return primitive.bind(*varying_like(arrays), **options)
 
 
 def _batched(primitive):

@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from jaxrnn.engines import native
-from jaxrnn.engines.arrays import select, zero_where_not
+from jaxrnn.engines.arrays import select, varying_like, zero_where_not
 from jaxrnn.engines.choose import Implementation, choose, is_free, record
 
 ELSEWHERE = "associative"  # what None means on accelerators
@@ -185,14 +185,7 @@ def _abstract(a, b, h, *cut, reverse, shifted, form):
 
 
 def _bind(*arrays, **options):
-    """Under `shard_map` all arrays vary over the mesh axes that any of them varies over."""
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    every = frozenset().union(*varying)
-    arrays = [
-        array if own == every else lax.pcast(array, tuple(every - own), to="varying")
-        for array, own in zip(arrays, varying, strict=True)
-    ]
-    return linear_scan_p.bind(*arrays, **options)
+    return linear_scan_p.bind(*varying_like(arrays), **options)
 
 
 def _previous(h, hs, reverse):
