@@ -9,7 +9,21 @@ import pytest
 from members import draw_carry, draw_params, draw_x, floats, weighted_sum
 
 import jaxrnn
-from jaxrnn import GRU, LSTM, Apply, Bidirectional, Cell, Elman, Embed, GRUParams, Linear, Pool, Residual, Stack
+from jaxrnn import (
+    GRU,
+    LSTM,
+    Apply,
+    Bidirectional,
+    Cell,
+    Elman,
+    Embed,
+    GRUParams,
+    Linear,
+    Parallel,
+    Pool,
+    Residual,
+    Stack,
+)
 
 X64 = True
 
@@ -25,6 +39,64 @@ def test_a_stack_is_its_layers_one_after_another():
     for cell, p in zip(cells, params, strict=True):
         _, ys = jaxrnn.scan(cell, p, None, ys)
     close(jaxrnn.scan(Stack(cells), params, None, xs)[1], ys)
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        ("concat", lambda *ys: np.concatenate(ys, -1)),
+        ("sum", lambda a, b, c: a + b + c),
+        ("mul", lambda a, b, c: a * b * c),
+        ("average", lambda a, b, c: (a + b + c) / 3),
+        (lambda a, b, c: a - b * c, lambda a, b, c: a - b * c),
+    ],
+    ids=["concat", "sum", "mul", "average", "callable"],
+)
+def test_parallel_cells_are_merged(merge, expected):
+    """Of three cells of the same input; padding stays 0."""
+    cell = Parallel((GRU(2, 3), Linear(2, 3), LSTM(2, 3)), merge)
+    params, xs = draw_params(cell), draw_x(cell, 0, 6, 3)
+    lengths = np.array([6, 0, 4])
+    carry, ys = jaxrnn.scan(cell, params, None, xs, lengths=lengths)
+    alone = [jaxrnn.scan(own, p, None, xs, lengths=lengths) for own, p in zip(cell.cells, params, strict=True)]
+    close(ys, np.where(np.arange(6)[:, None, None] < lengths[:, None], expected(*(y for _, y in alone)), 0))
+    close(carry, tuple(last for last, _ in alone))
+    assert cell.output_size == (None if callable(merge) else 9 if merge == "concat" else 3)
+
+
+def test_the_blocks_are_their_formulas():
+    """Griffin's, Mamba's and xLSTM's, from their parts."""
+
+    def run(cell, params, xs):
+        return np.asarray(jaxrnn.scan(cell, params, None, xs)[1])
+
+    xs = draw_x(Linear(4, 4), 0, 7, 3)
+    for block, act in ((jaxrnn.griffin_block(4, 6, blocks=3), jax.nn.gelu), (jaxrnn.mamba_block(4, 6), jax.nn.silu)):
+        params = draw_params(block)
+        (branch, gate), out = params
+        (recurrent, other), last = block.cells[0].cells, block.cells[1]
+        u = xs
+        for cell, p in zip(recurrent.cells, branch, strict=True):
+            u = run(cell, p, u)
+        kinds = [type(cell).__name__ for cell in recurrent.cells if type(cell) is not Apply]
+        assert kinds in (["Linear", "CausalConv", "RGLRU"], ["Linear", "CausalConv", "S6"])
+        v = run(other.cells[0], gate[0], xs)
+        v = np.asarray(act(v, approximate=False) if act is jax.nn.gelu else act(v))
+        close(run(block, params, xs), run(last, out, u * v))
+
+    block = jaxrnn.slstm_block(4, heads=2)
+    params = draw_params(block)
+    first, second = (part.cell for part in block.cells)
+    middle = xs + run(first, params[0], xs)
+    close(run(block, params, xs), middle + run(second, params[1], middle))
+    norm, conv, silu, recurrence, heads = first.cells[0], *first.cells[1].cells
+    own = params[0][1]
+    u = run(conv, own[0], run(norm, params[0][0], xs))
+    u = run(recurrence, own[2], u / (1 + np.exp(-u)))
+    parts = u.reshape(*u.shape[:-1], 2, 2)
+    parts = (parts - parts.mean(-1, keepdims=True)) / np.sqrt(parts.var(-1, keepdims=True) + heads.epsilon)
+    close(run(first, params[0], xs), parts.reshape(u.shape) * own[3].scale + own[3].b)
+    assert silu == Apply("silu")
 
 
 def test_skip_connections():
