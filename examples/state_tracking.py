@@ -5,7 +5,8 @@ sign with every one, for ever; recurrences whose state decays by positive factor
 trained: at best they learn the lengths that they see. Those that are nonlinear in their state can.
 
 Selective copying: a few marked tokens lie among noise in 256 steps, and have to be told at the end, in order. What to
-keep has to depend on the input; a recurrence that is the same at every step keeps the noise too.
+keep has to depend on the input; a recurrence that is the same at every step keeps the noise too. It takes long: after
+2000 steps three layers of MinGRU tell nine tokens of ten, so that it runs only where `--tasks` asks for it.
 
 Every model is trained from several seeds at once, in one program (`jax.vmap`), on sequences that are drawn anew at
 every step. Printed is, for each seed, the share of right answers on new sequences: at the last bit for parity, where
@@ -109,7 +110,6 @@ MODELS = {
         "LRU, 3 layers": Model(blocks(lambda: LRU(SIZE, SIZE, r_min=0.9), 3), False),
     },
 }
-STEPS = {"parity": 2000, "selective copying": 2000}
 
 
 def learn(task: Task, model: Model, *, steps: int, seeds: int, seed: int, rate: float = 3e-3) -> tuple[Array, Array]:
@@ -153,7 +153,8 @@ def learn(task: Task, model: Model, *, steps: int, seeds: int, seed: int, rate: 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, for a first look")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="(default: both)")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["parity"], help="(default: parity)")
+    parser.add_argument("--steps", type=int, help="of training (default: 2000)")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
     parser.add_argument("--wanted", type=float, default=0.99, help="share of right answers (default: %(default)s)")
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, tuple[np.ndarray, np.nd
     """For every task and model, what `learn` finds."""
     found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name in args.tasks:
-        steps = STEPS[name] // (20 if args.quick else 1)
+        steps = 100 if args.quick else args.steps or 2000
         for kind, model in MODELS[name].items():
             result = learn(TASKS[name], model, steps=steps, seeds=args.seeds, seed=args.seed)
             shares, losses = map(np.asarray, result)

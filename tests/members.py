@@ -133,6 +133,14 @@ LSTMS = {f"lstm_{''.join(map(str, row))}": _lstm(*map(bool, row)) for row in _L8
 LSTMS["lstm_everything"] = _lstm(*[True] * 7)
 GRUS = {f"gru_{''.join(map(str, row))}": _gru(*map(bool, row[:3]), bool(row[6])) for row in _L8}
 
+LINEAR_OPTIONS = {
+    "min_lstm_log": MinLSTM(D, H, log_space=True),
+    "sru_square": SRU(D, D),
+    "s4d_timed": S4D(D, 4, discretization="bilinear", timed=True),
+    "s5_bilinear": S5(D, H, "bilinear"),
+    "s5_timed": S5(D, H, timed=True),
+    "rg_lru_blocks": RGLRU(4, blocks=2),
+}
 CELLS = {
     "elman": Elman(D, H),
     "elman_relu": Elman(D, H, activation="relu"),
@@ -145,22 +153,16 @@ CELLS = {
     "min_gru": MinGRU(D, H),
     "min_lstm": MinLSTM(D, H, positive=False),
     "min_gru_log": MinGRU(D, H, log_space=True),
-    "min_lstm_log": MinLSTM(D, H, log_space=True),
     "sru": SRU(D, H, activation="tanh"),
-    "sru_square": SRU(D, D),
     "qrnn": QRNN(D, H, window=3),
     "causal_conv": CausalConv(D, 4),
     "s4d": S4D(D, 4, "inverse"),
-    "s4d_timed": S4D(D, 4, discretization="bilinear", timed=True),
-    "s5_timed": S5(D, H, timed=True),
     "s6": S6(D, 4, 2),
     "lru": LRU(D, H),
     "s5": S5(D, H),
-    "s5_bilinear": S5(D, H, "bilinear"),
     "rg_lru": RGLRU(D),
     "hgrn": HGRN(D, H, lower_bound=0.3),
     "slstm": SLSTM(D, 4, heads=2),
-    "rg_lru_blocks": RGLRU(4, blocks=2),
     "conv_lstm_1d": ConvLSTM((4,), D, H),
     "conv_lstm_2d": ConvLSTM((5, 4), D, H, kernel_size=(3, 2), strides=2, dilation=(1, 2), padding="VALID"),
     "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
@@ -236,7 +238,7 @@ COMPOSITIONS = {
     ),
 }
 # Members whose cells differ in options only: the fast tier runs part of the properties on them.
-OPTIONS = {name: cell for name, cell in (LSTMS | GRUS).items() if cell not in CELLS.values()}
+OPTIONS = {name: cell for name, cell in (LSTMS | GRUS | LINEAR_OPTIONS).items() if cell not in CELLS.values()}
 MEMBERS = CELLS | LAYERS | COMPOSITIONS | OPTIONS
 
 

@@ -127,8 +127,9 @@ def s4d_init(
     uniform; d normal.
 
     >>> import jax, jaxrnn
-    >>> jaxrnn.s4d_init(jax.random.key(0), 3, 16).frequency[0, :2].round(3)
-    Array([0.   , 3.142], dtype=float32)
+    >>> params = jaxrnn.s4d_init(jax.random.key(0), 3, 16)
+    >>> params.frequency.shape, params.c.shape
+    ((3, 16), (2, 3, 16))
     """
     wide = accumulator(dtype)
     pair, states = np.arange(hidden_size), 2 * hidden_size

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jax import lax
 
 ENGINES = ("scan", "gated_scan", "linear_scan")
 IMPLEMENTATIONS = ("native", "xla", "associative", "chunked", "pallas")  # the fastest that can run first
@@ -40,6 +42,14 @@ def recording(platform: str) -> Iterator[list[EngineCall]]:
         yield calls
     finally:
         _recorded.reset(token)
+
+
+def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """`lax.platform_dependent`; inside `recording`, what that platform takes, alone."""
+    recorded = _recorded.get()
+    if recorded is None:
+        return lax.platform_dependent(*operands, cpu=cpu, default=default)
+    return (cpu if recorded[0] == "cpu" else default)(*operands)
 
 
 def check(implementation: Implementation) -> None:

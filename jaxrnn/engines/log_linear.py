@@ -6,11 +6,13 @@ since the difference of two long sums of logarithms would have lost its digits.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import select
-from jaxrnn.engines.choose import Implementation, choose, is_free, record
+from jaxrnn.engines.choose import Implementation, by_platform, choose, is_free, record
 from jaxrnn.engines.linear import CHUNK, ELSEWHERE
 
 NOTHING = -1e30  # the logarithm of 0, finite, so that derivatives are
@@ -54,10 +56,8 @@ def log_linear_recurrence(
     steps = log_a, log_b, begins
     if reverse:
         steps = tuple(jnp.flip(each, 0) for each in steps)
-    if form is None:
-        found = lax.platform_dependent(*steps, cpu=FORMS["xla"], default=FORMS[ELSEWHERE])
-    else:
-        found = FORMS[form](*steps)
+    run = FORMS[form] if form else functools.partial(by_platform, cpu=FORMS["xla"], default=FORMS[ELSEWHERE])
+    found = run(*steps)
     if reverse:
         found = tuple(jnp.flip(each, 0) for each in found)
     log_decay, log_h, begun = found

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import select, zero_where_not
+from jaxrnn.engines.choose import by_platform
 
 
 def starts(reset: Array | None, valid: Array | None, reverse: bool) -> Array | None:
@@ -73,7 +74,7 @@ def time_loop(
 
     def prepared(carry, inputs):
         each, all_at_once = functools.partial(scan, within=prepare), functools.partial(scan, ahead=prepare)
-        return lax.platform_dependent(carry, inputs, cpu=each, default=all_at_once)
+        return by_platform(carry, inputs, cpu=each, default=all_at_once)
 
     return in_chunks(scan if prepare is None else prepared, carry, (xs, valid, start), reverse, remat_every)
 
