@@ -209,7 +209,20 @@ def jitted_gradient(cell):
     return jax.jit(jax.value_and_grad(loss_of(cell, xs, reverse=not streams(cell), remat_every=4), allow_int=True))
 
 
-@every_member()
+@some_members(
+    *(
+        "elman",
+        "lstm_projection_peephole",
+        "gru_reset_before",
+        "conv_lstm_2d",
+        "own",
+        "qrnn",
+        "s6",
+        "rg_lru",
+        "min_gru_log",
+    ),
+    *("stack", "bidirectional_callable", "learned_carry", "linear_stack", "blocks", "pool_bidirectional", "everything"),
+)
 def test_gradients_are_finite_differences(cell):
     """The gradient of params, carry and xs together, through masks, resets and remat; forward mode agrees."""
     point, xs = differentiable(cell)
@@ -402,7 +415,19 @@ def test_gradients_at_odd_sizes(cell, length, batch):
     assert all(np.isfinite(leaf).all() for leaf in floats(gradient))
 
 
-@every_member()
+@some_members(
+    *("lstm", "dropout", "dropout_sequence", "recurrent_dropout", "recurrent_dropout_before", "recurrent_dropout_conv"),
+    *(
+        "weight_drop",
+        "weight_drop_indrnn",
+        "zoneout",
+        "zoneout_own",
+        "zoneout_stack",
+        "stack_skip",
+        "parallel",
+        "everything",
+    ),
+)
 def test_noise_is_a_value(cell):
     """With a key: scan is the loop of steps with the same noise, in both directions; the same key, the same numbers."""
     params, carry, xs = arguments(cell)
