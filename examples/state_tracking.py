@@ -154,7 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, for a first look")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["parity"], help="(default: parity)")
-    parser.add_argument("--steps", type=int, help="of training (default: 2000)")
+    parser.add_argument("--steps", type=int, default=2000, help="of training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
     parser.add_argument("--wanted", type=float, default=0.99, help="share of right answers (default: %(default)s)")
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, tuple[np.ndarray, np.nd
     """For every task and model, what `learn` finds."""
     found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name in args.tasks:
-        steps = 100 if args.quick else args.steps or 2000
+        steps = 100 if args.quick else args.steps
         for kind, model in MODELS[name].items():
             result = learn(TASKS[name], model, steps=steps, seeds=args.seeds, seed=args.seed)
             shares, losses = map(np.asarray, result)

@@ -34,8 +34,8 @@ class LinearCell(Cell):
         """(a, b), in at least float32; a may lack axes."""
 
     def log_coefficients(self, params: Any, x: Array) -> tuple[Array, Array]:
-        """The logarithms of (a, b), both positive."""
-        raise NotImplementedError
+        """The logarithms of (a, b), both positive, of a cell with `log_space`."""
+        raise TypeError(f"{type(self).__name__}: log_space needs log_coefficients, which it does not define")
 
     def output(self, params: Any, h: Array, x: Array) -> Array:
         """y, of the new state."""

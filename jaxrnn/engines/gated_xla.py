@@ -52,6 +52,7 @@ def _choose(flag: Array | None, on, off):
 
 
 def zeros(tree):
+    """A tree of zeros like `tree`."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 
