@@ -6,21 +6,25 @@ import os
 import jax
 import jaxlib
 import pytest
-from members import MEMBERS
+
+# Little optimisation takes a quarter of the time to compile; set XLA_FLAGS for another way. XLA reads them once, before
+# anything of jaxrnn runs, and refuses to start on one that it does not know, so each version gets those that it does.
+_FLAGS = {
+    "0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "0.11": "--xla_backend_optimization_level=0",
+}
+_VERSION = ".".join(jaxlib.__version__.split(".")[:2])
+if _VERSION in _FLAGS:
+    os.environ.setdefault("XLA_FLAGS", _FLAGS[_VERSION])
+
+from members import MEMBERS  # noqa: E402
 
 collect_ignore = ["data"]  # a script there needs what makes the files, not what reads them
 
 
 def pytest_configure(config):
-    """The tests compile with little optimisation, which takes a quarter of the time; set XLA_FLAGS for another way."""
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
     gc.set_threshold(200_000, 50, 100)  # what JAX keeps is never garbage, and looking through it takes long
-    # XLA refuses to start on a flag that it does not know, so each version gets those that it does.
-    flags = {"0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
-    flags["0.11"] = "--xla_backend_optimization_level=0"
-    version = ".".join(jaxlib.__version__.split(".")[:2])
-    if version in flags:
-        os.environ.setdefault("XLA_FLAGS", flags[version])
 
 
 @pytest.hookimpl(optionalhook=True)
