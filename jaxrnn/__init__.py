@@ -37,7 +37,7 @@ from jaxrnn.cells.s5 import S5, S5Carry, S5Params, s5_init, s5_step
 from jaxrnn.cells.s6 import S6, S6Carry, S6Params, s6_init, s6_step
 from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm_init, slstm_step
 from jaxrnn.cells.sru import SRU, SRUCarry, SRUGates, SRUParams, sru_init, sru_step
-from jaxrnn.compose import Bidirectional, BidirectionalPair, Parallel, Stack
+from jaxrnn.compose import Stack
 from jaxrnn.engines.gated import GatedWeights
 from jaxrnn.layers import (
     Apply,
@@ -51,6 +51,7 @@ from jaxrnn.layers import (
     LinearParams,
 )
 from jaxrnn.linear import linear_scan
+from jaxrnn.parallel import Bidirectional, BidirectionalPair, Parallel
 from jaxrnn.pool import Pool, PoolCarry
 from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
 from jaxrnn.sequence import Explanation, explain, last, rollout, scan, step

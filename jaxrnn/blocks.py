@@ -8,8 +8,9 @@ from jaxrnn.cells.causal_conv import CausalConv
 from jaxrnn.cells.rg_lru import RGLRU
 from jaxrnn.cells.s6 import S6
 from jaxrnn.cells.slstm import SLSTM
-from jaxrnn.compose import Parallel, Stack
+from jaxrnn.compose import Stack
 from jaxrnn.layers import Apply, LayerNorm, Linear
+from jaxrnn.parallel import Parallel
 from jaxrnn.wrap import Residual
 
 

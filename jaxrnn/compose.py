@@ -1,11 +1,8 @@
-"""Cells made of several cells."""
+"""Cells made of several cells, and cells one above another."""
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +10,6 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
-from jaxrnn.cells.gated import GatedCell
-from jaxrnn.engines.arrays import zero_where_not
 from jaxrnn.engines.loop import final
 from jaxrnn.layers import Layer
 
@@ -96,7 +91,7 @@ class Stack(Several):
                 )
             if cell.ends_time:
                 ended = k
-            if k and not _fits(self._reads(size), input_size(cell), any_rank=isinstance(cell, Layer)):
+            if k and not fits(self._reads(size), input_size(cell), any_rank=isinstance(cell, Layer)):
                 raise ValueError(
                     f"Stack: cells[{k}] reads size {input_size(cell)} and gets {self._reads(size)} from "
                     f"cells[{k - 1}]: {cell!r} above {self.cells[k - 1]!r}"
@@ -153,7 +148,7 @@ class Stack(Several):
         self._check(params)
         carries, ys = [], []
         for k, cell in enumerate(self.cells):
-            new, y = cell.step(params[k], carry[k], self._input(x, ys), _part(noise, k))
+            new, y = cell.step(params[k], carry[k], self._input(x, ys), part(noise, k))
             carries.append(new)
             ys.append(y)
         return tuple(carries), self._output(ys)
@@ -162,10 +157,10 @@ class Stack(Several):
         self._check(params)
         carries, ys, ended = [], [], False
         for k, cell in enumerate(self.cells):
-            inputs, part = self._input(xs, ys), _part(noise, k)
+            inputs, drawn = self._input(xs, ys), part(noise, k)
             if ended:
-                part = part and (part[0], final(part[1], valid, reverse))
-                new, y = cell.step(params[k], carry[k], inputs, part)
+                drawn = drawn and (drawn[0], final(drawn[1], valid, reverse))
+                new, y = cell.step(params[k], carry[k], inputs, drawn)
             else:
                 new, y = cell.scan(
                     params[k],
@@ -175,7 +170,7 @@ class Stack(Several):
                     valid=valid,
                     reset=reset,
                     reverse=reverse,
-                    noise=part,
+                    noise=drawn,
                     remat_every=remat_every,
                     implementation=implementation,
                 )
@@ -205,234 +200,13 @@ def _kind(params):
     return f"a tuple of {len(params)}" if type(params) is tuple else type(params).__name__
 
 
-def _part(noise, k):
+def part(noise, k):
+    """The noise of the k-th cell."""
     return None if noise is None else (noise[0][k], noise[1][k])
 
 
-def _fits(given, wanted, any_rank: bool = False) -> bool:
+def fits(given, wanted, any_rank: bool = False) -> bool:
+    """Whether what has one size can be read where the other is wanted; None is a size that is not known."""
     if any_rank and isinstance(given, tuple) and isinstance(wanted, int):
         given = given[-1]
     return given is None or wanted is None or given == wanted
-
-
-MERGES: dict[str, Callable[..., Array]] = {
-    "concat": lambda *ys: jnp.concatenate(ys, axis=-1),
-    "sum": lambda *ys: functools.reduce(operator.add, ys),
-    "mul": lambda *ys: functools.reduce(operator.mul, ys),
-    "average": lambda *ys: functools.reduce(operator.add, ys) / len(ys),
-}
-
-
-def _merge(merge: str | Callable[..., Any], ys: Any) -> Any:
-    return merge(*ys) if callable(merge) else jax.tree.map(MERGES[merge], *ys)
-
-
-def _merged_size(merge: str | Callable[..., Any], sizes: Any) -> Any:
-    """The size of what is merged, or None where it is not known."""
-    if callable(merge) or None in sizes:
-        return None
-    if merge != "concat":
-        return sizes[0]
-    return sum(sizes) if isinstance(sizes[0], int) else (*sizes[0][:-1], sum(size[-1] for size in sizes))
-
-
-class Parallel(Several):
-    """Cells beside one another: all read the same x, and y = merge(their outputs).
-
-    Params and carry are tuples, one entry per cell.
-
-    Args:
-      cells: cells of equal input.
-      merge: "concat" (last axis), "sum", "mul", "average", or a callable of all outputs, compared by identity.
-
-    Raises:
-      ValueError: if sizes do not fit.
-
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> gate = jaxrnn.Stack((jaxrnn.Linear(3, 4), jaxrnn.Apply("sigmoid")))
-        >>> cell = jaxrnn.Parallel((jaxrnn.GRU(3, 4), gate), "mul")
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
-        (7, 5, 4)
-    """
-
-    merge: str | Callable[..., Any] = "concat"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not callable(self.merge) and self.merge not in MERGES:
-            raise ValueError(f"Parallel: merge must be one of {sorted(MERGES)} or a callable, got {self.merge!r}")
-        for k, cell in enumerate(self.cells):
-            if not _fits(self.input_size, input_size(cell)):
-                raise ValueError(f"Parallel: cells[{k}] reads size {input_size(cell)}, not {self.input_size}: {cell!r}")
-            if self.merge in ("sum", "mul", "average") and not _fits(self._sizes[0], self._sizes[k]):
-                raise ValueError(f"Parallel: merge {self.merge!r} needs equal sizes, got {self._sizes}")
-            if cell.ends_time != self.ends_time:
-                raise ValueError("Parallel: either all cells or none may end the time axis")
-
-    @property
-    def _sizes(self):
-        return [output_size(cell, self.input_size) for cell in self.cells]
-
-    @property
-    def input_ndim(self):  # type: ignore[override]
-        return next((cell for cell in self.cells if input_size(cell) is not None), self.cells[0]).input_ndim
-
-    @property
-    def input_size(self) -> Any:
-        return next((size for size in map(input_size, self.cells) if size is not None), None)
-
-    @property
-    def output_size(self) -> Any:
-        return _merged_size(self.merge, self._sizes)
-
-    @property
-    def ends_time(self) -> bool:  # type: ignore[override]
-        return self.cells[0].ends_time
-
-    def step(self, params, carry, x, noise=None):
-        self._check(params)
-        return self._run([cell.step(params[k], carry[k], x, _part(noise, k)) for k, cell in enumerate(self.cells)])
-
-    def scan(self, params, carry, xs, *, fresh, noise, **arguments):
-        self._check(params)
-        carry, ys = self._run(
-            [
-                cell.scan(params[k], carry[k], xs, fresh=fresh[k], noise=_part(noise, k), **arguments)
-                for k, cell in enumerate(self.cells)
-            ]
-        )
-        return carry, ys if self.ends_time else zero_where_not(arguments["valid"], ys)
-
-    def _run(self, results):
-        return tuple(new for new, _ in results), _merge(self.merge, [y for _, y in results])
-
-    def parts(self, params, given):
-        return tuple(Part(str(k), cell, params[k], given) for k, cell in enumerate(self.cells))
-
-
-class BidirectionalPair(NamedTuple):
-    """What belongs to the forward and to the backward cell: params, carries."""
-
-    forward: Any
-    backward: Any
-
-
-class Bidirectional(Cell):
-    """Two cells over the same sequence in opposite directions; y[t] = merge(forward y[t], backward y[t]).
-
-    The backward cell begins at the last valid step, and a reset begins a new sequence for both.
-
-    Args:
-      forward, backward: cells of equal input.
-      merge: "concat" (last axis), "sum", "mul", "average", or a callable of both outputs, compared by identity.
-
-    It cannot run step by step, since the backward cell needs the end of the sequence first.
-
-    Reference: Schuster & Paliwal 1997, Bidirectional recurrent neural networks.
-
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Bidirectional(jaxrnn.GRU(3, 4), jaxrnn.GRU(3, 6))
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))
-        >>> ys.shape, carry.backward.h.shape
-        ((7, 5, 10), (5, 6))
-    """
-
-    forward: Cell
-    backward: Cell
-    merge: str | Callable[[Any, Any], Any] = "concat"
-
-    def __post_init__(self):
-        check_cell(self, "forward", self.forward)
-        check_cell(self, "backward", self.backward)
-        if not callable(self.merge) and self.merge not in MERGES:
-            raise ValueError(f"Bidirectional: merge must be one of {sorted(MERGES)} or a callable, got {self.merge!r}")
-        if not _fits(input_size(self.forward), input_size(self.backward)):
-            raise ValueError(
-                f"Bidirectional: forward reads size {input_size(self.forward)} and backward "
-                f"{input_size(self.backward)}: {self.forward!r} and {self.backward!r}"
-            )
-        if self.merge in ("sum", "mul", "average") and not _fits(*self._output_sizes):
-            raise ValueError(
-                f"Bidirectional: merge {self.merge!r} needs equal sizes, got {self._output_sizes}: "
-                f"{self.forward!r} and {self.backward!r}"
-            )
-        if self.forward.ends_time != self.backward.ends_time:
-            raise ValueError("Bidirectional: either both cells or neither may end the time axis")
-
-    @property
-    def _output_sizes(self):
-        return output_size(self.forward, self.input_size), output_size(self.backward, self.input_size)
-
-    @property
-    def input_ndim(self):  # type: ignore[override]
-        return self.forward.input_ndim
-
-    @property
-    def input_size(self) -> Any:
-        return input_size(self.forward) or input_size(self.backward)
-
-    @property
-    def output_size(self) -> Any:
-        return _merged_size(self.merge, self._output_sizes)
-
-    @property
-    def ends_time(self) -> bool:  # type: ignore[override]
-        return self.forward.ends_time
-
-    def init(self, key: Array, dtype: Any = jnp.float32) -> BidirectionalPair:
-        forward, backward = jax.random.split(key)
-        return BidirectionalPair(self.forward.init(forward, dtype), self.backward.init(backward, dtype))
-
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> BidirectionalPair:
-        self._check(params)
-        return BidirectionalPair(
-            self.forward.initial_carry(params.forward, batch_shape),
-            self.backward.initial_carry(params.backward, batch_shape),
-        )
-
-    def noise(self, key, length, batch_shape):
-        forward, backward = jax.random.split(key)
-        a = self.forward.noise(forward, length, batch_shape)
-        b = self.backward.noise(backward, length, batch_shape)
-        return (a[0], b[0]), (a[1], b[1])
-
-    def step(self, params, carry, x, noise=None):
-        raise TypeError(
-            f"{self!r} cannot run step by step: its backward cell begins at the end of the sequence. "
-            "Run whole sequences with jaxrnn.scan."
-        )
-
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
-        self._check(params)
-
-        def run(scan, params, carry, fresh, noise, backwards):
-            return scan(
-                params,
-                carry,
-                xs,
-                fresh=fresh,
-                valid=valid,
-                reset=reset,
-                reverse=backwards,
-                noise=noise,
-                remat_every=remat_every,
-                implementation=implementation,
-            )
-
-        noises = [_part(noise, k) for k in range(2)]
-        cell = self.forward
-        if cell == self.backward and isinstance(cell, GatedCell) and type(cell).scan is GatedCell.scan:
-            (forward, a), (backward, b) = run(cell.scan_both, params, carry, fresh, noises, reverse)
-        else:
-            forward, a = run(self.forward.scan, params[0], carry[0], fresh[0], noises[0], reverse)
-            backward, b = run(self.backward.scan, params[1], carry[1], fresh[1], noises[1], not reverse)
-        ys = _merge(self.merge, (a, b))
-        return BidirectionalPair(forward, backward), ys if self.ends_time else zero_where_not(valid, ys)
-
-    def _check(self, params):
-        if not isinstance(params, BidirectionalPair):
-            raise TypeError(f"params: Bidirectional takes BidirectionalPair, got {type(params).__name__}")
-
-    def parts(self, params, given):
-        forward = Part("forward", self.forward, params.forward, given)
-        return forward, Part("backward", self.backward, params.backward, given)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.cell import Cell, check_cell
-from jaxrnn.compose import Bidirectional, Stack
+from jaxrnn.compose import Stack
 from jaxrnn.engines.arrays import accumulator, inexact, select
 from jaxrnn.engines.loop import final, starts
+from jaxrnn.parallel import Bidirectional
 from jaxrnn.wrap import Backward, Wrapper
 
 

@@ -88,7 +88,7 @@ class Unhashable(Cell):
         (
             lambda: jaxrnn.Parallel((GRU(2, 3), GRU(2, 4)), "mul"),
             ValueError,
-            r"Parallel: merge 'mul' needs equal sizes, got \[3, 4\]",
+            r"Parallel: merge 'mul' needs equal sizes, got \(3, 4\)",
         ),
         (lambda: jaxrnn.Parallel((GRU(2, 3),), "max"), ValueError, "Parallel: merge must be one of"),
         (

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cell import Cell
-from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
+from jaxrnn.compose import Stack
 from jaxrnn.engines.arrays import accumulator, inexact
+from jaxrnn.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.pool import Pool
 from jaxrnn.sequence import scan
 from jaxrnn.wrap import Backward, LearnedCarry, Residual, Wrapper

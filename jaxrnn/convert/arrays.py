@@ -1,15 +1,17 @@
-"""Arrays from elsewhere: named, checked, each taken once."""
+"""Arrays from elsewhere: named, checked, each taken once.
+
+Converters compute with NumPy and hand over to JAX at last, since JAX would compile every operation for every shape.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 
 class Arrays:
@@ -39,13 +41,13 @@ class Arrays:
         """The shape of an array that is still to be taken."""
         return self._array(name).shape
 
-    def take(self, name: str, *shape: int | None) -> Array:
+    def take(self, name: str, *shape: int | None) -> Any:
         """The array of this name, which must have this shape; None stands for any size."""
         array = self._array(name)
         if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise ValueError(f"{self.source}: {name}: expected shape ({wanted}), got {array.shape}")
-        return jnp.asarray(self._left.pop(name))
+        return self._left.pop(name)
 
     def finish(self) -> None:
         """Every array has been taken."""
@@ -73,7 +75,7 @@ def _floating(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def reorder(array: Any, given: str, wanted: str) -> Any:
+def reorder(array: np.ndarray, given: str, wanted: str) -> Any:
     """The gates of the last axis, one letter each, from one order in another.
 
     >>> import numpy as np
@@ -82,29 +84,29 @@ def reorder(array: Any, given: str, wanted: str) -> Any:
     """
     if sorted(given) != sorted(wanted) or array.shape[-1] % len(given):
         raise ValueError(f"gates: expected {len(wanted)} blocks {wanted!r} of one size, got {given!r} in {array.shape}")
-    blocks = dict(zip(given, np.split(np.asarray(array), len(given), axis=-1), strict=True))
-    return _like(array, np.concatenate([blocks[gate] for gate in wanted], axis=-1))
+    blocks = dict(zip(given, np.split(array, len(given), axis=-1), strict=True))
+    return np.concatenate([blocks[gate] for gate in wanted], axis=-1)
 
 
-def negate(array: Any, gates: str, which: str) -> Any:
+def negate(array: np.ndarray, gates: str, which: str) -> Any:
     """The array with the blocks of the gates `which` negated; σ(−x) = 1 − σ(x) turns a gate round."""
-    return _like(array, np.asarray(array) * _each(array, gates, which, -1, 1))
+    return array * _each(array, gates, which, -1, 1)
 
 
-def add(array: Any, gates: str, which: str, amount: float) -> Any:
+def add(array: np.ndarray, gates: str, which: str, amount: float) -> Any:
     """The array with `amount` added to the blocks of the gates `which`."""
-    return _like(array, np.asarray(array) + _each(array, gates, which, amount, 0))
+    return array + _each(array, gates, which, amount, 0)
 
 
-def _each(array: Any, gates: str, which: str, on: float, off: float) -> np.ndarray:
+def ones(size: int, dtype: Any) -> Any:
+    """The scale of a LayerNorm that has none."""
+    return np.ones(size, dtype)
+
+
+def _each(array: np.ndarray, gates: str, which: str, on: float, off: float) -> np.ndarray:
     """One number for each entry of the last axis: `on` in the blocks of the gates `which`."""
     numbers = np.array([on if gate in which else off for gate in gates], array.dtype)
     return np.repeat(numbers, array.shape[-1] // len(gates))
-
-
-def _like(array: Any, result: np.ndarray) -> Any:
-    # NumPy computes, since JAX would compile for every shape.
-    return jnp.asarray(result) if isinstance(array, jax.Array) else result
 
 
 def to_numpy(params: Any) -> Any:
@@ -116,8 +118,3 @@ def to_numpy(params: Any) -> Any:
         return _floating(f"params{jax.tree_util.keystr(path)}", leaf)
 
     return jax.tree_util.tree_map_with_path(convert, params)
-
-
-def concatenate(parts: Sequence[Array]) -> Array:
-    """The parts side by side along the last axis."""
-    return jnp.concatenate(list(parts), axis=-1)

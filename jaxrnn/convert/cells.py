@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.compose import Stack
+from jaxrnn.convert.arrays import to_numpy
 
 
 class Placed(NamedTuple):
@@ -34,11 +35,11 @@ class Placed(NamedTuple):
 
 
 def placed(cell: Cell, params: Any) -> Placed:
-    """The whole model, checked to be a cell with params of its shapes."""
+    """The whole model, checked to be a cell with finite params of its shapes, which become NumPy arrays."""
     if not isinstance(cell, Cell):
         raise TypeError(f"cell: expected a jaxrnn.Cell, got {type(cell).__name__}")
     check.params(cell, params)
-    return Placed(cell, params)
+    return Placed(cell, to_numpy(params))
 
 
 def layers(model: Placed) -> list[Placed]:

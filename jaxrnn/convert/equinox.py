@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrnn.cell import Cell
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.compose import Stack
-from jaxrnn.convert.arrays import Arrays, to_numpy
+from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed, placed
 from jaxrnn.convert.functions import function_of, name_of
+from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import (
     Apply,
     Dropout,
@@ -55,9 +57,9 @@ def from_equinox(module: Any) -> tuple[Cell, Any]:
     weights: dict[str, Any] = {}
     read = _read("module", module, weights, frozenset())
     arrays = Arrays("Equinox", weights)
-    result = read(arrays)
+    cell, params = read(arrays)
     arrays.finish()
-    return result
+    return cell, jax.tree.map(on_device, params)
 
 
 Read = Callable[[Arrays], tuple[Cell, Any]]
@@ -137,7 +139,7 @@ def _layer_norm(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
     b = _bias(place, module, arrays, cell.size)
     if module.use_weight:
         return cell, LayerNormParams(arrays.take(f"{place}.weight", cell.size), b)
-    return cell, LayerNormParams(jnp.ones(cell.size, None if b is None else b.dtype), b)
+    return cell, LayerNormParams(ones(cell.size, jnp.result_type(float) if b is None else b.dtype), b)
 
 
 def _lambda(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
@@ -174,15 +176,13 @@ def to_equinox(cell: Cell, params: Any) -> Any:
         >>> to_equinox(cell, cell.init(jax.random.key(0))).weight_ih.shape  # doctest: +SKIP
         (16, 3)
     """
-    model = placed(cell, params)
-    to_numpy(params)
-    return _module(model)
+    return _module(placed(cell, params))
 
 
 def _module(model: Placed) -> Any:
     import equinox as eqx
 
-    cell, params = model.cell, jax.tree.map(jnp.asarray, model.params)
+    cell, params = model.cell, model.params
     missing = [name for name, leaf in getattr(params, "_asdict", dict)().items() if leaf is None]
     if any(name.startswith("w_") or name in ("w", "scale") for name in missing if name != "w_p"):
         model.refuse(f"params: {missing[0]} is None")
@@ -200,7 +200,7 @@ def _module(model: Placed) -> Any:
         case Linear():
             return _filled(eqx.nn.Linear, (cell.input_size, cell.output_size), params.b, weight=params.w.T)
         case Embed():
-            return eqx.nn.Embedding(weight=params.w)
+            return eqx.nn.Embedding(weight=on_device(params.w))
         case LayerNorm():
             made = eqx.nn.LayerNorm(cell.size, cell.epsilon, use_bias=params.b is not None, dtype=params.scale.dtype)
             return _with(made, weight=params.scale, bias=params.b)
@@ -218,8 +218,8 @@ def _gru_module(cell: GRU, params: GRUParams) -> Any:
 
     b, b_hn = params.b, params.b_hn
     if b is not None or b_hn is not None:
-        b = jnp.zeros(3 * cell.hidden_size, params.w_x.dtype) if b is None else b
-        b_hn = jnp.zeros(cell.hidden_size, params.w_x.dtype) if b_hn is None else b_hn
+        b = np.zeros(3 * cell.hidden_size, params.w_x.dtype) if b is None else b
+        b_hn = np.zeros(cell.hidden_size, params.w_x.dtype) if b_hn is None else b_hn
     arrays = {"weight_ih": params.w_x.T, "weight_hh": params.w_h.T, "bias_n": b_hn}
     return _filled(eqx.nn.GRUCell, (cell.input_size, cell.hidden_size), b, **arrays)
 
@@ -235,5 +235,5 @@ def _filled(kind: Any, sizes: tuple[int, int], bias: Any, **arrays: Any) -> Any:
 def _with(module: Any, **arrays: Any) -> Any:
     import equinox as eqx
 
-    names = [name for name, array in arrays.items() if array is not None]
-    return eqx.tree_at(lambda made: [getattr(made, name) for name in names], module, [arrays[name] for name in names])
+    given = {name: on_device(array) for name, array in arrays.items() if array is not None}
+    return eqx.tree_at(lambda made: [getattr(made, name) for name in given], module, list(given.values()))

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxrnn.cell import Cell
 from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMParams
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
-from jaxrnn.convert.arrays import Arrays, add, negate, reorder, to_numpy
+from jaxrnn.convert.arrays import Arrays, add, negate, reorder
 from jaxrnn.convert.cells import Placed, layers, placed, stacked
+from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
 
 
@@ -77,7 +78,8 @@ def from_haiku(
     options = _Options(spatial_shape, epsilon)
     cells = [_KINDS[groups[name]].read(_At(arrays, name), options) for name in order]
     arrays.finish()
-    return stacked(cells)
+    cell, read = stacked(cells)
+    return cell, jax.tree.map(on_device, read)
 
 
 def to_haiku(
@@ -107,13 +109,12 @@ def to_haiku(
         {'lstm/linear': (7, 16), 'linear': (4, 2)}
     """
     model = placed(cell, params)
-    to_numpy(params)
     each = [_written(part, epsilon) for part in layers(model)]
     names = list(_numbered(kind for kind, _ in each)) if modules is None else _names(modules)
     if len(names) != len(each):
         raise ValueError(f"modules: expected {len(each)} names, one for each layer, got {len(names)}: {names}")
     return {
-        f"{name}/{below}" if below else name: arrays
+        f"{name}/{below}" if below else name: jax.tree.map(on_device, arrays)
         for name, (_, tree) in zip(names, each, strict=True)
         for below, arrays in tree.items()
     }
@@ -343,7 +344,7 @@ _KINDS = {
 
 def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, dict[str, Any]]]:
     """The kind of a cell, and its arrays by module inside."""
-    cell, params = model.cell, jax.tree.map(jnp.asarray, model.params)
+    cell, params = model.cell, model.params
     missing = [name for name, leaf in getattr(params, "_asdict", dict)().items() if leaf is None]
     if {"w", "w_x", "w_h", "scale"} & set(missing):
         model.refuse(f"params: {missing[0]} is None")
@@ -351,7 +352,7 @@ def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, dict[str, An
         case LSTM():
             model.only(why="hk.LSTM has no such option")
             b = add(_bias(params, params.w_x), "ifgo", "f", -1.0)
-            w = jnp.concatenate([params.w_x, params.w_h])
+            w = np.concatenate([params.w_x, params.w_h])
             return "lstm", {"linear": {"w": reorder(w, "ifgo", "igfo"), "b": reorder(b, "ifgo", "igfo")}}
         case GRU(reset_after=False):
             model.only("reset_after", why="hk.GRU has no such option")
@@ -361,7 +362,7 @@ def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, dict[str, An
             model.refuse("hk.GRU resets before the product, which is another function")
         case Elman(activation="relu"):
             b = _bias(params, params.w_x)
-            below = {"linear": {"w": params.w_x, "b": b}, "linear_1": {"w": params.w_h, "b": jnp.zeros_like(b)}}
+            below = {"linear": {"w": params.w_x, "b": b}, "linear_1": {"w": params.w_h, "b": np.zeros_like(b)}}
             return "vanilla_rnn", below
         case Elman():
             model.refuse("hk.VanillaRNN has the activation 'relu'")
@@ -390,9 +391,9 @@ def _written_conv(model: Placed, params: ConvLSTMParams) -> tuple[str, dict[str,
     model.only(*names, why=why)
     b = add(_bias(params, params.w_x), "ifgo", "f", -1.0)
     w_x, w_h, b = (reorder(array, "ifgo", "igfo") for array in (params.w_x, params.w_h, b))
-    below = {"input_to_hidden": {"w": w_x, "b": b}, "hidden_to_hidden": {"w": w_h, "b": jnp.zeros_like(b)}}
+    below = {"input_to_hidden": {"w": w_x, "b": b}, "hidden_to_hidden": {"w": w_h, "b": np.zeros_like(b)}}
     return f"conv{dimensions}_dlstm", below
 
 
 def _bias(params: Any, like: Any) -> Any:
-    return jnp.zeros(like.shape[-1], like.dtype) if params.b is None else params.b
+    return np.zeros(like.shape[-1], like.dtype) if params.b is None else params.b

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -46,6 +47,11 @@ def _widest(*dtypes):
     # Asked for by name, so a strict `jax_numpy_dtype_promotion` need not forbid it.
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def on_device(array: np.ndarray) -> Array:
+    """`array` as JAX's, without the compilation that `jnp.asarray` needs for every new shape."""
+    return jax.device_put(np.array(array))  # a copy, since device_put shares the memory that it is given
 
 
 def cast(tree: Any, dtype) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn.engines.arrays import on_device
 from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.step import Best, TrainState
 
@@ -270,7 +271,7 @@ def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, Any], where: s
         if _checksum(array) != leaf.checksum:
             raise CheckpointError(f"{where} is damaged: the checksum of {path[3:]} differs")
         if path.startswith("[0]"):
-            array = jnp.asarray(array)
+            array = on_device(array)
             array = array if leaf.key is None else jax.random.wrap_key_data(array, impl=leaf.key)
             if (array.shape, array.dtype) != (like.shape, like.dtype):
                 raise CheckpointError(

@@ -23,6 +23,7 @@ import numpy as np
 
 import jaxrnn
 from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import on_device
 
 FORMAT, VERSION = "jaxrnn", 1
 INDEX = "cell.json"
@@ -326,7 +327,7 @@ def _read_arrays(path: str, index: dict[str, Any], cell: Cell, expected: Any) ->
     if name != f"params-{total.hexdigest()}.bin":
         raise ValueError(f"{name}: the bytes are not those that were written")
     leaves = [
-        None if dtype is None else jnp.asarray(np.frombuffer(block, np.uint8).view(dtype).reshape(want.shape))
+        None if dtype is None else on_device(np.frombuffer(block, np.uint8).view(dtype).reshape(want.shape))
         for (_, want), dtype, block in zip(wanted, dtypes, blocks, strict=True)
     ]
     return jax.tree.unflatten(structure, leaves)

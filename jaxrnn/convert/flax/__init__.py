@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrnn.cell import Cell
-from jaxrnn.convert.arrays import to_numpy
 from jaxrnn.convert.cells import placed
 
 
@@ -86,6 +85,5 @@ def to_flax(cell: Cell, params: Any, *, module: Any = None) -> tuple[Any, Any]:
     from jaxrnn.convert.flax.write import write
 
     model = placed(cell, params)
-    to_numpy(params)
     module = build(model) if module is None else module
     return module, write(module, model)

@@ -12,11 +12,12 @@ from jaxrnn.cells.conv_lstm import ConvLSTM
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
-from jaxrnn.compose import Bidirectional, Stack
+from jaxrnn.compose import Stack
 from jaxrnn.convert.cells import Placed
 from jaxrnn.convert.flax.layers import merge_function
 from jaxrnn.convert.functions import function_of
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+from jaxrnn.parallel import Bidirectional
 from jaxrnn.wrap import Backward
 
 

@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import numpy as np
 from flax import nnx
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
-from jaxrnn.convert.arrays import Arrays, concatenate
+from jaxrnn.compose import Stack
+from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.flax.layers import Both, Fixed, Own, Reversed, Sequence, describe
 from jaxrnn.convert.flax.weights import check_dtype
 from jaxrnn.convert.trees import join, leaves, nested
+from jaxrnn.engines.arrays import on_device
 from jaxrnn.flax_bridge import from_params, to_params
+from jaxrnn.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.wrap import Backward
 
 
@@ -29,7 +33,7 @@ def read(module: Any, variables: Mapping[str, Any] | None, spatial_shape: Any) -
     arrays.finish()
     if absent:
         raise ValueError(f"params: {min(absent)}: expected an array, got None")
-    return cell, params
+    return cell, jax.tree.map(on_device, params)
 
 
 def _flat(module: Any, variables: Any) -> dict[str, Any]:
@@ -83,7 +87,8 @@ def _take(layer: Any, field: Any, arrays: Arrays) -> Any:
         for name in names:
             parts.append(arrays.take(join(layer.path, name), *shape))
             shape = parts[-1].shape
-        total = concatenate(parts) if total is None else total + concatenate(parts)
+        side_by_side = np.concatenate(parts, axis=-1)
+        total = side_by_side if total is None else total + side_by_side
     return total
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -140,7 +141,7 @@ def _with_residual(weighted: Weighted) -> Weighted:
     """φ(x w_x + h w_h + b + h): the identity goes into w_h."""
 
     def shift(amount, params):
-        return params._replace(w_h=params.w_h + amount * jnp.eye(len(params.w_h), dtype=params.w_h.dtype))
+        return params._replace(w_h=params.w_h + amount * np.eye(len(params.w_h), dtype=params.w_h.dtype))
 
     return weighted._replace(arrange=functools.partial(shift, 1), restore=functools.partial(shift, -1))
 
@@ -175,7 +176,7 @@ def _conv_lstm(path: str, module: Any, spatial_shape: Any) -> Weighted:
 
 
 def _bias(params: ConvLSTMParams) -> Any:
-    return jnp.zeros(params.w_x.shape[-1], params.w_x.dtype) if params.b is None else params.b
+    return np.zeros(params.w_x.shape[-1], params.w_x.dtype) if params.b is None else params.b
 
 
 def _mgu(path: str, module: Any, spatial_shape: Any) -> NoReturn:

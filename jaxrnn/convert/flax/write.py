@@ -6,23 +6,25 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxrnn.cell import Cell
 from jaxrnn.cells.conv_lstm import ConvLSTM
-from jaxrnn.compose import Bidirectional, Stack
+from jaxrnn.compose import Stack
 from jaxrnn.convert.cells import Placed
 from jaxrnn.convert.flax.layers import Both, Fixed, Own, Reversed, Sequence, describe
 from jaxrnn.convert.flax.weights import Weighted, check_dtype
 from jaxrnn.convert.trees import join, leaves, nested
+from jaxrnn.engines.arrays import on_device
 from jaxrnn.flax_bridge import from_params
+from jaxrnn.parallel import Bidirectional
 from jaxrnn.wrap import Backward
 
 
 def write(module: Any, model: Placed) -> Any:
     """The variables that make the module compute what the model does; see `to_flax`."""
-    return _variables(module, _write(describe(module, _spatial_shape(model.cell)), model))
+    return _variables(module, jax.tree.map(on_device, _write(describe(module, _spatial_shape(model.cell)), model)))
 
 
 def _write(layer: Any, model: Placed) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _write_weighted(layer: Any, model: Placed) -> dict[str, Any]:
     dtype = next(leaf.dtype for leaf in fields.values() if leaf is not None)
     check_dtype(layer, dtype)
     for name, leaf in fields.items():
-        if name not in layer.fields and leaf is not None and jnp.any(leaf != 0):
+        if name not in layer.fields and leaf is not None and np.any(leaf != 0):
             model.refuse(f"{name} is not zero, and a {kind} at {where} has no such weights")
     arrays = {}
     for name, field in layer.fields.items():
@@ -90,10 +92,10 @@ def _write_weighted(layer: Any, model: Placed) -> dict[str, Any]:
 
 def _divided(layer: Any, field: Any, value: Any, dtype: Any) -> dict[str, Any]:
     """The arrays of a field: all of it in the first term, zeros in the others."""
-    value = jnp.zeros((field.shape[0] * len(field.terms[0]),), dtype) if value is None else jnp.asarray(value)
+    value = np.zeros(field.shape[0] * len(field.terms[0]), dtype) if value is None else value
     arrays = {}
     for k, names in enumerate(field.terms):
-        parts = jnp.split(value if k == 0 else jnp.zeros_like(value), len(names), axis=-1)
+        parts = np.split(value if k == 0 else np.zeros_like(value), len(names), axis=-1)
         arrays |= {join(layer.path, name): part for name, part in zip(names, parts, strict=True)}
     return arrays
 

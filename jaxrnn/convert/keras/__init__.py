@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cell import Cell, output_size
-from jaxrnn.compose import Bidirectional, BidirectionalPair
 from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.keras.config import Fields, chain, is_size, list_of
 from jaxrnn.convert.keras.export import to_keras
@@ -27,7 +27,9 @@ from jaxrnn.convert.keras.layers import (
     read_recurrent,
     spatial_dropout,
 )
+from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Apply, Embed, EmbedParams, Layer, LayerNorm, Linear
+from jaxrnn.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.pool import Pool
 from jaxrnn.wrap import Backward
 
@@ -110,7 +112,8 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     reader.weights.finish()
     if not reader.cells:
         raise ValueError("source: expected at least one layer that computes something")
-    return KerasModel(*stacked(reader.cells), reader.mask)
+    cell, params = stacked(reader.cells)
+    return KerasModel(cell, jax.tree.map(on_device, params), reader.mask)
 
 
 def _read(layer: Any, weights: Any) -> tuple[Any, Any]:

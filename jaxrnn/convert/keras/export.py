@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.cell import Cell, input_size, output_size
@@ -16,11 +15,11 @@ from jaxrnn.cells.conv_lstm import ConvLSTM
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
-from jaxrnn.compose import Bidirectional
-from jaxrnn.convert.arrays import Arrays, reorder, to_numpy
+from jaxrnn.convert.arrays import Arrays, reorder
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.keras.config import ALONG_FEATURES, ELEMENTWISE
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
 from jaxrnn.regularize import RecurrentDropout
 from jaxrnn.wrap import Backward
@@ -57,13 +56,13 @@ def to_keras(cell: Cell, params: Any, *, mask_value: float | None = None) -> tup
         (['InputLayer', 'Embedding', 'LSTM', 'Dense'], [(10, 3), (3, 16), (4, 16), (16,), (4, 2), (2,)])
     """
     model = placed(cell, params)
-    named = jax.tree_util.tree_leaves_with_path(to_numpy(params))
+    named = jax.tree_util.tree_leaves_with_path(model.params)
     Arrays("params", {jax.tree_util.keystr(path) or "array": leaf for path, leaf in named})
     writer = _Writer(str(named[0][1].dtype) if named else "float32")
     writer.begin(model, mask_value)
     for run in _runs(model):
         writer.write(run)
-    return {"name": "sequential", "layers": writer.layers}, [np.asarray(array) for array in writer.weights]
+    return {"name": "sequential", "layers": writer.layers}, writer.weights
 
 
 class _Run(NamedTuple):
@@ -302,7 +301,7 @@ def _gru(model: Placed) -> _Written:
         model.refuse("Keras has both b and b_hn or neither, and one is None")
     b = None if p.b is None else reorder(p.b, "rzn", "zrn")
     if b is not None and p.b_hn is not None:
-        b = jnp.stack([b, jnp.concatenate([jnp.zeros(2 * cell.hidden_size, b.dtype), p.b_hn])])
+        b = np.stack([b, np.concatenate([np.zeros(2 * cell.hidden_size, b.dtype), p.b_hn])])
     config = {"units": cell.hidden_size, "reset_after": cell.reset_after, **_gates(model)}
     return _Written("GRU", config, [reorder(p.w_x, "rzn", "zrn"), reorder(p.w_h, "rzn", "zrn"), b])
 

@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from jaxrnn.cell import Cell
 from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMParams
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
-from jaxrnn.convert.arrays import Arrays, concatenate, reorder
+from jaxrnn.convert.arrays import Arrays, ones, reorder
 from jaxrnn.convert.keras.config import ACTIVATION_LAYERS, REQUIRED, Fields, is_size, list_of
 from jaxrnn.layers import Apply, Dropout, LayerNorm, LayerNormParams, Linear, LinearParams
 from jaxrnn.regularize import RecurrentDropout
@@ -25,10 +24,10 @@ class Weights:
 
     def __init__(self, weights: Any):
         self.arrays = Arrays("weights", {f"[{k}]": array for k, array in enumerate(weights)})
-        self.dtype = jnp.asarray(weights[0]).dtype if weights else jnp.float32
+        self.dtype = np.asarray(weights[0]).dtype if weights else np.float32
         self.taken, self.number = 0, len(weights)
 
-    def take(self, fields: Fields, name: str, *shape: int | None) -> Array:
+    def take(self, fields: Fields, name: str, *shape: int | None) -> Any:
         if self.taken == self.number:
             raise ValueError(f"{fields.place}: {name} is missing: there are only {self.number} weights")
         place = f"[{self.taken}]"
@@ -66,10 +65,11 @@ def _gru(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
     after, bias = fields.flag("reset_after", True), fields.flag("use_bias", True)
     w_x, w_h = weights.take(fields, "kernel", None, 3 * h), weights.take(fields, "recurrent_kernel", h, 3 * h)
-    b = b_hn = None
+    b: Any = None
+    b_hn = None
     if bias and after:
         b_x, b_h = reorder(weights.take(fields, "bias", 2, 3 * h), "zrn", "rzn")
-        b, b_hn = concatenate([b_x[: 2 * h] + b_h[: 2 * h], b_x[2 * h :]]), b_h[2 * h :]
+        b, b_hn = np.concatenate([b_x[: 2 * h] + b_h[: 2 * h], b_x[2 * h :]]), b_h[2 * h :]
     elif bias:
         b = reorder(weights.take(fields, "bias", 3 * h), "zrn", "rzn")
     cell = GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ)
@@ -180,7 +180,7 @@ def _layer_norm(fields: Fields, weights: Weights, shape: Any, timed: bool) -> Pi
     if not known or not is_size(known[0]):
         raise ValueError(f"{fields.place}: without scale and center its size must be known from the input's shape")
     if gamma is None:
-        gamma = jnp.ones(known[0], weights.dtype if beta is None else beta.dtype)
+        gamma = ones(known[0], weights.dtype if beta is None else beta.dtype)
     epsilon = fields.number("epsilon", 1e-3)
     if epsilon <= 0:
         fields.refuse("epsilon", epsilon, "a positive number")

@@ -12,12 +12,12 @@ from jaxrnn.cells.activations import ACTIVATIONS, Activation
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
-from jaxrnn.compose import Bidirectional, Stack
-from jaxrnn.convert.arrays import to_numpy
+from jaxrnn.compose import Stack
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.onnx import layers as operations
 from jaxrnn.convert.onnx.recurrent import NAMES, OPERATORS, WITHOUT_DEFAULTS, by_gate, odd_about_half, rearranged
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
 from jaxrnn.wrap import Backward, LearnedCarry, Residual
 
@@ -60,7 +60,7 @@ def to_onnx(cell: Cell, params: Any, *, lengths: bool = False, initial_states: b
         ...     print(error)
         cell: MGU(input_size=3, hidden_size=4): ONNX has no operator for this cell here
     """
-    model = placed(cell, to_numpy(params))
+    model = placed(cell, params)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(model.params)}
     if len(dtypes) != 1:
         raise ValueError(f"params: expected arrays of one dtype, got {', '.join(sorted(map(str, dtypes))) or 'none'}")

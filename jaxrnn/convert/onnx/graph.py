@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.cell import Cell
@@ -15,6 +14,7 @@ from jaxrnn.convert.onnx import layers, nodes, plumbing, signals
 from jaxrnn.convert.onnx.constants import Constant, Folder
 from jaxrnn.convert.onnx.read import MOST_AXES, RECURRENT, Model, Node, read
 from jaxrnn.convert.onnx.signals import DIRECTION, FEATURES, UNIT, Chain, Signal, Value
+from jaxrnn.engines.arrays import on_device
 
 OPERATIONS = plumbing.OPERATIONS | layers.OPERATIONS | nodes.OPERATIONS
 
@@ -97,7 +97,7 @@ class Graph:
         chain = self._output()
         cell, params = stacked(chain.layers())
         self._check_dtypes(chain, params)
-        return cell, jax.tree.map(jnp.asarray, params)
+        return cell, jax.tree.map(on_device, params)
 
     def _run(self, node: Node) -> None:
         made = OPERATIONS[node.op](self, node)

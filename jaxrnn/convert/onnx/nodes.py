@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from jaxrnn.cell import Cell
-from jaxrnn.compose import Bidirectional, BidirectionalPair
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Constant, Dim, Size
 from jaxrnn.convert.onnx.read import RECURRENT, Node
 from jaxrnn.convert.onnx.recurrent import cells, reversed_directions
 from jaxrnn.convert.onnx.signals import DIRECTION, FEATURES, UNIT, Part, Signal
+from jaxrnn.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.wrap import Backward, LearnedCarry, LearnedCarryParams
 
 if TYPE_CHECKING:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrnn.cell import Cell
 from jaxrnn.check import shapes_of_params
 from jaxrnn.compose import Stack
-from jaxrnn.convert.arrays import Arrays, to_numpy
+from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.torch.modules import Parts, module_parts, module_weights
 from jaxrnn.convert.torch.names import named_parts
 from jaxrnn.convert.torch.states import carry_from_torch, carry_to_torch
 from jaxrnn.convert.torch.tensors import is_instance, named_arrays, state_dict, tensor
 from jaxrnn.convert.torch.weights import Part, canonical, is_recurrent, read, repeated, write
+from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Apply, Dropout
 from jaxrnn.pool import Pool
 
@@ -91,9 +93,9 @@ def from_torch(
         found = named_parts(arrays, list(named), ordered=ordered, parts=parts, activation=activation, epsilon=epsilon)
         found = found[0] if len(found) == 1 else found
     dtype = next(iter(named.values())).dtype if named else np.dtype("float32")
-    result = _built(name, found, arrays, dtype)
+    cell, params = _built(name, found, arrays, dtype)
     arrays.finish()
-    return result
+    return cell, jax.tree.map(on_device, params)
 
 
 def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
@@ -127,7 +129,6 @@ def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
         <All keys matched successfully>
     """
     model = placed(cell, params)
-    model = model._replace(params=to_numpy(model.params))
     arrays = _numbered(model, "") if module is None else _in_module(model, module)
     return {name: tensor(array) for name, array in arrays.items()}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import check
@@ -14,6 +13,7 @@ from jaxrnn.cells.elman import ElmanCarry
 from jaxrnn.cells.gru import GRUCarry
 from jaxrnn.cells.lstm import LSTMCarry
 from jaxrnn.convert.torch.tensors import dense, tensor
+from jaxrnn.engines.arrays import on_device
 
 
 def carry_from_torch(cell: Cell, states: Any) -> Any:
@@ -36,13 +36,13 @@ def carry_from_torch(cell: Cell, states: Any) -> Any:
     given = tuple(states) if isinstance(states, (tuple, list)) else (states,)
     if len(given) != len(rows[0]):
         raise ValueError(f"states: expected {', '.join(rows[0]._fields)} of {cell!r}, got {len(given)} states")
-    stacks = [jnp.asarray(dense("states", state)) for state in given]
+    stacks = [np.asarray(dense("states", state)) for state in given]
     batch_shape = stacks[0].shape[1:-1]
     for name, stack, row in zip(rows[0]._fields, stacks, rows[0], strict=True):
         if stack.shape != (wanted := (len(rows), *batch_shape, *row.shape)):
             raise ValueError(f"states: {name}: expected shape {wanted}, got {stack.shape}: {cell!r}")
     carries = [type(row)(*(stack[k] for stack in stacks)) for k, row in enumerate(rows)]
-    return jax.tree.unflatten(structure, carries)
+    return jax.tree.map(on_device, jax.tree.unflatten(structure, carries))
 
 
 def carry_to_torch(cell: Cell, carry: Any) -> Any:

@@ -7,9 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, output_size
@@ -17,10 +15,11 @@ from jaxrnn.cells.activations import ACTIVATIONS, Activation
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
-from jaxrnn.compose import Bidirectional, BidirectionalPair, Stack
-from jaxrnn.convert.arrays import Arrays
+from jaxrnn.compose import Stack
+from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
+from jaxrnn.parallel import Bidirectional, BidirectionalPair
 
 # The blocks of rows in weight_ih and weight_hh: i f g o, and r z n.
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
@@ -118,7 +117,7 @@ def read(part: Part, arrays: Arrays, dtype: Any) -> Any:
             return LinearParams(arrays.take(f"{part.name}weight", size, below).T, vector("bias", size, part.bias))
         case LayerNorm(size):
             scale = vector("weight", size, part.affine)
-            scale = jnp.ones(size, dtype) if scale is None else scale
+            scale = ones(size, dtype) if scale is None else scale
             return LayerNormParams(scale, vector("bias", size, part.bias))
         case Dropout() | Apply():
             return ()
@@ -153,9 +152,9 @@ def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> Any:
             if b_x is None or b_h is None:
                 return GRUParams(w_x, w_h, None)
             # n reads b_ih + r (… + b_hh): only r and z see the sum.
-            b = jnp.concatenate([b_x[: 2 * hidden] + b_h[: 2 * hidden], b_x[2 * hidden :]])
-            return GRUParams(w_x, w_h, _finite(f"{part.name}bias_ih{suffix}", b), b_h[2 * hidden :])
-    b = None if b_x is None or b_h is None else _finite(f"{part.name}bias_ih{suffix}", b_x + b_h)
+            b = _sum(f"{part.name}bias_ih{suffix}", b_x, np.concatenate([b_h[: 2 * hidden], 0 * b_h[2 * hidden :]]))
+            return GRUParams(w_x, w_h, b, b_h[2 * hidden :])
+    b = None if b_x is None or b_h is None else _sum(f"{part.name}bias_ih{suffix}", b_x, b_h)
     if isinstance(cell, Elman):
         return ElmanParams(w_x, w_h, b)
     return LSTMParams(
@@ -163,8 +162,10 @@ def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> Any:
     )
 
 
-def _finite(name: str, b: Array) -> Array:
-    if not jnp.isfinite(b).all():
+def _sum(name: str, b_x: np.ndarray, b_h: np.ndarray) -> Any:
+    with np.errstate(over="ignore"):
+        b = b_x + b_h
+    if not np.isfinite(b).all():
         raise ValueError(f"{name}: its sum with the other bias overflows {b.dtype}")
     return b
 
