@@ -88,14 +88,16 @@ def griffin_block(size: int, hidden_size: int | None = None, *, blocks: int = 1,
     return gated(branch, size, size, "gelu")
 
 
-def mamba_block(size: int, hidden_size: int | None = None, *, states: int = 16, window: int = 4) -> Cell:
+def mamba_block(
+    size: int, hidden_size: int | None = None, *, states: int = 16, rank: int | None = None, window: int = 4
+) -> Cell:
     """The block of Mamba: a causal convolution and a selective state space, times a gate that sees x alone.
 
         y = (S6(silu(conv(x w_1))) · silu(x w_2)) w_3
 
     Args:
       size: D, of x and y. hidden_size: of the recurrence; None for 2 D.
-      states: of a channel of `S6`. window: of the convolution.
+      states, rank: of `S6`; the rank is D/16, rounded up, where it is None. window: of the convolution.
 
     Reference: Gu & Dao 2023, Mamba, arXiv 2312.00752, section 3.4.
 
@@ -105,7 +107,14 @@ def mamba_block(size: int, hidden_size: int | None = None, *, states: int = 16, 
         (7, 8)
     """
     inner = 2 * size if hidden_size is None else hidden_size
-    branch = Stack((Linear(size, inner), CausalConv(inner, window), Apply("silu"), S6(inner, states)))
+    branch = Stack(
+        (
+            Linear(size, inner),
+            CausalConv(inner, window),
+            Apply("silu"),
+            S6(inner, states, -(-size // 16) if rank is None else rank),
+        )
+    )
     return gated(branch, size, size, "silu")
 
 

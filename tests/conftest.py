@@ -29,7 +29,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One worker runs all tests of a member of the contract, or of an example: what they share is computed once."""
+    """One worker runs all tests of a member of the contract, of the same parameters of a file, or of an example: what
+    they share is computed once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
@@ -37,8 +38,10 @@ def pytest_xdist_make_scheduler(config, log):
             file, _, test = nodeid.partition("::")
             if "test_example_" in file:
                 return file
-            names = test.partition("[")[2].rstrip("]").split("-")
-            return next((name for name in names if name in MEMBERS), nodeid)
+            parameters = test.partition("[")[2].rstrip("]")
+            if not parameters:
+                return nodeid
+            return next((name for name in parameters.split("-") if name in MEMBERS), f"{file}[{parameters}]")
 
     return Groups(config, log)
 

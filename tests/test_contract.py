@@ -59,6 +59,11 @@ def close(actual, expected, tolerance=1e-9):
         )
 
 
+def arrays(tree):
+    """In NumPy, where JAX would compile every operation for every shape."""
+    return jax.tree.map(np.asarray, tree)
+
+
 @functools.cache
 def jitted_scan(cell, reverse=False, time_axis=0, remat_every=None, keyed=False):
     def run(params, carry, xs, valid, reset, key):
@@ -150,9 +155,8 @@ def test_batch_axes_and_time_axis(cell):
         return np.moveaxis(np.stack([x[:, ::-1], x], 2), 0, 2)
 
     carry_2 = jax.tree.map(lambda leaf: np.stack([leaf[::-1], leaf], 1), carry)
-    out_carry, ys = jitted_scan(cell, time_axis=2)(
-        params, carry_2, jax.tree.map(doubled, xs), doubled(HOLES), doubled(RESETS), None
-    )
+    run = jitted_scan(cell, time_axis=2)
+    out_carry, ys = arrays(run(params, carry_2, jax.tree.map(doubled, xs), doubled(HOLES), doubled(RESETS), None))
     ys = ys if cell.ends_time else jax.tree.map(lambda y: np.moveaxis(y, 2, 0), ys)
     at = 1 if cell.ends_time else 2
     close(jax.tree.map(lambda leaf: leaf[:, 1], out_carry), expected_carry)
@@ -169,7 +173,7 @@ def test_vmap_is_batch(cell):
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *many)
     rows = jax.vmap(scan, in_axes=(None, 0, 1, 1, 1, None), out_axes=(0, 0 if cell.ends_time else 1))
     members = jax.jit(jax.vmap(rows, in_axes=(0, None, None, None, None, None), axis_size=2))
-    got = members(stacked, carry, xs, HOLES, RESETS, None)
+    got = arrays(members(stacked, carry, xs, HOLES, RESETS, None))
     for k, each in enumerate(many):
         close(jax.tree.map(lambda leaf, k=k: leaf[k], got), scan(each, carry, xs, HOLES, RESETS, None))
 
@@ -228,8 +232,8 @@ def test_gradients_are_finite_differences(cell):
     point, xs = differentiable(cell)
     run = jitted_gradient(cell)
     direction, small = direction_like(point, 5), 1e-5
-    slope = (run(move(point, direction, small))[0] - run(move(point, direction, -small))[0]) / (2 * small)
-    backward = dot(run(point)[1], direction)
+    ahead, behind, (_, gradient) = (arrays(run(move(point, direction, by))) for by in (small, -small, 0))
+    slope, backward = (ahead[0] - behind[0]) / (2 * small), dot(gradient, direction)
     np.testing.assert_allclose(backward, slope, 1e-5, 1e-7)
     value = loss_of(cell, xs, reverse=not streams(cell))
     forward = jax.jit(lambda point: jax.jvp(value, (point,), (direction,))[1])(point)
@@ -239,7 +243,7 @@ def test_gradients_are_finite_differences(cell):
 def dot(a, b):
     """The derivative in direction b, of a gradient a: of complex numbers, the real part of their product."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum(jnp.sum(x * y).real for x, y in pairs if is_floating(x))
+    return sum((x * y).sum().real for x, y in pairs if is_floating(x))
 
 
 @some_members("elman", "lstm", "own")
@@ -262,8 +266,8 @@ def test_second_order(cell):
         return slope(point), ahead + back
 
     small = 1e-5
-    expected = (run(move(point, other, small))[0] - run(move(point, other, -small))[0]) / (2 * small)
-    products = run(point)[1]
+    ahead, behind, (_, products) = (arrays(run(move(point, other, by))) for by in (small, -small, 0))
+    expected = (ahead[0] - behind[0]) / (2 * small)
     np.testing.assert_allclose(products[0], expected, 1e-5, 1e-6)
     np.testing.assert_allclose(products[1:], products[0], 1e-8, 1e-10)
 
@@ -291,7 +295,7 @@ def test_dtypes(cell, dtype):
     """y has the dtype of x (of the params for tokens), a given carry keeps its own, and the numbers are near."""
     params = draw_params(cell, dtype=dtype)
     xs = draw_x(cell, 3, TIME, BATCH, dtype=dtype)
-    carry, ys = jitted_scan(cell)(params, None, xs, HOLES, RESETS, None)
+    carry, ys = arrays(jitted_scan(cell)(params, None, xs, HOLES, RESETS, None))
     put_out = ys.y if isinstance(cell, jaxrnn.EmitCarry) else ys
     assert {leaf.dtype for leaf in jax.tree.leaves(put_out)} == {jnp.dtype(dtype)}
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
@@ -376,10 +380,10 @@ def nothing_crosses(cell, reverse):
         gradient, ys = jax.grad(loss, has_aux=True)(floating)
         return gradient, ys
 
-    clean_gradient, clean = run(floating)
+    clean_gradient, clean = arrays(run(floating))
     for bad in (second, ~second):
         keep = slice(None, at) if bad is second else slice(at, None)
-        gradient, ys = run([poisoned(x, bad) for x in floating])
+        gradient, ys = arrays(run([poisoned(x, bad) for x in floating]))
         close(jax.tree.map(lambda leaf: leaf[keep], ys), jax.tree.map(lambda leaf: leaf[keep], clean))
         close([g[keep] for g in gradient], [g[keep] for g in clean_gradient])
 

@@ -143,27 +143,26 @@ def test_complex_numbers(name, kinds):
 def test_a_is_broadcast(name, shape):
     a, b, h, factor = draw(name, 0, *shape), draw(name, 1, T, B, N), draw(name, 2, 1, N), draw(name, 3, T, B, N)
     valid, reset = flags(4, T, B)
-    for given in ({}, {"mask": valid}, {"reset": reset, "reverse": True}):
 
-        def run(a, h, given=given):
-            return jaxrnn.linear_scan(a, b, h, implementation=name, **given)
+    def results(a, h, given, wide):
+        def loss(a, h):
+            if wide:
+                a, h = jnp.broadcast_to(a, b.shape), jnp.broadcast_to(h, b.shape[1:])
+            last, hs = jaxrnn.linear_scan(a, b, h, implementation=name, **given)
+            return jnp.sum(hs * factor) + jnp.sum(last), (last, hs)
 
-        def loss(a, h, run=run):
-            last, hs = run(a, h)
-            return jnp.sum(hs * factor) + jnp.sum(last)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(a, h)
 
-        def wide(a, h, loss=loss):
-            return loss(jnp.broadcast_to(a, b.shape), jnp.broadcast_to(h, b.shape[1:]))
+    @jax.jit
+    def run(a, h):
+        ways = {}, {"mask": valid}, {"reset": reset, "reverse": True}
+        return [[results(a, h, given, wide) for given in ways] for wide in (False, True)]
 
-        close(jax.jit(jax.value_and_grad(loss, (0, 1)))(a, h), jax.jit(jax.value_and_grad(wide, (0, 1)))(a, h))
-        close(run(a, h), run(np.broadcast_to(a, b.shape), np.broadcast_to(h, b.shape[1:])))
+    close(*run(a, h))
 
 
-@every_form
-def test_every_transformation(name):
-    """Forward and reverse mode, in every order of two, and vmap over any argument: as of a plain scan."""
-    a, b, h = draw(name, 0, T, N), draw(name, 1, T, N), draw(name, 2, N)
-    run = functools.partial(jaxrnn.linear_scan, implementation=name)
+def transformations(run, a, b, h, tangents):
+    """All of it: forward and reverse mode, in every order of two, vmap over any argument, checkpoint."""
 
     def loss(run):
         def value(a, b, h):
@@ -172,31 +171,45 @@ def test_every_transformation(name):
 
         return value
 
-    tangents = draw(name, 3, T, N), draw(name, 4, T, N), draw(name, 5, N)
-    close(jax.jvp(run, (a, b, h), tangents), jax.jvp(plain, (a, b, h), tangents))
+    found = [jax.jvp(run, (a, b, h), tangents), jax.grad(jax.checkpoint(loss(run)), (0, 1, 2))(a, b, h)]
     for outer in (jax.jacfwd, jax.jacrev):
-        for inner in (jax.jacfwd, jax.jacrev):
-            ours, theirs = (outer(inner(loss(each), (0, 1, 2)), (0, 1, 2))(a, b, h) for each in (run, plain))
-            close(ours, theirs)
+        found += [outer(inner(loss(run), (0, 1, 2)), (0, 1, 2))(a, b, h) for inner in (jax.jacfwd, jax.jacrev)]
     for axes in ((1, None, None), (None, 2, None), (None, None, 0), (0, 0, 1)):
         arrays = [
-            x if axis is None else np.moveaxis(np.stack([x, 2 * x, -x, x + 1]), 0, axis)
+            x if axis is None else jnp.moveaxis(jnp.stack([x, 2 * x, -x, x + 1]), 0, axis)
             for x, axis in zip((a, b, h), axes, strict=True)
         ]
         for reverse in (False, True):
-            one, other = (functools.partial(each, reverse=reverse) for each in (run, plain))
-            close(jax.vmap(one, axes)(*arrays), jax.vmap(other, axes)(*arrays))
-            close(
-                jax.vmap(jax.grad(loss(one), (0, 1, 2)), axes)(*arrays),
-                jax.vmap(jax.grad(loss(other), (0, 1, 2)), axes)(*arrays),
-            )
-    close(jax.grad(jax.checkpoint(loss(run)), (0, 1, 2))(a, b, h), jax.grad(loss(plain), (0, 1, 2))(a, b, h))
-    flag = np.arange(T) == 4
-    batched = jax.vmap(lambda flag: jaxrnn.linear_scan(a, b, h, reset=flag, implementation=name))
-    close(
-        batched(np.stack([flag, ~flag])),
-        jax.tree.map(lambda *x: np.stack(x), *(jaxrnn.linear_scan(a, b, h, reset=each) for each in (flag, ~flag))),
-    )
+            one = functools.partial(run, reverse=reverse)
+            found += [jax.vmap(each, axes)(*arrays) for each in (one, jax.grad(loss(one), (0, 1, 2)))]
+    return found
+
+
+@functools.cache
+def transformed(name):
+    """By an implementation, or "plain"; "plain float32" in the dtype of the kernel."""
+    drawn = "native" if name == "plain float32" else name
+    a, b, h = draw(drawn, 0, T, N), draw(drawn, 1, T, N), draw(drawn, 2, N)
+    tangents = draw(drawn, 3, T, N), draw(drawn, 4, T, N), draw(drawn, 5, N)
+    run = plain if "plain" in str(name) else functools.partial(jaxrnn.linear_scan, implementation=name)
+    return jax.jit(functools.partial(transformations, run))(a, b, h, tangents)
+
+
+@every_form
+def test_every_transformation(name):
+    """As of a plain scan."""
+    close(transformed(name), transformed("plain float32" if name in NATIVE else "plain"))
+
+
+@every_form
+def test_vmap_over_resets(name):
+    a, b, h, flag = draw(name, 0, T, N), draw(name, 1, T, N), draw(name, 2, N), np.arange(T) == 4
+
+    def run(flag):
+        return jaxrnn.linear_scan(a, b, h, reset=flag, implementation=name)
+
+    one_by_one = jax.tree.map(lambda *x: np.stack(x), *(run(each) for each in (flag, ~flag)))
+    close(jax.vmap(run)(np.stack([flag, ~flag])), one_by_one)
 
 
 @every_form

@@ -73,6 +73,21 @@ def close(ours, theirs, tolerance=2e-5):
         np.testing.assert_allclose(a, b, tolerance, bound, err_msg=jax.tree_util.keystr(path))
 
 
+def gradients(cell, params, carry, xs):
+    """A function of an implementation's name: values and gradients with every kind of flags, in one program."""
+    ways = flags(*xs.shape[:2])
+
+    def run(name):
+        def loss(params, carry, xs, options):
+            result = jaxrnn.scan(cell, params, carry, xs, implementation=name, **options)
+            return weighted_sum(result), result
+
+        gradient = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+        return {way: gradient(params, carry, xs, options) for way, options in ways.items()}
+
+    return run
+
+
 def full(values):
     """Of the full tier only."""
     return [pytest.param(value, marks=pytest.mark.full) for value in values]
@@ -82,17 +97,7 @@ def full(values):
 @pytest.mark.parametrize("shape", [*SHAPES, *full(MORE_SHAPES)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind, shape):
-    cell, params, carry, xs = problem(kind, shape)
-    for options in flags(*shape[:2]).values():
-
-        def run(name, options=options):
-            def loss(params, carry, xs):
-                result = jaxrnn.scan(cell, params, carry, xs, implementation=name, **options)
-                return weighted_sum(result), result
-
-            return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, carry, xs)
-
-        close(*both_ways(run))
+    close(*both_ways(gradients(*problem(kind, shape))))
 
 
 @needed
@@ -237,7 +242,7 @@ for cell in (jaxrnn.LSTM(5, 19), jaxrnn.GRU(5, 19), jaxrnn.GRU(5, 19, reset_afte
     xs = jnp.asarray(rng.normal(size=(6, 7, 5)), jnp.float32)
     def loss(params):
         return (jaxrnn.scan(cell, params, None, xs, implementation=sys.argv[1])[1] ** 2).sum()
-    value, gradient = jax.value_and_grad(loss)(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     results.append([float(value), *(float(abs(leaf).sum()) for leaf in jax.tree.leaves(gradient))])
 print(json.dumps(results))
 """
@@ -301,16 +306,7 @@ def test_both_directions_are_one_call(kind):
     both = jaxrnn.Bidirectional(cell, cell)
     params = jaxrnn.BidirectionalPair(params, draw(params))
     carry = jaxrnn.BidirectionalPair(carry, draw(carry))
-    for options in flags(6, 4).values():
-
-        def run(name, options=options):
-            def loss(params, carry, xs):
-                result = jaxrnn.scan(both, params, carry, xs, implementation=name, **options)
-                return weighted_sum(result), result
-
-            return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, carry, xs)
-
-        close(*map(jax.tree.leaves, both_ways(run)))
+    close(*map(jax.tree.leaves, both_ways(gradients(both, params, carry, xs))))
     assert text(lambda xs: jaxrnn.scan(both, params, None, xs), xs).count('custom_call_target="jaxrnn') == 1
     many = several(params)
 

@@ -80,6 +80,7 @@ def test_imports_point_downwards():
         "cells",
         "layers",
         "compose",
+        "parallel",
         "wrap",
         "blocks",
         "regularize",
