@@ -143,7 +143,6 @@ LINEAR_OPTIONS = {
 }
 CELLS = {
     "elman": Elman(D, H),
-    "elman_relu": Elman(D, H, activation="relu"),
     "lstm": LSTM(D, H),
     "lstm_projection_peephole": LSTM(D, H, projection_size=4, peephole=True),
     "gru": GRU(D, H),
@@ -165,7 +164,6 @@ CELLS = {
     "slstm": SLSTM(D, 4, heads=2),
     "conv_lstm_1d": ConvLSTM((4,), D, H),
     "conv_lstm_2d": ConvLSTM((5, 4), D, H, kernel_size=(3, 2), strides=2, dilation=(1, 2), padding="VALID"),
-    "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
     "own": Own(H),
     "two_inputs": TwoInputs(),
 }
@@ -173,9 +171,7 @@ LAYERS = {
     "linear": Linear(D, H),
     "embed": Embed(7, H),
     "layer_norm": LayerNorm(D, epsilon=1e-3),
-    "layer_norm_groups": LayerNorm(6, groups=2),
     "apply": Apply("softplus"),
-    "apply_callable": Apply(jnp.sin),
     "dropout": Dropout(0.4),
     "dropout_sequence": Dropout(0.4, per_sequence=True),
 }
@@ -187,7 +183,6 @@ COMPOSITIONS = {
         (Bidirectional(Elman(D, H), Elman(D, H), "mul"), Bidirectional(GRU(H, H), GRU(H, H), "average"))
     ),
     "bidirectional_callable": Bidirectional(Elman(D, H), Own(H), merge=jnp.maximum),
-    "bidirectional_sum": Bidirectional(MGU(D, H), IndRNN(D, H, activation="tanh"), "sum"),
     "backward": Backward(Residual(GRU(D, D))),
     "backward_stack": Stack((LSTM(D, H), Dropout(0.2), Backward(GRU(H, 4)), Elman(4, D))),
     "residual": Residual(GRU(D, D)),
@@ -195,7 +190,6 @@ COMPOSITIONS = {
         (LRU(D, H), Dropout(0.3), Residual(MinGRU(D, D)), RGLRU(D), Bidirectional(MinLSTM(D, H), LRU(D, 4)))
     ),
     "learned_rg_lru": LearnedCarry(RGLRU(D)),
-    "learned_qrnn": LearnedCarry(QRNN(D, H, window=3)),
     "parallel": Parallel((LSTM(D, H), Stack((Linear(D, H), Dropout(0.3), Apply("sigmoid")))), "mul"),
     "blocks": Stack(
         (
@@ -208,10 +202,7 @@ COMPOSITIONS = {
     "learned_carry": LearnedCarry(LSTM(D, H)),
     "emit_carry": EmitCarry(LSTM(D, H)),
     "recurrent_dropout": RecurrentDropout(LSTM(D, H), 0.3),
-    "recurrent_dropout_before": RecurrentDropout(GRU(D, H, reset_after=False), 0.3),
-    "recurrent_dropout_conv": RecurrentDropout(ConvLSTM((4,), D, H), 0.3),
     "weight_drop": WeightDrop(RecurrentDropout(GRU(D, H), 0.2), 0.3),
-    "weight_drop_indrnn": WeightDrop(IndRNN(D, H, activation="tanh"), 0.3),
     "zoneout": Zoneout(LSTM(D, H), (0.2, 0.5)),
     "zoneout_own": Zoneout(Own(H), 0.3),
     "zoneout_stack": Zoneout(Stack((Elman(D, H), Dropout(0.3), GRU(H, 4))), 0.3),
@@ -220,8 +211,6 @@ COMPOSITIONS = {
     "pool_max": Pool(Elman(D, H), "max"),
     "pool_stack": Pool(Stack((GRU(D, H), Dropout(0.3)))),
     "pool_bidirectional": Pool(Stack((Elman(D, 4), Bidirectional(GRU(4, H), LSTM(4, D))))),
-    "pool_backward": Pool(Stack((Elman(D, 4), Backward(LSTM(4, H))))),
-    "pool_conv": Pool(ConvLSTM((4,), D, H), "mean"),
     "classifier": Stack((Embed(7, D), Pool(LSTM(D, H)), Dropout(0.3), Linear(H, 4), Apply("sigmoid"))),
     "everything": LearnedCarry(
         Residual(
@@ -237,8 +226,21 @@ COMPOSITIONS = {
         )
     ),
 }
-# Members whose cells differ in options only: the fast tier runs part of the properties on them.
-OPTIONS = {name: cell for name, cell in (LSTMS | GRUS | LINEAR_OPTIONS).items() if cell not in CELLS.values()}
+OTHERS = {
+    "elman_relu": Elman(D, H, activation="relu"),
+    "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
+    "layer_norm_groups": LayerNorm(6, groups=2),
+    "apply_callable": Apply(jnp.sin),
+    "bidirectional_sum": Bidirectional(MGU(D, H), IndRNN(D, H, activation="tanh"), "sum"),
+    "learned_qrnn": LearnedCarry(QRNN(D, H, window=3)),
+    "recurrent_dropout_before": RecurrentDropout(GRU(D, H, reset_after=False), 0.3),
+    "recurrent_dropout_conv": RecurrentDropout(ConvLSTM((4,), D, H), 0.3),
+    "weight_drop_indrnn": WeightDrop(IndRNN(D, H, activation="tanh"), 0.3),
+    "pool_backward": Pool(Stack((Elman(D, 4), Backward(LSTM(4, H))))),
+    "pool_conv": Pool(ConvLSTM((4,), D, H), "mean"),
+}
+# Members that differ from others in options only: the fast tier runs part of the properties on them.
+OPTIONS = {name: cell for name, cell in (LSTMS | GRUS | LINEAR_OPTIONS | OTHERS).items() if cell not in CELLS.values()}
 MEMBERS = CELLS | LAYERS | COMPOSITIONS | OPTIONS
 
 

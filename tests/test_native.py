@@ -388,13 +388,14 @@ def test_none_takes_the_kernels_on_the_cpu_alone():
 
 
 DEVICES = """
-import jax, jax.numpy as jnp, numpy as np, jaxrnn
+import sys, jax, jax.numpy as jnp, numpy as np, jaxrnn
 from jax.sharding import NamedSharding, PartitionSpec as P
 assert jax.device_count() == 2
 mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-for cell in (jaxrnn.LSTM(3, 5), jaxrnn.GRU(3, 5), jaxrnn.Bidirectional(jaxrnn.Elman(3, 5), jaxrnn.Elman(3, 5)),
-             jaxrnn.MGU(3, 5), jaxrnn.MinGRU(3, 5), jaxrnn.MinLSTM(3, 5, log_space=True), jaxrnn.RGLRU(3),
-             jaxrnn.QRNN(3, 5, 3), jaxrnn.LRU(3, 5), jaxrnn.S6(3, 4)):
+cells = (jaxrnn.LSTM(3, 5), jaxrnn.GRU(3, 5), jaxrnn.Bidirectional(jaxrnn.Elman(3, 5), jaxrnn.Elman(3, 5)),
+         jaxrnn.MGU(3, 5), jaxrnn.MinGRU(3, 5), jaxrnn.MinLSTM(3, 5, log_space=True), jaxrnn.RGLRU(3),
+         jaxrnn.QRNN(3, 5, 3), jaxrnn.LRU(3, 5), jaxrnn.S6(3, 4))
+for cell in cells[int(sys.argv[1])::2]:
     params = cell.init(jax.random.key(0))
     xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
     reset = jax.random.bernoulli(jax.random.key(2), 0.3, (7, 4))
@@ -429,11 +430,17 @@ for cell in (jaxrnn.LSTM(3, 5), jaxrnn.GRU(3, 5), jaxrnn.Bidirectional(jaxrnn.El
 """
 
 
-def test_two_devices_divide_the_rows():
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_two_devices_divide_the_rows(half):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags}
     run = subprocess.run(
-        [sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=300, check=False, env=environment
+        [sys.executable, "-c", DEVICES, str(half)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
     )
     assert run.returncode == 0, run.stderr
 
