@@ -50,6 +50,8 @@ class Task(NamedTuple):
     trained: int
     tested: int
     last: bool  # whether the last answer alone counts in the test
+    steps: int  # of training
+    rate: float  # of learning, at its greatest
 
 
 class Model(NamedTuple):
@@ -68,7 +70,7 @@ def parity(key: Array, length: int, rows: int = 64) -> tuple[Array, Array]:
 MARKED, NOISE, ASK = 8, 8, 9  # as many tokens to tell, and the two tokens beside those
 
 
-def copying(key: Array, length: int, rows: int = 32) -> tuple[Array, Array]:
+def copying(key: Array, length: int, rows: int = 16) -> tuple[Array, Array]:
     """`length` steps with `MARKED` tokens among noise, in any places; then as many that ask for them."""
     k_tokens, k_places = jax.random.split(key)
     tokens = jax.random.randint(k_tokens, (MARKED, rows), 0, NOISE)
@@ -80,8 +82,8 @@ def copying(key: Array, length: int, rows: int = 32) -> tuple[Array, Array]:
 
 
 TASKS = {
-    "parity": Task(parity, 2, 2, 20, 100, last=True),
-    "selective copying": Task(copying, 10, 8, 256, 256, last=False),
+    "parity": Task(parity, 2, 2, 20, 100, last=True, steps=2000, rate=3e-3),
+    "selective copying": Task(copying, 10, 8, 256, 256, last=False, steps=6000, rate=5e-3),
 }
 SIZE = 64
 
@@ -112,10 +114,10 @@ MODELS = {
 }
 
 
-def learn(task: Task, model: Model, *, steps: int, seeds: int, seed: int, rate: float = 3e-3) -> tuple[Array, Array]:
+def learn(task: Task, model: Model, *, seeds: int, seed: int) -> tuple[Array, Array]:
     """(the share of right answers of every seed, the losses (seeds, steps))."""
     cell = Stack((Embed(task.vocabulary, SIZE), *model.cells(), Linear(SIZE, task.answers)))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, task.rate, task.steps // 20, task.steps)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     eigenvalues = optax.set_to_zero() if model.frozen else adam
     kinds = labels(cell, jax.eval_shape(cell.init, jax.random.key(0)))
@@ -136,7 +138,7 @@ def learn(task: Task, model: Model, *, steps: int, seeds: int, seed: int, rate: 
             updates, moments = optimizer.update(gradient, moments, params)
             return (optax.apply_updates(params, updates), moments), loss
 
-        (params, _), losses = lax.scan(step, (params, optimizer.init(params)), jax.random.split(k_train, steps))
+        (params, _), losses = lax.scan(step, (params, optimizer.init(params)), jax.random.split(k_train, task.steps))
 
         def right(key: Array) -> Array:
             tokens, targets = task.sample(key, task.tested)
@@ -154,7 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, for a first look")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["parity"], help="(default: parity)")
-    parser.add_argument("--steps", type=int, default=2000, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of training (default: 2000 for parity, 6000 for copying)")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
     parser.add_argument("--wanted", type=float, default=0.99, help="share of right answers (default: %(default)s)")
@@ -166,9 +168,10 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, tuple[np.ndarray, np.nd
     """For every task and model, what `learn` finds."""
     found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name in args.tasks:
-        steps = 100 if args.quick else args.steps
+        task = TASKS[name]
+        task = task._replace(steps=100 if args.quick else args.steps or task.steps)
         for kind, model in MODELS[name].items():
-            result = learn(TASKS[name], model, steps=steps, seeds=args.seeds, seed=args.seed)
+            result = learn(task, model, seeds=args.seeds, seed=args.seed)
             shares, losses = map(np.asarray, result)
             found.setdefault(name, {})[kind] = shares, losses
             Console().print(f"{name}: {kind}: {', '.join(f'{share:.3f}' for share in shares)}")
