@@ -451,7 +451,7 @@ def test_s5_begins_as_hippo():
     size = 2 * pairs
     with jax.enable_x64(True):
         cell = jaxrnn.S5(size, pairs, step_min=step, step_max=step)
-        params = cell.init(jax.random.key(0), jnp.float64)
+        params = jax.jit(lambda key: cell.init(key, jnp.float64))(jax.random.key(0))
         n = np.arange(size)
         root = np.sqrt(2 * n + 1)
         legs = -np.where(n[:, None] > n, np.outer(root, root), 0) - np.diag(n + 1)
@@ -471,7 +471,7 @@ def test_s5_begins_as_hippo():
         for x in xs:
             whole = held @ whole + np.linalg.solve(normal, (held - np.eye(size)) @ b @ x)
             expected.append(c @ whole + np.asarray(params.d) * x)
-        _, ys = jaxrnn.scan(cell, params, None, xs)
+        _, ys = jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs))(xs)
         np.testing.assert_allclose(ys, expected, 1e-9, 1e-9)
     drawn = jaxrnn.s5_init(jax.random.key(0), 2, 500).log_step
     np.testing.assert_allclose(np.quantile(drawn, [0, 0.5, 1]), np.log([1e-3, 1e-2, 1e-1]), atol=0.2)
@@ -540,7 +540,7 @@ def test_slstm_begins_by_itself_and_stays_in_range():
     cell = jaxrnn.SLSTM(D, H, heads=2)
     params = cell.init(jax.random.key(0))
     np.testing.assert_array_equal(params.b.reshape(4, H)[1], np.tile(np.linspace(3, 6, H // 2, dtype=np.float32), 2))
-    carry, _ = jaxrnn.step(cell, params, None, jnp.ones(D))
+    carry, _ = jax.jit(lambda params: jaxrnn.step(cell, params, None, jnp.ones(D)))(params)
     np.testing.assert_array_equal(carry.n, np.ones(H))
     xs = 1000 * jax.random.normal(jax.random.key(1), (50, D))
 
@@ -548,7 +548,7 @@ def test_slstm_begins_by_itself_and_stays_in_range():
         ys = jaxrnn.scan(cell, params, None, xs)[1]
         return ys.sum(), ys
 
-    gradient, ys = jax.grad(loss, has_aux=True)(params)
+    gradient, ys = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert np.abs(ys).max() <= 1
     assert all(np.isfinite(leaf).all() for leaf in gradient)
 

@@ -141,7 +141,7 @@ def test_remat_every_number_of_steps(reverse):
             jaxrnn.scan(cell, params, None, xs, mask=mask, reset=reset, reverse=reverse, remat_every=remat_every)
         )
 
-    every = (None, 1, 2, 3, 4, 7, 8, 100)
+    every = (None, 1, 3, 4, 7, 100)
     plain, *others = jax.jit(lambda params: [jax.value_and_grad(loss)(params, each) for each in every])(params)
     for each in others:
         close(each, plain)
@@ -173,12 +173,13 @@ def test_a_half_precision_carry_is_kept_and_none_starts_in_float32(dtype):
     cell = Stack((LSTM(2, 3), jaxrnn.Elman(3, 4), GRU(4, 3), jaxrnn.MGU(3, 2)))
     params = draw_params(cell, dtype=dtype)
     xs = draw_x(cell, 0, 5, 2, dtype=dtype)
-    end, ys = jaxrnn.scan(cell, params, None, xs)
+    run = jax.jit(lambda carry, xs: jaxrnn.scan(cell, params, carry, xs))
+    end, ys = run(None, xs)
     assert ys.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(end)} == {jnp.dtype(jnp.float32)}
     half = jax.tree.map(lambda leaf: leaf.astype(dtype), end)
-    assert {leaf.dtype for leaf in jax.tree.leaves(jaxrnn.scan(cell, params, half, xs)[0])} == {jnp.dtype(dtype)}
-    assert jaxrnn.scan(cell, params, None, xs.astype(np.float64))[1].dtype == np.float64
+    assert {leaf.dtype for leaf in jax.tree.leaves(run(half, xs)[0])} == {jnp.dtype(dtype)}
+    assert run(None, xs.astype(np.float64))[1].dtype == np.float64
 
 
 def test_mixed_precision_is_one_cast():
