@@ -5,8 +5,8 @@ sign with every one, for ever; recurrences whose state decays by positive factor
 trained: at best they learn the lengths that they see. Those that are nonlinear in their state can.
 
 Selective copying: a few marked tokens lie among noise in 256 steps, and have to be told at the end, in order. What to
-keep has to depend on the input; a recurrence that is the same at every step keeps the noise too. It takes long: after
-2000 steps three layers of MinGRU tell nine tokens of ten, so that it runs only where `--tasks` asks for it.
+keep has to depend on the input; a recurrence that is the same at every step keeps the noise too. It takes minutes for
+every seed, so that it runs only where `--tasks` asks for it: three layers of MinGRU tell 99.4% of the tokens.
 
 Every model is trained from several seeds at once, in one program (`jax.vmap`), on sequences that are drawn anew at
 every step. Printed is, for each seed, the share of right answers on new sequences: at the last bit for parity, where
@@ -83,7 +83,7 @@ def copying(key: Array, length: int, rows: int = 16) -> tuple[Array, Array]:
 
 TASKS = {
     "parity": Task(parity, 2, 2, 20, 100, last=True, steps=2000, rate=3e-3),
-    "selective copying": Task(copying, 10, 8, 256, 256, last=False, steps=6000, rate=5e-3),
+    "selective copying": Task(copying, 10, 8, 256, 256, last=False, steps=4000, rate=5e-3),
 }
 SIZE = 64
 
@@ -156,7 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, for a first look")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["parity"], help="(default: parity)")
-    parser.add_argument("--steps", type=int, help="of training (default: 2000 for parity, 6000 for copying)")
+    parser.add_argument("--steps", type=int, help="of training (default: 2000 for parity, 4000 for copying)")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
     parser.add_argument("--wanted", type=float, default=0.99, help="share of right answers (default: %(default)s)")
