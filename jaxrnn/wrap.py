@@ -123,7 +123,7 @@ class Backward(Wrapper):
 
 
 class LearnedCarryParams(NamedTuple):
-    """The cell's params, and the carry to start from, without batch axes."""
+    """The cell's params, and the carry to start from, without batch axes; None for what is no floating number."""
 
     cell: Any
     carry: Any
@@ -141,12 +141,17 @@ class LearnedCarry(Wrapper):
     def init(self, key: Array, dtype: Any = jnp.float32) -> LearnedCarryParams:
         """The cell's params, and the carry that it starts from by itself."""
         params = self.cell.init(key, dtype)
-        return LearnedCarryParams(params, self.cell.initial_carry(params))
+        carry = self.cell.initial_carry(params)
+        return LearnedCarryParams(params, jax.tree.map(lambda leaf: leaf if inexact(leaf) else None, carry))
 
     def initial_carry(self, params: LearnedCarryParams, batch_shape: tuple[int, ...] = ()) -> Any:
         if not isinstance(params, LearnedCarryParams):
             raise TypeError(f"params: LearnedCarry takes LearnedCarryParams, got {type(params).__name__}")
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*batch_shape, *leaf.shape)), params.carry)
+
+        def start(own, learned):
+            return own if learned is None else jnp.broadcast_to(learned, own.shape)
+
+        return jax.tree.map(start, self.cell.initial_carry(params.cell, batch_shape), params.carry)
 
     # The weights of the recurrent product lie one level down.
     recurrent_weights = ()  # type: ignore[assignment]

@@ -483,6 +483,13 @@ def test_an_equal_cell_does_not_retrace(cell):
 
 
 @every_member_and_option()
+def test_params_can_be_trained(cell):
+    """All of them are floating numbers, whatever the carry holds."""
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    assert all(is_floating(leaf) for leaf in jax.tree.leaves(params))
+
+
+@every_member_and_option()
 def test_summary(cell):
     """The table counts the parameters that `init` makes, and names an output size where it is known."""
     params = draw_params(cell, dtype=jnp.float32)
