@@ -204,32 +204,19 @@ class Bidirectional(Cell):
             "Run whole sequences with jaxrnn.scan."
         )
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+    def scan(self, params, carry, xs, *, fresh, reverse, noise, **arguments):
         self._check(params)
-
-        def run(scan, params, carry, fresh, noise, backwards):
-            return scan(
-                params,
-                carry,
-                xs,
-                fresh=fresh,
-                valid=valid,
-                reset=reset,
-                reverse=backwards,
-                noise=noise,
-                remat_every=remat_every,
-                implementation=implementation,
-            )
-
-        noises = [part(noise, k) for k in range(2)]
-        cell = self.forward
-        if cell == self.backward and isinstance(cell, GatedCell) and type(cell).scan is GatedCell.scan:
-            (forward, a), (backward, b) = run(cell.scan_both, params, carry, fresh, noises, reverse)
+        cells, noises = (self.forward, self.backward), [part(noise, k) for k in range(2)]
+        if cells[0] == cells[1] and isinstance(cells[0], GatedCell) and type(cells[0]).scan is GatedCell.scan:
+            results = cells[0].scan_both(params, carry, xs, fresh=fresh, reverse=reverse, noise=noises, **arguments)
         else:
-            forward, a = run(self.forward.scan, params[0], carry[0], fresh[0], noises[0], reverse)
-            backward, b = run(self.backward.scan, params[1], carry[1], fresh[1], noises[1], not reverse)
+            results = [
+                cell.scan(params[k], carry[k], xs, fresh=fresh[k], reverse=reverse != k, noise=noises[k], **arguments)
+                for k, cell in enumerate(cells)
+            ]
+        (forward, a), (backward, b) = results
         ys = _merge(self.merge, (a, b))
-        return BidirectionalPair(forward, backward), ys if self.ends_time else zero_where_not(valid, ys)
+        return BidirectionalPair(forward, backward), ys if self.ends_time else zero_where_not(arguments["valid"], ys)
 
     def _check(self, params):
         if not isinstance(params, BidirectionalPair):

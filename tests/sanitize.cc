@@ -36,8 +36,9 @@ struct Case {
     held.reserve(64);
     kind = static_cast<Kind>(draw(0, KINDS - 1));
     n = Sizes{draw(0, 9), draw(1, 40), draw(1, 70), draw(1, 150), draw(0, 1) == 1, draw(0, 1) == 1};
-    if (draw(0, 3) == 0) n.steps = n.rows = 1;
-    flags = draw(0, 1), save = draw(0, 2) != 0;
+    const bool stream = draw(0, 3) == 0;  // which has a kernel of its own
+    if (stream) n.steps = 1, n.rows = draw(1, 2), n.units = draw(1, 420);
+    flags = !stream && draw(0, 1), save = !stream && draw(0, 2) != 0;
     const bool lstm = kind == Kind::kLstm;
     const long T = n.steps, B = n.rows, D = n.inputs, H = n.units, G = gates_of(kind) * H;
     Inputs in{};

@@ -133,9 +133,10 @@ constexpr long SMALL = 1 << 17;  // weights that half of a second-level cache ho
 void forward(Kind kind, const Sizes& n, const Forward& p, int threads) {
   const int k = static_cast<int>(kind);
   const bool step = n.steps == 1 && n.rows <= 2 && !p.kept && !p.cs && !p.valid && !p.start;
+  const long weights = (n.inputs + n.units) * gates_of(kind) * n.units;
   if (!step) kernels().forward[k](n, p, threads);
-  else if ((n.inputs + n.units) * gates_of(kind) * n.units <= SMALL) kernels().small_step[k](n, p, 1);
-  else kernels().step[k](n, p, threads);
+  else if (weights <= SMALL) kernels().small_step[k](n, p, 1);
+  else kernels().step[k](n, p, static_cast<int>(std::min<long>(threads, 2 * weights / SMALL)));
 }
 
 void backward(Kind kind, const Sizes& n, const Backward& p, int threads) {

@@ -1,6 +1,8 @@
-// A single step of a few rows: the weights are read once, as they lie, row after row. Memory is what takes the time, and
-// wide vectors would slow the processor down for all that the caller does between two steps: half as wide they are as
-// fast, and a quarter where the weights stay in the cache.
+// A single step of a few rows: the weights are read once, as they lie, row after row, and each thread reads rows of its
+// own. Memory is what takes the time, and wide vectors would slow the processor down for all that the caller does
+// between two steps: half as wide they are as fast, and a quarter where the weights stay in the cache. Of weights that
+// do not, every other step begins with what the last one read last. Sums of a part of the rows are kept by themselves,
+// so that no order changes them.
 
 template <Kind K>
 class OneStep : Cell<K> {
@@ -8,81 +10,85 @@ class OneStep : Cell<K> {
   using Cell<K>::GATES, Cell<K>::LSTM, Cell<K>::AFTER, Cell<K>::BEFORE;
 
   OneStep(const Sizes& n, const Forward& p, int threads)
-      : n_(n), p_(p), blocks_((n.units + LANES - 1) / LANES), width_(blocks_ * LANES), threads_(threads) {
-    Scratch scratch(n.rows * (SUMS_KEPT + 1) * width_ + 64);
-    sums_ = scratch.take(n.rows * SUMS_KEPT * width_);
-    reset_ = scratch.take(n.rows * width_);
+      : n_(n), p_(p), threads_(threads), each_(std::clamp((n.inputs + n.units) * GATES * n.units / (PART * threads), 1L, 8L)) {
+    thread_local bool last = false;
+    backwards_ = last = !last;
+    Scratch scratch(parts() * n.rows * sums_size() + n.rows * n.units + 64);
+    sums_ = scratch.take(parts() * n.rows * sums_size());
+    reset_ = scratch.take(n.rows * n.units);
   }
 
   void run() {
-    in_parts([&](Range units) {
-      for (long r = 0; r < n_.rows; ++r) {
-        products(r, units);
-        if (!BEFORE) finish(r, units);
-      }
+    const long D = n_.inputs, H = n_.units;
+    in_parts(D + H, [&](long part, Range k) {
+      begin(part);
+      add(part, p_.xs, p_.w_x, {std::min(k.begin, D), std::min(k.end, D)}, D, {0, GATES * H}, 0);
+      add(part, p_.h, p_.w_h, {std::max(k.begin, D) - D, std::max(k.end, D) - D}, H, {0, (BEFORE ? 2 : GATES) * H},
+          AFTER ? GATES * H : 0);
     });
-    if (BEFORE)
-      in_parts([&](Range units) {
-        for (long r = 0; r < n_.rows; ++r) {
-          add(reset_ + r * width_, n_.units, p_.w_h, 2, 3, units, row_sums(r), 0);
-          finish(r, units);
-        }
+    if (BEFORE) {
+      each_vector([&](long row, long u, long n) {
+        const long at = row * H + u;
+        store(reset_ + at, logistic(sum(row, u, n)) * load(p_.h + at, n), n);
       });
+      in_parts(H, [&](long part, Range k) { add(part, reset_, p_.w_h, k, H, {2 * H, 3 * H}, 0); });
+    }
+    each_vector([&](long row, long u, long n) { finish(row, u, n); });
   }
 
  private:
-  static constexpr long SUMS_KEPT = GATES + 1;  // of a GRU, u_n and v_n are two
+  static constexpr long PART = 1 << 17;  // weights
+  long parts() const { return threads_ * each_; }
+
+  // Of a row and a part. A GRU that resets after its product keeps those of x and of h apart.
+  long sums_size() const { return (AFTER ? 2 : 1) * GATES * n_.units; }
+  float* sums(long part, long row) const { return sums_ + (part * n_.rows + row) * sums_size(); }
 
   template <class Work>
-  void in_parts(const Work& work) const {
-    auto part = [&](int k) {
-      const Range blocks = share(blocks_, threads_, k);
-      work(Range{blocks.begin * LANES, std::min(blocks.end * LANES, n_.units)});
+  void in_parts(long count, const Work& work) const {
+    auto thread = [&](int k) {
+      for (long i = 0; i < each_; ++i) {
+        const long part = k * each_ + (backwards_ ? each_ - 1 - i : i);
+        work(part, share(count, parts(), part));
+      }
     };
-    if (threads_ > 1 && Pool::share(threads_, part)) return;
-    for (int k = 0; k < threads_; ++k) part(k);
+    if (threads_ > 1 && Pool::share(threads_, thread)) return;
+    for (int k = 0; k < threads_; ++k) thread(k);
   }
 
-  float* row_sums(long row) const { return sums_ + row * SUMS_KEPT * width_; }
-
-  void products(long row, Range units) const {
-    const long D = n_.inputs, H = n_.units;
-    const float* h = p_.h + row * H;
-    float* a = row_sums(row);
-    begin(a, units);
-    add(p_.xs + row * D, D, p_.w_x, 0, GATES, units, a, 0);
-    add(h, H, p_.w_h, 0, BEFORE ? 2 : GATES, units, a, AFTER ? 1 : 0);
-    for (long u = units.begin; BEFORE && u < units.end; u += LANES)
-      store(reset_ + row * width_ + u, logistic(load(a + u)) * load(h + u, std::min(LANES, H - u)));
+  template <class Work>
+  void each_vector(const Work& work) const {
+    for (long row = 0; row < n_.rows; ++row)
+      for (long u = 0; u < n_.units; u += LANES) work(row, u, std::min(LANES, n_.units - u));
   }
 
-  void begin(float* a, Range units) const {
-    for (long gate = 0; gate < SUMS_KEPT; ++gate)
-      for (long u = units.begin; u < units.end; u += LANES) {
-        const long n = std::min(LANES, n_.units - u);
-        const float* b = gate < GATES ? (p_.b ? p_.b + gate * n_.units : nullptr) : AFTER ? p_.b_hn : nullptr;
-        store(a + gate * width_ + u, b ? load(b + u, n) : Vec{});
-      }
-  }
-
-  // a += x w in some gates. The last one of them goes to a place of its own, `apart` further, if that is not 0.
-  void add(const float* x, long length, const float* w, long first, long last, Range units, float* a, long apart) const {
-    const long stride = GATES * n_.units;
-    constexpr long AT_ONCE = 8;
-    const Range whole{units.begin / LANES, units.end / LANES};  // a last vector may be a part of one
-    for (long k = 0; k < length; k += AT_ONCE) {
-      const long count = std::min(AT_ONCE, length - k);
-      for (long gate = first; gate < last; ++gate) {
-        float* sums = a + (gate + (gate == last - 1 ? apart : 0)) * width_;
-        const float* from = w + k * stride + gate * n_.units;
-        tiles<8>(whole, [&](auto vectors, long v) {
-          add_rows<decltype(vectors)::value>(x + k, count, from + v * LANES, stride, sums + v * LANES);
-        });
-        if (const long u = whole.end * LANES; u < units.end)
-          for (long i = 0; i < count; ++i)
-            store(sums + u, load(sums + u) + x[k + i] * load(from + i * stride + u, units.end - u));
-      }
+  void begin(long part) const {
+    const long size = sums_size(), H = n_.units;
+    for (long row = 0; row < n_.rows; ++row) {
+      float* a = sums(part, row);
+      std::fill(a, a + size, 0.0f);
+      if (part == 0 && p_.b) std::copy(p_.b, p_.b + GATES * H, a);
+      if (part == 0 && p_.b_hn) std::copy(p_.b_hn, p_.b_hn + H, a + size - H);
     }
+  }
+
+  // The sums of a part, from `to` on, += x w, for rows k of w, and columns of it. x is (rows, length).
+  void add(long part, const float* x, const float* w, Range k, long length, Range columns, long to) const {
+    constexpr long AT_ONCE = 8;
+    const long stride = GATES * n_.units, whole = columns.size() / LANES, rest = columns.size() % LANES;
+    for (long first = k.begin; first < k.end; first += AT_ONCE)
+      for (long row = 0; row < n_.rows; ++row) {
+        const long count = std::min(AT_ONCE, k.end - first);
+        const float *factors = x + row * length + first, *from = w + first * stride + columns.begin;
+        float* a = sums(part, row) + to + columns.begin;
+        tiles<8>({0, whole}, [&](auto vectors, long v) {
+          add_rows<decltype(vectors)::value>(factors, count, from + v * LANES, stride, a + v * LANES);
+        });
+        for (long i = 0; rest && i < count; ++i) {
+          float* last = a + whole * LANES;
+          store(last, load(last, rest) + factors[i] * load(from + i * stride + whole * LANES, rest), rest);
+        }
+      }
   }
 
   template <int N>
@@ -97,14 +103,17 @@ class OneStep : Cell<K> {
     for (int v = 0; v < N; ++v) store(sums + v * LANES, s[v]);
   }
 
-  void finish(long row, Range units) const {
-    for (long u = units.begin; u < units.end; u += LANES) finish(row_sums(row) + u, row, u);
+  // Of all parts.
+  JAXRNN_INLINE Vec sum(long row, long at, long n) const {
+    Vec s = load(sums(0, row) + at, n);
+    for (long part = 1; part < parts(); ++part) s += load(sums(part, row) + at, n);
+    return s;
   }
 
-  void finish(const float* a, long row, long unit) const {
-    const long H = n_.units, n = std::min(LANES, H - unit), at = row * H + unit;
+  JAXRNN_INLINE void finish(long row, long u, long n) const {
+    const long H = n_.units, at = row * H + u;
     Vec gates[1][GATES], y[1];
-    for (long gate = 0; gate < GATES; ++gate) gates[0][gate] = load(a + gate * width_);
+    for (long gate = 0; gate < GATES; ++gate) gates[0][gate] = sum(row, gate * H + u, n);
     if constexpr (LSTM) {
       Vec c[1] = {load(p_.c + at, n)};
       lstm<1>(gates, c, y);
@@ -112,7 +121,10 @@ class OneStep : Cell<K> {
     } else if constexpr (AFTER) {
       const Vec u_n[1] = {gates[0][2]}, h[1] = {load(p_.h + at, n)};
       Vec candidate[1];
-      gates[0][2] = load(a + 3 * width_);
+      for (long gate = 0; gate < GATES; ++gate) {
+        const Vec v = sum(row, (GATES + gate) * H + u, n);
+        gates[0][gate] = gate == 2 ? v : gates[0][gate] + v;
+      }
       gru<1>(gates, u_n, h, candidate, y);
     } else if constexpr (BEFORE) {
       const Vec z = logistic(gates[0][1]);
@@ -127,8 +139,9 @@ class OneStep : Cell<K> {
 
   const Sizes n_;
   const Forward p_;
-  const long blocks_, width_;
   const int threads_;
+  const long each_;  // parts of a thread
+  bool backwards_;
   float *sums_, *reset_;
 };
 

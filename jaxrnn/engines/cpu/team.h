@@ -5,7 +5,7 @@ struct Range {
   long size() const { return end - begin; }
 };
 
-inline Range share(long count, int parts, int part) { return {count * part / parts, count * (part + 1) / parts}; }
+inline Range share(long count, long parts, long part) { return {count * part / parts, count * (part + 1) / parts}; }
 
 struct Team {
   int threads;

@@ -102,6 +102,7 @@ class Pool {
     }
     part_ = &part;
     left_.store(count - 1);
+    caller_.store(processor());
     const uint64_t job = (job_.load() / MOST + 1) * MOST + count;
     job_.store(job);
     if (asleep_.load() != 0) {
@@ -118,18 +119,43 @@ class Pool {
     return true;
   }
 
+  static int processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+  }
+
+  // To another processor than this one. Two threads that do not sleep may else share one for long, and in turns of
+  // milliseconds, while another one has nothing to do.
+  static void leave(int taken) {
+#if defined(__linux__)
+    cpu_set_t all, others;
+    if (taken < 0 || processor() != taken || sched_getaffinity(0, sizeof all, &all) != 0) return;
+    others = all;
+    CPU_CLR(taken, &others);
+    if (CPU_COUNT(&others) != 0 && sched_setaffinity(0, sizeof others, &others) == 0)
+      sched_setaffinity(0, sizeof all, &all);
+#endif
+  }
+
   // Whoever does not begin a part looks at nothing else of the job, since the next one may have come.
   void loop(int number, Worker& worker, uint64_t seen) {
     while (true) {
       uint64_t job = job_.load();
       const auto until = std::chrono::steady_clock::now() + AWAKE;
-      while (job == seen && std::chrono::steady_clock::now() < until)
+      while (job == seen && std::chrono::steady_clock::now() < until) {
         for (int spins = 0; spins < 64 && (job = job_.load()) == seen; ++spins) relax();
+        leave(caller_.load());
+      }
       if (job == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.fetch_add(1);
         wake_.wait(lock, [&] { return (job = job_.load()) != seen; });
         asleep_.fetch_sub(1);
+        lock.unlock();
+        leave(caller_.load());
       }
       seen = job;
       if (number >= static_cast<int>(job % MOST) || !worker.take(job)) continue;
@@ -145,7 +171,7 @@ class Pool {
   std::vector<std::unique_ptr<Worker>> workers_;
   const std::function<void(int)>* part_ = nullptr;
   std::atomic<uint64_t> job_{0};  // its number, times MOST, and how many threads it takes
-  std::atomic<int> left_{0}, asleep_{0};
+  std::atomic<int> left_{0}, asleep_{0}, caller_{-1};  // the last: a processor
   const pid_t process_ = getpid();  // a forked child has no workers
 };
 
