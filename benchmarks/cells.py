@@ -8,10 +8,10 @@ Every contestant gets the same weights, by `jaxrnn.convert`, and the same xs, ea
 They run in this process with the same number of threads, one after another, again and again; the medians count. Before
 that, outputs and the sorted magnitudes of the weights' gradients must agree.
 
-Printed are milliseconds, how many times as long as ours the fastest peer takes, and the share of the rate of a large
-product of matrices (2048³, the better of torch's and JAX's) that ours reaches, counting 2 B T (D + H) G H operations
-forward and three times that with gradients. Then the geometric means over the shapes with at least 16 rows, and the
-smallest lead.
+Printed are milliseconds, how many times as long as ours the fastest peer takes, the rate of a large product of matrices
+(2048³, the better of torch's and JAX's, which take part in the turns) and the share of it that ours reaches, counting
+2 B T (D + H) G H operations forward and three times that with gradients. Then the geometric means over the shapes with
+at least 16 rows, and the smallest lead.
 """
 
 from __future__ import annotations
@@ -98,11 +98,12 @@ CONTESTANTS |= {name: in_jax(name) for name in ("keras", "flax", "haiku", "equin
 
 
 def compete(args: argparse.Namespace, name: str, shape: peers.Shape, backward: bool) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after their results were found equal."""
+    """Seconds of each contestant, and of the product of matrices, in each round, after results were found equal."""
     task = peers.task(name, shape, args.layers, args.bidirectional)
     contestants = contest.enter(CONTESTANTS, args.contestants, task, backward, args.threads)
     contest.agree(contestants)
-    return contest.interleaved({name: each.run for name, each in contestants.items()}, args.repeats)
+    runs = {name: each.run for name, each in contestants.items()}
+    return contest.interleaved(runs | contest.products(args.threads), args.repeats)
 
 
 def means(rows: list[dict], names: list[str]) -> Table:
@@ -140,18 +141,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=1, metavar="N", help="one above another (default: 1)")
     parser.add_argument("--bidirectional", action="store_true", help="every layer in both directions")
     args = contest.parse(parser, argv)
-    names, rate, rows = args.contestants, contest.product_rate(args), []
-    yardstick = f"Milliseconds; the product of matrices reaches {rate / 1e9:.0f} GFLOP/s."
-    print(f"\n{yardstick}")
-    table = Table("cell", "B,T,D,H", "pass", *names, f"fastest peer / {names[0]}", f"{names[0]}: share of product")
+    names, rows = args.contestants, []
+    yardsticks = "product, GFLOP/s", f"{names[0]}: share of product"
+    table = Table("cell, ms", "B,T,D,H", "pass", *names, f"fastest peer / {names[0]}", *yardsticks)
     for name in args.cells:
         for shape in args.shapes:
             for way in args.passes:
                 backward = way == "backward"
                 rounds = compete(args, name, shape, backward)
-                times = contest.medians(rounds)
+                medians = contest.medians(rounds)
+                times = {name: medians[name] for name in names if name in medians}
                 if names[0] not in times:
                     continue
+                rate = 2 * contest.PRODUCT**3 / min(value for name, value in medians.items() if name not in names)
                 work = peers.operations(name, shape, args.layers, args.bidirectional) * (3 if backward else 1)
                 row = {
                     "cell": name,
@@ -159,12 +161,13 @@ def main(argv: list[str] | None = None) -> int:
                     "pass": "forward + backward" if backward else "forward",
                     "ms": {name: 1e3 * value for name, value in times.items()},
                     "lead": contest.lead(times, names[0]),
+                    "product": rate,
                     "share": work / times[names[0]] / rate,
                     "rounds": rounds,
                 }
                 rows.append(row)
                 cells = [row["ms"].get(name) for name in names]
-                table.add(name, shape, row["pass"], *cells, row["lead"], f"{row['share']:.0%}")
+                table.add(name, shape, row["pass"], *cells, row["lead"], f"{rate / 1e9:.0f}", f"{row['share']:.0%}")
     summary = means(rows, names), smallest(rows)
     print(f"\n{summary[1]}")
 
@@ -176,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             heights = {name: [row["ms"].get(name, np.nan) / row["ms"][names[0]] for row in shown] for name in names}
             contest.bars(axes, labels, heights, ylabel=f"time / {names[0]}", title=way, yscale="log")
 
-    contest.write(args, [yardstick, table, *summary], {"product": rate, "rows": rows}, draw)
+    contest.write(args, [table, *summary], {"rows": rows}, draw)
     return 0
 
 

@@ -188,18 +188,18 @@ def lead(times: Mapping[str, float], ours: str) -> float | None:
     return min(peers) / times[ours] if peers else None
 
 
-def product_rate(args: argparse.Namespace) -> float:
-    """Operations per second of a product of two matrices, the better of JAX's and torch's."""
+def products(threads: int) -> dict[str, Callable[[], Any]]:
+    """A product of two matrices, of JAX and of torch; its rate is that of the faster one."""
     a = np.random.default_rng(0).normal(size=(PRODUCT, PRODUCT)).astype(np.float32)
     b, dot = jnp.asarray(a), jax.jit(jnp.dot)
-    runs: dict[str, Callable[[], Any]] = {"jax": lambda: jax.block_until_ready(dot(b, b))}
+    runs: dict[str, Callable[[], Any]] = {"product by jax": lambda: jax.block_until_ready(dot(b, b))}
     if absent("torch") is None:
         import torch
 
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(threads)
         tensor = torch.from_numpy(a)
-        runs["torch"] = lambda: torch.mm(tensor, tensor)
-    return 2 * PRODUCT**3 / min(medians(interleaved(runs, args.repeats)).values())
+        runs["product by torch"] = lambda: torch.mm(tensor, tensor)
+    return runs
 
 
 # What is shown.
