@@ -254,11 +254,11 @@ def write(args: argparse.Namespace, parts: Iterable[Any], data: Any, draw: Calla
 
 
 def bars(axes: Any, labels: list[str], heights: Mapping[str, list[float]], **settings: Any) -> None:
-    """A group of bars for each label, in it one of each name."""
-    heights = {name: values for name, values in heights.items() if np.isfinite(values).any()}
-    width = 0.8 / len(heights)
-    for k, (name, values) in enumerate(heights.items()):
-        axes.bar(np.arange(len(labels)) + k * width, values, width, label=name)
+    """A group of bars for each label, in it one of each name, in the colour that the name has in every plot."""
+    shown = [(k, name, values) for k, (name, values) in enumerate(heights.items()) if np.isfinite(values).any()]
+    width = 0.8 / len(shown)
+    for place, (k, name, values) in enumerate(shown):
+        axes.bar(np.arange(len(labels)) + place * width, values, width, label=name, color=f"C{k}")
     crowded = sum(max(map(len, label.split("\n"))) for label in labels) > 100
     turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(np.arange(len(labels)) + 0.4 - width / 2, labels, fontsize=7, **turned)

@@ -28,8 +28,8 @@ KINDS = {
     "gru": GRU,
     "gru_before": lambda d, h: GRU(d, h, reset_after=False),
 }
-# Steps, rows, inputs, units: none, one, tiles and blocks that are not full, and enough for several threads.
-SHAPES = [(0, 3, 2, 5), (4, 0, 3, 2), (3, 13, 7, 21), (6, 2, 9, 131)]
+# Steps, rows, inputs, units: tiles and blocks that are not full, one, and enough for several threads.
+SHAPES = [(3, 13, 7, 21), (6, 2, 9, 131)]
 MORE_SHAPES = [(5, 4, 3, 2), (1, 1, 1, 1), (9, 25, 30, 70), (40, 1, 5, 33)]
 RNG = np.random.default_rng(0)
 
@@ -97,6 +97,13 @@ def full(values):
 @pytest.mark.parametrize("shape", [*SHAPES, *full(MORE_SHAPES)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind, shape):
+    close(*both_ways(gradients(*problem(kind, shape))))
+
+
+@needed
+@pytest.mark.parametrize("shape", [(0, 3, 2, 5), (4, 0, 3, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", *full(["elman", "relu", "gru", "gru_before"])])
+def test_values_and_gradients_of_nothing(kind, shape):
     close(*both_ways(gradients(*problem(kind, shape))))
 
 
@@ -453,10 +460,11 @@ def test_sanitizers_find_nothing(sanitizer):
 
 
 @needed
-@pytest.mark.parametrize("instructions", ["baseline", "avx2"])
-def test_every_instruction_set(instructions):
-    ours = program("native", JAXRNN_INSTRUCTIONS=instructions, JAXRNN_NUM_THREADS="1")
-    np.testing.assert_allclose(ours, program("xla"), 1e-4)
+def test_every_instruction_set():
+    expected = program("xla")
+    for instructions in ("baseline", "avx2"):
+        ours = program("native", JAXRNN_INSTRUCTIONS=instructions, JAXRNN_NUM_THREADS="1")
+        np.testing.assert_allclose(ours, expected, 1e-4)
 
 
 @needed

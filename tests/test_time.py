@@ -130,7 +130,7 @@ def test_reverse_is_aligned_and_starts_at_the_last_valid_step():
     close((end, ys[:3]), (expected_end, expected[::-1]))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.full), True])
 def test_remat_every_number_of_steps(reverse):
     cell = Bidirectional(LSTM(2, 3), GRU(2, 3))
     params, xs = draw_params(cell), draw_x(cell, 0, 7, 2)
@@ -141,7 +141,7 @@ def test_remat_every_number_of_steps(reverse):
             jaxrnn.scan(cell, params, None, xs, mask=mask, reset=reset, reverse=reverse, remat_every=remat_every)
         )
 
-    every = (None, 1, 3, 4, 7, 100)
+    every = (None, 1, 3, 7, 100)
     plain, *others = jax.jit(lambda params: [jax.value_and_grad(loss)(params, each) for each in every])(params)
     for each in others:
         close(each, plain)
