@@ -239,6 +239,10 @@ class Layer(NamedTuple):
     reverse: bool
 
 
+def _together(arrays):
+    return arrays[0][None] if len(arrays) == 1 else jnp.stack(arrays)
+
+
 def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: int | None, named: bool) -> list:
     """Recurrences of the same sizes over the first axis of `xs`, all at once: (carry, ys) of each.
 
@@ -254,16 +258,13 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
     by_batch = native.is_batch_major() and bool(batch)
     directions = tuple(layer.reverse for layer in layers)
 
-    def together(arrays):
-        return arrays[0][None] if members == 1 else jnp.stack(arrays)
-
     def weight(k):
         arrays = [layer.weights[k] for layer in layers]
-        return jnp.zeros((1, 0), xs.dtype) if arrays[0] is None else together(arrays)
+        return jnp.zeros((1, 0), xs.dtype) if arrays[0] is None else _together(arrays)
 
     def carries(trees, present=True):
         """h and c, without elements where they are absent."""
-        arrays = [together(each).reshape(members, rows, size) for each in zip(*trees, strict=True)]
+        arrays = [_together(each).reshape(members, rows, size) for each in zip(*trees, strict=True)]
         arrays += [jnp.zeros((1, rows, 0), xs.dtype)] * (2 - len(arrays))
         return arrays if present else [array[..., :0] for array in arrays]
 
@@ -273,7 +274,7 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
         if by_batch:
             arrays = [jnp.moveaxis(array, 0, len(batch)) for array in arrays]
         length = arrays[0].shape[len(batch) if by_batch else 0]
-        return together(arrays).reshape(len(arrays), *((rows, length) if by_batch else (length, rows)), *last)
+        return _together(arrays).reshape(len(arrays), *((rows, length) if by_batch else (length, rows)), *last)
 
     def flags(arrays, length):
         if arrays is not None:
