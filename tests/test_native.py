@@ -28,9 +28,9 @@ KINDS = {
     "gru": GRU,
     "gru_before": lambda d, h: GRU(d, h, reset_after=False),
 }
-# Steps, rows, inputs, units: tiles and blocks that are not full, one, and enough for several threads.
+# Steps, rows, inputs, units: tiles and blocks that are not full, one, enough for several threads, results of megabytes.
 SHAPES = [(3, 13, 7, 21), (6, 2, 9, 131)]
-MORE_SHAPES = [(5, 4, 3, 2), (1, 1, 1, 1), (9, 25, 30, 70), (40, 1, 5, 33)]
+MORE_SHAPES = [(5, 4, 3, 2), (1, 1, 1, 1), (9, 25, 30, 70), (40, 1, 5, 33), (140, 64, 3, 61)]
 RNG = np.random.default_rng(0)
 
 

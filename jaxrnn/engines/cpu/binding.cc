@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 
+#include "memory.h"
 #include "problem.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
@@ -68,7 +69,9 @@ class Arrays {
   }
   Members<float> result(const char* name, std::initializer_list<long> shape) {
     if (!next(results_here_)) return {};
-    return check<float>(name, results_.get<ffi::Buffer<ffi::F32>>(result_++), shape, false);
+    const auto found = check<float>(name, results_.get<ffi::Buffer<ffi::F32>>(result_++), shape, false);
+    if (found.first) in_large_pages(found.first, members_ * found.step * sizeof(float));
+    return found;
   }
   // That an array is there, if it has elements.
   template <class P>

@@ -5,18 +5,16 @@
 #include <immintrin.h>
 #endif
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "memory.h"
 #include "problem.h"
 #include "threads.h"
 

@@ -56,16 +56,6 @@ inline void linear_columns(const LinearProblem& p, Range columns) {
   else std::memcpy(p.last + columns.begin, before + columns.begin, columns.size() * sizeof(float));
 }
 
-// Maps a part of fresh memory by itself: faster than page by page, when two threads want each at the same moment.
-inline void populate(float* p, Range own) {
-#ifdef MADV_POPULATE_WRITE
-  constexpr uintptr_t PAGE = 4096;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(p + own.begin) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = reinterpret_cast<uintptr_t>(p + own.end) / PAGE * PAGE;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
-#endif
-}
-
 inline void run_linear(const LinearProblem& p, int threads) {
   constexpr long PAIR = 32, BLOCK = 1 << 12;  // floats of two cache lines, fetched together; of a step that stays there
   const long pairs = (p.columns + PAIR - 1) / PAIR;
@@ -80,7 +70,5 @@ inline void run_linear(const LinearProblem& p, int threads) {
     if (parts > 1 && Pool::share(parts, work)) return;
     for (int k = 0; k < parts; ++k) work(k);
   };
-  constexpr long MAPPED = 8 << 20;  // floats: 32 MiB, from where on glibc's malloc maps every allocation anew
-  if (p.steps * p.columns > MAPPED) all([&](int k) { populate(p.hs, share(p.steps * p.columns, parts, k)); });
   all(part);
 }

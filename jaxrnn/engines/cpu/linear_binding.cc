@@ -1,5 +1,6 @@
 // The linear recurrence as a target of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#include "memory.h"
 #include "problem.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
@@ -31,6 +32,7 @@ ffi::Error linear_scan(bool reverse, bool shifted, Floats a, Floats b, Floats h,
   const bool some = cut.element_count() != 0;
   if (some && (flags.size() != 2 || (flags[0] != T && flags[0] != 1) || R % flags[1] != 0)) return wrong("cut");
   if (R == 0) return ffi::Error::Success();
+  in_large_pages(hs->typed_data(), T * R * sizeof(float));
   linear(LinearProblem{T, R, reverse, shifted, a.typed_data(), b.typed_data(), h.typed_data(), a.dimensions()[0],
                        some ? reinterpret_cast<const uint8_t*>(cut.typed_data()) : nullptr, some ? flags[0] : 0,
                        some ? flags[1] : 0, hs->typed_data(), last->typed_data()},

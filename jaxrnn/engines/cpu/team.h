@@ -44,13 +44,16 @@ inline void in_team(const Team& team, const Work& work) {
 class Scratch {
  public:
   explicit Scratch(long floats) {
-    thread_local std::vector<char> memory;
+    thread_local std::unique_ptr<char[]> memory;
+    thread_local size_t size = 0;
     const size_t bytes = floats * sizeof(float) + 64;
-    if (memory.size() < bytes) {
-      memory.clear();
-      memory.resize(bytes);
+    if (size < bytes) {
+      size = 0;
+      memory.reset();
+      memory.reset(new char[bytes]);
+      in_large_pages(memory.get(), size = bytes);
     }
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
   }
   float* take(long floats) {
     float* p = next_;
