@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import contest
 import jax
@@ -108,25 +109,15 @@ def training(cell: jaxrnn.Cell, steps: int):
     return lambda: jax.block_until_ready(gradient(params, xs))
 
 
-def cells_beside_a_gru(args: Any) -> tuple[Table, list[dict[str, Any]]]:
-    table, rows = Table("T", *args.cells), []
-    for steps in args.steps:
-        runs = {name: training(CELLS[name], steps) for name in args.cells}
-        times = contest.medians(contest.interleaved(runs, args.repeats))
-        rows.append({"steps": steps, "ms": {name: 1e3 * value for name, value in times.items()}})
-        table.add(steps, *rows[-1]["ms"].values())
-        if "GRU" in times:
-            table.add("GRU / cell", *(times["GRU"] / value for value in times.values()))
-    return table, rows
+class Panel(NamedTuple):
+    """What was measured, as it is shown."""
+
+    table: Table
+    rows: list[dict[str, Any]]
+    draw: Callable[[Any], None]  # into axes
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = contest.parser(__file__, __doc__, CONTESTANTS)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="T,R")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "complex64"])
-    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS))
-    parser.add_argument("--steps", nargs="*", type=int, default=[256, 1024, 4096, 16384], metavar="T")
-    args = contest.parse(parser, argv)
+def operations(args: Any) -> Panel:
     names, rows = args.contestants, []
     table = Table("T,R", "dtype", "pass", *names, f"{names[0]} / floor")
     for shape in args.shapes:
@@ -150,13 +141,57 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 table.add(shape, dtype, kind, *(rows[-1]["ms"].get(name) for name in names), ratio)
 
-    def draw(figure):
+    def draw(axes: Any) -> None:
         heights = {name: [row["ms"].get(name, 0) for row in rows] for name in names}
         labels = [f"{row['shape']}\n{row['dtype']}\n{row['pass']}" for row in rows]
-        contest.bars(figure.subplots(), labels, heights, ylabel="ms", yscale="log", title="Linear recurrences")
+        contest.bars(axes, labels, heights, ylabel="ms", yscale="log", title="linear_scan")
 
-    cells, steps = cells_beside_a_gru(args)
-    contest.write(args, [table, cells], {"rows": rows, "cells": steps}, draw)
+    return Panel(table, rows, draw)
+
+
+def cells_beside_a_gru(args: Any) -> Panel:
+    table, rows = Table("T", *args.cells), []
+    for steps in args.steps:
+        runs = {name: training(CELLS[name], steps) for name in args.cells}
+        times = contest.medians(contest.interleaved(runs, args.repeats))
+        rows.append({"steps": steps, "ms": {name: 1e3 * value for name, value in times.items()}})
+        table.add(steps, *rows[-1]["ms"].values())
+        if "GRU" in times:
+            table.add("GRU / cell", *(times["GRU"] / value for value in times.values()))
+
+    def draw(axes: Any) -> None:
+        for k, name in enumerate(args.cells):
+            style = "o-" if k < 10 else "s--"  # colours begin again
+            axes.plot(args.steps, [row["ms"][name] for row in rows], style, color=f"C{k}", label=name)
+        axes.set(yscale="log", xlabel="T", ylabel="ms", title="gradient of all params of a cell")
+        axes.set_xscale("log", base=2)
+        contest.plain_ticks(axes)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+
+    return Panel(table, rows, draw)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = contest.parser(__file__, __doc__, CONTESTANTS)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="T,R", help="none: no operations")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "complex64"])
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS), help="none: no cells")
+    parser.add_argument("--steps", nargs="*", type=int, default=[256, 1024, 4096, 16384], metavar="T")
+    args = contest.parse(parser, argv)
+    if not (args.shapes or args.cells):
+        parser.error("neither --shapes nor --cells: nothing is left to measure")
+    panels: dict[str, Panel] = {}
+    if args.shapes:
+        panels["rows"] = operations(args)
+    if args.cells:
+        panels["cells"] = cells_beside_a_gru(args)
+
+    def draw(figure: Any) -> None:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.values(), strict=True):
+            panel.draw(axes)
+
+    data = {name: panel.rows for name, panel in panels.items()}
+    contest.write(args, [panel.table for panel in panels.values()], data, draw)
     return 0
 
 

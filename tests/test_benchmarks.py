@@ -23,6 +23,7 @@ SCRIPTS = {
     "compile_time": f"--cells gru --shape 2,3,3,4 --contestants {OURS}",
     "memory": f"--steps 9 --rows 2 --inputs 3 --units 4 --contestants {OURS}-remat torch",
     "linear": f"--shapes 9,3 --dtypes float32 complex64 --contestants {OURS} lax.scan floor --steps 5 --cells GRU S6",
+    "linear cells": "--shapes --steps 5 9 --cells GRU MinGRU",
     "scaling": f"--base 2,3,3,4 --points 2 --axes B --contestants {OURS} torch",
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers
@@ -49,7 +50,7 @@ def test_a_benchmark_runs_and_writes(load, tmp_path, capsys, name):
     text, data = Path(f"{out}.md").read_text(encoding="utf-8"), json.loads(Path(f"{out}.json").read_text())
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
     assert data["command"].startswith(f"python benchmarks/{name.split()[0]}.py --")
-    assert data["rows"]
+    assert data.get("rows") or data["cells"]
     for line in (data["command"], data["machine"], f"jax {jax.__version__}"):
         assert line in text
     printed = capsys.readouterr().out
