@@ -5,8 +5,9 @@ sign with every one, for ever; recurrences whose state decays by positive factor
 trained: at best they learn the lengths that they see. Those that are nonlinear in their state can.
 
 Selective copying: a few marked tokens lie among noise in 256 steps, and have to be told at the end, in order. What to
-keep has to depend on the input; a recurrence that is the same at every step keeps the noise too. It takes minutes for
-every seed, so that it runs only where `--tasks` asks for it: three layers of MinGRU tell 99.4% of the tokens.
+keep has to depend on the input; a recurrence that is the same at every step keeps the noise too. It takes about forty
+minutes, so that it runs only where `--tasks` asks for it: from three seeds, three layers of MinGRU tell 99.1, 99.4 and
+99.9% of the tokens, three of LRU 12.5, 19.7 and 20.0%, where chance is 12.5.
 
 Every model is trained from several seeds at once, in one program (`jax.vmap`), on sequences that are drawn anew at
 every step. Printed is, for each seed, the share of right answers on new sequences: at the last bit for parity, where
