@@ -140,13 +140,14 @@ class Cell(metaclass=CellType):
         record("scan", *choose("scan", implementation, REFUSALS, cell=self), cell=self)
         sequence, steps = (None, None) if noise is None else noise
 
-        def step(carry, inputs):
+        def step(params, carry, inputs):
             x, drawn = inputs
             new, y = self.step(params, carry, x, None if noise is None else (sequence, drawn))
             return cast_like(new, carry, owner=type(self).__name__), y
 
         return time_loop(
             step,
+            params,
             carry,
             (xs, steps),
             fresh=fresh,

@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
-from jaxrnn.engines import choose, gated, native
+from jaxrnn.engines import choose, native
 from jaxrnn.engines.arrays import accumulator, cast_like, inexact, varying_like, zero_where_not
 from jaxrnn.engines.choose import EngineCall, Implementation
 from jaxrnn.engines.loop import final
@@ -143,9 +143,23 @@ def step(
     params, x = _on_device(params), jax.tree.map(jnp.asarray, x)
     batch_shape = _batch_shape(cell, "x", x)
     carry, _ = _carries(cell, params, carry, x, batch_shape)
-    with gated.stepping(implementation):
-        new, y = cell.step(params, carry, x, noise)
-    return cast_like(new, carry, owner=type(cell).__name__), y
+
+    def one(tree):
+        return jax.tree.map(lambda leaf: leaf[None], tree)
+
+    new, ys = cell.scan(
+        params,
+        carry,
+        one(x),
+        fresh=carry,
+        valid=None,
+        reset=None,
+        reverse=False,
+        noise=None if noise is None else (noise[0], one(noise[1])),
+        remat_every=None,
+        implementation=implementation,
+    )
+    return new, ys if cell.ends_time else jax.tree.map(lambda y: y[0], ys)
 
 
 def rollout(
@@ -354,7 +368,7 @@ def _valid(lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ...], t
         raise ValueError(f"lengths: expected the batch shape {batch_shape}, got {lengths.shape}")
     if check.concrete(lengths) and lengths.size and (lengths.min() < 0 or lengths.max() > length):
         raise ValueError(f"lengths: expected 0 to {length}, got {lengths.min()} to {lengths.max()}")
-    return jnp.arange(length).reshape(length, *(1,) * len(batch_shape)) < lengths
+    return jnp.arange(length).reshape(length, *(1,) * len(batch_shape)) < lengths[None]
 
 
 def _carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:

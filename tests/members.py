@@ -72,7 +72,7 @@ class Own(Cell):
 
     def step(self, params, carry, x, noise=None):
         w, decay = (a.astype(carry.dtype) for a in params)
-        h = jnp.tanh(decay * carry + x.astype(carry.dtype) @ w)
+        h = jnp.tanh(decay.reshape((1,) * (carry.ndim - 1) + decay.shape) * carry + x.astype(carry.dtype) @ w)
         return h, (2 * h).astype(x.dtype)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import Primitive
 
 
 def inexact(leaf) -> bool:
@@ -49,6 +51,17 @@ def _widest(*dtypes):
         return jnp.result_type(*dtypes)
 
 
+def evaluated(primitive: Primitive, options: Sequence[str]) -> Callable[..., Any]:
+    """How `primitive` runs outside of `jit`: compiled, also where `jax.disable_jit` asks for steps one by one."""
+    compiled = jax.jit(primitive.bind, static_argnames=options)
+
+    def run(*arrays, **given):
+        with jax.disable_jit(False):
+            return compiled(*arrays, **given)
+
+    return run
+
+
 def on_device(array: np.ndarray) -> Array:
     """`array` as JAX's, without the compilation that `jnp.asarray` needs for every new shape."""
     return jax.device_put(np.array(array))  # a copy, since device_put shares the memory that it is given
@@ -57,6 +70,21 @@ def on_device(array: np.ndarray) -> Array:
 def cast(tree: Any, dtype) -> Any:
     """`tree` with its floating and complex leaves in `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if inexact(leaf) else leaf, tree)
+
+
+def widened(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """`tree` with its floating and complex leaves in at least float32, and the way back to its own dtypes.
+
+    What a loop reads in this form, and takes back inside, has its cotangents summed over the steps in that dtype.
+    """
+
+    def widen(leaf):
+        return leaf.astype(accumulator(leaf.dtype)) if inexact(leaf) else leaf
+
+    def back(wide):
+        return jax.tree.map(lambda wide, leaf: wide.astype(leaf.dtype) if inexact(leaf) else wide, wide, tree)
+
+    return jax.tree.map(widen, tree), back
 
 
 def cast_like(new: Any, old: Any, *, owner: str) -> Any:
@@ -86,6 +114,11 @@ def dot(x: Array, w: Array) -> Array:
     if x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"x: expected (..., {w.shape[0]}) for weights of shape {w.shape}, got {x.shape}")
     return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
+
+
+def lifted(array: Array, like: Array) -> Array:
+    """`array` with the axes of size 1 in front that it lacks beside `like`, which NumPy would add in silence."""
+    return array.reshape((1,) * (like.ndim - array.ndim) + array.shape)
 
 
 def select(flag: Array, on: Any, off: Any) -> Any:

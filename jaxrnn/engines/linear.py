@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from jaxrnn.engines import native
-from jaxrnn.engines.arrays import select, varying_like, zero_where_not
+from jaxrnn.engines.arrays import evaluated, select, varying_like, zero_where_not
 from jaxrnn.engines.choose import Implementation, choose, is_free, record
 
 ELSEWHERE = "associative"  # what None means on accelerators
@@ -269,7 +269,7 @@ def _on_cpu(ctx, *operands, form, **options):
 
 
 linear_scan_p.multiple_results = True
-linear_scan_p.def_impl(functools.partial(jax.jit(linear_scan_p.bind, static_argnames=("reverse", "shifted", "form"))))
+linear_scan_p.def_impl(evaluated(linear_scan_p, ("reverse", "shifted", "form")))
 linear_scan_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[linear_scan_p] = _jvp
 ad.primitive_transposes[linear_scan_p] = _transpose
