@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.extend.core import Primitive
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def inexact(leaf) -> bool:
@@ -30,6 +31,21 @@ def varying_like(tree: Any, *others: Any) -> Any:
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree) if every else tree
+
+
+def with_rows_of(tree: Any, x: Array, first: int, ndim: int) -> Any:
+    """`tree`, leaves (*batch, ...), with its `ndim` batch axes divided among devices as those of `x` from axis `first`
+    on, where their types say so."""
+    sharding = jax.typeof(x).sharding
+    rows = sharding.spec[first : first + ndim]
+    if all(axis is None for axis in rows):
+        return tree
+
+    def divide(leaf):
+        spec = PartitionSpec(*rows, *[None] * (leaf.ndim - ndim))
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(divide, tree)
 
 
 def compute_dtype(x: Array, params: Any):

@@ -247,20 +247,22 @@ def _recurrence(how: _How, weights, carry, fresh, mask, xs, flags):
 def _recurrence_jvp(how: _How, primals, tangents):
     weights, carry, fresh, mask, xs, flags = primals
     _, dtype, wide, _ = how
+    s = getattr(carry, how.cell.recurrent_state)
+    # Zeros made of arrays that are there have their sharding, and vary over the same axes of a mesh.
+    step, row = jnp.zeros_like(xs[..., :1], wide), jnp.zeros_like(s[..., 0], wide)
+
+    def zeros(columns):
+        return jnp.broadcast_to(step, (*xs.shape[:-1], columns))
 
     def by_row(leaf):
-        return jnp.broadcast_to(leaf, (*xs.shape[1:-1], *leaf.shape))
+        rows = row.reshape(row.shape + (1,) * leaf.ndim)
+        return lifted(leaf, rows) + rows
 
-    steps = xs.shape[:-1]
-    s = getattr(carry, how.cell.recurrent_state)
     v = jax.eval_shape(recurrent_product, s.astype(dtype), weights.w_h)
-    added = Added(
-        jnp.zeros((*steps, weights.w_x.shape[1]), wide),
-        jnp.zeros((*steps, v.shape[-1]), wide),
-        None if weights.w_2 is None else jnp.zeros((*steps, weights.w_2.shape[1]), wide),
-    )
-    moving = cast(weights.theta, wide), carry, fresh, mask
-    added, theta = varying_like((added, jax.tree.map(by_row, moving[0])), moving, weights, xs)
+    columns = weights.w_x.shape[1], v.shape[-1], None if weights.w_2 is None else weights.w_2.shape[1]
+    added = Added(*(None if each is None else zeros(each) for each in columns))
+    theta = jax.tree.map(by_row, cast(weights.theta, wide))
+    added, theta = varying_like((added, theta), carry, fresh, mask, weights, xs)
 
     def run(theta, carry, fresh, mask, added):
         return _loop(how, weights._replace(theta=theta), carry, fresh, mask, xs, flags, added)

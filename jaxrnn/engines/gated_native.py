@@ -40,15 +40,25 @@ def _shapes(primitive, shapes, **options):
 
 
 def _abstract(primitive):
+    """Rows are divided among devices as those that come in are."""
+    inputs, outputs = LABELS[primitive.name.removeprefix("jaxrnn_gated_")]
+
     def rule(*avals, **options):
         shapes = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
-        like = avals[0]
+        like, place = avals[0], {"r": 1, "s": 1 if options["batch_major"] else 2}
+        specs = [
+            a.sharding.spec[place[label]] for a, label in zip(avals, inputs, strict=True) if label != "w" and a.size
+        ]
+        rows = next((spec for spec in specs if spec is not None), None)
 
-        def abstract(out):
-            sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(out.shape)))
+        def abstract(out, label):
+            spec: list[Any] = [None] * len(out.shape)
+            if label != "w" and out.size:
+                spec[place[label]] = rows
+            sharding = like.sharding.update(spec=PartitionSpec(*spec))
             return like.update(shape=out.shape, dtype=out.dtype, weak_type=False, sharding=sharding)
 
-        return [abstract(out) for out in _shapes(primitive, shapes, **options)]
+        return [abstract(*each) for each in zip(_shapes(primitive, shapes, **options), outputs, strict=True)]
 
     return rule
 

@@ -177,11 +177,12 @@ linear_scan_p = Primitive("jaxrnn_linear_scan")
 
 
 def _abstract(a, b, h, *cut, reverse, shifted, form):
-    def like(aval, shape):
-        sharding = b.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
-        return b.update(shape=shape, dtype=aval.dtype, weak_type=False, sharding=sharding)
+    def like(aval, *time):
+        """All axes but time are divided among devices as those of b are."""
+        sharding = b.sharding.update(spec=PartitionSpec(*time, *b.sharding.spec[1:]))
+        return b.update(shape=aval.shape, dtype=aval.dtype, weak_type=False, sharding=sharding)
 
-    return [like(b, b.shape), like(h, h.shape)]
+    return [like(b, None), like(h)]
 
 
 def _bind(*arrays, **options):
@@ -264,7 +265,8 @@ def _elsewhere(ctx, *operands, form, **options):
 def _on_cpu(ctx, *operands, form, **options):
     # XLA does not know how to divide a kernel among devices.
     alone = getattr(ctx.module_context.axis_context, "num_devices", 1) in (None, 1)
-    serves = alone and all(aval.dtype == jnp.float32 for aval in ctx.avals_in[:3])
+    sizes = all(isinstance(size, int) for size in ctx.avals_in[1].shape)
+    serves = alone and sizes and all(aval.dtype == jnp.float32 for aval in ctx.avals_in[:3])
     return _RULES[form or ("native" if serves else "xla")](ctx, *operands, form=form, **options)
 
 
