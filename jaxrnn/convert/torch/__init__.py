@@ -13,11 +13,12 @@ from jaxrnn.check import shapes_of_params
 from jaxrnn.compose import Stack
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.cells import Placed, layers, placed
-from jaxrnn.convert.torch.modules import Parts, module_parts, module_weights
+from jaxrnn.convert.torch.forward import check_forwards
+from jaxrnn.convert.torch.modules import Parts, module_parts, module_weights, read_module, read_parts
 from jaxrnn.convert.torch.names import named_parts
 from jaxrnn.convert.torch.states import carry_from_torch, carry_to_torch
 from jaxrnn.convert.torch.tensors import is_instance, named_arrays, state_dict, tensor
-from jaxrnn.convert.torch.weights import Part, canonical, is_recurrent, read, repeated, write
+from jaxrnn.convert.torch.weights import Part, canonical, is_recurrent, repeated, write
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Apply, Dropout
 from jaxrnn.pool import Pool
@@ -38,11 +39,13 @@ def from_torch(
       source: one of
 
         A module: RNN, LSTM, GRU and their cells, Embedding, Linear, LayerNorm, Dropout, an activation; or one whose
-        children are such modules and run in the order in which they are defined, like `nn.Sequential`. What the
-        `forward` of a class of your own does besides is not seen, and must be nothing. The module is only read.
+        children are such modules and run in the order in which they are defined, like `nn.Sequential`. A `forward` of
+        your own may do no more than that: it is run on random numbers, in a copy of the module, and refused where none
+        of its outputs is that of the cell. The module is only read.
 
         A state_dict: names to torch's tensors or NumPy arrays, of one such module or of several in order, those with
-        numbers for names in the order of these. Dropout and activations have no arrays, so they are not in the result.
+        numbers for names in the order of these. Dropout and activations have no arrays, so they are not in the result,
+        nor is whatever else a `forward` does; so this is the way to read a module whose `forward` is refused.
 
         The path of a .safetensors file, which holds a state_dict. It needs `safetensors`, and no torch.
       parts: of a state_dict, the name of each part ("" for one without a prefix) in the order in which they run, with
@@ -65,7 +68,7 @@ def from_torch(
 
     Raises:
       ValueError, TypeError: naming the module or array that has no counterpart, does not fit, or is damaged. Modules
-        used twice, tied, parametrized or with hooks raise as well.
+        used twice, tied, parametrized or with hooks raise as well, and those whose `forward` computes something else.
 
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
@@ -83,18 +86,14 @@ def from_torch(
         told = {"parts": parts, "activation": activation, "epsilon": epsilon}
         if given := [name for name, value in told.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: only for a state_dict, since a module tells it itself")
-        name, found = type(source).__name__, module_parts(source)
-        named = named_arrays(name, module_weights(source))
-        arrays = Arrays(name, named)
+        cell, params = read_module(source)
+        check_forwards(source)
     else:
         name, given, ordered = state_dict(source)
         named = named_arrays(name, given)
         arrays = Arrays(name, named)
         found = named_parts(arrays, list(named), ordered=ordered, parts=parts, activation=activation, epsilon=epsilon)
-        found = found[0] if len(found) == 1 else found
-    dtype = next(iter(named.values())).dtype if named else np.dtype("float32")
-    cell, params = _built(name, found, arrays, dtype)
-    arrays.finish()
+        cell, params = read_parts(found[0] if len(found) == 1 else found, arrays, named)
     return cell, jax.tree.map(on_device, params)
 
 
@@ -131,16 +130,6 @@ def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
     model = placed(cell, params)
     arrays = _numbered(model, "") if module is None else _in_module(model, module)
     return {name: tensor(array) for name, array in arrays.items()}
-
-
-def _built(name: str, parts: Parts, arrays: Arrays, dtype: Any) -> tuple[Cell, Any]:
-    if isinstance(parts, Part):
-        return parts.cell, read(parts, arrays, dtype)
-    built = [_built(name, part, arrays, dtype) for part in parts]
-    try:
-        return Stack(tuple(cell for cell, _ in built)), tuple(params for _, params in built)
-    except ValueError as error:
-        raise ValueError(f"{name}: its parts cannot run one after another: {error}") from error
 
 
 def _numbered(model: Placed, name: str) -> dict[str, np.ndarray]:
