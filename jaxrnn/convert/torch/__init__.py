@@ -64,7 +64,11 @@ def from_torch(
         embed, lstm, head = cell.cells
         cell = jaxrnn.Stack((embed, jaxrnn.Pool(lstm), head))
 
-      Of an Embedding, the row `padding_idx` is trained like the others.
+      Training differs in two things. Of an Embedding, the row `padding_idx` is trained like the others. And where torch
+      has two biases that act as their sum, `b` is the sum: all of it in an RNN and an LSTM, the blocks of r and z in a
+      GRU. An optimizer moves each of the two as far as it moves `b`, so that their sum moves twice as far. Doubling the
+      updates of `b` after the optimizer, as in the example, is the same training without weight decay; doubling its
+      gradient is so with SGD only, since Adam's steps do not depend on its size.
 
     Raises:
       ValueError, TypeError: naming the module or array that has no counterpart, does not fit, or is damaged. Modules
@@ -81,6 +85,11 @@ def from_torch(
         >>> cell, params = from_torch(state_dict)
         >>> cell.cells
         (LSTM(input_size=3, hidden_size=4), Linear(input_size=4, output_size=2))
+
+        >>> import jax, optax
+        >>> lstm, head = jax.tree.map(lambda _: False, params)
+        >>> doubled = optax.masked(optax.scale(2.0), (lstm._replace(b=True), head))
+        >>> optimizer = optax.chain(optax.adam(1e-3), doubled)  # b moves as fast as torch's two
     """
     if is_instance(source, "nn", "Module"):
         told = {"parts": parts, "activation": activation, "epsilon": epsilon}
