@@ -120,8 +120,8 @@ def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
     Args:
       cell, params: a cell of those that `from_torch` makes.
       module: the torch module that is to load the result. It gives the names, and is checked to have the same cells
-        and shapes. `Pool` counts as what is in it, since reading one output is up to the code of the module, and
-        Dropout is not compared.
+        and shapes. Its `forward` is not run: `Pool` counts as what is in it, since reading one output is up to the code
+        of the module, and Dropout is not compared.
 
     Returns:
       Names to CPU tensors of the params' dtype.

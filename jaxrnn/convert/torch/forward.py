@@ -98,7 +98,8 @@ def _redrawn(module: Any, rng: np.random.Generator) -> Any:
         for weight in part.parameters(recurse=False):
             scale = 0.5 if weight.ndim == 1 else 2 / weight.shape[-1] ** 0.5
             scale = 1.0 if is_instance(part, "nn", "Embedding") else scale
-            weight.copy_(sys.modules["torch"].tensor(scale * rng.normal(size=tuple(weight.shape))))
+            numbers = rng.standard_normal(tuple(weight.shape), "float32")
+            weight.copy_(scale * sys.modules["torch"].tensor(numbers))
     wide = any(weight.dtype.itemsize == 8 for weight in module.parameters())
     return module if wide else module.float()
 

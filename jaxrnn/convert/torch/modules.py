@@ -40,7 +40,10 @@ def _built(parts: Parts, arrays: Arrays, dtype: Any) -> tuple[Cell, Any]:
     try:
         return Stack(tuple(cell for cell, _ in built)), tuple(params for _, params in built)
     except ValueError as error:
-        raise ValueError(f"{arrays.source}: its parts cannot run one after another: {error}") from error
+        raise ValueError(
+            f"{arrays.source}: its parts cannot run one after another: {error}. With parts= a state_dict can tell "
+            "another order"
+        ) from error
 
 
 def module_weights(module: Any) -> dict[str, Any]:
