@@ -62,7 +62,7 @@ def _difference(module: Any) -> str | None:
     torch, rng = sys.modules["torch"], np.random.default_rng(0)
     device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
     accelerator = {} if device.type == "cpu" else {"device_type": device.type}
-    failure, ran = None, False
+    failures = []
     with (
         torch.no_grad(),
         torch.random.fork_rng([device] if accelerator else [], **accelerator),
@@ -78,14 +78,13 @@ def _difference(module: Any) -> str | None:
                 output = copy.deepcopy(drawn)(torch.tensor(given, device=device))
                 arrays = [tensor.cpu().double().numpy() for tensor in _tensors(output)]
             except Exception as error:
-                failure = failure or error
-                continue
-            ran = True
-            if any(_equal(array, expected) for array in arrays for expected in _layouts(ys)):
-                return None
-    if ran or failure is None:
-        return "computes something else than its modules one after another, in the order in which they are defined"
-    return _failed(failure)
+                failures.append(error)
+            else:
+                if any(_equal(array, expected) for array in arrays for expected in _layouts(ys)):
+                    return None
+    if len(failures) == len(_layouts(xs)):
+        return _failed(failures[0])
+    return "computes something else than its modules one after another, in the order in which they are defined"
 
 
 def _failed(error: Exception) -> str:
