@@ -180,6 +180,11 @@ IMPORTS = {
         ValueError,
         "module: Mine has no counterpart",
     ),
+    "own call": (
+        lambda eqx: (eqx.nn.Identity(), type("Sequential", (eqx.nn.Sequential,), {"__call__": abs})([])),
+        ValueError,
+        r"module\[1\]: Sequential has no counterpart",
+    ),
     "function": (
         lambda eqx: eqx.nn.Sequential([eqx.nn.Lambda(jax.nn.gelu)]),
         ValueError,
@@ -237,6 +242,16 @@ EXPORTS = {
 def test_export_is_refused(eqx, cell, message):
     with pytest.raises(ValueError, match=message):
         to_equinox(cell, random_params(cell))
+
+
+def test_weights_that_are_traced(eqx):
+    params = random_params(GRU(3, 4))
+    with pytest.raises(TypeError, match=r"params.w_x: expected numbers, got a tracer: convert outside of jax.jit"):
+        jax.jit(lambda params: to_equinox(GRU(3, 4), params))(params)
+    with pytest.raises(
+        TypeError, match=r"module.weight_ih: expected numbers, got a tracer: convert outside of jax.jit"
+    ):
+        jax.jit(lambda module: from_equinox(module)[1])(to_equinox(GRU(3, 4), params))
 
 
 def test_missing_weights(eqx):
