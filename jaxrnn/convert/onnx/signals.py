@@ -59,6 +59,11 @@ class Chain:
             chain = chain.below
         return found[::-1]
 
+    def equals(self, other: Chain) -> bool:
+        """Whether these are the same values; those of a pooled chain may have been made twice."""
+        pooled = self.inner is not None and self.inner is other.inner
+        return self is other or (pooled and self.cell == other.cell)
+
     def holds(self, other: Chain) -> bool:
         """Whether the layers of `other` are the first of these."""
         chain = self

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from jaxrnn.convert.torch.weights import ACTIVATION_MODULES, Part, canonical, recurrent
+from jaxrnn.convert.activations import here, names, options
+from jaxrnn.convert.torch.weights import Part, recurrent
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 
 # Parts that run one after another, in sequences within sequences as modules are within modules.
@@ -102,9 +103,14 @@ def _layer_norm(name: str, module: Any) -> Part:
 
 
 def _activation(name: str, module: Any) -> Part:
-    fn, attribute = ACTIVATION_MODULES[type(module).__name__]
-    spec = canonical((fn, float(getattr(module, attribute)))) if attribute else fn
-    return Part(name, Apply(spec or fn))
+    kind = type(module).__name__
+    known = options("torch", kind)
+    given = {option: getattr(module, option) for option in known}
+    fn = here("torch", kind, given)
+    if fn is None:
+        expected = ", ".join(f"{key}={'a number' if value is None else repr(value)}" for key, value in known.items())
+        raise ValueError(f"expected {expected}, got {', '.join(f'{key}={value!r}' for key, value in given.items())}")
+    return Part(name, Apply(fn))
 
 
 def _linear(name: str, module: Any) -> Part:
@@ -113,7 +119,7 @@ def _linear(name: str, module: Any) -> Part:
 
 MODULES = {
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), _recurrent),
-    **dict.fromkeys(ACTIVATION_MODULES, _activation),
+    **dict.fromkeys(names("torch"), _activation),
     "Embedding": lambda name, module: Part(name, Embed(module.num_embeddings, module.embedding_dim)),
     "Linear": _linear,
     "LayerNorm": _layer_norm,
@@ -123,6 +129,4 @@ MODULES = {
 # Fields with values that have no counterpart.
 FIXED: dict[str, dict[str, Any]] = {
     "Embedding": {"max_norm": None, "scale_grad_by_freq": False},
-    "Softplus": {"beta": 1, "threshold": 20},
-    "Threshold": {"value": 0},
 }
