@@ -224,6 +224,9 @@ def test_keras(tmp_path):
         assert from_keras(keras.layers.Softmax()).cell == Apply("softmax")
         with pytest.raises(ValueError, match="axis: expected -1"):
             from_keras(keras.layers.Softmax(1))
+        within = keras.layers.SimpleRNN(3, activation=keras.layers.Softmax())
+        with pytest.raises(ValueError, match=r"activation: expected one of .*Softmax"):
+            from_keras(keras.saving.serialize_keras_object(within), [])
     for spec in (spec for spec in has if spec not in ALONG_FEATURES):
         cell = GRU(2, 3, gate_activation="silu", activation=spec)
         assert from_keras(*to_keras(cell, drawn(cell))).cell == cell

@@ -143,7 +143,7 @@ def canonical(spec: Activation) -> Activation:
     name, *given = spec if isinstance(spec, tuple) else (spec,)
     defaults = ACTIVATIONS[name][1]
     numbers = (*given, *defaults[len(given) :])
-    return name if numbers == defaults else (name, *numbers)
+    return name if numbers == defaults else (name, *numbers)  # type: ignore[return-value]
 
 
 def there(spec: Activation, framework: Framework) -> tuple[Any, dict[str, Any]] | None:
@@ -158,11 +158,9 @@ def there(spec: Activation, framework: Framework) -> tuple[Any, dict[str, Any]] 
     return place.name, {**place.fixed, **{option: float(numbers[k]) for option, k in place.numbers.items()}}
 
 
-def options(framework: Framework, name: Any) -> dict[str, Any] | None:
-    """The options that tell apart what is called so in a framework, with one of the values that have a counterpart."""
+def options(framework: Framework, name: Any) -> dict[str, Any]:
+    """The options that tell apart what is called so in a framework: a value that one may have, None for any number."""
     places = [place for place in _places(framework).values() if _same(place.name, name)]
-    if not places:
-        return None
     return {option: place.fixed.get(option) for place in places for option in (*place.fixed, *place.numbers)}
 
 
@@ -196,7 +194,7 @@ def name_of(place: str, function: Any, *, elementwise: bool = False) -> Activati
         inner, given = function.func, function.keywords
     inner = next((known for same, known in _SAME_IN_JAX if same is inner), inner)
     known = options("jax", inner)
-    if known is not None and given.keys() <= known.keys():
+    if given.keys() <= known.keys():
         spec = here("jax", inner, _defaults(inner, known) | given)
         if spec is not None and not (elementwise and spec in ALONG_FEATURES):
             return spec
@@ -221,7 +219,7 @@ def _places(framework: Framework) -> dict[str, There]:
 
 
 def _defaults(function: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters if known else {}
     return {option: parameters[option].default for option in known}
 
 

@@ -101,7 +101,8 @@ class Fields:
             if inner.kind in ACTIVATION_LAYERS:
                 found = ACTIVATION_LAYERS[inner.kind](inner)
                 inner.finish()
-                return found
+                if not (elementwise and found in ALONG_FEATURES):
+                    return found
         known = {each: fn for each, fn in (NAMES | SAME).items() if not (elementwise and fn in ALONG_FEATURES)}
         value = "linear" if value is None else value
         if not isinstance(value, str) or value not in known:
@@ -129,8 +130,8 @@ def is_size(value: Any) -> bool:
 
 
 # Keras' names with Keras' numbers, where a layer of it takes others.
-_NUMBERED: dict[str, Activation] = {"elu": "elu", "leaky_relu": ("leaky_relu", 0.2)}
-NAMES = {each: here("keras", each, {}) for each in names("keras") if not options("keras", each)} | _NUMBERED
+NAMES = {each: fn for each in names("keras") if not options("keras", each) and (fn := here("keras", each, {}))}
+NAMES |= {"elu": "elu", "leaky_relu": ("leaky_relu", 0.2)}
 SAME = {"swish": "silu", "hard_swish": "hard_silu"}
 
 

@@ -187,12 +187,9 @@ def product(graph: Graph, node: Node):
     for k in (0, 1):
         x = graph.signal(node, k)
         (low, axes), (chain, others) = signals.close(node, x), signals.close(node, graph.signal(node, 1 - k))
-        functions = []
-        while isinstance(chain.cell, Apply) and not chain.equals(low) and len(functions) < 2:
-            functions.insert(0, chain.cell.fn)
-            chain = chain.below
-        if chain.equals(low) and axes == others and tuple(functions) in PRODUCTS:
-            return signals.layer(node, x, Apply(PRODUCTS[tuple(functions)]), ())
+        functions = tuple(getattr(cell, "fn", None) for cell in chain.above(low) or ())
+        if axes == others and functions in PRODUCTS:
+            return signals.layer(node, x, Apply(PRODUCTS[functions]), ())
     node.refuse("multiplies two values that depend on the inputs: expected x σ(x), or another activation of x")
 
 
