@@ -186,9 +186,9 @@ IMPORTS = {
         r"module\[1\]: Sequential has no counterpart",
     ),
     "function": (
-        lambda eqx: eqx.nn.Sequential([eqx.nn.Lambda(jax.nn.gelu)]),
+        lambda eqx: eqx.nn.Sequential([eqx.nn.Lambda(jax.nn.glu)]),
         ValueError,
-        r"module.layers\[0\].fn: expected an activation of JAX.*; got gelu",
+        r"module.layers\[0\].fn: expected an activation of JAX.*; got glu",
     ),
     "scalar": (lambda eqx: eqx.nn.Linear("scalar", 3, key=KEY()), ValueError, "module: Linear of a 'scalar' has no"),
     "shape": (lambda eqx: eqx.nn.LayerNorm((3, 4)), ValueError, r"module: LayerNorm over the shape \(3, 4\) has no"),
@@ -234,7 +234,7 @@ EXPORTS = {
     "direction": (Bidirectional(GRU(3, 4), GRU(3, 4)), "cell: Bidirectional.*: it has no counterpart in Equinox"),
     "skip": (Stack((GRU(3, 4), GRU(7, 4)), skip=True), "cell: Stack.*: it has no counterpart in Equinox"),
     "per_sequence": (Dropout(0.1, per_sequence=True), "cell: Dropout.*: it has no counterpart"),
-    "activation": (Apply(("elu", 0.5)), "cell: Apply.*: it has no counterpart"),
+    "activation": (Apply(("hard_tanh", -0.5)), "cell: Apply.*: it has no counterpart"),
 }
 
 

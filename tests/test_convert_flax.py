@@ -298,11 +298,11 @@ MODULES = {
     "MGU": (lambda: nn.RNN(nn.MGUCell(3)), ValueError, "module/cell: MGUCell: its gate resets after the product"),
     "bare cell": (lambda: nn.Sequential([nn.LSTMCell(3)]), ValueError, "module/layers_0: LSTMCell: a cell runs over"),
     "function": (
-        lambda: nn.Sequential([nn.gelu]),
+        lambda: nn.Sequential([nn.glu]),
         ValueError,
-        "module/layers_0: expected an activation of JAX, one of identity, relu, .*; got gelu",
+        "module/layers_0: expected an activation of JAX, one of identity, .*; got glu",
     ),
-    "gate_fn": (lambda: lstm(gate_fn=nn.swish), ValueError, "module/cell/gate_fn: expected an activation.*silu"),
+    "gate_fn": (lambda: lstm(gate_fn=nn.softmax), ValueError, "module/cell/gate_fn: expected an activation.*softmax"),
     "activation_fn": (lambda: lstm(activation_fn=abs), ValueError, "module/cell/activation_fn: .* got abs"),
     "carry_init": (
         lambda: lstm(carry_init=nn.initializers.ones),
@@ -383,7 +383,7 @@ MODULES = {
         ValueError,
         "module: RNN: reverse=True without",
     ),
-    "nnx activation": (lambda: nnx_lstm(activation_fn=nnx.gelu), ValueError, "module/cell/activation_fn: .* got gelu"),
+    "nnx activation": (lambda: nnx_lstm(activation_fn=nnx.glu), ValueError, "module/cell/activation_fn: .* got glu"),
 }
 
 

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.lstm import LSTMGates
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted
 
@@ -85,8 +85,7 @@ class ConvLSTM(Cell):
             raise ValueError(
                 f"ConvLSTM: spatial_shape {self.spatial_shape} is smaller than the kernel under padding 'VALID'"
             )
-        for spec in (self.gate_activation, self.activation):
-            activation(spec)
+        check_elementwise(self.gate_activation, self.activation)
 
     def _each(self, name: str) -> tuple[int, ...]:
         value = getattr(self, name)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell, clip, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
@@ -103,8 +103,7 @@ class GRU(GatedCell):
         check.size(self, "input_size", self.input_size)
         check.size(self, "hidden_size", self.hidden_size)
         check.threshold(self, "gate_clip", self.gate_clip)
-        for spec in (self.gate_activation, self.activation):
-            activation(spec)
+        check_elementwise(self.gate_activation, self.activation)
 
     @property
     def output_size(self) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell, clip, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
@@ -114,8 +114,7 @@ class LSTM(GatedCell):
             check.size(self, "projection_size", self.projection_size)
         check.threshold(self, "cell_clip", self.cell_clip)
         check.threshold(self, "gate_clip", self.gate_clip)
-        for spec in (self.gate_activation, self.activation, self.output_activation):
-            activation(spec)
+        check_elementwise(self.gate_activation, self.activation, self.output_activation)
 
     @property
     def output_size(self) -> int:

@@ -13,9 +13,9 @@ from jaxrnn.cell import Cell
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import function_of, name_of
 from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed, placed
-from jaxrnn.convert.functions import function_of, name_of
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import (
     Apply,

@@ -69,7 +69,7 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     `mask=model.mask(xs)` where the model has a mask, and with the initial states as carry, None for zeros. A model is
     one chain, `Sequential` or functional, of InputLayer, Embedding, Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D,
     RNN of one or more of their cells, Bidirectional, Dense, TimeDistributed, Dropout, SpatialDropout1D,
-    LayerNormalization, Activation, ReLU, LeakyReLU, ELU, GlobalAveragePooling1D, GlobalMaxPooling1D.
+    LayerNormalization, Activation, ReLU, LeakyReLU, ELU, Softmax, GlobalAveragePooling1D, GlobalMaxPooling1D.
 
     Where the two differ:
 

@@ -7,11 +7,8 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any, NoReturn
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-
-from jaxrnn.cells.activations import Activation
+from jaxrnn.cells.activations import ALONG_FEATURES, Activation
+from jaxrnn.convert.activations import canonical, here, names, options
 
 REQUIRED = object()
 LARGEST = 2**31
@@ -104,8 +101,9 @@ class Fields:
             if inner.kind in ACTIVATION_LAYERS:
                 found = ACTIVATION_LAYERS[inner.kind](inner)
                 inner.finish()
-                return found
-        known = ELEMENTWISE if elementwise else ELEMENTWISE | ALONG_FEATURES
+                if not (elementwise and found in ALONG_FEATURES):
+                    return found
+        known = {each: fn for each, fn in (NAMES | SAME).items() if not (elementwise and fn in ALONG_FEATURES)}
         value = "linear" if value is None else value
         if not isinstance(value, str) or value not in known:
             self.refuse(name, value, f"one of {sorted(known)}")
@@ -131,29 +129,10 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < LARGEST
 
 
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-ELEMENTWISE: dict[str, Activation] = {
-    "linear": "identity",
-    "relu": "relu",
-    "tanh": "tanh",
-    "sigmoid": "sigmoid",
-    "softsign": "softsign",
-    "softplus": "softplus",
-    "elu": "elu",
-    "leaky_relu": ("leaky_relu", 0.2),
-    "hard_sigmoid": "keras_hard_sigmoid",
-    "exponential": jnp.exp,
-    "gelu": _gelu,
-    "relu6": jax.nn.relu6,
-    "selu": jax.nn.selu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "mish": jax.nn.mish,
-}
-ALONG_FEATURES: dict[str, Activation] = {"softmax": jax.nn.softmax, "log_softmax": jax.nn.log_softmax}
+# Keras' names with Keras' numbers, where a layer of it takes others.
+NAMES = {each: fn for each in names("keras") if not options("keras", each) and (fn := here("keras", each, {}))}
+NAMES |= {"elu": "elu", "leaky_relu": ("leaky_relu", 0.2)}
+SAME = {"swish": "silu", "hard_swish": "hard_silu"}
 
 
 def _relu(fields: Fields) -> Activation:
@@ -163,20 +142,28 @@ def _relu(fields: Fields) -> Activation:
         case 0.0, 0.0, None:
             return "relu"
         case _, 0.0, None:
-            return ("leaky_relu", slope)
+            return canonical(("leaky_relu", slope))
         case 0.0, _, None:
-            return ("thresholded_relu", threshold)
+            return canonical(("thresholded_relu", threshold))
         case 0.0, 0.0, 6 if not isinstance(most, bool):
-            return jax.nn.relu6
+            return "relu6"
     return fields.refuse(
         "negative_slope, threshold, max_value", (slope, threshold, most), "one of them, or max_value=6"
     )
 
 
+def _softmax(fields: Fields) -> Activation:
+    axis = fields.take("axis", -1)
+    if isinstance(axis, bool) or axis not in (-1, [-1], (-1,)):
+        fields.refuse("axis", axis, "-1, the last axis")
+    return "softmax"
+
+
 ACTIVATION_LAYERS: dict[str, Callable[[Fields], Activation]] = {
     "ReLU": _relu,
-    "LeakyReLU": lambda fields: ("leaky_relu", fields.number("negative_slope", 0.3, 0.0)),
-    "ELU": lambda fields: ("elu", fields.number("alpha", 1.0)),
+    "LeakyReLU": lambda fields: canonical(("leaky_relu", fields.number("negative_slope", 0.3, 0.0))),
+    "ELU": lambda fields: canonical(("elu", fields.number("alpha", 1.0))),
+    "Softmax": _softmax,
 }
 
 

@@ -15,9 +15,10 @@ from jaxrnn.cells.conv_lstm import ConvLSTM
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
+from jaxrnn.convert.activations import canonical, there
 from jaxrnn.convert.arrays import Arrays, reorder
 from jaxrnn.convert.cells import Placed, layers, placed
-from jaxrnn.convert.keras.config import ALONG_FEATURES, ELEMENTWISE
+from jaxrnn.convert.keras.config import NAMES
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
@@ -25,8 +26,6 @@ from jaxrnn.regularize import RecurrentDropout
 from jaxrnn.wrap import Backward
 
 LACKS = "Keras has no counterpart"
-NAMES: dict[Activation, str] = {fn: name for name, fn in (ELEMENTWISE | ALONG_FEATURES).items() if name != "swish"}
-DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0, "thresholded_relu": 1.0}
 MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave"}
 
 
@@ -165,7 +164,7 @@ class _Writer:
 
     def activation(self, model: Placed, fn: Activation) -> dict[str, Any]:
         """A layer that applies an activation."""
-        match _activation(model, fn, elementwise=False):
+        match _activation(model, fn):
             case {"class_name": kind, "config": config}:
                 return self.layer(kind, **config)
             case name:
@@ -329,24 +328,12 @@ WRITERS: dict[type, Callable[[Placed], _Written]] = {
 CELLS = {"SimpleRNN", "LSTM", "GRU"}
 
 
-def _activation(model: Placed, fn: Activation, *, elementwise: bool = True) -> Any:
+def _activation(model: Placed, fn: Activation) -> Any:
     """The name of an activation, or the config of one of Keras' layers."""
-    known = NAMES.get(fn)
-    if known is not None and not (elementwise and known in ALONG_FEATURES):
-        return known
-    name, *given = (fn,) if isinstance(fn, str) else fn if isinstance(fn, tuple) else ("",)
-    alpha = given[0] if given else DEFAULTS.get(name)
-    match name, alpha:
-        case "leaky_relu", float() | int() if alpha >= 0:
-            return _activation_layer("LeakyReLU", negative_slope=alpha)
-        case "elu", float() | int():
-            return NAMES["elu"] if alpha == 1 else _activation_layer("ELU", alpha=alpha)
-        case "thresholded_relu", float() | int() if alpha >= 0:
-            return _activation_layer("ReLU", threshold=alpha)
-        case "relu" | "tanh" | "sigmoid" | "softsign" | "softplus" | "identity" | "keras_hard_sigmoid", None:
-            return NAMES[name]
-    return model.refuse(f"Keras has no activation {fn!r}")
-
-
-def _activation_layer(kind: str, **config: float) -> dict[str, Any]:
+    named = next((name for name, known in NAMES.items() if known == canonical(fn)), None)
+    if named is not None:
+        return named
+    kind, config = there(fn, "keras") or model.refuse(f"Keras has no activation {fn!r}")
+    if kind in ("LeakyReLU", "ReLU") and not min(config.values()) >= 0:
+        model.refuse(f"Keras has no activation {fn!r}: {kind} takes no negative number")
     return {"module": "keras.layers", "class_name": kind, "config": config, "registered_name": None}

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrnn.cell import Cell
 from jaxrnn.check import shapes_of_params
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import canonical
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.torch.forward import check_forwards
@@ -18,7 +19,7 @@ from jaxrnn.convert.torch.modules import Parts, module_parts, module_weights, re
 from jaxrnn.convert.torch.names import named_parts
 from jaxrnn.convert.torch.states import carry_from_torch, carry_to_torch
 from jaxrnn.convert.torch.tensors import is_instance, named_arrays, state_dict, tensor
-from jaxrnn.convert.torch.weights import Part, canonical, is_recurrent, repeated, write
+from jaxrnn.convert.torch.weights import Part, is_recurrent, repeated, write
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Apply, Dropout
 from jaxrnn.pool import Pool
@@ -205,7 +206,7 @@ def _flat_parts(parts: Parts) -> list[Part]:
 
 
 def _comparable(cell: Cell) -> Cell:
-    return Apply(canonical(cell.fn) or cell.fn) if isinstance(cell, Apply) else cell
+    return Apply(canonical(cell.fn)) if isinstance(cell, Apply) else cell
 
 
 def _fitted(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxrnn.cell import Cell
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import here, names, options
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.torch.tensors import named_arrays
-from jaxrnn.convert.torch.weights import ACTIVATION_MODULES, Part, canonical, read, recurrent
+from jaxrnn.convert.torch.weights import Part, read, recurrent
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 
 # Parts that run one after another, in sequences within sequences as modules are within modules.
@@ -140,9 +141,14 @@ def _layer_norm(name: str, module: Any) -> Part:
 
 
 def _activation(name: str, module: Any) -> Part:
-    fn, attribute = ACTIVATION_MODULES[type(module).__name__]
-    spec = canonical((fn, float(getattr(module, attribute)))) if attribute else fn
-    return Part(name, Apply(spec or fn))
+    kind = type(module).__name__
+    known = options("torch", kind)
+    given = {option: getattr(module, option) for option in known}
+    fn = here("torch", kind, given)
+    if fn is None:
+        expected = ", ".join(f"{key}={'a number' if value is None else repr(value)}" for key, value in known.items())
+        raise ValueError(f"expected {expected}, got {', '.join(f'{key}={value!r}' for key, value in given.items())}")
+    return Part(name, Apply(fn))
 
 
 def _linear(name: str, module: Any) -> Part:
@@ -151,7 +157,7 @@ def _linear(name: str, module: Any) -> Part:
 
 MODULES = {
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), _recurrent),
-    **dict.fromkeys(ACTIVATION_MODULES, _activation),
+    **dict.fromkeys(names("torch"), _activation),
     "Embedding": lambda name, module: Part(name, Embed(module.num_embeddings, module.embedding_dim)),
     "Linear": _linear,
     "LayerNorm": _layer_norm,
@@ -161,6 +167,4 @@ MODULES = {
 # Fields with values that have no counterpart.
 FIXED: dict[str, dict[str, Any]] = {
     "Embedding": {"max_norm": None, "scale_grad_by_freq": False},
-    "Softplus": {"beta": 1, "threshold": 20},
-    "Threshold": {"value": 0},
 }
