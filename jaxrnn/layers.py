@@ -218,7 +218,7 @@ class Apply(Layer):
         return ()
 
     def apply(self, params, x, noise=None):
-        return activation(self.fn)(x)
+        return self.fn(x) if callable(self.fn) else activation(self.fn)(x.astype(compute_dtype(x, params)))
 
 
 class Dropout(Layer):
@@ -257,6 +257,7 @@ class Dropout(Layer):
         return None, jax.random.split(key, (length, *batch_shape))
 
     def apply(self, params, x, noise=None):
+        x = x.astype(compute_dtype(x, params))
         if noise is None or self.rate == 0:
             return x
         keys = noise[0] if self.per_sequence else noise[1]

@@ -89,8 +89,9 @@ class Residual(Wrapper):
 
 
 def _add(x, y):
-    if x.shape != y.shape or not inexact(x):
-        raise ValueError(f"x: Residual adds x to y, so both must have one shape, floating: got {x} and {y}")
+    if x.shape != y.shape:
+        raise ValueError(f"x: Residual adds x to y, so both must have one shape, got {x.shape} and {y.shape}")
+    x = x if inexact(x) else x.astype(y.dtype)
     return x + y.astype(x.dtype)
 
 

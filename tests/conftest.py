@@ -48,7 +48,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def _settings(request):
-    """Strict promotion of dtypes, none of ranks, unless a module says `PROMOTION`; float64 where it says `X64 = True`."""
+    """No promotion of dtypes or ranks, unless a module says `PROMOTION`; float64 where it says `X64 = True`."""
     module = request.module
     promotion = getattr(module, "PROMOTION", "strict")
     x64 = getattr(module, "X64", False)

@@ -330,6 +330,49 @@ def test_missing_parts_of_params():
     np.testing.assert_allclose(plain, absent, 1e-6)  # peepholes start at zero
 
 
+def test_only_biases_may_be_absent():
+    for cell, name in ((Linear(2, 3), "w"), (CELL, "w_h"), (LayerNorm(2), "scale"), (jaxrnn.LRU(2, 3), "d")):
+        params = cell.init(jax.random.key(0))._replace(**{name: None})
+        with pytest.raises(ValueError, match=rf"params\.{name}: .* expects shape .*, got None"):
+            jaxrnn.scan(cell, params, None, XS)
+    without = PARAMS._replace(b=None, b_hn=None)
+    assert np.isfinite(jaxrnn.scan(CELL, without, None, XS)[1]).all()
+
+
+def test_a_complex_carry_of_a_real_cell():
+    carry = jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), CELL.initial_carry(PARAMS, (4,)))
+    for run in (lambda: scan(carry=carry), lambda: jaxrnn.step(CELL, PARAMS, carry, XS[0])):
+        with pytest.raises(TypeError, match=r"carry\.h: expected float32 or a dtype of its kind, got complex64"):
+            run()
+    cell = jaxrnn.LRU(2, 3)
+    carry = jaxrnn.LRUCarry(jnp.zeros((4, 3)))
+    with pytest.raises(TypeError, match=r"carry\.h: expected complex64 or a dtype of its kind, got float32"):
+        jaxrnn.scan(cell, cell.init(jax.random.key(0)), carry, XS)
+
+
+def test_explain_where_the_default_is_another_platform(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
+    explanation = jaxrnn.explain(CELL, PARAMS, None, XS)
+    assert explanation.platform == "METAL"
+    assert "native" in explanation.calls[0].refused
+    with pytest.raises(ValueError, match=r"platform: expected 'cpu', 'gpu', 'tpu' or None, got 'METAL'"):
+        jaxrnn.explain(CELL, PARAMS, None, XS, platform="METAL")
+
+
+def test_zoneout_of_a_carry_that_is_defined_up_to_a_factor():
+    inner = jaxrnn.SLSTM(2, 3)
+    for cell, rate in ((inner, 0.1), (inner, (0.1, 0.1, 0.0, 0.0)), (Stack((GRU(2, 2), inner)), 0.2)):
+        with pytest.raises(ValueError, match=r"Zoneout: parts of the carry .* up to a common factor .*rate=\("):
+            Zoneout(cell, rate)
+    cell = Zoneout(inner, (0.3, 0.0, 0.0, 0.0))
+    params = jax.tree.map(lambda leaf: leaf + 0.3, cell.init(jax.random.key(0)))
+    h, c, n, m = carry = jaxrnn.SLSTMCarry(*np.random.default_rng(0).uniform(1, 2, (4, 4, 3)).astype(np.float32))
+    same = jaxrnn.SLSTMCarry(h, c * np.exp(2.0, dtype=np.float32), n * np.exp(2.0, dtype=np.float32), m - 2)
+    for key in (None, jax.random.key(1)):
+        found, expected = (jaxrnn.scan(cell, params, each, XS, key=key)[1] for each in (same, carry))
+        np.testing.assert_allclose(found, expected, 1e-5, 1e-6)
+
+
 def test_a_step_that_changes_its_carry():
     class Grows(Cell):
         def init(self, key, dtype=jnp.float32):
