@@ -103,6 +103,8 @@ class Cell(metaclass=CellType):
     pointwise = False
     # Whether a sequence goes in and a single y comes out.
     ends_time = False
+    # Whether it runs step by step, each y of the steps so far alone.
+    causal = True
 
     @abstractmethod
     def init(self, key: Array, dtype: Any = jnp.float32) -> Any:

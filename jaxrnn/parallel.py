@@ -149,6 +149,8 @@ class Bidirectional(Cell):
     backward: Cell
     merge: str | Callable[[Any, Any], Any] = "concat"
 
+    causal = False
+
     def __post_init__(self):
         check_cell(self, "forward", self.forward)
         check_cell(self, "backward", self.backward)

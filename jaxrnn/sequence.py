@@ -142,6 +142,11 @@ def step(
     choose.check(implementation)
     params, x = _on_device(params), jax.tree.map(jnp.asarray, x)
     batch_shape = _batch_shape(cell, "x", x)
+    if not cell.causal:
+        raise TypeError(
+            f"{cell!r} cannot run step by step: a backward cell begins at the end of the sequence. "
+            "Run whole sequences with jaxrnn.scan."
+        )
     carry, _ = _carries(cell, params, carry, x, batch_shape)
 
     def one(tree):

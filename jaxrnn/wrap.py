@@ -41,6 +41,10 @@ class Wrapper(Cell):
         return self.cell.pointwise
 
     @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.cell.causal
+
+    @property
     def input_size(self) -> Any:
         return input_size(self.cell)
 
@@ -105,6 +109,8 @@ class Backward(Wrapper):
         >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
         (7, 5, 2)
     """
+
+    causal = False  # type: ignore[assignment]
 
     def __post_init__(self):
         check_cell(self, "cell", self.cell)

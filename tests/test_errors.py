@@ -260,7 +260,7 @@ def test_step_names_what_does_not_fit():
     with pytest.raises(ValueError, match=r"carry.h: expected shape \(4, 3\), got \(3,\)"):
         jaxrnn.step(CELL, PARAMS, GRUCarry(jnp.zeros(3)), XS[0])
     both = Bidirectional(CELL, CELL)
-    with pytest.raises(TypeError, match="cannot run step by step: its backward cell begins at the end"):
+    with pytest.raises(TypeError, match="cannot run step by step: a backward cell begins at the end"):
         jaxrnn.step(both, both.init(jax.random.key(0)), None, XS[0])
     with pytest.raises(TypeError, match="cannot run step by step"):
         jaxrnn.scan(EmitCarry(both), both.init(jax.random.key(0)), None, XS)
