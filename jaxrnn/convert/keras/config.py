@@ -12,21 +12,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cells.activations import Activation
+from jaxrnn.convert.keras.old import KERAS_3, Version, renewed
 
 REQUIRED = object()
 LARGEST = 2**31
 # What changes no output: how weights begin and are trained, names, seeds, and the choice of an implementation.
 IRRELEVANT = {
     *("name", "trainable", "seed", "unroll", "use_cudnn", "implementation", "stateful", "return_state"),
-    *("unit_forget_bias", "batch_input_shape", "input_length", "lora_alpha"),
+    *("unit_forget_bias", "input_length", "lora_alpha"),
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64", "mixed_float16", "mixed_bfloat16")
 
 
 class Fields:
-    """The config of one layer: each field is taken once and checked, and none that matters is left over."""
+    """The config of one layer: each field is taken once and checked, and none that matters is left over.
 
-    def __init__(self, place: str, source: Any):
+    It is of the Keras of `version`; `kind` and the fields have the names of Keras 3.
+    """
+
+    def __init__(self, place: str, source: Any, version: Version = KERAS_3):
         if not isinstance(source, Mapping):
             raise TypeError(f"{place}: expected the config of a layer, a dict, got {short(source)}")
         kind, config, module = source.get("class_name"), source.get("config"), source.get("module")
@@ -35,15 +39,22 @@ class Fields:
         self.place = f"{place}: {kind if isinstance(kind, str) else short(kind)}"[:200]
         if not isinstance(kind, str):
             self.refuse("class_name", kind, "a string; keras.saving.serialize_keras_object(layer) has it")
+        if kind == "Sequential" and isinstance(config, list) and version < KERAS_3:
+            config = {"layers": config}
         if not isinstance(config, Mapping):
-            self.refuse("config", config, "a dict")
+            self.refuse("config", config, "a dict; a list of layers is of Keras 1 or 2 and needs a keras_version")
         if module is not None and not (isinstance(module, str) and module.split(".")[0] == "keras"):
             self.refuse("module", module, "'keras.layers'; only Keras' own classes have a meaning that is known")
-        self.kind, self._left = kind, dict(config)
-        build = source.get("build_config")
-        self.input_shape = build.get("input_shape") if isinstance(build, Mapping) else None
+        self.version = version
+        self.kind, self._left = renewed(kind, config, version)
+        build, given = source.get("build_config"), self._left.pop("batch_input_shape", None)
+        self.input_shape = build.get("input_shape", given) if isinstance(build, Mapping) else given
         if isinstance(name := config.get("name"), str):
             self.place = f"{place}: {kind} {short(name)}"
+
+    def inside(self, name: str, source: Any) -> Fields:
+        """The config of a layer in this one."""
+        return Fields(f"{self.place}: {name}"[-200:], source, self.version)
 
     def refuse(self, name: str, value: Any, expected: str) -> NoReturn:
         """Raises the `ValueError` of one field."""
@@ -100,7 +111,7 @@ class Fields:
         """An activation by name, or as one of Keras' layers; None is the identity."""
         value = self.take(name, default)
         if isinstance(value, Mapping):
-            inner = Fields(f"{self.place}: {name}", value)
+            inner = self.inside(name, value)
             if inner.kind in ACTIVATION_LAYERS:
                 found = ACTIVATION_LAYERS[inner.kind](inner)
                 inner.finish()
@@ -109,7 +120,8 @@ class Fields:
         value = "linear" if value is None else value
         if not isinstance(value, str) or value not in known:
             self.refuse(name, value, f"one of {sorted(known)}")
-        return known[value]
+        # Keras 3 made it steeper: x / 6 + ½ in place of 0.2 x + ½.
+        return "hard_sigmoid" if value == "hard_sigmoid" and self.version < KERAS_3 else known[value]
 
     def finish(self) -> None:
         """Nothing that matters is left."""
@@ -228,7 +240,11 @@ class _Graph:
             case [{"args": [*args], "kwargs": dict(kwargs)}]:
                 named = {key: _tensor(value) for key, value in kwargs.items()}
                 return [_tensor(value) for value in args], named
-        raise ValueError(f"{self.fields.place}: layer {short(name)}: expected one call, in the form of Keras 3")
+            case [[[str(source), 0, 0]]]:  # Keras 1
+                return [_Name(source)], {}
+            case [[[str(source), 0, 0, {**kwargs}]]]:  # Keras 2
+                return [_Name(source)], kwargs
+        raise ValueError(f"{self.fields.place}: layer {short(name)}: expected one call, on one tensor")
 
     def reads(self, name: str) -> tuple[str | None, str | None]:
         """What makes the only input of a layer, and what makes its mask."""

@@ -13,6 +13,7 @@ from jaxrnn.cell import Cell
 from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.keras.config import Fields
 from jaxrnn.convert.keras.layers import Weights
+from jaxrnn.convert.keras.old import version_of
 from jaxrnn.convert.keras.reader import KerasMask, Reader
 from jaxrnn.engines.arrays import on_device
 
@@ -71,7 +72,7 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights: expected the list of arrays of get_weights(), got {type(weights).__name__}")
     reader = Reader(Weights(weights))
-    reader.layer(Fields("source", source), 0)
+    reader.layer(Fields("source", source, version_of(source)), 0)
     reader.weights.finish()
     if not reader.cells:
         raise ValueError("source: expected at least one layer that computes something")

@@ -66,7 +66,7 @@ class Reader:
         if fields.kind in ("Sequential", "Functional", "Model"):
             layers = list_of(fields, "layers") if fields.kind == "Sequential" else chain(fields)
             for k, inner in enumerate(layers):
-                self.layer(Fields(f"{fields.place}: layers[{k}]"[-200:], inner), depth + 1)
+                self.layer(fields.inside(f"layers[{k}]", inner), depth + 1)
             return
         if self.shape is None and fields.input_shape is not None:
             self.see(fields, fields.input_shape)
@@ -98,10 +98,7 @@ class Reader:
 
     def input(self, fields: Fields) -> None:
         fields.take("dtype", None)  # of tokens it is one of integers
-        shape = fields.take("batch_shape", None)
-        if shape is None:
-            shape = fields.take("batch_input_shape", None)
-        if shape is not None:
+        if (shape := fields.take("batch_shape", None)) is not None:
             self.see(fields, shape)
 
     def needs(self, fields: Fields, *, rank: int | None = None, size: int | None = None) -> None:
@@ -146,7 +143,7 @@ class Reader:
             fields.refuse("input", self.shape, f"(..., {cell.input_size})")
 
     def time_distributed(self, fields: Fields) -> None:
-        inner = Fields(f"{fields.place}: layer", fields.take("layer"))
+        inner = fields.inside("layer", fields.take("layer"))
         if inner.kind not in POINTWISE:
             raise ValueError(f"{inner.place}: expected one of {sorted(POINTWISE)} in TimeDistributed")
         self.needs(fields)
