@@ -97,7 +97,8 @@ def _gru(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
     after = fields.flag("reset_after", True)
     found = _kernels(fields, weights, h, "zrn", apart="zrn", two_biases=after)
-    w_x, w_h, b, b_hn = (array if array is None else reorder(array, "zrn", "rzn") for array in found)
+    arrays: list[Any] = [array if array is None else reorder(array, "zrn", "rzn") for array in found]
+    w_x, w_h, b, b_hn = arrays
     if b_hn is not None:
         b, b_hn = np.concatenate([b[: 2 * h] + b_hn[: 2 * h], b[2 * h :]]), b_hn[2 * h :]
     cell = GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ)
