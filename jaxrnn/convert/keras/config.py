@@ -1,4 +1,4 @@
-"""Keras' configs: the fields of a layer, checked; activations by name; a functional model as one chain."""
+"""Keras' configs: the fields of a layer, checked; activations by name."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Fields:
 
     def choice(self, name: str, default: Any, choices: Mapping[str, Any]) -> Any:
         value = self.take(name, default)
-        if not isinstance(value, str) or value not in choices:
+        if not (value is None or isinstance(value, str)) or value not in choices:
             self.refuse(name, value, f"one of {list(choices)}")
         return choices[value]
 
@@ -190,115 +190,6 @@ ACTIVATION_LAYERS: dict[str, Callable[[Fields], Activation]] = {
     "LeakyReLU": lambda fields: ("leaky_relu", fields.number("negative_slope", 0.3, 0.0)),
     "ELU": lambda fields: ("elu", fields.number("alpha", 1.0)),
 }
-
-
-def chain(fields: Fields) -> list[Any]:
-    """The configs of a functional model's layers from its input to its output; it must be one chain."""
-    graph = _Graph(fields)
-    name, path = graph.end("output_layers"), []
-    while name is not None:
-        if name in path[-1:] or len(path) > len(graph.entries):
-            raise ValueError(f"{fields.place}: expected one chain of layers, got a cycle through {short(name)}")
-        path.append(name)
-        name = graph.reads(name)[0]
-    if path[-1] != graph.end("input_layers"):
-        raise ValueError(f"{fields.place}: expected one chain from input to output, got one from {short(path[-1])}")
-    _check_masks(graph, path[::-1])
-    return [graph.entry(name) for name in path[::-1]]
-
-
-class _Graph:
-    def __init__(self, fields: Fields):
-        self.fields, self.entries = fields, {}
-        for entry in list_of(fields, "layers"):
-            inner = entry.get("config") if isinstance(entry, Mapping) else None
-            name = entry.get("name", inner.get("name")) if isinstance(inner, Mapping) else None
-            if not isinstance(name, str) or name in self.entries:
-                fields.refuse("layers", name, "layers with names that differ")
-            self.entries[name] = entry
-
-    def entry(self, name: str) -> Any:
-        if name not in self.entries:
-            self.fields.refuse("layers", sorted(self.entries), f"a layer {short(name)}")
-        return self.entries[name]
-
-    def end(self, which: str) -> str:
-        """The name of the one input or output."""
-        value = self.fields.take(which)
-        while isinstance(value, (list, tuple)) and len(value) == 1:
-            value = value[0]
-        match value:
-            case [str(name), 0, 0]:
-                return name
-        return self.fields.refuse(which, value, "one tensor, [name, 0, 0]")
-
-    def call(self, name: str) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of a layer's only call, tensors as the names of what makes them."""
-        match self.entry(name).get("inbound_nodes"):
-            case []:
-                return [], {}
-            case [{"args": [*args], "kwargs": dict(kwargs)}]:
-                named = {key: _tensor(value) for key, value in kwargs.items()}
-                return [_tensor(value) for value in args], named
-            case [[[str(source), 0, 0]]]:  # Keras 1
-                return [_Name(source)], {}
-            case [[[str(source), 0, 0, {**kwargs}]]]:  # Keras 2
-                return [_Name(source)], kwargs
-        raise ValueError(f"{self.fields.place}: layer {short(name)}: expected one call, on one tensor")
-
-    def reads(self, name: str) -> tuple[str | None, str | None]:
-        """What makes the only input of a layer, and what makes its mask."""
-        args, kwargs = self.call(name)
-        mask = kwargs.pop("mask", None)
-        others = [key for key, value in kwargs.items() if value is not None and value is not False]
-        if (args and (len(args) != 1 or not isinstance(args[0], _Name))) or others:
-            raise ValueError(
-                f"{self.fields.place}: layer {short(name)} ({short(self.entry(name).get('class_name'))}): "
-                f"expected one input tensor in one chain of layers, got {short(args)} and {short(others)}"
-            )
-        if mask is not None and not isinstance(mask, _Name):
-            raise ValueError(f"{self.fields.place}: layer {short(name)}: mask: expected a tensor, got {short(mask)}")
-        return (args[0] if args else None), mask
-
-
-class _Name(str):
-    """The name of the layer that makes a tensor."""
-
-
-def _tensor(value: Any) -> Any:
-    match value:
-        case {"class_name": "__keras_tensor__", "config": {"keras_history": [str(name), 0, 0]}}:
-            return _Name(name)
-    return value
-
-
-def _check_masks(graph: _Graph, path: list[str]) -> None:
-    """Every mask that is handed over is the one of the chain's own Masking or Embedding, which is x ≠ its value."""
-    own = {}
-    for name in path:
-        match graph.entry(name):
-            case {"class_name": "Masking", "config": {"mask_value": value}}:
-                own[graph.reads(name)[0]] = value
-            case {"class_name": "Embedding"}:
-                own[graph.reads(name)[0]] = 0
-    for name in path:
-        mask = graph.reads(name)[1]
-        if mask is not None and not _is_own(graph, mask, own):
-            raise ValueError(
-                f"{graph.fields.place}: layer {short(name)}: mask: expected that of a Masking or Embedding layer of "
-                f"the chain, got {short(mask)}"
-            )
-    for name in graph.entries.keys() - set(path):
-        if graph.entry(name).get("class_name") not in ("NotEqual", "Any"):
-            raise ValueError(f"{graph.fields.place}: layer {short(name)} is not on the chain from input to output")
-
-
-def _is_own(graph: _Graph, mask: str, own: dict[str | None, Any]) -> bool:
-    args, _ = graph.call(mask)
-    if graph.entry(mask).get("class_name") == "Any" and args and isinstance(args[0], _Name):
-        mask = args[0]
-        args, _ = graph.call(mask)
-    return graph.entry(mask).get("class_name") == "NotEqual" and len(args) == 2 and own.get(args[0], args) == args[1]
 
 
 def list_of(fields: Fields, name: str) -> list[Any]:

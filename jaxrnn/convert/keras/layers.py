@@ -139,6 +139,7 @@ STEPS = {"SimpleRNN": _simple, "LSTM": _lstm, "GRU": _gru}
 CELLS = {f"{kind}Cell": read for kind, read in STEPS.items()}
 LAYERS = STEPS | {"CuDNNLSTM": _lstm, "CuDNNGRU": _gru}
 CONVOLUTIONS = {f"ConvLSTM{n}D": _conv_lstm(n) for n in (1, 2, 3)}
+POOLINGS = {"GlobalAveragePooling1D": "mean", "GlobalMaxPooling1D": "max"}
 RECURRENT = {*LAYERS, *CONVOLUTIONS, "RNN"}
 
 
@@ -162,7 +163,7 @@ class Recurrent(NamedTuple):
 def read_recurrent(fields: Fields, weights: Weights, shape: Any) -> Recurrent:
     """A layer with time as cells one above another; `shape` is that of its input in Keras, where it is known."""
     options = (fields.flag("go_backwards", False), fields.flag("return_sequences", False))
-    zero_output = fields.flag("zero_output_for_mask", False)
+    zero_output, unroll = fields.flag("zero_output_for_mask", False), fields.flag("unroll", False)
     if fields.kind in CONVOLUTIONS:
         pieces = _noisy(fields, CONVOLUTIONS[fields.kind](fields, weights, shape))
     elif fields.kind in LAYERS:
@@ -170,7 +171,7 @@ def read_recurrent(fields: Fields, weights: Weights, shape: Any) -> Recurrent:
     else:
         pieces = [piece for inner in _cells(fields) for piece in _noisy(inner, CELLS[inner.kind](inner, weights))]
         fields.finish()
-    return Recurrent(pieces, *options, zero_output)
+    return Recurrent(pieces, *options, zero_output and not unroll)  # which Keras' unrolled loop does not know
 
 
 def _cells(fields: Fields) -> list[Fields]:

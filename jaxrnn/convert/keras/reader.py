@@ -11,10 +11,12 @@ from jax import Array
 
 from jaxrnn.cell import output_size
 from jaxrnn.convert.cells import stacked
-from jaxrnn.convert.keras.config import Fields, chain, is_size, list_of
+from jaxrnn.convert.keras.config import Fields, is_size, list_of
+from jaxrnn.convert.keras.graph import chain
 from jaxrnn.convert.keras.layers import (
     CONVOLUTIONS,
     POINTWISE,
+    POOLINGS,
     RECURRENT,
     Pieces,
     Recurrent,
@@ -29,6 +31,10 @@ from jaxrnn.pool import Pool
 from jaxrnn.wrap import Backward
 
 DEEPEST = 32  # models within models
+HINTS = {
+    "RepeatVector": "a new sequence begins here: convert the layers up to here and those after it as two models, and "
+    "give the second the output of the first at each of the n steps, jnp.repeat(y[:, None], n, axis=1)"
+}
 
 
 class KerasMask(NamedTuple):
@@ -57,6 +63,7 @@ class Reader:
         self.masked = False  # whether the mask still matters
         self.flipped = False  # whether Keras' sequence is in the opposite order here
         self.timed = True
+        self.forked = False  # whether there are two outputs here
         self.shape: tuple[Any, ...] | None = None  # of Keras' input here, where it is known
 
     def layer(self, fields: Fields, depth: int) -> None:
@@ -72,7 +79,10 @@ class Reader:
             self.see(fields, fields.input_shape)
         read = READERS.get(fields.kind)
         if read is None:
-            raise ValueError(f"{fields.place}: a layer of this class cannot be converted")
+            hint = HINTS.get(fields.kind, "a layer of this class cannot be converted")
+            raise ValueError(f"{fields.place}: {hint}")
+        if self.forked:
+            raise ValueError(f"{fields.place}: the layer before it has two outputs, as merge_mode=None asks for")
         read(self, fields)
         fields.finish()
 
@@ -158,7 +168,7 @@ class Reader:
         self.run(fields, kind, layer)
 
     def bidirectional(self, fields: Fields) -> None:
-        merges = {"concat": "concat", "sum": "sum", "mul": "mul", "ave": "average"}
+        merges = {"concat": "concat", "sum": "sum", "mul": "mul", "ave": "average", None: "tuple"}
         merge = fields.choice("merge_mode", "concat", merges)
         forward, backward = directions(fields, fields.take("layer"), fields.take("backward_layer", None))
         a, b = (read_recurrent(each, self.weights, self.shape) for each in (forward, backward))
@@ -166,10 +176,13 @@ class Reader:
             raise ValueError(
                 f"{fields.place}: expected its layers to differ in go_backwards and agree in return_sequences"
             )
-        (f, p), (g, q) = stacked(a.pieces), stacked(b.pieces)
-        cell = (Bidirectional(f, g, merge), BidirectionalPair(p, q))
         # Keras overrides zero_output_for_mask here.
+        (f, p), (g, q) = (stacked(each.pieces) for each in (a, b))
+        if merge == "tuple" and not a.return_sequences:
+            f, g = Pool(f), Pool(g)
+        cell = (Bidirectional(f, g, merge), BidirectionalPair(p, q))
         self.run(fields, forward.kind, a._replace(pieces=[cell], zero_output=False))
+        self.forked = merge == "tuple"
 
     def run(self, fields: Fields, kind: str, layer: Recurrent) -> None:
         """A recurrent layer: its direction in the time of xs, and what it puts out."""
@@ -180,25 +193,40 @@ class Reader:
             raise ValueError(f"{fields.place}: a mask reaches it, which Keras cannot apply to images")
         if self.masked and self.flipped:
             raise ValueError(f"{fields.place}: a layer before it has turned the sequence round, and not the mask")
-        if self.masked and layer.zero_output and not layer.return_sequences:
-            raise ValueError(
-                f"{fields.place}: zero_output_for_mask=True: its one output is 0 where the last step is masked"
-            )
         self.flipped ^= layer.go_backwards
         pieces = [(Backward(c) if self.flipped and not isinstance(c, Layer) else c, p) for c, p in layer.pieces]
         if layer.return_sequences:
             self.add(pieces)
         else:
             top, params = pieces.pop()
-            self.add([*pieces, (Pool(top), params)])
+            pool = top if top.ends_time else Pool(top, "end" if layer.zero_output else "last")
+            self.add([*pieces, (pool, params)])
             self.timed = self.masked = False
 
     def pooling(self, fields: Fields) -> None:
-        how = {"GlobalAveragePooling1D": "mean", "GlobalMaxPooling1D": "max"}[fields.kind]
+        self.pool(fields, self.way(fields))
+
+    def concatenate(self, fields: Fields) -> None:
+        """Several poolings of one sequence, which `chain` has put into it."""
+        if fields.take("axis", -1) not in (-1, 1):
+            raise ValueError(f"{fields.place}: axis: expected -1, the last axis")
+        ways = [fields.inside(f"layers[{k}]", inner) for k, inner in enumerate(list_of(fields, "layers"))]
+        self.pool(fields, tuple(map(self.way, ways)))
+        for way in ways:
+            way.finish()
+
+    def way(self, fields: Fields) -> str:
+        """How one layer pools."""
+        if fields.kind not in POOLINGS:
+            raise ValueError(f"{fields.place}: expected one of {sorted(POOLINGS)}")
         fields.channels_last()
-        self.needs(fields, rank=3)
-        if self.masked and how == "max":
+        if self.masked and POOLINGS[fields.kind] == "max":
             raise ValueError(f"{fields.place}: a mask reaches it, which Keras does not apply here")
+        return POOLINGS[fields.kind]
+
+    def pool(self, fields: Fields, how: str | tuple[str, ...]) -> None:
+        """The end of time."""
+        self.needs(fields, rank=3)
         if self.masked and self.flipped:
             raise ValueError(f"{fields.place}: a layer before it has turned the sequence round, and not the mask")
         for k in reversed(range(len(self.cells))):
@@ -217,8 +245,8 @@ READERS: dict[str, Callable[[Reader, Fields], None]] = {
     "Masking": Reader.masking,
     "TimeDistributed": Reader.time_distributed,
     "Bidirectional": Reader.bidirectional,
-    "GlobalAveragePooling1D": Reader.pooling,
-    "GlobalMaxPooling1D": Reader.pooling,
+    "Concatenate": Reader.concatenate,
+    **dict.fromkeys(POOLINGS, Reader.pooling),
     **dict.fromkeys(RECURRENT, Reader.recurrent),
     **dict.fromkeys([*POINTWISE, "SpatialDropout1D"], Reader.pointwise),
 }
