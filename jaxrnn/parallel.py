@@ -16,7 +16,7 @@ from jaxrnn.cells.gated import GatedCell
 from jaxrnn.compose import Several, fits, part
 from jaxrnn.engines.arrays import zero_where_not
 
-MERGES: dict[str, Callable[..., Array]] = {
+MERGES: dict[str, Callable[..., Any]] = {
     "concat": lambda *ys: jnp.concatenate(ys, axis=-1),
     "sum": lambda *ys: functools.reduce(operator.add, ys),
     "mul": lambda *ys: functools.reduce(operator.mul, ys),

@@ -98,7 +98,7 @@ class Fields:
             self.refuse(name, value, "a rate in [0, 1)")
         return value
 
-    def choice(self, name: str, default: Any, choices: Mapping[str, Any]) -> Any:
+    def choice(self, name: str, default: Any, choices: Mapping[Any, Any]) -> Any:
         value = self.take(name, default)
         if not (value is None or isinstance(value, str)) or value not in choices:
             self.refuse(name, value, f"one of {list(choices)}")

@@ -172,7 +172,7 @@ class _Writer:
             case name:
                 return self.layer("Activation", activation=name)
 
-    def pool(self, model: Placed, how: str) -> None:
+    def pool(self, model: Placed, how: Any) -> None:
         """The mean or greatest output."""
         if how not in POOLINGS.values():
             model.refuse("Keras' Sequential pools in one way only")

@@ -98,11 +98,10 @@ def _gru(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
     after = fields.flag("reset_after", True)
     found = _kernels(fields, weights, h, "zrn", apart="zrn", two_biases=after)
     arrays: list[Any] = [array if array is None else reorder(array, "zrn", "rzn") for array in found]
-    w_x, w_h, b, b_hn = arrays
-    if b_hn is not None:
-        b, b_hn = np.concatenate([b[: 2 * h] + b_hn[: 2 * h], b[2 * h :]]), b_hn[2 * h :]
-    cell = GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ)
-    return cell, GRUParams(w_x, w_h, b, b_hn)
+    w_x, _, b, b_h = arrays
+    if b_h is not None:
+        arrays[2:] = np.concatenate([b[: 2 * h] + b_h[: 2 * h], b[2 * h :]]), b_h[2 * h :]
+    return GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ), GRUParams(*arrays)
 
 
 def _conv_lstm(dimensions: int) -> Callable[[Fields, Weights, Any], tuple[Cell, Any]]:

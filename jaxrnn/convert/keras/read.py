@@ -27,13 +27,20 @@ class KerasModel(NamedTuple):
 
 
 def from_keras(source: Any, weights: Any = None) -> KerasModel:
-    """A Keras 3 layer or model as a cell.
+    """A Keras layer or model as a cell.
 
-    Keras' time axis is the second: run it by `jaxrnn.scan(cell, params, carry, xs, time_axis=1)`, with
-    `mask=model.mask(xs)` where the model has a mask, and with the initial states as carry, None for zeros. A model is
-    one chain, `Sequential` or functional, of InputLayer, Embedding, Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D,
-    RNN of one or more of their cells, Bidirectional, Dense, TimeDistributed, Dropout, SpatialDropout1D,
-    LayerNormalization, Activation, ReLU, LeakyReLU, ELU, GlobalAveragePooling1D, GlobalMaxPooling1D.
+    Keras' time axis is the second: run it by `jaxrnn.scan(cell, params, carry, xs, time_axis=1)`, with the initial
+    states as carry, None for zeros. A model is one chain, `Sequential` or functional, of InputLayer, Embedding,
+    Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D, RNN of one or more of their cells, Bidirectional, Dense,
+    TimeDistributed, Dropout, SpatialDropout1D, LayerNormalization, Activation, ReLU, LeakyReLU, ELU,
+    GlobalAveragePooling1D, GlobalMaxPooling1D, and Concatenate of these two; of Keras 1 and 2 also CuDNNLSTM, CuDNNGRU,
+    ThresholdedReLU and TimeDistributedDense.
+
+    The `keras_version` in a model's JSON says how a config is read: in Keras 1 and 2, tf.keras included, the hard
+    sigmoid was flatter, a GRU without `reset_after` resets before the product, and fields had other names. A config
+    without a version is of Keras 3. In an HDF5 file the version is an attribute beside the config:
+
+        config = json.loads(file.attrs["model_config"]) | {"keras_version": file.attrs["keras_version"]}
 
     Where the two differ:
 
@@ -46,13 +53,16 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
       per_sequence=True)` below the cell, `recurrent_dropout` becomes `RecurrentDropout`: one mask per sequence, as
       there, but always one for all gates, where Keras draws one for each gate in ConvLSTM and in every layer that has
       `recurrent_dropout` or `implementation=1`.
-    - `stateful=True`: pass the carry on. The final carry is always returned.
+    - `stateful=True`: pass the carry on. The final carry is always returned, and what `return_state=True` puts out is
+      in it.
+    - Bidirectional with `merge_mode=None` gives a tuple of both outputs.
     - Initializers, regularizers and constraints act in training only and are not kept; nor is `trainable`.
     - A model computes in the dtype of xs: cast xs where the policy is a mixed one. Embedding takes integers.
 
     Args:
-      source: a built layer or model; or its config: the dict of `keras.saving.serialize_keras_object`, or of the
-        `get_config` of a model. With a config Keras need not be installed.
+      source: a built layer or model of Keras 3; or a config, of any version: the dict of
+        `keras.saving.serialize_keras_object`, of the `get_config` of a model, or of its JSON. With a config Keras need
+        not be installed.
       weights: with a config, what `get_weights` gives: a list of arrays.
 
     Returns:
@@ -61,11 +71,44 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     Raises:
       ValueError, TypeError: for what has no counterpart here, or does not fit, naming the layer and the field.
 
-        >>> import numpy as np
-        >>> config = {"class_name": "LSTM", "config": {"units": 4, "return_sequences": True}}
-        >>> weights = [np.ones((3, 16), "float32"), np.ones((4, 16), "float32"), np.zeros(16, "float32")]
-        >>> from_keras(config, weights).cell
-        LSTM(input_size=3, hidden_size=4)
+        >>> import jaxrnn, numpy as np
+        >>> layers = [
+        ...     {"class_name": "Embedding", "config": {"input_dim": 9, "output_dim": 3, "mask_zero": True}},
+        ...     {"class_name": "LSTM", "config": {"units": 4}},
+        ...     {"class_name": "Dense", "config": {"units": 2, "activation": "softmax"}},
+        ... ]
+        >>> shapes = [(9, 3), (3, 16), (4, 16), (16,), (4, 2), (2,)]
+        >>> weights = [np.full(shape, 0.1, "float32") for shape in shapes]
+        >>> model = from_keras({"class_name": "Sequential", "config": {"layers": layers}}, weights)
+
+    A model with Masking, or with an Embedding of `mask_zero=True`, has a `mask`, the function that says which steps its
+    layers see. Its result is handed to `scan`, or to `jaxrnn.training.predict`; rows may be padded in front, as Keras'
+    `pad_sequences` does it, or behind:
+
+        >>> tokens = np.array([[0, 0, 5, 3], [2, 7, 0, 0]])
+        >>> mask = model.mask(tokens)
+        >>> mask.tolist()
+        [[False, False, True, True], [True, True, False, False]]
+        >>> carry, ys = jaxrnn.scan(model.cell, model.params, None, tokens, mask=mask, time_axis=1)
+        >>> ys.shape
+        (2, 2)
+
+    The losses here take logits: to train it on, take off the sigmoid or softmax at its end.
+
+        >>> from jaxrnn.training import cross_entropy, make_loss
+        >>> logits, params = jaxrnn.Stack(model.cell.cells[:-1]), model.params[:-1]
+        >>> loss = make_loss(logits, cross_entropy)
+
+    An encoder's final states are the carry that its decoder starts from, each layer converted by itself; with one
+    output for the whole sequence they are in the carry's field `cell`:
+
+        >>> encoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_state": True}}, weights[1:4])
+        >>> decoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_sequences": True}}, weights[1:4])
+        >>> carry, _ = jaxrnn.scan(encoder.cell, encoder.params, None, np.ones((2, 7, 3), "float32"), time_axis=1)
+        >>> targets = np.ones((2, 5, 3), "float32")
+        >>> carry, ys = jaxrnn.scan(decoder.cell, decoder.params, carry.cell, targets, time_axis=1)
+        >>> ys.shape
+        (2, 5, 4)
     """
     if not isinstance(source, Mapping):
         source, weights = _read(source, weights)
