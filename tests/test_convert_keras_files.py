@@ -175,6 +175,16 @@ def test_functional_models():
         gru = jaxrnn.GRU(D, H, reset_after=False, gate_activation="hard_sigmoid")
         expected = jaxrnn.Stack((jaxrnn.Bidirectional(gru, gru, "sum"), jaxrnn.Apply("hard_sigmoid")))
         assert cells(source, *GRU, *GRU) == expected
+    layers = [
+        layer("InputLayer", "x", [], batch_input_shape=[None, T, D]),
+        layer("LSTM", "lstm", [[["x", 0, 0, {}]]], **NEW, **SOFT),
+        layer("GlobalMaxPooling1D", "most", [[["lstm", 0, 0, {}]]]),
+        layer("GlobalAveragePooling1D", "mean", [[["lstm", 0, 0, {}]]]),
+        layer("Concatenate", "top", [[["most", 0, 0, {}], ["mean", 0, 0, {}]]], axis=-1),
+    ]
+    ends = {"input_layers": [["x", 0, 0]], "output_layers": [["top", 0, 0]]}
+    source = {"class_name": "Model", "config": {"layers": layers, **ends}, "keras_version": "2.4.0"}
+    assert cells(source, *LSTM) == jaxrnn.Pool(jaxrnn.LSTM(D, H), ("max", "mean"))
     nested = {"class_name": "Sequential", "config": {"layers": [{"class_name": "LSTM", "config": NEW | HARD}]}}
     found = cells({"class_name": "Sequential", "config": {"layers": [nested]}, "keras_version": "2.2.4"}, *LSTM)
     assert found.gate_activation == "hard_sigmoid"
@@ -206,12 +216,14 @@ REFUSED = {
     ),
     "filters is missing": model("1.2.2", ("ConvLSTM2D", {"nb_filter": 3, "nb_row": 3, "nb_col": 3})),
     "Highway.*cannot be converted": model("1.2.2", ("Highway", {})),
+    r"W_g: weights: \[3\]: expected shape \(3, 4\), got \(2, 4\)": model("1.2.2", ("LSTM", OLD)),
     "'time_major'=True": model("2.4.0", ("LSTM", NEW | {"time_major": True})),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused(message):
-    weights = [np.ones(shape, np.float32) for shape in ([(9, 3)] if "dropout" in message else LSTM)]
+    shapes = [(9, 3)] if "dropout" in message else [*GATE, (2, H)] if "W_g" in message else LSTM
+    weights = [np.ones(shape, np.float32) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         from_keras(REFUSED[message], weights)

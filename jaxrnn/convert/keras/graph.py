@@ -43,7 +43,8 @@ class _Graph:
         match self.call(name):
             case [[*names]], kwargs if names and not kwargs and all(isinstance(each, _Name) for each in names):
                 pools = [self.entry(each) for each in names]
-                if all(pool.get("class_name") in POOLINGS for pool in pools) and len(set(map(self.reads, names))) == 1:
+                alike = all(pool.get("class_name") in [*POOLINGS] for pool in pools)
+                if alike and len(set(map(self.reads, names))) == 1:
                     self.entries = {each: self.entries[each] for each in self.entries if each not in names}
                     config = {**entry["config"], "layers": pools}
                     self.entries[name] = {**entry, "config": config, "inbound_nodes": pools[0]["inbound_nodes"]}
@@ -62,7 +63,8 @@ class _Graph:
             case [str(name), 0, 0]:
                 return name
             case [[str(name), 0, int(k)], *_] if which == "output_layers":
-                if list(map(list, value)) == [[name, 0, k + n] for n in range(len(value))]:  # one layer's
+                tensors = [list(each) if isinstance(each, (list, tuple)) else each for each in value]
+                if tensors == [[name, 0, k + n] for n in range(len(value))]:  # all are one layer's
                     return name
         return self.fields.refuse(which, value, "one tensor, [name, 0, 0]")
 

@@ -64,8 +64,11 @@ def _kernels(fields: Fields, weights: Weights, h: int, gates: str, *, apart: str
     """The weights of a gated layer; `apart` is the order where every gate has arrays of its own."""
     n = len(gates) * h
     if fields.version < (2, 0) and fields.take("implementation", "cpu") != "gpu":
-        shapes = {"W": (None, h), "U": (h, h), "b": (h,)}
-        each = [[weights.take(fields, f"{name}_{g}", *shape) for name, shape in shapes.items()] for g in apart]
+        rows, each = None, []
+        for gate in apart:
+            shapes = {"W": (rows, h), "U": (h, h), "b": (h,)}
+            each.append([weights.take(fields, f"{name}_{gate}", *shape) for name, shape in shapes.items()])
+            rows = each[0][0].shape[0]
         return _Kernels(*(reorder(np.concatenate(arrays, axis=-1), apart, gates) for arrays in zip(*each, strict=True)))
     w_x, w_h = weights.take(fields, "kernel", None, n), weights.take(fields, "recurrent_kernel", h, n)
     if fields.kind.startswith("CuDNN"):

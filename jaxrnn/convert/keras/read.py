@@ -100,7 +100,8 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
         >>> loss = make_loss(logits, cross_entropy)
 
     An encoder's final states are the carry that its decoder starts from, each layer converted by itself; with one
-    output for the whole sequence they are in the carry's field `cell`:
+    output for the whole sequence they are in the carry's field `cell`, of a Bidirectional in those of its `forward` and
+    `backward`:
 
         >>> encoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_state": True}}, weights[1:4])
         >>> decoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_sequences": True}}, weights[1:4])
