@@ -399,7 +399,11 @@ def _carries(
         return fresh, fresh
     expected, structure = jax.tree_util.tree_flatten_with_path(fresh)
     if jax.tree.structure(carry) != structure:
-        raise ValueError(f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}")
+        fields = getattr(carry, "_fields", ())
+        fitting = [f"; carry.{name} has it" for name in fields if jax.tree.structure(getattr(carry, name)) == structure]
+        raise ValueError(
+            f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}{''.join(fitting)}"
+        )
     carry = with_rows_of(jax.tree.map(jnp.asarray, carry), first, at, len(batch_shape))
     for (path, want), have in zip(expected, jax.tree.leaves(carry), strict=True):
         name = f"carry{jax.tree_util.keystr(path)}"

@@ -237,6 +237,7 @@ OTHERS = {
     "recurrent_dropout_conv": RecurrentDropout(ConvLSTM((4,), D, H), 0.3),
     "weight_drop_indrnn": WeightDrop(IndRNN(D, H, activation="tanh"), 0.3),
     "pool_backward": Pool(Stack((Elman(D, 4), Backward(LSTM(4, H))))),
+    "pool_several": Pool(GRU(D, H), ("mean", "last", "max")),
     "pool_conv": Pool(ConvLSTM((4,), D, H), "mean"),
 }
 # Members that differ from others in options only: the fast tier runs part of the properties on them.

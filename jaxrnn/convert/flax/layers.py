@@ -157,6 +157,7 @@ _MERGES = {
     "sum": (jnp.add, operator.add, lax.add, MERGES["sum"]),
     "mul": (jnp.multiply, operator.mul, lax.mul, MERGES["mul"]),
     "average": (MERGES["average"],),
+    "tuple": (MERGES["tuple"],),
 }
 
 

@@ -19,6 +19,7 @@ from jaxrnn.convert.activations import canonical, there
 from jaxrnn.convert.arrays import Arrays, reorder
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.keras.config import NAMES
+from jaxrnn.convert.keras.layers import POOLINGS
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
@@ -26,7 +27,7 @@ from jaxrnn.regularize import RecurrentDropout
 from jaxrnn.wrap import Backward
 
 LACKS = "Keras has no counterpart"
-MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave"}
+MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave", "tuple": None}
 
 
 def to_keras(cell: Cell, params: Any, *, mask_value: float | None = None) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -65,11 +66,11 @@ def to_keras(cell: Cell, params: Any, *, mask_value: float | None = None) -> tup
 
 
 class _Run(NamedTuple):
-    """A cell in a model: whether it runs from the end, and whether its last output is all that remains."""
+    """A cell in a model: whether it runs from the end, and how its last output is all that remains, if it is."""
 
     model: Placed
     reverse: bool = False
-    last: bool = False
+    last: str | None = None
 
 
 def _runs(model: Placed, reverse: bool = False) -> Iterator[_Run]:
@@ -81,11 +82,11 @@ def _runs(model: Placed, reverse: bool = False) -> Iterator[_Run]:
             case Pool(how=how):
                 *below, top = _runs(each.part("cell", each.params), reverse)
                 yield from below
-                if how != "last":
+                if how not in ("last", "end"):
                     yield top
                     yield _Run(each)
                 elif isinstance(top.model.cell, (Bidirectional, *WRITERS, RecurrentDropout)):
-                    yield top._replace(last=True)
+                    yield top._replace(last=how)
                 else:
                     top.model.refuse("Keras puts out one step of a recurrent layer only: put Pool around that cell")
             case _:
@@ -170,8 +171,10 @@ class _Writer:
             case name:
                 return self.layer("Activation", activation=name)
 
-    def pool(self, model: Placed, how: str) -> None:
+    def pool(self, model: Placed, how: Any) -> None:
         """The mean or greatest output."""
+        if how not in POOLINGS.values():
+            model.refuse("Keras' Sequential pools in one way only")
         if self.step is None or len(self.step) != 1:
             model.refuse("Keras pools sequences of vectors only")
         if self.masked and how == "max":
@@ -189,12 +192,15 @@ class _Writer:
         """A layer over time."""
         model = run.model
         self.check_mask(model)
-        options = {"return_sequences": not run.last, "go_backwards": run.reverse != self.flipped}
+        options = {"return_sequences": run.last is None, "go_backwards": run.reverse != self.flipped}
         self.flipped = run.reverse
         if isinstance(model.cell, Bidirectional):
+            if run.last == "end":
+                model.refuse("Keras' Bidirectional puts out the last valid step: pool 'last'")
             layer, weights = self.bidirectional(model, **options)
         else:
-            layer, weights = self.directed([model], **options)
+            zero = {"zero_output_for_mask": True} if run.last == "end" else {}
+            layer, weights = self.directed([model], **options, **zero)
         self.layers.append(layer)
         self.weights += weights
         size = output_size(model.cell)

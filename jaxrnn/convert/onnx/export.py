@@ -181,6 +181,8 @@ class _Export:
     def pool(self, each: Placed, x: str) -> str:
         *below, top = layers(each.part("cell", each.params))
         how = each.cell.how  # type: ignore[attr-defined]
+        if how not in ("last", "mean", "max"):
+            each.refuse(f"how={how!r}: expected 'last', 'mean' or 'max'")
         for inside in below:
             x = self.layer(inside, x)
         self.pooled = True
