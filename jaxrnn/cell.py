@@ -96,7 +96,7 @@ class Cell(metaclass=CellType):
     # The fields of the params that are weights of the recurrent product.
     recurrent_weights = ()
     # The fields of the params that may be None, and then are absent.
-    optional_params = ("b", "b_hn")
+    optional_params = ("b", "b_hn", "peephole")
     # Those that a small learning rate suits: of eigenvalues, decays, lengths of steps.
     slow_weights = ()
     # Whether y has the size of x, whatever that is.

@@ -95,8 +95,6 @@ class LSTM(GatedCell):
         ((5, 16), (7, 5, 16))
     """
 
-    optional_params = ("b", "peephole")
-
     input_size: int
     hidden_size: int
     peephole: bool = False

@@ -184,9 +184,6 @@ def _module(model: Placed) -> Any:
     import equinox as eqx
 
     cell, params = model.cell, model.params
-    missing = [name for name, leaf in getattr(params, "_asdict", dict)().items() if leaf is None]
-    if any(name.startswith("w_") or name in ("w", "scale") for name in missing if name != "w_p"):
-        model.refuse(f"params: {missing[0]} is None")
     match cell:
         case Stack(cells=cells, skip=False):
             inside = enumerate(zip(cells, model.params, strict=True))

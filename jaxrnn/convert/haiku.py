@@ -350,9 +350,6 @@ _KINDS = {
 def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, dict[str, Any]]]:
     """The kind of a cell, and its arrays by module inside."""
     cell, params = model.cell, model.params
-    missing = [name for name, leaf in getattr(params, "_asdict", dict)().items() if leaf is None]
-    if {"w", "w_x", "w_h", "scale"} & set(missing):
-        model.refuse(f"params: {missing[0]} is None")
     match cell:
         case LSTM():
             model.only(why="hk.LSTM has no such option")

@@ -72,9 +72,6 @@ def _write_weighted(layer: Any, model: Placed) -> dict[str, Any]:
     where, kind = layer.path or "the module", type(layer.module).__name__
     if type(model.params) is not layer.params:
         model.refuse(f"{where} is a {kind}")
-    missing = [name for name, leaf in model.params._asdict().items() if leaf is None and name in layer.fields]
-    if any(not name.startswith("b") for name in missing):
-        model.refuse(f"params: {missing[0]} is None")
     expected = layer.cell(model.params)
     if model.cell != expected:
         model.refuse(f"{where} is a {kind}, which computes {expected!r}")

@@ -141,8 +141,7 @@ class _Writer:
     def pointwise(self, model: Placed) -> None:
         """A layer without time."""
         p, add = model.params, lambda kind, **config: self.layers.append(self.layer(kind, **config))
-        _check_arrays(model)
-        match model.cell:
+            match model.cell:
             case Embed(vocabulary=vocabulary, output_size=size):
                 if len(self.layers) > 1:
                     model.refuse("Keras' Embedding must be the first layer")
@@ -261,13 +260,6 @@ def _write(model: Placed, dropout: float) -> _Written:
     _check_arrays(model)
     written = write(model)
     return written._replace(config=written.config | noise)
-
-
-def _check_arrays(model: Placed) -> None:
-    """Only biases may be None."""
-    for name in ("w", "w_x", "w_h", "scale"):
-        if getattr(model.params, name, 0) is None:
-            model.refuse(f"{name} is None")
 
 
 def _simple(model: Placed) -> _Written:

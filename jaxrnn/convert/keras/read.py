@@ -32,7 +32,7 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     Keras' time axis is the second: run it by `jaxrnn.scan(cell, params, carry, xs, time_axis=1)`, with the initial
     states as carry, None for zeros. A model is one chain, `Sequential` or functional, of InputLayer, Embedding,
     Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D, RNN of one or more of their cells, Bidirectional, Dense,
-    TimeDistributed, Dropout, SpatialDropout1D, LayerNormalization, Activation, ReLU, LeakyReLU, ELU,
+    TimeDistributed, Dropout, SpatialDropout1D, LayerNormalization, Activation, ReLU, LeakyReLU, ELU, Softmax,
     GlobalAveragePooling1D, GlobalMaxPooling1D, and Concatenate of these two; of Keras 1 and 2 also CuDNNLSTM, CuDNNGRU,
     ThresholdedReLU and TimeDistributedDense.
 
