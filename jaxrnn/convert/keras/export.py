@@ -141,7 +141,7 @@ class _Writer:
     def pointwise(self, model: Placed) -> None:
         """A layer without time."""
         p, add = model.params, lambda kind, **config: self.layers.append(self.layer(kind, **config))
-            match model.cell:
+        match model.cell:
             case Embed(vocabulary=vocabulary, output_size=size):
                 if len(self.layers) > 1:
                     model.refuse("Keras' Embedding must be the first layer")
@@ -257,7 +257,6 @@ def _write(model: Placed, dropout: float) -> _Written:
     write = WRITERS.get(type(model.cell))
     if write is None:
         model.refuse(LACKS)
-    _check_arrays(model)
     written = write(model)
     return written._replace(config=written.config | noise)
 
