@@ -960,7 +960,10 @@ LACKING = {
     "output sizes of both directions": init(Bidirectional(GRU_23, GRU(2, 4))),
     r"cell.backward.cells\[0\]: Linear": init(Bidirectional(GRU_23, Stack((Linear(2, 4), GRU(4, 3))))),
     r"params\.w_h: GRU.* expects shape \(\d+, \d+\), got None": (GRU_23, init(GRU_23)[1]._replace(w_h=None)),
-    "LayerNorm.*: scale is None": (jaxrnn.LayerNorm(2), jaxrnn.LayerNormParams(None, np.zeros(2, np.float32))),
+    r"params\.scale: LayerNorm.* got None": (
+        jaxrnn.LayerNorm(2),
+        jaxrnn.LayerNormParams(None, np.zeros(2, np.float32)),
+    ),
     "Own.*Keras has no counterpart": init(Own(2, 3)),
     "Keras has both b and b_hn or neither": (GRU_23, init(GRU_23)[1]._replace(b=None)),
     "Keras has no activation .*hard_sigmoid": init(LSTM(2, 3, gate_activation="hard_sigmoid")),

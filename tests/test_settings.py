@@ -74,7 +74,7 @@ def samples():
             yield pytest.param(cell, setting, id=f"{setting}-{name}", marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize(("cell", "setting"), samples())
+@pytest.mark.parametrize(("cell", "setting"), list(samples()))
 def test_a_setting_changes_nothing(cell, setting):
     keyed = setting != "x64"  # under which JAX draws other numbers
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
