@@ -201,13 +201,11 @@ def configuration(seed):
     attributes = {"direction": direction, "hidden_size": H}
     coupled = op == "LSTM" and rng.random() < 0.4
     names, numbers = [], []
-    for _, k in itertools.product(range(directions), range(FUNCTIONS[op])):
-        # Where f = 1 − i, LSTM has i = 1 − f, which is the same for these.
-        gate = k == 0 and op != "RNN"
-        name = rng.choice(["Sigmoid", "HardSigmoid"] if coupled and gate else list(NAMES))
+    for _ in range(directions * FUNCTIONS[op]):
+        name = rng.choice(list(NAMES))
         drawn = rng.integers(1, 5, NAMES[name]) / 8.0
         names.append(str(name))
-        numbers.append([drawn[0], 0.5] if coupled and gate and name == "HardSigmoid" else drawn.tolist())
+        numbers.append(drawn.tolist())
     if rng.random() < 0.8:
         attributes["activations"] = names
         attributes["activation_alpha"] = [float(each[0]) for each in numbers if each]
@@ -216,7 +214,7 @@ def configuration(seed):
     else:
         names = ["Tanh"] if op == "RNN" else ["Sigmoid", "Tanh", "Tanh"][: FUNCTIONS[op]]
         names, numbers = names * directions, [[]] * len(names) * directions
-    if op != "RNN" and rng.random() < 0.5:
+    if rng.random() < 0.5:
         attributes["clip"] = 0.75
     if coupled:
         attributes["input_forget"] = 1
@@ -528,10 +526,10 @@ def random_recurrent(rng, size, hidden):
     gate = lambda: ["sigmoid", "hard_sigmoid", "keras_hard_sigmoid", ("hard_sigmoid", 0.25, 0.5)][rng.integers(4)]
     match rng.integers(3):
         case 0:
-            return Elman(size, hidden, spec())
+            return Elman(size, hidden, spec(), gate_clip=clip)
         case 1:
             return GRU(size, hidden, bool(rng.integers(2)), gate_clip=clip, gate_activation=gate(), activation=spec())
-    options = {"peephole": bool(rng.integers(2)), "coupled": bool(rng.integers(2))}
+    options = {"peephole": bool(rng.integers(2)), "coupled": [False, True, "input"][rng.integers(3)]}
     options |= {"gate_clip": clip} if rng.integers(2) else {}
     return LSTM(size, hidden, **options, gate_activation=gate(), activation=spec(), output_activation=spec())
 
@@ -808,7 +806,6 @@ REFUSED = {
         "takes steps 1 to 2",
         lambda: around(make("Gather", ["Y", "one"], ["Z"], axis=0), initializers=ONE),
     ),
-    "clip of an RNN": ("clip: Elman", lambda: around(op="RNN", outputs=["Y"], clip=1.0)),
     "clip of 0": ("clip: expected a positive", lambda: around(outputs=["Y"], clip=0.0)),
     "direction": ("direction: expected one of forward", lambda: around(outputs=["Y"], direction="sideways")),
     "layout": ("layout: expected 0 or 1", lambda: around(outputs=["Y"], layout=2)),
@@ -821,10 +818,6 @@ REFUSED = {
         lambda: around(outputs=["Y"], activations=["Elu", "Tanh", "Tanh"], activation_alpha=[1.0, 2.0]),
     ),
     "no alpha": ("affine needs 2 numbers", lambda: around(outputs=["Y"], activations=["Affine", "Tanh", "Tanh"])),
-    "input_forget": (
-        "input_forget: f = 1 − i",
-        lambda: around(outputs=["Y"], input_forget=1, activations=["Tanh", "Tanh", "Tanh"]),
-    ),
     "features": (
         "X has 3 features, and W is for 2",
         lambda: around(outputs=["Y"], inputs={"X": (np.float32, ("T", "B", 3))}),
@@ -938,13 +931,13 @@ REFUSED = {
             lstm_arrays(gates=3) | {"k": np.array(-1)},
         ),
     ),
-    "shared state": (
-        "'h' is read elsewhere too",
+    "xs as a state": (
+        "'X' is what the layers act on",
         lambda: proto(
-            [make("LSTM", ["X", "W", "R", "", "", "h", "h"], ["Y"])],
-            {"X": (np.float32, ("T", "B", 2)), "h": (np.float32, (1, "B", 3))},
+            [make("LSTM", ["X", "W", "R", "", "", "X", "X"], ["Y"])],
+            {"X": (np.float32, (1, "B", 3))},
             ["Y"],
-            lstm_arrays(),
+            lstm_arrays(size=3),
         ),
     ),
     "two inputs": (

@@ -267,6 +267,7 @@ def _check_arrays(model: Placed) -> None:
 
 def _simple(model: Placed) -> _Written:
     cell: Any = model.cell
+    model.only("activation", why=LACKS)
     config = {"units": cell.hidden_size, "activation": _activation(model, cell.activation)}
     return _Written("SimpleRNN", config | {"use_bias": model.params.b is not None}, list(model.params))
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
 import jax
 import numpy as np
 
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Size
+from jaxrnn.convert.onnx.graph import Graph, Operation
 from jaxrnn.convert.onnx.read import Node
 from jaxrnn.convert.onnx.signals import FEATURES, Part, Signal
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
-
-if TYPE_CHECKING:
-    from jaxrnn.convert.onnx.graph import Graph
 
 
 def _weights(node: Node, **arrays: np.ndarray) -> Arrays:
@@ -201,7 +196,7 @@ def _reduce(graph: Graph, node: Node):
     return signals.unsqueeze(node, pooled, axes) if node.get("keepdims", 1) else pooled
 
 
-OPERATIONS: dict[str, Callable[[Graph, Node], Any]] = {
+OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(ACTIVATIONS, _activation),
     "Add": _add,
     "Dropout": _dropout,
