@@ -172,7 +172,8 @@ def _activation(graph: Graph, node: Node):
 def _softmax(graph: Graph, node: Node):
     node.only("axis")
     x = graph.signal(node)
-    if graph.axis(node, x, -1 if graph.model.opset >= 13 else 1) != len(x.axes) - 1:
+    axis = graph.axis(node, x, -1 if graph.model.opset >= 13 else 1)
+    if axis != len(x.axes) - 1 or x.axes[axis] != FEATURES:
         node.refuse(f"expected the last axis of {x}")
     return signals.layer(node, x, Apply(softmax if node.op == "Softmax" else log_softmax), ())
 

@@ -42,8 +42,8 @@ def from_onnx(
     ys have the shapes of jaxrnn: directions side by side on the last axis. With `lengths`, ys are 0 at the padding,
     where a layer above a recurrent one in ONNX puts out what it makes of 0; and a sequence of length 0 keeps its
     initial state. A model without `sequence_lens` that takes the last step takes the last valid one once `lengths` are
-    given. With `input_forget`, f = 1 − i, as in onnxruntime. A head that drops its
-    last axis, of size 1, keeps it.
+    given. With `input_forget`, f = 1 − i, as in onnxruntime. Where a model drops the axis of a single feature, as
+    `squeeze(-1)` does, ys keep it.
 
     Args:
       model: a path, the bytes of a file, an `onnx.ModelProto`; or an `onnx.NodeProto` of a recurrent operator.
