@@ -180,9 +180,9 @@ def test_state_of_two_nodes(onnx):
     """One input as both states of two layers: each state of the carry is that input."""
     arrays = lstm_arrays(size=3) | {"one": integers(1)}
     nodes = [
-        make("LSTM", ["X", "W", "R", "", "", "h", "h"], ["below"]),
+        make("LSTM", ["X", "W", "R", "", "", "h", "h"], ["below"], hidden_size=3),
         make("Squeeze", ["below", "one"], ["x"]),
-        make("LSTM", ["x", "W", "R", "", "", "h", "h"], ["Y"]),
+        make("LSTM", ["x", "W", "R", "", "", "h", "h"], ["Y"], hidden_size=3),
     ]
     model = proto(nodes, {"X": (np.float32, ("T", "B", 3)), "h": (np.float32, (1, "B", 3))}, ["Y"], arrays)
     xs, h = redraw(0, (jnp.zeros((4, 2, 3)), jnp.zeros((1, 2, 3))), 1.0)
@@ -314,7 +314,7 @@ def one_feature(nodes, hidden=3):
     arrays = lstm_arrays(hidden) | {"one": integers(1), "last": integers(-1), "shape": integers(0, -1)}
     arrays |= {"zero": np.array(0), "minus": np.array(-1), "time": integers(0), "w": np.full((3, 1), 0.5, np.float32)}
     first = [
-        make("LSTM", ["X", "W", "R"], ["Y"]),
+        make("LSTM", ["X", "W", "R"], ["Y"], hidden_size=hidden),
         make("Squeeze", ["Y", "one"], ["y" if hidden > 1 else "top"]),
         *([make("MatMul", ["y", "w"], ["top"])] if hidden > 1 else []),
     ]
