@@ -129,7 +129,7 @@ CASES = [
     elman("Elman plain"),
     elman("Elman without b", absent=("b",)),
     elman("Elman relu", activation="relu"),
-    elman("Elman gate_clip", activation="relu", gate_clip=0.5),
+    elman("Elman gate_clip", gate_clip=1.2),
     elman("Elman leaky_relu", activation=("leaky_relu", 0.3)),
     elman("Elman affine", activation=("affine", 0.8, 0.1)),
     *choices(jaxrnn.LSTM, jaxrnn.lstm_step, oracles.lstm_step, LSTM_OPTIONS),

@@ -158,4 +158,5 @@ def elman_step(
         >>> y.shape
         (16,)
     """
-    return Elman(*params.w_x.shape, **options).step(params, carry, x, noise)
+    input_size, hidden_size = params.w_x.shape
+    return Elman(input_size, hidden_size, **options).step(params, carry, x, noise)

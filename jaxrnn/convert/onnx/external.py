@@ -31,7 +31,7 @@ class DataFiles:
                 f"{what}: its data are in another file, {location!r}, which is read where the model is given by its "
                 "path; or give what onnx.load(path) returns"
             )
-        path = self._path(what, location)
+        path = _path(what, self.folder, location)
         expected, size = math.prod(shape) * dtype.itemsize, os.path.getsize(path)
         start = _number(what, found, "offset", 0)
         length = _number(what, found, "length", size - start)
@@ -42,15 +42,17 @@ class DataFiles:
         self.bytes += length
         return np.fromfile(path, np.uint8, length, offset=start).view(dtype).reshape(shape)
 
-    def _path(self, what: str, location: str) -> str:
-        # Of Windows' paths, since these have both kinds of slashes, and drives.
-        parts = PureWindowsPath(location)
-        path = os.path.realpath(os.path.join(self.folder, location)) if "\0" not in location else ""
-        if not parts.name or parts.anchor or ".." in parts.parts or not path.startswith(os.path.join(self.folder, "")):
-            raise ValueError(f"{what}: its data must be in a file within the folder of the model, got {location!r}")
-        if not os.path.isfile(path):
-            raise ValueError(f"{what}: its data are in {location!r}, and {self.folder} has no such file")
-        return path
+
+def _path(what: str, folder: str, location: str) -> str:
+    """The file at `location`, with all links followed."""
+    # Of Windows' paths, since these have both kinds of slashes, and drives.
+    parts = PureWindowsPath(location)
+    path = os.path.realpath(os.path.join(folder, location)) if "\0" not in location else ""
+    if not parts.name or parts.anchor or ".." in parts.parts or not path.startswith(os.path.join(folder, "")):
+        raise ValueError(f"{what}: its data must be in a file within the folder of the model, got {location!r}")
+    if not os.path.isfile(path):
+        raise ValueError(f"{what}: its data are in {location!r}, and {folder} has no such file")
+    return path
 
 
 def _number(what: str, facts: dict[str, str], name: str, default: int) -> int:

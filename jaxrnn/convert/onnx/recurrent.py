@@ -117,7 +117,8 @@ def _lstm(node, specs, w, r, biases, p):
     b = None if biases is None else biases[0] + biases[1]
     peephole = None if p is None else rearranged(p, "iof", "io" if coupled else "ifo")
     if coupled:
-        w, r, b = (None if array is None else rearranged(array, "ifgo", "igo") for array in (w, r, b))
+        w, r = rearranged(w, "ifgo", "igo"), rearranged(r, "ifgo", "igo")
+        b = None if b is None else rearranged(b, "ifgo", "igo")
     cell = LSTM(
         w.shape[0],
         r.shape[0],
