@@ -245,6 +245,17 @@ def test_data_of_any_dtype(onnx, tmp_path):
         same(from_onnx(tmp_path / "model.onnx"), expected)
 
 
+def test_data_that_are_folded(onnx, tmp_path):
+    """How much folding may make is in proportion to the data in all files."""
+    rows = np.zeros((1, 320, 160), np.float32)
+    arrays = lstm_arrays(160) | {"above": rows, "below": rows}
+    nodes = [make("Concat", ["above", "below"], ["r"], axis=1), make("LSTM", ["X", "W", "r"], ["Y"])]
+    model = proto(nodes, {"X": (np.float32, ("T", "B", 2))}, ["Y"], arrays)
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, size_threshold=0)
+    for node in (None, "a_LSTM"):
+        assert from_onnx(tmp_path / "model.onnx", node=node)[0] == LSTM(2, 160)
+
+
 def entry(name, value):
     """Puts a value in W's external data."""
 
