@@ -228,6 +228,8 @@ COMPOSITIONS = {
 }
 OTHERS = {
     "elman_relu": Elman(D, H, activation="relu"),
+    "elman_clip": Elman(D, H, activation="relu", gate_clip=0.8),
+    "lstm_coupled_input": LSTM(D, H, coupled="input", peephole=True, gate_activation=("hard_sigmoid", 0.3, 0.4)),
     "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
     "layer_norm_groups": LayerNorm(6, groups=2),
     "apply_callable": Apply(jnp.sin),

@@ -87,9 +87,9 @@ def columns(x, width):
     return [x[..., k : k + width] for k in range(0, x.shape[-1], width)]
 
 
-def elman_step(params, carry, x, *, activation="tanh"):
+def elman_step(params, carry, x, *, activation="tanh", gate_clip=None):
     """Elman 1990."""
-    h = activate(activation, plus(x @ params.w_x + carry.h @ params.w_h, params.b))
+    h = activate(activation, clip(plus(x @ params.w_x + carry.h @ params.w_h, params.b), gate_clip))
     return carry._replace(h=h), h, {"h": h}
 
 
@@ -181,16 +181,15 @@ def lstm_step(
     if layer_norm:
         from_x = layer_normalize(from_x) * params.norm.x
         from_h = layer_normalize(from_h) * params.norm.h
-    names = "fgo" if coupled else "ifgo"
+    names = {False: "ifgo", True: "fgo", "input": "igo"}[coupled]
     pre = dict(zip(names, columns(plus(from_x + from_h, params.b), size), strict=True))
     if peephole:
         p = dict(zip(names.replace("g", ""), params.peephole, strict=True))
-        pre["f"] = pre["f"] + p["f"] * c
-        if not coupled:
-            pre["i"] = pre["i"] + p["i"] * c
+        pre |= {gate: pre[gate] + p[gate] * c for gate in names[: names.index("g")]}
 
-    f = activate(gate_activation, clip(pre["f"], gate_clip))
-    i = 1 - f if coupled else activate(gate_activation, clip(pre["i"], gate_clip))
+    found = {gate: activate(gate_activation, clip(pre[gate], gate_clip)) for gate in names[: names.index("g")]}
+    i = 1 - found["f"] if coupled is True else found["i"]
+    f = 1 - found["i"] if coupled == "input" else found["f"]
     g = activate(activation, clip(pre["g"], gate_clip))
     c = clip(f * c + i * g, cell_clip)
     if peephole:

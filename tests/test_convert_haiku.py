@@ -346,6 +346,7 @@ EXPORTS = {
         {},
         r"cell.cells\[1\].cells\[0\]: LSTM.*: cell_clip=1.0: hk.LSTM has no",
     ),
+    "Elman": (Elman(3, 4, "relu", gate_clip=1.0), {}, "cell: Elman.*: gate_clip=1.0: hk.VanillaRNN has no"),
     "reset": (GRU(3, 4), {}, "cell: GRU.*: hk.GRU resets before the product, which is another function"),
     "layer_norm": (GRU(3, 4, reset_after=False, layer_norm=True), {}, "cell: GRU.*: layer_norm=True: hk.GRU has no"),
     "tanh": (Elman(3, 4), {}, "cell: Elman.*: hk.VanillaRNN has the activation 'relu'"),

@@ -946,6 +946,7 @@ LACKING = {
     "layer_norm=True: Keras": init(LSTM(2, 3, layer_norm=True)),
     "cell_clip=1.0: Keras": init(LSTM(2, 3, cell_clip=1.0)),
     r"cell.cells\[1\].cell: LSTM\(.*gate_clip=1.0: Keras": init(Stack((GRU_23, Pool(LSTM(3, 3, gate_clip=1.0))))),
+    "Elman.*gate_clip=1.0: Keras": init(Elman(2, 3, gate_clip=1.0)),
     "one activation for both": init(LSTM(2, 3, activation="relu")),
     "GRU.*layer_norm=True: Keras": init(GRU(2, 3, layer_norm=True)),
     "MGU.*Keras has no counterpart": init(jaxrnn.MGU(2, 3)),

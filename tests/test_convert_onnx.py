@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conversion import assert_close, assert_weight_gradients, peer, redraw, run
 from jax import lax
+from onnx_models import GATES, around, compiled, drawn, integers, lstm_arrays, make, proto, runtime
 
 from jaxrnn import (
     GRU,
@@ -49,7 +50,6 @@ X64 = True
 PROMOTION = "standard"
 
 DATA = Path(__file__).parent / "data"
-GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 FUNCTIONS = {"RNN": 1, "GRU": 2, "LSTM": 3}
 CARRIES = {"RNN": ElmanCarry, "GRU": GRUCarry, "LSTM": LSTMCarry}
 # The names of ONNX, and how many numbers each takes.
@@ -71,53 +71,6 @@ NAMES = {
 @pytest.fixture
 def onnx():
     return peer("onnx")
-
-
-def runtime(model, feed):
-    """The outputs of onnxruntime, by name."""
-    ort = peer("onnxruntime")
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_outputs()]
-    return dict(zip(names, session.run(names, feed), strict=True))
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="time_axis")
-def compiled(cell, params, carry, xs, lengths=None, time_axis=0):
-    """`jaxrnn.scan` in one piece."""
-    return scan(cell, params, carry, xs, lengths=lengths, time_axis=time_axis)
-
-
-def drawn(cell, seed=0):
-    """Random params of a cell, without its `init`, which would have to be compiled."""
-    return redraw(seed, jax.eval_shape(cell.init, jax.random.key(0)))
-
-
-def proto(nodes, inputs, outputs, initializers=(), opset=22):
-    """A model of these nodes. inputs: {name: (dtype, shape)}; outputs: names; initializers: {name: array}."""
-    import onnx
-    from onnx import helper
-
-    def info(name, dtype, shape):
-        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
-
-    arrays = dict(initializers)
-    dtype = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), np.float32)
-    graph = helper.make_graph(
-        nodes,
-        "test",
-        [info(name, *given) for name, given in inputs.items()],
-        [info(name, dtype, None) for name in outputs],
-        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-
-
-def make(op, inputs, outputs, **attributes):
-    from onnx import helper
-
-    return helper.make_node(op, inputs, outputs, f"a_{op}", **attributes)
 
 
 # The equations of the specification.
@@ -200,13 +153,11 @@ def configuration(seed):
     attributes = {"direction": direction, "hidden_size": H}
     coupled = op == "LSTM" and rng.random() < 0.4
     names, numbers = [], []
-    for _, k in itertools.product(range(directions), range(FUNCTIONS[op])):
-        # Where f = 1 − i, LSTM has i = 1 − f, which is the same for these.
-        gate = k == 0 and op != "RNN"
-        name = rng.choice(["Sigmoid", "HardSigmoid"] if coupled and gate else list(NAMES))
+    for _ in range(directions * FUNCTIONS[op]):
+        name = rng.choice(list(NAMES))
         drawn = rng.integers(1, 5, NAMES[name]) / 8.0
         names.append(str(name))
-        numbers.append([drawn[0], 0.5] if coupled and gate and name == "HardSigmoid" else drawn.tolist())
+        numbers.append(drawn.tolist())
     if rng.random() < 0.8:
         attributes["activations"] = names
         attributes["activation_alpha"] = [float(each[0]) for each in numbers if each]
@@ -215,7 +166,7 @@ def configuration(seed):
     else:
         names = ["Tanh"] if op == "RNN" else ["Sigmoid", "Tanh", "Tanh"][: FUNCTIONS[op]]
         names, numbers = names * directions, [[]] * len(names) * directions
-    if op != "RNN" and rng.random() < 0.5:
+    if rng.random() < 0.5:
         attributes["clip"] = 0.75
     if coupled:
         attributes["input_forget"] = 1
@@ -527,10 +478,10 @@ def random_recurrent(rng, size, hidden):
     gate = lambda: ["sigmoid", "hard_sigmoid", "keras_hard_sigmoid", ("hard_sigmoid", 0.25, 0.5)][rng.integers(4)]
     match rng.integers(3):
         case 0:
-            return Elman(size, hidden, spec())
+            return Elman(size, hidden, spec(), gate_clip=clip)
         case 1:
             return GRU(size, hidden, bool(rng.integers(2)), gate_clip=clip, gate_activation=gate(), activation=spec())
-    options = {"peephole": bool(rng.integers(2)), "coupled": bool(rng.integers(2))}
+    options = {"peephole": bool(rng.integers(2)), "coupled": [False, True, "input"][rng.integers(3)]}
     options |= {"gate_clip": clip} if rng.integers(2) else {}
     return LSTM(size, hidden, **options, gate_activation=gate(), activation=spec(), output_activation=spec())
 
@@ -751,25 +702,6 @@ def test_damaged_full(onnx):
 # What is refused, and what is said.
 
 
-def lstm_arrays(hidden=3, size=2, directions=1, gates=4):
-    rng = np.random.default_rng(0)
-    shapes = {"W": (directions, gates * hidden, size), "R": (directions, gates * hidden, hidden)}
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def around(*nodes, initializers=(), inputs=(), outputs=("Z",), op="LSTM", opset=22, **attributes):
-    """A model of an LSTM from X to Y (and Y_h, Y_c), and nodes above it."""
-    arrays = lstm_arrays(gates=GATES[op]) | dict(initializers)
-    states = ["Y_h", "Y_c"] if op == "LSTM" else ["Y_h"]
-    first = make(op, ["X", "W", "R"], ["Y", *states], **attributes)
-    given = {"X": (np.float32, ("T", "B", 2))} | dict(inputs)
-    return proto([first, *nodes], given, outputs, arrays, opset)
-
-
-def integers(*numbers):
-    return np.array(numbers, np.int64)
-
-
 SQUEEZE = ("Squeeze", ["Y", "one"], ["S"])
 ONE = {"one": integers(1)}
 
@@ -807,7 +739,6 @@ REFUSED = {
         "takes steps 1 to 2",
         lambda: around(make("Gather", ["Y", "one"], ["Z"], axis=0), initializers=ONE),
     ),
-    "clip of an RNN": ("clip: Elman", lambda: around(op="RNN", outputs=["Y"], clip=1.0)),
     "clip of 0": ("clip: expected a positive", lambda: around(outputs=["Y"], clip=0.0)),
     "direction": ("direction: expected one of forward", lambda: around(outputs=["Y"], direction="sideways")),
     "layout": ("layout: expected 0 or 1", lambda: around(outputs=["Y"], layout=2)),
@@ -820,10 +751,6 @@ REFUSED = {
         lambda: around(outputs=["Y"], activations=["Elu", "Tanh", "Tanh"], activation_alpha=[1.0, 2.0]),
     ),
     "no alpha": ("Affine needs 2 numbers", lambda: around(outputs=["Y"], activations=["Affine", "Tanh", "Tanh"])),
-    "input_forget": (
-        "input_forget: f = 1 − i",
-        lambda: around(outputs=["Y"], input_forget=1, activations=["Tanh", "Tanh", "Tanh"]),
-    ),
     "features": (
         "X has 3 features, and W is for 2",
         lambda: around(outputs=["Y"], inputs={"X": (np.float32, ("T", "B", 3))}),
@@ -937,13 +864,13 @@ REFUSED = {
             lstm_arrays(gates=3) | {"k": np.array(-1)},
         ),
     ),
-    "shared state": (
-        "'h' is read elsewhere too",
+    "xs as a state": (
+        "'X' is what the layers act on",
         lambda: proto(
-            [make("LSTM", ["X", "W", "R", "", "", "h", "h"], ["Y"])],
-            {"X": (np.float32, ("T", "B", 2)), "h": (np.float32, (1, "B", 3))},
+            [make("LSTM", ["X", "W", "R", "", "", "X", "X"], ["Y"])],
+            {"X": (np.float32, (1, "B", 3))},
             ["Y"],
-            lstm_arrays(),
+            lstm_arrays(size=3),
         ),
     ),
     "two inputs": (

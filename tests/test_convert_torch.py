@@ -849,6 +849,7 @@ CELLS = {
     "layer_norm": (LSTM(D, H, layer_norm=True), "layer_norm=True"),
     "cell_clip": (LSTM(D, H, cell_clip=1.0), "cell_clip=1.0"),
     "gate_clip": (LSTM(D, H, gate_clip=1.0), "gate_clip=1.0"),
+    "Elman": (Elman(D, H, gate_clip=1.0), "gate_clip=1.0: torch's RNN has no such option"),
     "gate": (LSTM(D, H, gate_activation="hard_sigmoid"), "gate_activation='hard_sigmoid'"),
     "activation": (LSTM(D, H, activation="relu"), "activation='relu'"),
     "output": (LSTM(D, H, output_activation="relu"), "output_activation='relu'"),

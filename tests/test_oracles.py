@@ -88,6 +88,12 @@ def elman(id, absent=(), **fields):
     return pytest.param(Case(jaxrnn.Elman(D, H, **fields), jaxrnn.elman_step, oracles.elman_step, absent), id=id)
 
 
+def lstm_input(on):
+    fields = {"coupled": "input", "gate_activation": "softsign"} | {name: LSTM_OPTIONS[name] for name in on}
+    id = " ".join(["LSTM input", *on])
+    return pytest.param(Case(jaxrnn.LSTM(D, H, **fields), jaxrnn.lstm_step, oracles.lstm_step, ()), id=id)
+
+
 def indrnn(id, absent=(), **fields):
     return pytest.param(Case(jaxrnn.IndRNN(D, H, **fields), jaxrnn.indrnn_step, oracles.indrnn_step, absent), id=id)
 
@@ -123,9 +129,11 @@ CASES = [
     elman("Elman plain"),
     elman("Elman without b", absent=("b",)),
     elman("Elman relu", activation="relu"),
+    elman("Elman gate_clip", gate_clip=1.2),
     elman("Elman leaky_relu", activation=("leaky_relu", 0.3)),
     elman("Elman affine", activation=("affine", 0.8, 0.1)),
     *choices(jaxrnn.LSTM, jaxrnn.lstm_step, oracles.lstm_step, LSTM_OPTIONS),
+    *(lstm_input(on) for on in ((), ("peephole", "gate_clip"), ("layer_norm", "projection_size"))),
     *choices(jaxrnn.GRU, jaxrnn.gru_step, oracles.gru_step, GRU_OPTIONS),
     mgu("MGU plain"),
     mgu("MGU without b", absent=("b",)),
@@ -191,7 +199,7 @@ class Outcome(NamedTuple):
 def outcome(case) -> Outcome:
     """What the library computes, in one compilation."""
     cell = case.cell
-    free_options = {name: value for name, value in case.options.items() if name not in STRUCTURE}
+    free_options = {name: value for name, value in case.options.items() if name not in STRUCTURE or value == "input"}
 
     def loss(params, carry, xs, weights):
         result = jaxrnn.scan(cell, params, carry, xs)

@@ -18,11 +18,11 @@ P = TypeVar("P", LSTMParams, GRUParams)
 def chrono_init(key: Array, params: P, max_steps: int) -> P:
     """LSTM or GRU params whose keep gates remember over 1 to `max_steps` steps.
 
-        LSTM: b_f = log u, b_i = −b_f (none with coupled gates);  GRU: b_z = log u;  u ~ U(1, max_steps − 1) per unit
+        LSTM: b_f = log u, b_i = −b_f (none with i = 1 − f);  GRU: b_z = log u;  u ~ U(1, max_steps − 1) per unit
 
     Args:
       key: a PRNG key.
-      params: `LSTMParams` or `GRUParams` with a bias; only the bias changes.
+      params: `LSTMParams`, but not of `LSTM(coupled="input")`, or `GRUParams`, with a bias; only the bias changes.
       max_steps: the longest dependency expected, at least 3.
 
     Raises:

@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.activations import Activation, activation, check_elementwise
-from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.gated import GatedCell, clip
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import accumulator
 from jaxrnn.engines.gated import GatedWeights, Kernel
@@ -44,6 +44,7 @@ class Elman(GatedCell):
     Args:
       input_size: D. hidden_size: H.
       activation: φ, "tanh" by default; see `jaxrnn.activation`.
+      gate_clip: what φ reads within ±gate_clip (ONNX's `clip`).
 
     Reference: Elman 1990, Finding structure in time. Keras' SimpleRNN, torch's RNN, Flax's SimpleCell.
 
@@ -58,10 +59,12 @@ class Elman(GatedCell):
     input_size: int
     hidden_size: int
     activation: Activation = "tanh"
+    gate_clip: float | None = None
 
     def __post_init__(self):
         check.size(self, "input_size", self.input_size)
         check.size(self, "hidden_size", self.hidden_size)
+        check.threshold(self, "gate_clip", self.gate_clip)
         check_elementwise(self.activation)
 
     @property
@@ -80,6 +83,8 @@ class Elman(GatedCell):
     def kernel(self, weights: GatedWeights) -> Kernel | str:
         if self.activation not in ("tanh", "relu"):
             return f"no kernel has activation={self.activation!r}"
+        if self.gate_clip is not None:
+            return f"no kernel has gate_clip={self.gate_clip}"
         return Kernel(f"elman_{self.activation}", weights.w_h)
 
     def gates(self, params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None) -> ElmanGates:
@@ -91,7 +96,7 @@ class Elman(GatedCell):
         return ElmanCarry(h), h
 
     def _activate(self, theta, carry, u, v, w):
-        return ElmanGates(activation(self.activation)(u + v))
+        return ElmanGates(activation(self.activation)(clip(u + v, self.gate_clip)))
 
 
 def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> ElmanParams:
@@ -128,7 +133,7 @@ def irnn_init(
 
 
 def elman_step(
-    params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None, *, activation: Activation = "tanh"
+    params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None, **options: Any
 ) -> tuple[ElmanCarry, Array]:
     """One step of a simple recurrent network.
 
@@ -139,7 +144,7 @@ def elman_step(
       carry: `ElmanCarry(h)`, (..., H).
       x: input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
-      activation: φ.
+      options: `activation`, which is φ, and `gate_clip`, as of `Elman`.
 
     Returns:
       The new carry, and the output h', (..., H).
@@ -153,4 +158,5 @@ def elman_step(
         >>> y.shape
         (16,)
     """
-    return Elman(*params.w_x.shape, activation=activation).step(params, carry, x, noise)
+    input_size, hidden_size = params.w_x.shape
+    return Elman(input_size, hidden_size, **options).step(params, carry, x, noise)

@@ -26,10 +26,10 @@ class LSTMNorm(NamedTuple):
 
 
 class LSTMParams(NamedTuple):
-    """w_x (D, 4H), w_h (P, 4H), b (4H,) or None: gates i f g o, or f g o (3H) where coupled. P is H without projection.
+    """w_x (D, 4H), w_h (P, 4H), b (4H,) or None: gates i f g o; where coupled f g o, or i g o (3H).
 
-    peephole (3, H): p_i, p_f, p_o, or (2, H): p_f, p_o where coupled. w_p (H, P). norm: see `LSTMNorm`.
-    What the cell's options do not use is None.
+    P is H without projection. peephole (3, H): p_i, p_f, p_o; where coupled (2, H): p_f or p_i, p_o. w_p (H, P).
+    norm: see `LSTMNorm`. What the cell's options do not use is None.
     """
 
     w_x: Array
@@ -77,7 +77,8 @@ class LSTM(GatedCell):
     Args:
       input_size: D. hidden_size: H.
       peephole: i and f also see p c, o sees p c' (Gers & Schmidhuber 2000).
-      coupled: i = 1 − f; three gates f g o (Greff et al. 2017, CIFG).
+      coupled: i = 1 − f; three gates f g o (Greff et al. 2017, CIFG). With "input", f = 1 − i; three gates i g o
+        (ONNX's `input_forget`).
       projection_size: P; h' = (o tanh(c')) w_p (Sak et al. 2014). The carry h, the output and w_h have P rows.
       layer_norm: LN(x w_x) γ_x + LN(h w_h) γ_h + b before the gates, each over all of them, and tanh(LN(c') γ_c + b_c)
         (Ba et al. 2016, in the form of haste).
@@ -98,7 +99,7 @@ class LSTM(GatedCell):
     input_size: int
     hidden_size: int
     peephole: bool = False
-    coupled: bool = False
+    coupled: bool | str = False
     projection_size: int | None = None
     layer_norm: bool = False
     cell_clip: float | None = None
@@ -110,6 +111,8 @@ class LSTM(GatedCell):
     def __post_init__(self):
         check.size(self, "input_size", self.input_size)
         check.size(self, "hidden_size", self.hidden_size)
+        if self.coupled not in (False, True, "input"):
+            raise ValueError(f"LSTM: coupled must be False, True or 'input', got {self.coupled!r}")
         if self.projection_size is not None:
             check.size(self, "projection_size", self.projection_size)
         check.threshold(self, "cell_clip", self.cell_clip)
@@ -173,6 +176,8 @@ class LSTM(GatedCell):
 
         f = gate(f, -2, carry.c)
         i = 1 - f if self.coupled else gate(i[0], -3, carry.c)
+        if self.coupled == "input":
+            i, f = f, i
         g = ψ(clip(g, self.gate_clip))
         c = clip(f * carry.c + i * g, self.cell_clip)
         return LSTMGates(i, f, g, gate(o, -1, c)), c
@@ -189,14 +194,14 @@ def lstm_init(
     hidden_size: int,
     *,
     peephole: bool = False,
-    coupled: bool = False,
+    coupled: bool | str = False,
     projection_size: int | None = None,
     layer_norm: bool = False,
     dtype: Any = jnp.float32,
 ) -> LSTMParams:
     """Parameters of `lstm_step`: per gate w_x LeCun normal and w_h orthogonal, forget bias 1, other biases 0.
 
-    w_p is LeCun normal, peepholes are zero, gains one.
+    Where f = 1 − i, the input bias is −1. w_p is LeCun normal, peepholes are zero, gains one.
 
         >>> import jax, jaxrnn
         >>> jaxrnn.lstm_init(jax.random.key(0), 3, 2).b
@@ -211,7 +216,7 @@ def lstm_init(
     return LSTMParams(
         w_x=lecun_normal(k_x, input_size, hidden_size, gates, dtype),
         w_h=orthogonal(k_h, size, hidden_size, gates, dtype),
-        b=zeros.at[forget : forget + hidden_size].set(1),
+        b=zeros.at[forget : forget + hidden_size].set(-1 if coupled == "input" else 1),
         peephole=jnp.zeros((gates - 1, hidden_size), dtype) if peephole else None,
         w_p=lecun_normal(k_p, hidden_size, projection_size, 1, dtype) if projection_size else None,
         norm=LSTMNorm(ones, ones, one, zero) if layer_norm else None,
@@ -233,7 +238,8 @@ def lstm_step(
       carry: `LSTMCarry(h, c)`, each (..., H).
       x: input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
-      options: `cell_clip`, `gate_clip`, `gate_activation`, `activation`, `output_activation`, as of `LSTM`.
+      options: `coupled="input"`, `cell_clip`, `gate_clip`, `gate_activation`, `activation`, `output_activation`, as of
+        `LSTM`.
 
     Returns:
       The new carry, and the output h', (..., H).
@@ -250,11 +256,11 @@ def lstm_step(
         >>> y.shape
         (16,)
     """
+    options.setdefault("coupled", params.w_x.shape[1] == 3 * params.hidden_size)
     cell = LSTM(
         params.w_x.shape[0],
         params.hidden_size,
         peephole=params.peephole is not None,
-        coupled=params.w_x.shape[1] == 3 * params.hidden_size,
         projection_size=None if params.w_p is None else params.w_p.shape[1],
         layer_norm=params.norm is not None,
         **options,

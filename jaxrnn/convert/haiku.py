@@ -363,6 +363,7 @@ def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, dict[str, An
         case GRU():
             model.refuse("hk.GRU resets before the product, which is another function")
         case Elman(activation="relu"):
+            model.only("activation", why="hk.VanillaRNN has no such option")
             b = _bias(params, params.w_x)
             below = {"linear": {"w": params.w_x, "b": b}, "linear_1": {"w": params.w_h, "b": np.zeros_like(b)}}
             return "vanilla_rnn", below

@@ -263,6 +263,7 @@ def _write(model: Placed, dropout: float) -> _Written:
 
 def _simple(model: Placed) -> _Written:
     cell: Any = model.cell
+    model.only("activation", why=LACKS)
     config = {"units": cell.hidden_size, "activation": _activation(model, cell.activation)}
     return _Written("SimpleRNN", config | {"use_bias": model.params.b is not None}, list(model.params))
 

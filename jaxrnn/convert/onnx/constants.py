@@ -125,10 +125,17 @@ class Folder:
             node.refuse(f"expected up to {MOST_AXES} axes, got {rank}")
         own = (ONE,) * (rank - len(value.shape)) + value.shape
         wanted = (ONE,) * (rank - len(shape)) + tuple(shape)
-        if any(a != b and ONE not in (a, b) for a, b in zip(own, wanted, strict=True)):
-            node.refuse(f"cannot broadcast ({', '.join(map(str, own))}) to ({', '.join(map(str, wanted))})")
+
+        def joined(a, b):
+            if ONE in (a, b) or a == b:
+                return b if a == ONE else a
+            if bool(a.dims) == bool(b.dims):
+                node.refuse(f"cannot broadcast ({', '.join(map(str, own))}) to ({', '.join(map(str, wanted))})")
+            # The one that is not known can only be 1, or the other.
+            return b if a.dims else a
+
         array = value.array.reshape((1,) * (rank - value.array.ndim) + value.array.shape)
-        return Constant(array, tuple(b if a == ONE else a for a, b in zip(own, wanted, strict=True)))
+        return Constant(array, tuple(map(joined, own, wanted)))
 
     def transpose(self, value: Constant, order: Sequence[int]) -> Constant:
         return Constant(value.array.transpose(order), tuple(value.shape[k] for k in order))

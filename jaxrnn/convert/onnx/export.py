@@ -15,7 +15,7 @@ from jaxrnn.cells.lstm import LSTM
 from jaxrnn.compose import Stack
 from jaxrnn.convert.activations import there
 from jaxrnn.convert.cells import Placed, layers, placed
-from jaxrnn.convert.onnx.recurrent import FUNCTIONS, OPERATORS, WITHOUT_DEFAULTS, by_gate, odd_about_half, rearranged
+from jaxrnn.convert.onnx.recurrent import FUNCTIONS, OPERATORS, WITHOUT_DEFAULTS, rearranged
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
@@ -293,7 +293,7 @@ def _weights(way: Placed) -> tuple[str, dict[str, Any], list[Activation], dict[s
     p = None
     match cell:
         case Elman():
-            op, attributes, specs = "RNN", {}, [cell.activation]
+            op, attributes, specs = "RNN", {"clip": cell.gate_clip}, [cell.activation]
         case GRU():
             way.only("reset_after", "gate_clip", "gate_activation", "activation", why=_LACKS)
             op, specs = "GRU", [cell.gate_activation, cell.activation]
@@ -302,7 +302,7 @@ def _weights(way: Placed) -> tuple[str, dict[str, Any], list[Activation], dict[s
             options = ("peephole", "coupled", "gate_clip", "gate_activation", "activation", "output_activation")
             way.only(*options, why=_LACKS)
             op, specs = "LSTM", [cell.gate_activation, cell.activation, cell.output_activation]
-            attributes = {"input_forget": int(cell.coupled), "clip": cell.gate_clip}
+            attributes = {"input_forget": int(bool(cell.coupled)), "clip": cell.gate_clip}
             p = None if params.peephole is None else params.peephole.reshape(-1)
         case _:
             raise AssertionError
@@ -313,10 +313,11 @@ def _weights(way: Placed) -> tuple[str, dict[str, Any], list[Activation], dict[s
         b = np.zeros_like(w[0]) if b is None else b
         recurrent_bias = np.concatenate([np.zeros_like(params.b_hn)] * 2 + [params.b_hn])
     if op == "LSTM" and cell.coupled:  # type: ignore[attr-defined]
-        if not odd_about_half(specs[0]):
-            way.refuse(f"i = 1 − f, and ONNX's f = 1 − i is the same for φ(−x) = 1 − φ(x), not for {specs[0]!r}")
-        w, r, b = (None if a is None else _uncoupled(a, "fgo") for a in (w, r, b))
-        p = None if p is None else _uncoupled(p, "fo")
+        sign = 1 if cell.coupled == "input" else -1  # type: ignore[attr-defined]
+        if sign < 0 and not odd_about_half(specs[0]):
+            way.refuse(f"i = 1 − f is ONNX's f = 1 − i for φ(−x) = 1 − φ(x), not for {specs[0]!r}; use coupled='input'")
+        w, r, b = (None if a is None else _uncoupled(a, 3, sign) for a in (w, r, b))
+        p = None if p is None else _uncoupled(p, 2, sign)
 
     def theirs(array, ours=operator.ours, order=operator.gates):
         return rearranged(array, ours, order)
@@ -332,10 +333,20 @@ def _weights(way: Placed) -> tuple[str, dict[str, Any], list[Activation], dict[s
     return op, attributes, specs, arrays
 
 
-def _uncoupled(array: np.ndarray, gates: str) -> np.ndarray:
-    """The gates with i, from which f follows, and nothing at f."""
-    blocks = by_gate(array, gates)
-    return np.concatenate([-blocks["f"], np.zeros_like(blocks["f"]), *(blocks[gate] for gate in gates[1:])], axis=-1)
+def _uncoupled(array: np.ndarray, gates: int, sign: int) -> np.ndarray:
+    """The gates with i, which is the first of them but for its sign, and with nothing at f, which follows from it."""
+    first, *rest = np.split(array, gates, axis=-1)
+    return np.concatenate([sign * first, np.zeros_like(first), *rest], axis=-1)
+
+
+def odd_about_half(spec: Activation) -> bool:
+    """Whether φ(−x) = 1 − φ(x)."""
+    match spec:
+        case "sigmoid" | "hard_sigmoid" | "keras_hard_sigmoid" | ("hard_sigmoid", _):
+            return True
+        case ("hard_sigmoid" | "affine", _, beta):
+            return beta == 0.5
+    return False
 
 
 def _activations(specs: list[list[Activation]]) -> dict[str, Any]:

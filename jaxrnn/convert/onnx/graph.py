@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,76 +10,26 @@ import numpy as np
 
 from jaxrnn.cell import Cell
 from jaxrnn.convert.cells import stacked
-from jaxrnn.convert.onnx import layers, nodes, plumbing, signals
+from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Constant, Folder
-from jaxrnn.convert.onnx.read import MOST_AXES, RECURRENT, Model, Node, read
+from jaxrnn.convert.onnx.read import MOST_AXES, RECURRENT, Model, Node
 from jaxrnn.convert.onnx.signals import DIRECTION, FEATURES, UNIT, Chain, Signal, Value
-from jaxrnn.engines.arrays import on_device
 
-OPERATIONS = plumbing.OPERATIONS | layers.OPERATIONS | nodes.OPERATIONS
-
-
-def from_onnx(
-    model: Any, *, initializers: Mapping[str, Any] | None = None, output: str | None = None
-) -> tuple[Cell, Any]:
-    """The recurrent network of an ONNX model as a cell and its params.
-
-    The model is a chain of layers: RNN, LSTM and GRU nodes with all their attributes, embeddings (Gather), Linear
-    (MatMul, Gemm), LayerNormalization, Dropout, activations and residual connections, ended by the last step, the mean
-    or the greatest of all steps if at all, with the plumbing that exporters write around them. Weights and initial
-    states may be computed from constants and from the shapes of the inputs. `torch.onnx.export(..., dynamo=False)` and
-    tf2onnx write such models.
-
-    What are inputs of the graph besides xs are arguments of `jaxrnn.scan`: the `sequence_lens` of the recurrent nodes
-    are `lengths`, and their `initial_h` and `initial_c`, if they are inputs, `carry`; constant ones make a
-    `LearnedCarry`. Where time lies is an argument too: `time_axis=1` for a model (or `layout=1`) that takes the batch
-    first.
-
-    ys have the shapes of jaxrnn: directions side by side on the last axis. With `lengths`, ys are 0 at the padding,
-    where a layer above a recurrent one in ONNX puts out what it makes of 0; and a sequence of length 0 keeps its
-    initial state. A model without `sequence_lens` that takes the last step takes the last valid one once `lengths` are
-    given. With `input_forget`, f = 1 − i, as in onnxruntime.
-
-    Args:
-      model: a path, the bytes of a file, an `onnx.ModelProto`; or an `onnx.NodeProto` of a recurrent operator.
-      initializers: for a NodeProto, the arrays by name; other inputs of the node are inputs of the model.
-      output: the name of the output that the cell puts out, where the model has several. By default it is the only one
-        that is no final state; or, of final states only, the only one.
-
-    Returns:
-      The cell (a `Stack`, where there are several layers), and its params, in the dtype of the model.
-
-    Raises:
-      ValueError: for what cannot be converted, naming the node, and for damaged files.
-      TypeError: for what is no model.
-
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.convert.onnx import from_onnx, to_onnx
-        >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 3), jaxrnn.Pool(jaxrnn.GRU(3, 4)), jaxrnn.Linear(4, 2)))
-        >>> params = cell.init(jax.random.key(0))
-        >>> try:
-        ...     import onnx
-        ... except ImportError:
-        ...     same = cell
-        ... else:
-        ...     same, _ = from_onnx(to_onnx(cell, params))
-        >>> same == cell
-        True
-    """
-    return Graph(read(model, initializers, output)).convert()
+# What a node makes of its inputs: a value, or a list of them. Raises where it cannot be converted.
+Operation = Callable[["Graph", Node], Any]
 
 
 class Graph:
     """The values of a model, by name."""
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(self, model: Model, operations: Mapping[str, Operation]):
+        self.model, self.operations = model, operations
         self.folder = Folder(model.room)
         self.values: dict[str, Value] = {name: self.folder.constant(a) for name, a in model.constants.items()}
         self.xs: str | None = None
-        self.taken: dict[tuple[str, int], str] = {}
 
     def convert(self) -> tuple[Cell, Any]:
+        """The cell, and its params in NumPy."""
         if not any(node.op in RECURRENT for node in self.model.nodes):
             ops = ", ".join(sorted({node.op for node in self.model.nodes})) or "none"
             raise ValueError(
@@ -91,16 +41,16 @@ class Graph:
                 raise ValueError(f"onnx: input {given.name!r}: expected a shape of up to {MOST_AXES} axes")
             self.values[given.name] = signals.source(given.name, given.dtype, given.dims)
         for node in self.model.nodes:
-            if node.op not in OPERATIONS:
+            if node.op not in self.operations:
                 node.refuse("this operation has no counterpart in a chain of cells")
             self._run(node)
         chain = self._output()
         cell, params = stacked(chain.layers())
         self._check_dtypes(chain, params)
-        return cell, jax.tree.map(on_device, params)
+        return cell, params
 
     def _run(self, node: Node) -> None:
-        made = OPERATIONS[node.op](self, node)
+        made = self.operations[node.op](self, node)
         made = made if isinstance(made, list) else [made]
         if len(node.outputs) > len(made) and any(node.outputs[len(made) :]):
             node.refuse(f"expected {len(made)} outputs, got {len(node.outputs)}")
@@ -127,7 +77,9 @@ class Graph:
         kept = [axis for axis in axes if axis != UNIT]
         sequence = [] if chain.pooled else [chain.time]
         wanted = [axis for axis in (*sequence, chain.batch) if axis != UNIT]
-        if chain.time is None or kept[-1:] != [FEATURES] or sorted(kept[:-1], key=str) != sorted(wanted, key=str):
+        # A head of one feature may have dropped the axis of features.
+        kept = kept[:-1] if kept[-1:] == [FEATURES] else kept
+        if chain.time is None or sorted(kept, key=str) != sorted(wanted, key=str):
             end.refuse(f"expected the axes time, batch, features, or batch, features, got {value}")
         others = states if found is rest else {}
         strangers = [other for other, each in others.items() if not all(chain.holds(part.chain) for part in each.parts)]

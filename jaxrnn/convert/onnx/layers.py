@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +11,10 @@ from jaxrnn.convert.activations import here, names
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Size
+from jaxrnn.convert.onnx.graph import Graph, Operation
 from jaxrnn.convert.onnx.read import Node
 from jaxrnn.convert.onnx.signals import FEATURES, Part, Signal
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
-
-if TYPE_CHECKING:
-    from jaxrnn.convert.onnx.graph import Graph
 
 
 def _weights(node: Node, **arrays: np.ndarray) -> Arrays:
@@ -172,7 +169,8 @@ def _clip(graph: Graph, node: Node):
 def _softmax(graph: Graph, node: Node):
     node.only("axis")
     x = graph.signal(node)
-    if graph.axis(node, x, -1 if graph.model.opset >= 13 else 1) != len(x.axes) - 1:
+    axis = graph.axis(node, x, -1 if graph.model.opset >= 13 else 1)
+    if axis != len(x.axes) - 1 or x.axes[axis] != FEATURES:
         node.refuse(f"expected the last axis of {x}")
     return _apply(graph, node, {"axis": -1})
 
@@ -204,7 +202,7 @@ def _reduce(graph: Graph, node: Node):
     return signals.unsqueeze(node, pooled, axes) if node.get("keepdims", 1) else pooled
 
 
-OPERATIONS: dict[str, Callable[[Graph, Node], Any]] = {
+OPERATIONS: dict[str, Operation] = {
     **{op: _activation for op in names("onnx") if op != "Identity"},
     "Add": _add,
     "Clip": _clip,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,14 +11,12 @@ from jaxrnn.cell import Cell
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Constant, Dim, Size
+from jaxrnn.convert.onnx.graph import Graph, Operation
 from jaxrnn.convert.onnx.read import RECURRENT, Node
 from jaxrnn.convert.onnx.recurrent import cells, reversed_directions
 from jaxrnn.convert.onnx.signals import DIRECTION, FEATURES, UNIT, Part, Signal
 from jaxrnn.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.wrap import Backward, LearnedCarry, LearnedCarryParams
-
-if TYPE_CHECKING:
-    from jaxrnn.convert.onnx.graph import Graph
 
 
 def _recurrent(graph: Graph, node: Node):
@@ -114,16 +111,14 @@ def _initial(graph, node, k, name, shape, batch, batch_first):
 
 
 def _initial_input(graph, node, name, value, shape):
-    """An initial state that is an input, or rows of one, which nothing else reads."""
+    """An initial state that is an input, or rows of one. Several states may be the same input."""
     chain, axis = value.parts[0].chain, value.axes[0]
     rows = [part.index for part in value.parts] if axis in (DIRECTION, UNIT) else list(range(shape[0]))
     whole = not isinstance(axis, Dim) or value.size(axis) in (Size(shape[0]), Size(1, (axis,)))
     if chain.below is not None or value.axes[2] != FEATURES or len(rows) != shape[0] or not whole:
         node.refuse(f"{name}: expected an input of the model, or rows of one, got {value}")
-    for row in rows:
-        if (chain.input, row) in graph.taken or chain.input == graph.xs:
-            node.refuse(f"{name}: {chain.input!r} is read elsewhere too, and the states of a carry are independent")
-        graph.taken[chain.input, row] = name
+    if chain.input == graph.xs:
+        node.refuse(f"{name}: {chain.input!r} is what the layers act on, too")
     return "input"
 
 
@@ -135,6 +130,6 @@ def _directions(made, reverse) -> tuple[Cell, Any]:
     return (Backward(cell) if reverse[0] else cell), params
 
 
-OPERATIONS: dict[str, Callable[[Graph, Node], Any]] = {
+OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(RECURRENT, _recurrent),
 }

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import ONE, Constant, Size
+from jaxrnn.convert.onnx.graph import Graph, Operation
 from jaxrnn.convert.onnx.layers import embed, product
 from jaxrnn.convert.onnx.read import DTYPES, MOST_AXES, Node
-from jaxrnn.convert.onnx.signals import DIRECTION, UNIT, Signal, Value
-
-if TYPE_CHECKING:
-    from jaxrnn.convert.onnx.graph import Graph
+from jaxrnn.convert.onnx.signals import Signal, Value
 
 
 def _constant(graph: Graph, node: Node):
@@ -264,14 +260,12 @@ def _gather(graph: Graph, node: Node):
     found = signals.cut(node, value, axis, k, k + 1 if k != -1 else 2**31 - 1)
     if indices.ndim:
         return found
-    if found.axes[axis] == DIRECTION and len(found.parts) == 1:
-        return signals.squeeze(node, found, [axis])
-    if found.axes[axis] != UNIT:
+    if found.size(found.axes[axis]) != ONE:
         node.refuse(f"takes entry {k} of axis {axis} of {value}")
     return signals.squeeze(node, found, [axis])
 
 
-OPERATIONS: dict[str, Callable[[Graph, Node], Any]] = {
+OPERATIONS: dict[str, Operation] = {
     "Cast": _cast,
     "Concat": _concat,
     "Constant": _constant,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
+
+from jaxrnn.convert.onnx.external import DataFiles
 
 RECURRENT = ("RNN", "LSTM", "GRU")
 MOST_AXES = 8
@@ -89,15 +91,20 @@ class Model(NamedTuple):
     room: int
 
 
-def read(source: Any, initializers: Mapping[str, Any] | None, output: str | None) -> Model:
-    """The model in a path, bytes, a ModelProto, or a NodeProto with its `initializers`."""
+class File(NamedTuple):
+    """A ModelProto, and the files of data beside it."""
+
+    proto: Any
+    data: DataFiles
+
+
+def read(source: Any) -> File:
+    """The model in a path, in bytes, or a ModelProto."""
     import onnx
 
-    if isinstance(source, onnx.NodeProto):
-        return _single(source, initializers, output)
-    if initializers is not None:
-        raise TypeError(f"initializers: only for an onnx.NodeProto, got {type(source).__name__}")
+    folder = None
     if isinstance(source, (str, os.PathLike)):
+        folder = os.path.dirname(os.path.abspath(source))
         with open(source, "rb") as file:
             source = file.read()
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -106,7 +113,7 @@ def read(source: Any, initializers: Mapping[str, Any] | None, output: str | None
         raise TypeError(
             f"model: expected a path, bytes, an onnx.ModelProto or onnx.NodeProto, got {type(source).__name__}"
         )
-    return _graph(source, output)
+    return File(source, DataFiles(folder))
 
 
 def _parse(onnx, data: bytes):
@@ -118,57 +125,63 @@ def _parse(onnx, data: bytes):
         raise ValueError(f"onnx: {len(data)} bytes are no ONNX model: {error}") from error
 
 
-def _graph(model: Any, output: str | None) -> Model:
-    graph = model.graph
+def whole(file: File, output: str | None) -> Model:
+    """All that the outputs of a model need, or that one of them needs."""
+    graph, data = file.proto.graph, file.data
     if not graph.output:
         raise ValueError("onnx: the model has no graph with outputs")
-    opset = _opset(model.opset_import)
     names = tuple(each.name for each in graph.output)
     if output is not None and output not in names:
         raise ValueError(f"output: expected one of {names}, got {output!r}")
     wanted = names if output is None else (output,)
     constants = _unique("initializer", ((each.name, each) for each in graph.initializer))
     inputs = _unique("input", ((each.name, each) for each in graph.input))
-    nodes = [_node(each) for each in _needed(graph.node, wanted, {*constants, *inputs})]
-    used = {name for node in nodes for name in node.inputs} | set(wanted)
+    nodes = [node(each, data) for each in _needed(graph.node, wanted, {*constants, *inputs})]
+    used = {name for each in nodes for name in each.inputs} | set(wanted)
     return Model(
-        {name: _input(name, each) for name, each in inputs.items() if name in used and name not in constants},
-        {name: array(f"onnx: initializer {name!r}", each) for name, each in constants.items() if name in used},
+        {name: value_info(name, each) for name, each in inputs.items() if name in used and name not in constants},
+        {name: array(f"onnx: initializer {name!r}", each, data) for name, each in constants.items() if name in used},
         nodes,
         wanted,
-        opset,
-        model.ByteSize(),
+        opset(file),
+        file.proto.ByteSize() + data.bytes,
     )
 
 
-def _single(node: Any, initializers: Mapping[str, Any] | None, output: str | None) -> Model:
+def single(proto: Any, initializers: Any, output: str | None) -> Model:
     """A graph of one recurrent node, whose outputs are those that it names."""
     if not isinstance(initializers, Mapping):
         raise TypeError(f"initializers: expected a mapping of names to arrays, got {type(initializers).__name__}")
-    read = _node(node)
+    read = node(proto, DataFiles(None))
     if read.op not in RECURRENT:
         read.refuse(f"expected one of {', '.join(RECURRENT)}; convert a whole model for other operations")
     constants = {name: np.asarray(value) for name, value in initializers.items()}
     unused = sorted(set(constants) - set(read.inputs))
     if unused:
         raise ValueError(f"initializers: {unused[0]!r} is no input of the node, which reads {read.inputs}")
-    # X, W, R, B, sequence_lens, initial_h, initial_c, P
-    ranks = (3, 3, 3, 2, 1, 3, 3, 2)
-    inputs = {
-        name: Input(name, np.dtype(np.int32) if k == 4 else None, (None,) * rank)
-        for k, (name, rank) in enumerate(zip(read.inputs, ranks, strict=False))
-        if name and name not in constants
-    }
     outputs = tuple(name for name in read.outputs if name)
     if output is not None and output not in outputs:
         raise ValueError(f"output: expected one of {outputs}, got {output!r}")
-    return Model(inputs, constants, [read], outputs if output is None else (output,), 22, 0)
+    outputs = outputs if output is None else (output,)
+    return Model(inputs_of(read, constants), constants, [read], outputs, 22, 0)
 
 
-def _opset(imports: Iterable[Any]) -> int:
+def inputs_of(recurrent: Node, constants: Container[str]) -> dict[str, Input]:
+    """The inputs of a recurrent node that are no constants, as inputs of a graph."""
+    # X, W, R, B, sequence_lens, initial_h, initial_c, P
+    ranks = (3, 3, 3, 2, 1, 3, 3, 2)
+    return {
+        name: Input(name, np.dtype(np.int32) if k == 4 else None, (None,) * rank)
+        for k, (name, rank) in enumerate(zip(recurrent.inputs, ranks, strict=False))
+        if name and name not in constants
+    }
+
+
+def opset(file: File) -> int:
+    """The version of ONNX's operator set."""
     from onnx.defs import onnx_opset_version
 
-    versions = [each.version for each in imports if each.domain in ("", "ai.onnx")]
+    versions = [each.version for each in file.proto.opset_import if each.domain in ("", "ai.onnx")]
     if len(versions) != 1 or not 7 <= versions[0] <= onnx_opset_version():
         raise ValueError(f"onnx: expected one operator set from 7 to {onnx_opset_version()}, got {versions}")
     return versions[0]
@@ -212,7 +225,8 @@ def _needed(nodes: Any, outputs: Iterable[str], given: set[str]) -> list[Any]:
     return kept
 
 
-def _node(proto: Any) -> Node:
+def node(proto: Any, data: DataFiles) -> Node:
+    """A NodeProto, checked."""
     node = Node(proto.op_type, proto.name, tuple(proto.input), tuple(proto.output), {})
     if proto.domain not in ("", "ai.onnx"):
         node.refuse(f"operator set {proto.domain!r}: expected ai.onnx")
@@ -223,11 +237,11 @@ def _node(proto: Any) -> Node:
             node.refuse("it has a subgraph; torch.onnx.export(..., dynamo=False) writes recurrent nodes in its place")
         if each.type not in ATTRIBUTES or each.ref_attr_name:
             node.refuse(f"attribute {each.name!r} is of type {each.type}, which is not understood")
-        node.attributes[each.name] = _attribute(node, each.name, getattr(each, ATTRIBUTES[each.type]))
+        node.attributes[each.name] = _attribute(node, each.name, getattr(each, ATTRIBUTES[each.type]), data)
     return node
 
 
-def _attribute(node: Node, name: str, value: Any) -> Any:
+def _attribute(node: Node, name: str, value: Any, data: DataFiles) -> Any:
     match value:
         case float() if not math.isfinite(value):
             node.refuse(f"{name}: expected a finite number, got {value}")
@@ -239,11 +253,12 @@ def _attribute(node: Node, name: str, value: Any) -> Any:
         case float() | int():
             return value
     if hasattr(value, "data_type"):
-        return array(f"{node.place}: {name}", value)
-    return tuple(_attribute(node, name, each) for each in value)
+        return array(f"{node.place}: {name}", value, data)
+    return tuple(_attribute(node, name, each, data) for each in value)
 
 
-def _input(name: str, proto: Any) -> Input:
+def value_info(name: str, proto: Any) -> Input:
+    """An input of a graph: a ValueInfoProto."""
     kind = proto.type.tensor_type
     if not proto.type.HasField("tensor_type") or kind.elem_type not in DTYPES:
         raise ValueError(f"onnx: input {name!r}: expected a tensor of numbers")
@@ -254,18 +269,18 @@ def _input(name: str, proto: Any) -> Input:
     return Input(name, dtype, tuple(each.dim_value if each.dim_value > 0 else None for each in kind.shape.dim))
 
 
-def array(what: str, tensor: Any) -> np.ndarray:
+def array(what: str, tensor: Any, data: DataFiles) -> np.ndarray:
     """A TensorProto as an array, made only where the data are there."""
     from onnx import numpy_helper
 
-    if tensor.data_location == 1 or tensor.external_data:
-        raise ValueError(f"{what}: its data are in another file; save the model with its data inside")
     if tensor.data_type not in DTYPES:
         raise ValueError(f"{what}: expected numbers, got a tensor of data type {tensor.data_type}")
     dims = tuple(tensor.dims)
     if len(dims) > MOST_AXES or any(size < 0 for size in dims) or tensor.HasField("segment"):
         raise ValueError(f"{what}: expected up to {MOST_AXES} sizes of at least 0, got {dims[: 2 * MOST_AXES]}")
     dtype, field = DTYPES[tensor.data_type]
+    if tensor.data_location == 1:
+        return data.read(what, tensor.external_data, dtype, dims)
     expected = math.prod(dims)
     raw = tensor.HasField("raw_data")
     given = len(tensor.raw_data) / dtype.itemsize if raw else len(getattr(tensor, field))

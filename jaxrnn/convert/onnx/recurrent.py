@@ -85,10 +85,8 @@ def cells(node: Node, arrays: dict[str, Any]) -> list[tuple[Cell, Any]]:
 
 
 def _rnn(node, specs, w, r, biases, p):
-    if "clip" in node.attributes:
-        node.refuse("clip: Elman has none")
     b = None if biases is None else biases[0] + biases[1]
-    return Elman(*w.shape, activation=specs[0]), ElmanParams(w, r, b)
+    return Elman(*w.shape, activation=specs[0], gate_clip=_clip(node)), ElmanParams(w, r, b)
 
 
 def _gru(node, specs, w, r, biases, p):
@@ -110,56 +108,27 @@ def _gru(node, specs, w, r, biases, p):
 def _lstm(node, specs, w, r, biases, p):
     coupled = node.get("input_forget", 0) != 0
     b = None if biases is None else biases[0] + biases[1]
-    peephole = None if p is None else rearranged(p, "iof", "ifo")
+    peephole = None if p is None else rearranged(p, "iof", "io" if coupled else "ifo")
     if coupled:
-        if not odd_about_half(specs[0]):
-            node.refuse(
-                f"input_forget: f = 1 − i, and LSTM(coupled=True) has i = 1 − f, "
-                f"which is the same for φ(−x) = 1 − φ(x) and not for {specs[0]!r}"
-            )
-        w, r = swap_coupled(w, "ifgo"), swap_coupled(r, "ifgo")
-        b = None if b is None else swap_coupled(b, "ifgo")
-        peephole = None if peephole is None else swap_coupled(peephole, "ifo").reshape(2, -1)
-    elif peephole is not None:
-        peephole = peephole.reshape(3, -1)
+        w, r = rearranged(w, "ifgo", "igo"), rearranged(r, "ifgo", "igo")
+        b = None if b is None else rearranged(b, "ifgo", "igo")
     cell = LSTM(
         w.shape[0],
         r.shape[0],
         peephole=peephole is not None,
-        coupled=coupled,
+        coupled="input" if coupled else False,
         gate_clip=_clip(node),
         gate_activation=specs[0],
         activation=specs[1],
         output_activation=specs[2],
     )
-    return cell, LSTMParams(w, r, b, peephole)
-
-
-def by_gate(array: np.ndarray, gates: str) -> dict[str, Any]:
-    """The blocks of the last axis, by gate."""
-    return dict(zip(gates, np.split(array, len(gates), axis=-1), strict=True))
+    return cell, LSTMParams(w, r, b, None if peephole is None else peephole.reshape(-1, r.shape[0]))
 
 
 def rearranged(array: np.ndarray, given: str, wanted: str) -> Any:
     """The gates of the last axis in another order, or some of them."""
-    blocks = by_gate(array, given)
+    blocks = dict(zip(given, np.split(array, len(given), axis=-1), strict=True))
     return np.concatenate([blocks[gate] for gate in wanted], axis=-1)
-
-
-def swap_coupled(array: np.ndarray, gates: str) -> Any:
-    """The gates without i, f being what i was, negated: 1 − φ(x) is φ(−x)."""
-    blocks = by_gate(array, gates)
-    return np.concatenate([-blocks["i"] if gate == "f" else blocks[gate] for gate in gates if gate != "i"], axis=-1)
-
-
-def odd_about_half(spec: Activation) -> bool:
-    """Whether φ(−x) = 1 − φ(x)."""
-    match spec:
-        case "sigmoid" | "hard_sigmoid" | "keras_hard_sigmoid" | ("hard_sigmoid", _):
-            return True
-        case ("hard_sigmoid" | "affine", _, beta):
-            return beta == 0.5
-    return False
 
 
 def _clip(node: Node) -> float | None:

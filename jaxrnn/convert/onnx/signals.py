@@ -222,7 +222,8 @@ def add(node: Node, a: Signal, b: Signal) -> Signal:
 def layer(node: Node, signal: Signal, cell: Cell, params: Any, width: Size | None = None) -> Signal:
     """What a layer without time makes of a signal."""
     chain, axes = close(node, signal)
-    if not axes or axes[-1] != FEATURES:
+    alone = isinstance(cell, Apply) and FEATURES not in axes and chain.below is not None
+    if axes[-1:] != (FEATURES,) and not alone:
         node.refuse(f"acts on the last axis, which must be the features, of {signal}")
     width = width or _total([part.width for part in signal.parts])
     return Signal((Part(chain.then(cell, params), "y", 0, width),), axes, signal.dtype)
@@ -244,7 +245,7 @@ def unsqueeze(node: Node, signal: Signal, places: Sequence[int]) -> Signal:
 def squeeze(node: Node, signal: Signal, places: Sequence[int]) -> Signal:
     """The signal without the axes at these places, which must be known to have size 1."""
     for place in places:
-        if signal.axes[place] not in (UNIT, DIRECTION) or signal.size(signal.axes[place]) != ONE:
+        if signal.axes[place] not in (UNIT, DIRECTION, FEATURES) or signal.size(signal.axes[place]) != ONE:
             node.refuse(f"axis {place} of {signal} is not one of size 1")
     return signal._replace(axes=tuple(axis for k, axis in enumerate(signal.axes) if k not in places))
 

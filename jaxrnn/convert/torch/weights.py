@@ -219,6 +219,7 @@ def _apply(placed: Placed, params: Any) -> dict[str, Any]:
 def _elman(placed: Placed, params: ElmanParams) -> dict[str, Any]:
     if placed.cell.activation not in ("tanh", "relu"):  # type: ignore[attr-defined]
         placed.refuse("torch's RNN has tanh and relu only")
+    placed.only("activation", why="torch's RNN has no such option")
     return _weights(params) | _biases(params, np.zeros_like(params.w_x[0]))
 
 

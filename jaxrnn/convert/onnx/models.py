@@ -1,0 +1,124 @@
+"""`from_onnx`: a whole model, or one recurrent node of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxrnn.cell import Cell
+from jaxrnn.convert.onnx import layers, nodes, plumbing
+from jaxrnn.convert.onnx.find import Found, alone, find, labels, recurrent_nodes
+from jaxrnn.convert.onnx.graph import Graph
+from jaxrnn.convert.onnx.read import RECURRENT, File, Model, read, single, whole
+from jaxrnn.engines.arrays import on_device
+
+OPERATIONS = plumbing.OPERATIONS | layers.OPERATIONS | nodes.OPERATIONS
+
+# How many recurrent nodes are tried for the message that says what can be taken.
+MOST_TRIED = 16
+
+
+def from_onnx(
+    model: Any, *, initializers: Mapping[str, Any] | None = None, output: str | None = None, node: str | None = None
+) -> tuple[Cell, Any]:
+    """The recurrent network of an ONNX model, or one recurrent node of it, as a cell and its params.
+
+    The model is a chain of layers: RNN, LSTM and GRU nodes with all their attributes, embeddings (Gather), Linear
+    (MatMul, Gemm), LayerNormalization, Dropout, activations and residual connections, ended by the last step, the mean
+    or the greatest of all steps if at all, with the plumbing that exporters write around them. Weights and initial
+    states may be computed from constants and from the shapes of the inputs. `torch.onnx.export` and tf2onnx
+    write such models. Weights in files beside the model are read within its folder.
+
+    Where other operations stand around the recurrent nodes, as convolutions do, `node` takes one recurrent node out,
+    in subgraphs (of If, Loop, Scan) too, with its constants from wherever in the model they are. Its X are xs.
+
+    What are inputs of the graph besides xs are arguments of `jaxrnn.scan`: the `sequence_lens` of the recurrent nodes
+    are `lengths`, and their `initial_h` and `initial_c`, if they are inputs, `carry`; constant ones make a
+    `LearnedCarry`. Where time lies is an argument too: `time_axis=1` for a model (or `layout=1`) that takes the batch
+    first.
+
+    ys have the shapes of jaxrnn: directions side by side on the last axis. With `lengths`, ys are 0 at the padding,
+    where a layer above a recurrent one in ONNX puts out what it makes of 0; and a sequence of length 0 keeps its
+    initial state. A model without `sequence_lens` that takes the last step takes the last valid one once `lengths` are
+    given. With `input_forget`, f = 1 − i, as in onnxruntime. Where a model drops the axis of a single feature, as
+    `squeeze(-1)` does, ys keep it.
+
+    Args:
+      model: a path, the bytes of a file, an `onnx.ModelProto`; or an `onnx.NodeProto` of a recurrent operator.
+      initializers: for a NodeProto, the arrays by name; other inputs of the node are inputs of the model.
+      output: the name of the output that the cell puts out, where the model has several. By default it is the only one
+        that is no final state; or, of final states only, the only one.
+      node: the name of a recurrent node, or that of one of its outputs. In a subgraph the names of the nodes around it,
+        each with a slash, may stand before it. An initial state that is no constant is an argument of `jaxrnn.scan`.
+
+    Returns:
+      The cell (a `Stack`, where there are several layers), and its params, in the dtype of the model.
+
+    Raises:
+      ValueError: for what cannot be converted, naming the node, and the recurrent nodes that `node` can take; for a
+        `node` that there is not, with the names that there are; and for damaged files.
+      TypeError: for what is no model.
+
+        >>> import jax, jaxrnn
+        >>> from jaxrnn.convert.onnx import from_onnx, to_onnx
+        >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 3), jaxrnn.Pool(jaxrnn.GRU(3, 4)), jaxrnn.Linear(4, 2)))
+        >>> params = cell.init(jax.random.key(0))
+        >>> try:
+        ...     import onnx
+        ... except ImportError:
+        ...     same = cell
+        ... else:
+        ...     same, _ = from_onnx(to_onnx(cell, params))
+        >>> same == cell
+        True
+    """
+    import onnx
+
+    if isinstance(model, onnx.NodeProto):
+        if node is not None:
+            raise TypeError("node: only for a whole model, got an onnx.NodeProto")
+        return _on_device(single(model, initializers, output))
+    if initializers is not None:
+        raise TypeError(f"initializers: only for an onnx.NodeProto, got {type(model).__name__}")
+    file = read(model)
+    if node is not None:
+        if output is not None:
+            raise ValueError(f"output: expected None beside node={node!r}, whose output is Y, got {output!r}")
+        return _on_device(alone(file, find(file, node), plumbing.OPERATIONS))
+    try:
+        return _on_device(whole(file, output))
+    except ValueError as error:
+        raise ValueError(f"{error}{_way_out(file)}") from error
+
+
+def _on_device(model: Model) -> tuple[Cell, Any]:
+    cell, params = Graph(model, OPERATIONS).convert()
+    return cell, jax.tree.map(on_device, params)
+
+
+def _way_out(file: File) -> str:
+    """The recurrent nodes that `node` can take, and what stands around them."""
+    found = recurrent_nodes(file)
+    named = [(name, each) for name, each in zip(labels(found), found, strict=True)][:MOST_TRIED]
+    taken = [(name, each) for name, each in named if _can_be_taken(file, each)]
+    if not taken:
+        return ""
+    names = ", ".join(repr(name) for name, _ in taken)
+    before = _layers(op for _, each in taken for op in each.before())
+    after = _layers(op for _, each in taken for op in each.after())
+    return f". Recurrent nodes that node= can take: {names}; before them stand {before}, after them {after}"
+
+
+def _can_be_taken(file: File, found: Found) -> bool:
+    try:
+        Graph(alone(file, found, plumbing.OPERATIONS), OPERATIONS).convert()
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _layers(ops: Iterable[str]) -> str:
+    """The operators but the recurrent ones and the plumbing, each once."""
+    return ", ".join(dict.fromkeys(op for op in ops if op not in (*RECURRENT, *plumbing.OPERATIONS))) or "no others"
