@@ -6,8 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
