@@ -5,13 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 
 NAME = ".jaxrnn-run.lock"
 
@@ -55,15 +50,9 @@ class Lock:
         os.close(self.file)
 
 
-if fcntl:
+if sys.platform == "win32":
+    import msvcrt
 
-    def _try_lock(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _unlock(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-else:
     BYTE = 1 << 30
     """Behind the text, which others must be able to read."""
 
@@ -79,3 +68,12 @@ else:
     def _unlock(file: int) -> None:
         os.lseek(file, BYTE, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _try_lock(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)
