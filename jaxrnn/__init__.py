@@ -39,6 +39,7 @@ from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm
 from jaxrnn.cells.sru import SRU, SRUCarry, SRUGates, SRUParams, sru_init, sru_step
 from jaxrnn.compose import Stack
 from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.exporting import name_types as _name_types
 from jaxrnn.layers import (
     Apply,
     Dropout,
@@ -211,3 +212,5 @@ __all__ = [
     "step",
     "summary",
 ]
+
+_name_types(list(vars().values()))

@@ -95,12 +95,16 @@ class Cell(metaclass=CellType):
     recurrent_state = None
     # The fields of the params that are weights of the recurrent product.
     recurrent_weights = ()
+    # The fields of the params that may be None, and then are absent.
+    optional_params = ("b", "b_hn")
     # Those that a small learning rate suits: of eigenvalues, decays, lengths of steps.
     slow_weights = ()
     # Whether y has the size of x, whatever that is.
     pointwise = False
     # Whether a sequence goes in and a single y comes out.
     ends_time = False
+    # Whether it runs step by step, each y of the steps so far alone.
+    causal = True
 
     @abstractmethod
     def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
@@ -140,13 +144,14 @@ class Cell(metaclass=CellType):
         record("scan", *choose("scan", implementation, REFUSALS, cell=self), cell=self)
         sequence, steps = (None, None) if noise is None else noise
 
-        def step(carry, inputs):
+        def step(params, carry, inputs):
             x, drawn = inputs
             new, y = self.step(params, carry, x, None if noise is None else (sequence, drawn))
             return cast_like(new, carry, owner=type(self).__name__), y
 
         return time_loop(
             step,
+            params,
             carry,
             (xs, steps),
             fresh=fresh,

@@ -50,20 +50,20 @@ def concrete(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)  # not without bound, since a cell may hold a closure
 def shapes_of_params(cell) -> Any:
     """The shapes and dtypes that `cell.init` would allocate."""
     return jax.eval_shape(cell.init, jax.random.key(0))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def shapes_of_carry(cell, batch_shape: tuple[int, ...] = ()) -> Any:
     """The shapes and dtypes of `cell.initial_carry`."""
     return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), jax.random.key(0))
 
 
 def params(cell: Any, given: Any) -> None:
-    """`given` has the type and shapes of `cell.init`, or None in place of an array."""
+    """`given` has the type and shapes of `cell.init`, or None in place of one of the cell's `optional_params`."""
     expected = shapes_of_params(cell)
     if type(given) is not type(expected):
         raise TypeError(f"params: {cell!r} takes {type(expected).__name__}, got {type(given).__name__}")
@@ -75,6 +75,8 @@ def params(cell: Any, given: Any) -> None:
         name = f"params{jax.tree_util.keystr(path)}"
         if want is None and have is not None:
             raise ValueError(f"{name}: {cell!r} has no such parameter and expects None, got shape {np.shape(have)}")
+        if have is None and want is not None and getattr(path[-1], "name", None) not in cell.optional_params:
+            raise ValueError(f"{name}: {cell!r} expects shape {want.shape}, got None")
         if want is not None and have is not None and np.shape(have) != want.shape:
             raise ValueError(f"{name}: {cell!r} expects shape {want.shape}, got {np.shape(have)}")
 

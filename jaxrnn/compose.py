@@ -33,6 +33,10 @@ class Several(Cell):
     def _name(self):
         return type(self).__name__
 
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return all(cell.causal for cell in self.cells)
+
     def init(self, key: Array, dtype: Any = jnp.float32) -> tuple:
         keys = jax.random.split(key, len(self.cells))
         return tuple(cell.init(each, dtype) for cell, each in zip(self.cells, keys, strict=True))

@@ -15,7 +15,7 @@ from jaxrnn.cell import Cell
 from jaxrnn.cells.activations import Activation, activation
 from jaxrnn.cells.gated import normalize
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, zero_where_not
+from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, lifted, zero_where_not
 
 
 class Layer(Cell):
@@ -76,7 +76,7 @@ class Linear(Layer):
         dtype = compute_dtype(x, params)
         y = dot(x.astype(dtype), params.w.astype(dtype))
         if params.b is not None:
-            y = y + params.b.astype(dtype).astype(y.dtype)
+            y = y + lifted(params.b.astype(dtype).astype(y.dtype), y)
         return y.astype(dtype)
 
 
@@ -124,8 +124,10 @@ class Embed(Layer):
             if low < 0 or high >= self.vocabulary:
                 raise ValueError(f"x: expected tokens in [0, {self.vocabulary}), got {low} to {high}")
         known = (x >= 0) & (x < self.vocabulary)
-        rows = jnp.asarray(params.w)[jnp.where(known, x, 0)]
-        return jnp.where(known[..., None], rows, jnp.full_like(rows, jnp.nan))
+        w = jnp.asarray(params.w)
+        # From a wide table, so that the cotangents of a token are summed in at least float32.
+        rows = w.astype(accumulator(w.dtype))[jnp.where(known, x, 0)].astype(w.dtype)
+        return jnp.where(known[..., None], rows, np.array(np.nan, rows.dtype))
 
     def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
         return carry, zero_where_not(valid, self.apply(params, xs))
@@ -185,9 +187,9 @@ class LayerNorm(Layer):
         dtype = compute_dtype(x, params)
         wide = accumulator(dtype)
         parts = x.astype(dtype).astype(wide).reshape(*x.shape[:-1], self.groups, self.size // self.groups)
-        y = normalize(parts, self.epsilon).reshape(x.shape) * params.scale.astype(dtype).astype(wide)
+        y = normalize(parts, self.epsilon).reshape(x.shape) * lifted(params.scale.astype(dtype).astype(wide), x)
         if params.b is not None:
-            y = y + params.b.astype(dtype).astype(wide)
+            y = y + lifted(params.b.astype(dtype).astype(wide), y)
         return y.astype(dtype)
 
 
@@ -216,7 +218,7 @@ class Apply(Layer):
         return ()
 
     def apply(self, params, x, noise=None):
-        return activation(self.fn)(x)
+        return self.fn(x) if callable(self.fn) else activation(self.fn)(x.astype(compute_dtype(x, params)))
 
 
 class Dropout(Layer):
@@ -255,6 +257,7 @@ class Dropout(Layer):
         return None, jax.random.split(key, (length, *batch_shape))
 
     def apply(self, params, x, noise=None):
+        x = x.astype(compute_dtype(x, params))
         if noise is None or self.rate == 0:
             return x
         keys = noise[0] if self.per_sequence else noise[1]

@@ -65,9 +65,8 @@ def linear_scan(
         raise TypeError(f"b: expected floating or complex numbers, got {b.dtype}")
     a, b = jnp.asarray(a), b.astype(dtype)
     a = a.astype(dtype if jnp.iscomplexobj(a) else jnp.finfo(dtype).dtype)
-    if not -b.ndim <= time_axis < b.ndim:
-        raise ValueError(f"time_axis: expected an axis of b with shape {b.shape}, got {time_axis}")
-    time_axis %= b.ndim
+    if not 0 <= time_axis < b.ndim:
+        raise ValueError(f"time_axis: expected 0 to {b.ndim - 1}, an axis of b with shape {b.shape}, got {time_axis}")
     inner = (*b.shape[:time_axis], *b.shape[time_axis + 1 :])
     a = _broadcastable("a", a, b.shape)
     a = a.reshape((1,) * (b.ndim - a.ndim) + a.shape)

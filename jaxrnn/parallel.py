@@ -16,11 +16,12 @@ from jaxrnn.cells.gated import GatedCell
 from jaxrnn.compose import Several, fits, part
 from jaxrnn.engines.arrays import zero_where_not
 
-MERGES: dict[str, Callable[..., Array]] = {
+MERGES: dict[str, Callable[..., Any]] = {
     "concat": lambda *ys: jnp.concatenate(ys, axis=-1),
     "sum": lambda *ys: functools.reduce(operator.add, ys),
     "mul": lambda *ys: functools.reduce(operator.mul, ys),
     "average": lambda *ys: functools.reduce(operator.add, ys) / len(ys),
+    "tuple": lambda *ys: ys,
 }
 
 
@@ -30,7 +31,7 @@ def _merge(merge: str | Callable[..., Any], ys: Any) -> Any:
 
 def _merged_size(merge: str | Callable[..., Any], sizes: Any) -> Any:
     """The size of what is merged, or None where it is not known."""
-    if callable(merge) or None in sizes:
+    if callable(merge) or merge == "tuple" or None in sizes:
         return None
     if merge != "concat":
         return sizes[0]
@@ -43,7 +44,7 @@ def _check_merge(cell: Any, sizes: Any) -> None:
         return
     if merge not in MERGES:
         raise ValueError(f"{name}: merge must be one of {sorted(MERGES)} or a callable, got {merge!r}")
-    if merge != "concat" and not all(fits(sizes[0], size) for size in sizes):
+    if merge not in ("concat", "tuple") and not all(fits(sizes[0], size) for size in sizes):
         raise ValueError(f"{name}: merge {merge!r} needs equal sizes, got {tuple(sizes)}: {cell!r}")
 
 
@@ -54,7 +55,8 @@ class Parallel(Several):
 
     Args:
       cells: cells of equal input.
-      merge: "concat" (last axis), "sum", "mul", "average", or a callable of all outputs, compared by identity.
+      merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of the outputs as they are), or a callable of all
+        outputs, compared by identity.
 
     Raises:
       ValueError: if sizes do not fit.
@@ -132,7 +134,8 @@ class Bidirectional(Cell):
 
     Args:
       forward, backward: cells of equal input.
-      merge: "concat" (last axis), "sum", "mul", "average", or a callable of both outputs, compared by identity.
+      merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of both outputs as they are), or a callable of both
+        outputs, compared by identity.
 
     It cannot run step by step, since the backward cell needs the end of the sequence first.
 
@@ -148,6 +151,8 @@ class Bidirectional(Cell):
     forward: Cell
     backward: Cell
     merge: str | Callable[[Any, Any], Any] = "concat"
+
+    causal = False
 
     def __post_init__(self):
         check_cell(self, "forward", self.forward)

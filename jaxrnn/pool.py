@@ -8,19 +8,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.cell import Cell, check_cell
+from jaxrnn.cell import Cell, check_cell, output_size
 from jaxrnn.compose import Stack
-from jaxrnn.engines.arrays import accumulator, inexact, select
+from jaxrnn.engines.arrays import accumulator, inexact, select, zero_where_not
 from jaxrnn.engines.loop import final, starts
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.wrap import Backward, Wrapper
+
+HOWS = ("last", "mean", "max", "end")
 
 
 class PoolCarry(NamedTuple):
     """The cell's carry; of the steps since the last fresh start the pooled outputs (..., O) and the number (...)."""
 
     cell: Any
-    value: Array
+    value: Any
     count: Array
 
 
@@ -33,15 +35,28 @@ class Pool(Wrapper):
 
     Args:
       cell: a cell that says its output size.
-      how: "last", "mean" or "max".
+      how: "last", "mean" or "max"; or "end", the last output, but 0 where the sequence ends with a step that is not
+        valid (Keras' `zero_output_for_mask`); or a tuple of these, whose outputs are concatenated.
+
+    Raises:
+      ValueError: for another `how`, and for a cell that ends the time axis already.
+      TypeError: for a cell that does not say its output size.
 
         >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Pool(jaxrnn.GRU(3, 4), "mean")
+        >>> cell = jaxrnn.Pool(jaxrnn.GRU(3, 4), ("mean", "max"))
         >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
-        (5, 4)
+        (5, 8)
+
+    Its carry is a `PoolCarry`; the final carry of the cell itself, which a decoder may start from, is the field `cell`:
+
+        >>> encoder, decoder = jaxrnn.Pool(jaxrnn.LSTM(3, 4)), jaxrnn.LSTM(2, 4)
+        >>> params = encoder.init(jax.random.key(0)), decoder.init(jax.random.key(1))
+        >>> carry, _ = jaxrnn.scan(encoder, params[0], None, jnp.ones((7, 5, 3)))
+        >>> jaxrnn.scan(decoder, params[1], carry.cell, jnp.ones((6, 5, 2)))[1].shape
+        (6, 5, 4)
     """
 
-    how: str = "last"
+    how: str | tuple[str, ...] = "last"
 
     ends_time = True
     pointwise = False  # type: ignore[assignment]
@@ -50,8 +65,11 @@ class Pool(Wrapper):
 
     def __post_init__(self):
         check_cell(self, "cell", self.cell)
-        if self.how not in ("last", "mean", "max"):
-            raise ValueError(f"Pool: how must be 'last', 'mean' or 'max', got {self.how!r}")
+        hows = self.how if isinstance(self.how, tuple) else (self.how,)
+        if not hows or any(how not in HOWS for how in hows):
+            raise ValueError(f"Pool: how must be one of {HOWS} or a tuple of them, got {self.how!r}")
+        if hows is self.how and _both_directions(self.cell) and not {"mean", "max"}.issuperset(hows):
+            raise ValueError(f"Pool: of two directions how={self.how!r} has no one last step; pool mean and max only")
         if self.cell.ends_time:
             raise ValueError(f"Pool: {self.cell!r} ends the time axis already")
         if self.output_size is None:
@@ -60,25 +78,33 @@ class Pool(Wrapper):
             )
 
     @property
+    def output_size(self) -> Any:
+        size = output_size(self.cell, self.input_size)
+        if size is None or isinstance(self.how, str):
+            return size
+        return len(self.how) * size if isinstance(size, int) else (*size[:-1], len(self.how) * size[-1])
+
+    @property
     def _by_direction(self) -> Cell | None:
-        """The cell that pools each direction by itself, where "last" asks for it."""
+        """The cell that pools each direction by itself, where "last" or "end" asks for it."""
         match self.how, self.cell:
-            case "last", Bidirectional(forward=forward, backward=backward, merge=merge):
-                return Bidirectional(Pool(forward), Pool(backward), merge)
-            case "last", Backward(cell=cell):
-                return Backward(Pool(cell))
-            case "last", Stack(cells=(*below, top)) if _both_directions(self.cell):
-                return Stack((*below, Pool(top)))
+            case "last" | "end" as how, Bidirectional(forward=forward, backward=backward, merge=merge):
+                return Bidirectional(Pool(forward, how), Pool(backward, how), merge)
+            case "last" | "end" as how, Backward(cell=cell):
+                return Backward(Pool(cell, how))
+            case "last" | "end" as how, Stack(cells=(*below, top)) if _both_directions(self.cell):
+                return Stack((*below, Pool(top, how)))
         return None
 
     def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
         if self._by_direction:
             return self._by_direction.initial_carry(params, batch_shape)
-        size = self.output_size
+        size = output_size(self.cell, self.input_size)
+        shape = (*batch_shape, *(size if isinstance(size, tuple) else (size,)))
         dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params) if inexact(leaf)))
         return PoolCarry(
             self.cell.initial_carry(params, batch_shape),
-            jnp.zeros((*batch_shape, *(size if isinstance(size, tuple) else (size,))), dtype),
+            jax.tree.map(lambda how: jnp.zeros(shape, dtype), self.how),
             jnp.zeros(batch_shape, jnp.int32),
         )
 
@@ -87,16 +113,18 @@ class Pool(Wrapper):
             return self._by_direction.step(params, carry, x, noise)
         cell, y = self.cell.step(params, carry.cell, x, noise)
         seen = carry.count > 0
-        new = y.astype(carry.value.dtype)
-        match self.how:
-            case "last":
-                value = new
-            case "mean":
-                value = carry.value + new
-            case _:
-                value = select(seen, jnp.maximum(carry.value, new), new)
-        carry = PoolCarry(cell, value, carry.count + 1)
-        return carry, self._output(carry).astype(y.dtype)
+
+        def pooled(how, value):
+            new = y.astype(value.dtype)
+            match how:
+                case "mean":
+                    return value + new
+                case "max":
+                    return select(seen, jnp.maximum(value, new), new)
+            return new
+
+        carry = PoolCarry(cell, jax.tree.map(pooled, self.how, carry.value), carry.count + 1)
+        return carry, self._output(carry, None).astype(y.dtype)
 
     def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
         arguments = {
@@ -119,33 +147,45 @@ class Pool(Wrapper):
             restarted = start.any(0)
             value, count = select(restarted, (fresh.value, fresh.count), (value, count))
         new = ys.shape[0] if pooled is None else pooled.sum(0, dtype=count.dtype)
-        carry = PoolCarry(cell, self._pooled(value, count, ys, pooled, reverse), count + new)
-        return carry, self._output(carry).astype(ys.dtype)
+        values = jax.tree.map(lambda how, old: _pooled(how, old, count, ys, pooled, reverse), self.how, value)
+        ended = None if valid is None or ys.shape[0] == 0 else valid[0 if reverse else -1]
+        carry = PoolCarry(cell, values, count + new)
+        return carry, self._output(carry, ended).astype(ys.dtype)
 
-    def _pooled(self, value, count, ys, pooled, reverse):
-        """`value`, which holds `count` outputs, with the `pooled` ones of `ys`, or all."""
-        ys = ys.astype(value.dtype)
-        if ys.shape[0] == 0:
+    def _output(self, carry, ended):
+        """What the carry holds as y; `ended` says whether the last step of the sequence was valid, None that it was."""
+        count = jnp.maximum(carry.count, 1)
+
+        def output(how, value):
+            match how:
+                case "mean":
+                    return value / count.astype(value.dtype).reshape(count.shape + (1,) * (value.ndim - count.ndim))
+                case "end":
+                    return zero_where_not(ended, value)
             return value
 
-        def others(fill):
-            return ys if pooled is None else select(pooled, ys, jnp.full_like(ys, fill))
+        ys = jax.tree.map(output, self.how, carry.value)
+        return jnp.concatenate(ys, axis=-1) if isinstance(ys, tuple) else ys
 
-        any_new = jnp.ones(count.shape, bool) if pooled is None else pooled.any(0)
-        match self.how:
-            case "last":
-                return select(any_new, final(ys, pooled, reverse), value)
-            case "mean":
-                return value + others(0).sum(0)
-            case _:
-                new = select(any_new, others(-jnp.inf).max(0), value)
-                return select((count > 0) & any_new, jnp.maximum(value, new), new)
 
-    def _output(self, carry):
-        if self.how != "mean":
-            return carry.value
-        count = jnp.maximum(carry.count, 1).astype(carry.value.dtype)
-        return carry.value / count.reshape(count.shape + (1,) * (carry.value.ndim - count.ndim))
+def _pooled(how, value, count, ys, pooled, reverse):
+    """`value`, which holds `count` outputs, with the `pooled` ones of `ys`, or all."""
+    ys = ys.astype(value.dtype)
+    if ys.shape[0] == 0:
+        return value
+
+    def others(fill):
+        return ys if pooled is None else select(pooled, ys, jnp.full_like(ys, fill))
+
+    any_new = jnp.ones(count.shape, bool) if pooled is None else pooled.any(0)
+    match how:
+        case "last" | "end":
+            return select(any_new, final(ys, pooled, reverse), value)
+        case "mean":
+            return value + others(0).sum(0)
+        case _:
+            new = select(any_new, others(-jnp.inf).max(0), value)
+            return select((count > 0) & any_new, jnp.maximum(value, new), new)
 
 
 def _both_directions(cell: Cell) -> bool:

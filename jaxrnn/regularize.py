@@ -18,7 +18,7 @@ class RecurrentDropout(Wrapper):
     The carry itself is not masked. Without a key it is the cell.
 
     Args:
-      cell: a cell that names its recurrent product: Elman, LSTM, GRU, MGU, IndRNN, ConvLSTM.
+      cell: a cell that names its recurrent product, as all gated cells do.
       rate: the probability that an entry of m is 0, in [0, 1).
 
     Raises:
@@ -40,7 +40,7 @@ class RecurrentDropout(Wrapper):
         check.rate(self, "rate", self.rate)
         if self.cell.recurrent_state is None or isinstance(self.cell, Wrapper):
             raise TypeError(
-                f"RecurrentDropout: cell must name its recurrent product (Elman, LSTM, GRU, MGU, IndRNN, ConvLSTM), "
+                "RecurrentDropout: cell must name its recurrent product, as all gated cells do, "
                 f"got {self.cell!r}; other wrappers go around RecurrentDropout"
             )
 
@@ -93,8 +93,8 @@ class WeightDrop(Wrapper):
         check.rate(self, "rate", self.rate)
         if not self.cell.recurrent_weights or isinstance(self.cell, WeightDrop):
             raise TypeError(
-                f"WeightDrop: cell must name its recurrent weights (Elman, LSTM, GRU, MGU, IndRNN, ConvLSTM, or "
-                f"RecurrentDropout around one), got {self.cell!r}"
+                "WeightDrop: cell must name its recurrent weights, as gated cells and RecurrentDropout around one do, "
+                f"got {self.cell!r}"
             )
 
     def noise(self, key, length, batch_shape):
@@ -135,13 +135,17 @@ class ZoneoutNoise(NamedTuple):
 class Zoneout(Wrapper):
     """Entries of the carry keep their old value: carry' = z carry + (1 − z) step(carry), z Bernoulli(rate) per step.
 
-    Without a key the expectation, z = rate. Where the cell puts out a part of its carry (h of LSTM, GRU, Elman, MGU,
-    IndRNN, ConvLSTM), y is that part after zoneout; the y of any other cell is its own.
+    Without a key the expectation, z = rate. Where the cell puts out a part of its carry (h of the gated cells), y
+    is that part after zoneout; the y of any other cell is its own.
 
     Args:
       cell: any cell that runs step by step.
       rate: the probability that an entry stays, in [0, 1]; or a tuple of one for each floating leaf of the carry, in
-        order: `(rate_h, rate_c)` for an LSTM.
+        order: `(rate_h, rate_c)` for an LSTM. For `SLSTM` it is `(rate_h, 0, 0, 0)`, since c, n and m are defined up to
+        a common factor and cannot be mixed one by one.
+
+    Raises:
+      ValueError: if the rates do not fit the carry.
 
     Reference: Krueger et al. 2017, Zoneout: regularizing RNNs by randomly preserving hidden activations.
 
@@ -159,18 +163,26 @@ class Zoneout(Wrapper):
         rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
         for rate in rates:
             check.rate(self, "rate", rate, one_allowed=True)
-        leaves = [leaf for leaf in jax.tree.leaves(check.shapes_of_carry(self.cell)) if inexact(leaf)]
-        if isinstance(self.rate, tuple) and len(self.rate) != len(leaves):
+        carry = check.shapes_of_carry(self.cell)
+        leaves, rates, _ = self._rates(carry)
+        count = sum(map(inexact, leaves))
+        if isinstance(self.rate, tuple) and len(self.rate) != count:
             raise ValueError(
-                f"Zoneout: rate must be a number or hold {len(leaves)}, one per floating leaf of the carry, "
-                f"got {self.rate!r}"
+                f"Zoneout: rate must be a number or hold {count}, one per floating leaf of the carry, got {self.rate!r}"
+            )
+        joint = _joint(carry)
+        if any(rate for rate, together in zip(rates, joint, strict=True) if together):
+            example = tuple(0.0 if together else 0.1 for together in joint)
+            raise ValueError(
+                f"Zoneout: parts of the carry of {self.cell!r} are defined up to a common factor and cannot be mixed "
+                f"one by one, so their rates must be 0, as in rate={example}; got {self.rate!r}"
             )
 
     def _rates(self, carry):
         """A rate for each leaf of `carry`, None for those that are not floating."""
         leaves, structure = jax.tree.flatten(carry)
         rates = iter(self.rate if isinstance(self.rate, tuple) else (self.rate,) * len(leaves))
-        return leaves, [next(rates) if inexact(leaf) else None for leaf in leaves], structure
+        return leaves, [next(rates, None) if inexact(leaf) else None for leaf in leaves], structure
 
     def noise(self, key, length, batch_shape):
         own, inner = jax.random.split(key)
@@ -196,3 +208,13 @@ class Zoneout(Wrapper):
 
         new = jax.tree.unflatten(structure, map(zone, old_leaves, jax.tree.leaves(new), rates, stay))
         return new, y if self.recurrent_state is None else getattr(new, self.recurrent_state).astype(y.dtype)
+
+
+def _joint(carry: Any) -> list[bool]:
+    """Of every leaf, whether it has a meaning only together with others: a carry names those as `joint`."""
+    nodes = jax.tree.leaves(carry, is_leaf=lambda node: hasattr(node, "joint"))
+    return [
+        flag
+        for node in nodes
+        for flag in ([name in node.joint for name in node._fields] if hasattr(node, "joint") else [False])
+    ]

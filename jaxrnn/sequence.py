@@ -14,8 +14,8 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
-from jaxrnn.engines import choose, gated, native
-from jaxrnn.engines.arrays import accumulator, cast_like, inexact, varying_like, zero_where_not
+from jaxrnn.engines import choose, native
+from jaxrnn.engines.arrays import accumulator, cast_like, inexact, varying_like, widened, with_rows_of, zero_where_not
 from jaxrnn.engines.choose import EngineCall, Implementation
 from jaxrnn.engines.loop import final
 
@@ -89,7 +89,7 @@ def scan(
     if reset is not None:
         reset = _flags("reset", reset, length, batch_shape, time_axis)
     xs = zero_where_not(valid, xs)
-    carry, fresh = _carries(cell, params, carry, xs, batch_shape)
+    carry, fresh = _carries(cell, params, carry, xs, batch_shape, 1)
     noise = None if key is None else cell.noise(_key(key), length, batch_shape)
     carry = varying_like(carry, fresh, params, xs, valid, reset, noise)
     with native.reading(batch_major=0 < time_axis == len(batch_shape)):
@@ -142,10 +142,29 @@ def step(
     choose.check(implementation)
     params, x = _on_device(params), jax.tree.map(jnp.asarray, x)
     batch_shape = _batch_shape(cell, "x", x)
+    if not cell.causal:
+        raise TypeError(
+            f"{cell!r} cannot run step by step: a backward cell begins at the end of the sequence. "
+            "Run whole sequences with jaxrnn.scan."
+        )
     carry, _ = _carries(cell, params, carry, x, batch_shape)
-    with gated.stepping(implementation):
-        new, y = cell.step(params, carry, x, noise)
-    return cast_like(new, carry, owner=type(cell).__name__), y
+
+    def one(tree):
+        return jax.tree.map(lambda leaf: leaf[None], tree)
+
+    new, ys = cell.scan(
+        params,
+        carry,
+        one(x),
+        fresh=carry,
+        valid=None,
+        reset=None,
+        reverse=False,
+        noise=None if noise is None else (noise[0], one(noise[1])),
+        remat_every=None,
+        implementation=implementation,
+    )
+    return new, ys if cell.ends_time else jax.tree.map(lambda y: y[0], ys)
 
 
 def rollout(
@@ -155,14 +174,15 @@ def rollout(
     x: Any,
     length: int,
     *,
-    feedback: Callable[[Any, Any], tuple[Any, Any]],
+    feedback: Callable[..., tuple[Any, Any]],
+    inputs: Any = None,
     key: Array | None = None,
 ) -> tuple[Any, Any]:
     """Runs `cell` on its own output:
 
         for t in range(length):
             carry, y = cell.step(params, carry, x)
-            x, keep = feedback(y, keys[t])
+            x, keep = feedback(y, keys[t])  # with `inputs`, feedback(y, keys[t], inputs[t])
             kept.append(keep)
 
     Args:
@@ -171,6 +191,8 @@ def rollout(
       x: the first input, (*batch, D).
       length: the number of steps.
       feedback: `(y, key) -> (next x, what to keep)`, the next x with the shape and dtype of x.
+      inputs: a tree of arrays (length, ...), or None. Entry t is the third argument of `feedback` at step t: what is
+        known beforehand of the step that follows (covariates, a schedule, targets to feed now and then).
       key: split into one key per step for `feedback`; None hands it None.
 
     Returns:
@@ -187,15 +209,23 @@ def rollout(
     params, x = _on_device(params), jax.tree.map(jnp.asarray, x)
     carry, _ = _carries(cell, params, carry, x, _batch_shape(cell, "x", x))
     keys = None if key is None else jax.random.split(_key(key), length)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
+        if leaf.shape[:1] != (length,):
+            at = f"inputs{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{at}: expected a leading axis of {length}, the number of steps, got shape {leaf.shape}")
+    wide, back = widened(params)
 
-    def body(state, key):
+    def body(state, given):
         carry, x = state
-        new, y = cell.step(params, carry, x)
-        following, keep = feedback(y, key)
+        key, *rest = given
+        new, y = cell.step(back(wide), carry, x)
+        following, keep = feedback(y, key, *rest)
         _check_feedback(following, x)
         return (cast_like(new, carry, owner=type(cell).__name__), following), keep
 
-    (carry, _), kept = lax.scan(body, (carry, x), keys, length=length)
+    start = varying_like((carry, x), params, keys, inputs)
+    (carry, _), kept = lax.scan(body, start, (keys,) if inputs is None else (keys, inputs), length=length)
     return carry, kept
 
 
@@ -249,9 +279,9 @@ def explain(
         >>> jaxrnn.explain(cell, params, None, jnp.ones((7, 3)), platform="gpu").calls[0].implementation
         'xla'
     """
-    platform = jax.default_backend() if platform is None else platform
-    if platform not in ("cpu", "gpu", "tpu"):
+    if platform not in ("cpu", "gpu", "tpu", None):
         raise ValueError(f"platform: expected 'cpu', 'gpu', 'tpu' or None, got {platform!r}")
+    platform = jax.default_backend() if platform is None else platform
     with choose.recording(platform) as calls:
         jax.eval_shape(lambda params, carry, xs: scan(cell, params, carry, xs, **keywords), params, carry, xs)
     return Explanation(platform, tuple(calls))
@@ -354,24 +384,33 @@ def _valid(lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ...], t
         raise ValueError(f"lengths: expected the batch shape {batch_shape}, got {lengths.shape}")
     if check.concrete(lengths) and lengths.size and (lengths.min() < 0 or lengths.max() > length):
         raise ValueError(f"lengths: expected 0 to {length}, got {lengths.min()} to {lengths.max()}")
-    return jnp.arange(length).reshape(length, *(1,) * len(batch_shape)) < lengths
+    return jnp.arange(length).reshape(length, *(1,) * len(batch_shape)) < lengths[None]
 
 
-def _carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """The carry to start from, and the fresh one in the same dtypes."""
+def _carries(
+    cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int, ...], at: int = 0
+) -> tuple[Any, Any]:
+    """The carry to start from, and the fresh one in the same dtypes; batch axes begin at axis `at` of xs."""
     fresh = cell.initial_carry(params, batch_shape)
+    first = jax.tree.leaves(xs)[0]
+    fresh = with_rows_of(fresh, first, at, len(batch_shape))
     if carry is None:
         fresh = _widen(fresh, params, xs)
         return fresh, fresh
     expected, structure = jax.tree_util.tree_flatten_with_path(fresh)
     if jax.tree.structure(carry) != structure:
-        raise ValueError(f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}")
-    carry = jax.tree.map(jnp.asarray, carry)
+        fields = getattr(carry, "_fields", ())
+        fitting = [f"; carry.{name} has it" for name in fields if jax.tree.structure(getattr(carry, name)) == structure]
+        raise ValueError(
+            f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}{''.join(fitting)}"
+        )
+    carry = with_rows_of(jax.tree.map(jnp.asarray, carry), first, at, len(batch_shape))
     for (path, want), have in zip(expected, jax.tree.leaves(carry), strict=True):
         name = f"carry{jax.tree_util.keystr(path)}"
         if have.shape != want.shape:
             raise ValueError(f"{name}: expected shape {want.shape}, got {have.shape}")
-        if not jnp.can_cast(want.dtype, have.dtype, casting="same_kind"):
+        of_a_kind = jnp.iscomplexobj(want) == jnp.iscomplexobj(have)
+        if not of_a_kind or not jnp.can_cast(want.dtype, have.dtype, casting="same_kind"):
             raise TypeError(f"{name}: expected {want.dtype} or a dtype of its kind, got {have.dtype}")
     return carry, jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, carry)
 

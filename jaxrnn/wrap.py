@@ -41,6 +41,10 @@ class Wrapper(Cell):
         return self.cell.pointwise
 
     @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.cell.causal
+
+    @property
     def input_size(self) -> Any:
         return input_size(self.cell)
 
@@ -89,8 +93,9 @@ class Residual(Wrapper):
 
 
 def _add(x, y):
-    if x.shape != y.shape or not inexact(x):
-        raise ValueError(f"x: Residual adds x to y, so both must have one shape, floating: got {x} and {y}")
+    if x.shape != y.shape:
+        raise ValueError(f"x: Residual adds x to y, so both must have one shape, got {x.shape} and {y.shape}")
+    x = x if inexact(x) else x.astype(y.dtype)
     return x + y.astype(x.dtype)
 
 
@@ -104,6 +109,8 @@ class Backward(Wrapper):
         >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
         (7, 5, 2)
     """
+
+    causal = False  # type: ignore[assignment]
 
     def __post_init__(self):
         check_cell(self, "cell", self.cell)

@@ -48,10 +48,12 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def _settings(request):
-    """Strict promotion, unless a module says `PROMOTION`; float64 where it says `X64 = True`."""
+    """No promotion of dtypes or ranks, unless a module says `PROMOTION`; float64 where it says `X64 = True`."""
     module = request.module
     promotion = getattr(module, "PROMOTION", "strict")
-    with jax.numpy_dtype_promotion(promotion), jax.enable_x64(getattr(module, "X64", False)):
+    x64 = getattr(module, "X64", False)
+    ranks = "raise" if promotion == "strict" else "allow"
+    with jax.numpy_dtype_promotion(promotion), jax.numpy_rank_promotion(ranks), jax.enable_x64(x64):
         yield
 
 

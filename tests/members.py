@@ -72,7 +72,7 @@ class Own(Cell):
 
     def step(self, params, carry, x, noise=None):
         w, decay = (a.astype(carry.dtype) for a in params)
-        h = jnp.tanh(decay * carry + x.astype(carry.dtype) @ w)
+        h = jnp.tanh(decay.reshape((1,) * (carry.ndim - 1) + decay.shape) * carry + x.astype(carry.dtype) @ w)
         return h, (2 * h).astype(x.dtype)
 
 
@@ -237,6 +237,7 @@ OTHERS = {
     "recurrent_dropout_conv": RecurrentDropout(ConvLSTM((4,), D, H), 0.3),
     "weight_drop_indrnn": WeightDrop(IndRNN(D, H, activation="tanh"), 0.3),
     "pool_backward": Pool(Stack((Elman(D, 4), Backward(LSTM(4, H))))),
+    "pool_several": Pool(GRU(D, H), ("mean", "last", "max")),
     "pool_conv": Pool(ConvLSTM((4,), D, H), "mean"),
 }
 # Members that differ from others in options only: the fast tier runs part of the properties on them.

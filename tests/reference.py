@@ -125,6 +125,13 @@ def _sequence_noise(sequence, b):
 
 def _pooled(cell, carry, fresh, ys, valid, reset, reverse):
     """(carry, y) of a Pool, from the outputs of its cell."""
+    if isinstance(cell.how, tuple):
+        each = [
+            _pooled(Pool(cell.cell, how), carry._replace(value=a), fresh._replace(value=b), ys, valid, reset, reverse)
+            for how, a, b in zip(cell.how, carry.value, fresh.value, strict=True)
+        ]
+        values = tuple(one.value for one, _ in each)
+        return each[0][0]._replace(value=values), np.concatenate([y for _, y in each], -1)
     value, count = np.array(carry.value), np.array(carry.count)
     for b in range(valid.shape[1]):
         begin = begins_fresh(valid[:, b], reset[:, b], reverse)
@@ -147,6 +154,12 @@ def _final(row, reverse):
 
 def _without_steps(cell, params, carry, noise):
     """What a cell that ends time puts out of its carry alone, (B, ...)."""
+    if isinstance(cell, Pool) and isinstance(cell.how, tuple):
+        each = [
+            _without_steps(Pool(cell.cell, how), None, carry._replace(value=value), None)
+            for how, value in zip(cell.how, carry.value, strict=True)
+        ]
+        return np.concatenate(each, -1)
     if isinstance(cell, Pool):
         count = np.maximum(carry.count, 1).reshape(-1, *(1,) * (carry.value.ndim - 1))
         return carry.value / count if cell.how == "mean" else carry.value

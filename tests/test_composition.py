@@ -48,9 +48,10 @@ def test_a_stack_is_its_layers_one_after_another():
         ("sum", lambda a, b, c: a + b + c),
         ("mul", lambda a, b, c: a * b * c),
         ("average", lambda a, b, c: (a + b + c) / 3),
+        ("tuple", lambda *ys: ys),
         (lambda a, b, c: a - b * c, lambda a, b, c: a - b * c),
     ],
-    ids=["concat", "sum", "mul", "average", "callable"],
+    ids=["concat", "sum", "mul", "average", "tuple", "callable"],
 )
 def test_parallel_cells_are_merged(merge, expected):
     """Of three cells of the same input; padding stays 0."""
@@ -59,9 +60,10 @@ def test_parallel_cells_are_merged(merge, expected):
     lengths = np.array([6, 0, 4])
     carry, ys = jaxrnn.scan(cell, params, None, xs, lengths=lengths)
     alone = [jaxrnn.scan(own, p, None, xs, lengths=lengths) for own, p in zip(cell.cells, params, strict=True)]
-    close(ys, np.where(np.arange(6)[:, None, None] < lengths[:, None], expected(*(y for _, y in alone)), 0))
+    valid = np.arange(6)[:, None, None] < lengths[:, None]
+    close(ys, jax.tree.map(lambda y: np.where(valid, y, 0), expected(*(y for _, y in alone))))
     close(carry, tuple(last for last, _ in alone))
-    assert cell.output_size == (None if callable(merge) else 9 if merge == "concat" else 3)
+    assert cell.output_size == (None if callable(merge) or merge == "tuple" else 9 if merge == "concat" else 3)
 
 
 def test_the_blocks_are_their_formulas():
@@ -110,13 +112,13 @@ def test_skip_connections():
     assert cell.output_size == 9
 
 
-@pytest.mark.parametrize("merge", ["concat", "sum", "mul", "average", jnp.maximum])
+@pytest.mark.parametrize("merge", ["concat", "sum", "mul", "average", "tuple", jnp.maximum])
 def test_bidirectional_merges(merge):
     cell = Bidirectional(GRU(2, 3), LSTM(2, 3), merge)
     params, xs = draw_params(cell), draw_x(cell, 0, 6, 3)
     a = np.asarray(jaxrnn.scan(cell.forward, params.forward, None, xs)[1])
     b = np.asarray(jaxrnn.scan(cell.backward, params.backward, None, xs[::-1])[1])[::-1]
-    names = {"concat": np.concatenate([a, b], -1), "sum": a + b, "mul": a * b, "average": (a + b) / 2}
+    names = {"concat": np.concatenate([a, b], -1), "sum": a + b, "mul": a * b, "average": (a + b) / 2, "tuple": (a, b)}
     expected = np.maximum(a, b) if callable(merge) else names[merge]
     close(jaxrnn.scan(cell, params, None, xs)[1], expected)
 
@@ -264,7 +266,7 @@ def test_one_to_many_many_to_one_many_to_many():
 
 def test_chunks_of_a_pool():
     """What is pooled lies in the carry, so a sequence may come in pieces and steps."""
-    for how in ("last", "mean", "max"):
+    for how in ("last", "end", ("mean", "max")):
         cell = Pool(GRU(2, 3), how)
         params, xs = draw_params(cell), draw_x(cell, 0, 5, 2)
         carry, _ = jaxrnn.scan(cell, params, draw_carry(cell, params, 2), xs[:2])

@@ -180,10 +180,15 @@ IMPORTS = {
         ValueError,
         "module: Mine has no counterpart",
     ),
-    "function": (
-        lambda eqx: eqx.nn.Sequential([eqx.nn.Lambda(jax.nn.gelu)]),
+    "own call": (
+        lambda eqx: (eqx.nn.Identity(), type("Sequential", (eqx.nn.Sequential,), {"__call__": abs})([])),
         ValueError,
-        r"module.layers\[0\].fn: expected an activation of JAX.*; got gelu",
+        r"module\[1\]: Sequential has no counterpart",
+    ),
+    "function": (
+        lambda eqx: eqx.nn.Sequential([eqx.nn.Lambda(jax.nn.glu)]),
+        ValueError,
+        r"module.layers\[0\].fn: expected an activation of JAX.*; got glu",
     ),
     "scalar": (lambda eqx: eqx.nn.Linear("scalar", 3, key=KEY()), ValueError, "module: Linear of a 'scalar' has no"),
     "shape": (lambda eqx: eqx.nn.LayerNorm((3, 4)), ValueError, r"module: LayerNorm over the shape \(3, 4\) has no"),
@@ -229,7 +234,7 @@ EXPORTS = {
     "direction": (Bidirectional(GRU(3, 4), GRU(3, 4)), "cell: Bidirectional.*: it has no counterpart in Equinox"),
     "skip": (Stack((GRU(3, 4), GRU(7, 4)), skip=True), "cell: Stack.*: it has no counterpart in Equinox"),
     "per_sequence": (Dropout(0.1, per_sequence=True), "cell: Dropout.*: it has no counterpart"),
-    "activation": (Apply(("elu", 0.5)), "cell: Apply.*: it has no counterpart"),
+    "activation": (Apply(("hard_tanh", -0.5)), "cell: Apply.*: it has no counterpart"),
 }
 
 
@@ -237,6 +242,16 @@ EXPORTS = {
 def test_export_is_refused(eqx, cell, message):
     with pytest.raises(ValueError, match=message):
         to_equinox(cell, random_params(cell))
+
+
+def test_weights_that_are_traced(eqx):
+    params = random_params(GRU(3, 4))
+    with pytest.raises(TypeError, match=r"params.w_x: expected numbers, got a tracer: convert outside of jax.jit"):
+        jax.jit(lambda params: to_equinox(GRU(3, 4), params))(params)
+    with pytest.raises(
+        TypeError, match=r"module.weight_ih: expected numbers, got a tracer: convert outside of jax.jit"
+    ):
+        jax.jit(lambda module: from_equinox(module)[1])(to_equinox(GRU(3, 4), params))
 
 
 def test_missing_weights(eqx):

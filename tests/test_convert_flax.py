@@ -262,19 +262,47 @@ class Mine(nn.LSTMCell):
     """A cell of the user's own."""
 
 
+class MyRNN(nn.RNN):
+    """A layer of Flax with a `__call__` of the user's own."""
+
+    def __call__(self, xs):
+        return nn.relu(super().__call__(xs))
+
+
+class MyModel(nn.Module):
+    """A module whose `__call__` does more than its submodules."""
+
+    def setup(self):
+        self.layers = [nn.RNN(nn.LSTMCell(3))]
+
+    def __call__(self, xs):
+        return self.layers[0](xs)[-1]
+
+
+class MySequential(nnx.Sequential):
+    """NNX modules with a `__call__` of the user's own around them."""
+
+    def __call__(self, xs):
+        return nnx.relu(super().__call__(xs))
+
+
 MODULES = {
     "no module": (lambda: 3, TypeError, "module: expected a module of flax.linen or flax.nnx, got int"),
     "another module": (lambda: nn.Conv(3, (2,)), ValueError, "module: Conv: it has no counterpart"),
     "inside": (lambda: nn.Sequential([nn.Dense(3), nn.Conv(3, (2,))]), ValueError, "module/layers_1: Conv: it has no"),
     "subclass": (lambda: nn.RNN(Mine(3)), ValueError, "module/cell: Mine: the cell has no counterpart"),
+    "own call": (lambda: MyRNN(nn.LSTMCell(3)), ValueError, "module: MyRNN: it has no counterpart"),
+    "own model": (MyModel, ValueError, "module: MyModel: it has no counterpart"),
+    "own inside": (lambda: nn.Sequential([MyModel()]), ValueError, "module/layers_0: MyModel: it has no counterpart"),
+    "nnx own call": (lambda: MySequential(SHARED), ValueError, "module: MySequential: it has no counterpart"),
     "MGU": (lambda: nn.RNN(nn.MGUCell(3)), ValueError, "module/cell: MGUCell: its gate resets after the product"),
     "bare cell": (lambda: nn.Sequential([nn.LSTMCell(3)]), ValueError, "module/layers_0: LSTMCell: a cell runs over"),
     "function": (
-        lambda: nn.Sequential([nn.gelu]),
+        lambda: nn.Sequential([nn.glu]),
         ValueError,
-        "module/layers_0: expected an activation of JAX, one of identity, relu, .*; got gelu",
+        "module/layers_0: expected an activation of JAX, one of identity, .*; got glu",
     ),
-    "gate_fn": (lambda: lstm(gate_fn=nn.swish), ValueError, "module/cell/gate_fn: expected an activation.*silu"),
+    "gate_fn": (lambda: lstm(gate_fn=nn.softmax), ValueError, "module/cell/gate_fn: expected an activation.*softmax"),
     "activation_fn": (lambda: lstm(activation_fn=abs), ValueError, "module/cell/activation_fn: .* got abs"),
     "carry_init": (
         lambda: lstm(carry_init=nn.initializers.ones),
@@ -355,7 +383,7 @@ MODULES = {
         ValueError,
         "module: RNN: reverse=True without",
     ),
-    "nnx activation": (lambda: nnx_lstm(activation_fn=nnx.gelu), ValueError, "module/cell/activation_fn: .* got gelu"),
+    "nnx activation": (lambda: nnx_lstm(activation_fn=nnx.glu), ValueError, "module/cell/activation_fn: .* got glu"),
 }
 
 
@@ -427,6 +455,11 @@ def test_variables_are_refused(tree, error, message):
         from_flax(lstm(), tree)
 
 
+def test_variables_that_are_traced():
+    with pytest.raises(TypeError, match=r"cell/hf/bias: expected numbers, got a tracer: convert outside of jax.jit"):
+        jax.jit(lambda tree: from_flax(lstm(), tree)[1])(linen_tree(lstm()))
+
+
 def test_float64_needs_x64():
     tree = linen_tree(lstm())
     with jax.enable_x64(False), pytest.raises(ValueError, match=r"is float64: convert under jax\.enable_x64"):
@@ -492,7 +525,7 @@ def test_params_are_checked():
         to_flax(GRU(4, 3), params)
     with pytest.raises(ValueError, match="finite"):
         to_flax(SMALL, params._replace(b=np.full(12, np.nan, np.float32)))
-    with pytest.raises(TypeError, match="tracer"):
+    with pytest.raises(TypeError, match=r"params.w_x: expected numbers, got a tracer: convert outside of jax.jit"):
         jax.jit(lambda params: to_flax(SMALL, params)[1])(params)
     for missing in (params._replace(w_h=None), params._replace(w_x=None)):
         with pytest.raises(ValueError, match=r"params: w_. is None"):

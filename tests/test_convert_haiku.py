@@ -376,6 +376,14 @@ def test_missing_weights_are_refused():
     assert (to_haiku(LSTM(3, 4), params._replace(b=None))["lstm/linear"]["b"] == np.repeat([0, 0, -1, 0], 4)).all()
 
 
+def test_weights_that_are_traced():
+    cell, params = from_haiku(ONE)
+    with pytest.raises(TypeError, match=r"params.w_x: expected numbers, got a tracer: convert outside of jax.jit"):
+        jax.jit(lambda params: to_haiku(cell, params))(params)
+    with pytest.raises(TypeError, match=r"lstm/linear: b: expected numbers, got a tracer: convert outside of jax.jit"):
+        jax.jit(lambda weights: from_haiku(weights)[1])(ONE)
+
+
 def test_the_order_of_modules():
     weights = {f"a/lstm{number}/linear": lstm(4, 4) for number in ("", "_1", "_10", "_2")}
     weights["a/lstm_2/linear"] = {"w": np.ones((8, 16)), "b": np.ones(16)}

@@ -140,7 +140,7 @@ def single(keras, seed):
     options = {"return_sequences": draw.one(True, True, False), "return_state": True}
     layer = draw.recurrent(kind, go_backwards=draw.one(True, False), **options)
     shape = (B, T, *(4, 3, 2)[: int(kind[-2])], D) if conv else (B, T, D)
-    if not conv and layer.return_sequences and kind != "Bidirectional":
+    if not conv and kind != "Bidirectional":
         layer.zero_output_for_mask = draw.one(True, False)
     layer.build(shape)
     return layer, redraw(seed, np.empty(shape, np.float32), 1.0), None if conv or seed // 2 % 2 else HOLES
@@ -348,6 +348,11 @@ RULES = {
         L.Bidirectional(L.GRU(4), "ave", backward_layer=L.GRU(4, activation="relu", go_backwards=True)),
     ],
     "defaults": lambda L: [L.LSTM(3, **SEQ), L.LayerNormalization(), L.LeakyReLU(), L.Dense(2, "leaky_relu")],
+    "masked, the last": lambda L: [L.Masking(0.5), L.LSTM(3, zero_output_for_mask=True), L.Dense(2)],
+    "masked, the first": lambda L: [L.Masking(0.5), L.GRU(3, go_backwards=True, zero_output_for_mask=True)],
+    "masked, cells": lambda L: [L.Masking(0.5), L.RNN([L.GRUCell(3), L.LSTMCell(2)], zero_output_for_mask=True)],
+    "masked, unrolled": lambda L: [L.Masking(0.5), L.GRU(3, unroll=True, zero_output_for_mask=True)],
+    "masked, both ways": lambda L: [L.Masking(0.5), L.Bidirectional(L.LSTM(3, zero_output_for_mask=True))],
     "tokens": lambda L: [L.Embedding(VOCABULARY, 3, mask_zero=True), L.GRU(4, **SEQ), L.GlobalAveragePooling1D()],
 }
 
@@ -357,12 +362,146 @@ def test_rules(keras, name):
     layers = RULES[name](keras.layers)
     rng = np.random.default_rng(0)
     xs = rng.normal(size=(B, T, D)).astype(np.float32)
+    if name.startswith("masked"):
+        xs = np.where(HOLES[..., None], xs, np.float32(0.5))
     if name == "tokens":
         xs = (rng.integers(1, VOCABULARY, (B, T)) * HOLES).astype(np.int32)
     model = keras.Sequential([keras.Input(xs.shape[1:], dtype=xs.dtype), *layers])
     model.set_weights(redraw(0, model.get_weights()))
     converted = from_keras(model)
     assert_close(run(converted, converted.params, xs), jax.jit(model)(xs))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_end_of_a_given_mask(keras, backwards):
+    """zero_output_for_mask=True: the only output is 0 where the last step is masked, and so is its gradient."""
+    layer = keras.layers.LSTM(3, go_backwards=backwards, zero_output_for_mask=True)
+    layer.build((None, None, D))
+    cell, params, _ = from_keras(layer)
+    xs = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+    ys = scan(cell, params, xs, HOLES)
+    assert_close(ys, layer(xs, mask=jnp.asarray(HOLES)))
+    zero = ~HOLES[:, 0 if backwards else -1]
+    assert zero.any()
+    np.testing.assert_array_equal((ys == 0).all(-1), zero)
+    if not backwards:  # the carry is that of the valid steps, so that a sequence may be cut
+        carry, _ = jaxrnn.scan(cell, params, None, xs[:, :4], mask=HOLES[:, :4], time_axis=1)
+        assert_close(jaxrnn.scan(cell, params, carry, xs[:, 4:], mask=HOLES[:, 4:], time_axis=1)[1], ys)
+
+
+# Several outputs, several poolings, encoders and decoders
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_two_outputs(keras, sequences):
+    """merge_mode=None gives a tuple, of a layer and of a model."""
+    options = {"return_sequences": sequences}
+    both = keras.layers.Bidirectional(keras.layers.LSTM(3, **options), merge_mode=None)
+    inputs = keras.Input((T, D))
+    model = keras.Model(inputs, both(inputs))
+    model.set_weights(redraw(0, model.get_weights()))
+    xs = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+    for source in (both, model):
+        cell, params, _ = from_keras(source)
+        ys = scan(cell, params, xs, None)
+        assert isinstance(ys, tuple)
+        assert_close(ys, tuple(both(xs)))
+    if sequences:
+        ys, expected = scan(cell, params, xs, HOLES), both(xs, mask=jnp.asarray(HOLES))
+        assert_close(ys, tuple(y * HOLES[..., None] for y in expected))
+        config, weights = to_keras(cell, params)
+        again = keras.Sequential.from_config(config)
+        again.set_weights(weights)
+        assert_close(tuple(again(xs)), tuple(both(xs)))
+    inner = one("Bidirectional", merge_mode=None, layer=one("LSTM", units=4, **options))
+    with pytest.raises(ValueError, match=r"layers\[1\]: Dense: the layer before it has two outputs"):
+        from_keras(several(inner, one("Dense", units=2)), weights_of([*LSTM_SHAPES * 2, (4, 2), (2,)]))
+
+
+def test_several_poolings(keras):
+    """Concatenate of poolings of one sequence."""
+    layers = keras.layers
+    inputs = keras.Input((T, D))
+    ys = layers.GRU(3, return_sequences=True)(inputs)
+    ways = [layers.GlobalMaxPooling1D()(ys), layers.GlobalAveragePooling1D()(ys)]
+    model = keras.Model(inputs, layers.Dense(2)(layers.Concatenate()(ways)))
+    model.set_weights(redraw(0, model.get_weights()))
+    xs = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+    converted = from_keras(model)
+    assert converted.cell == Stack((Pool(GRU(D, 3), ("max", "mean")), Linear(6, 2)))
+    assert_close(run(converted, converted.params, xs), model(xs))
+    with pytest.raises(ValueError, match="pools in one way only"):
+        to_keras(converted.cell, converted.params)
+    others = [
+        layers.Concatenate()([ways[0], layers.Dense(2)(ways[1])]),
+        layers.Concatenate()([ways[0], layers.GlobalMaxPooling1D()(inputs)]),
+        layers.Add()(ways),
+    ]
+    for outputs in others:
+        with pytest.raises(ValueError, match="expected one input tensor in one chain of layers"):
+            from_keras(keras.Model(inputs, outputs))
+    with pytest.raises(ValueError, match="axis: expected -1"):
+        from_keras(keras.Model(inputs, layers.Concatenate(axis=0)(ways)))
+
+
+def test_encoder_and_decoder(keras):
+    """The encoder's final states are the decoder's carry; the model as a whole is no chain, and says so."""
+    layers = keras.layers
+    inputs, targets = keras.Input((None, D)), keras.Input((None, 3))
+    encoder = layers.LSTM(4, return_state=True)
+    decoder, top = layers.LSTM(4, return_sequences=True, return_state=True), layers.Dense(3, activation="softmax")
+    _, *states = encoder(inputs)
+    ys, _, _ = decoder(targets, initial_state=states)
+    model = keras.Model([inputs, targets], top(ys))
+    model.set_weights(redraw(0, model.get_weights()))
+    rng = np.random.default_rng(0)
+    xs, zs = (rng.normal(size=(B, T, size)).astype(np.float32) for size in (D, 3))
+    for source in (encoder, keras.Model(inputs, states)):
+        cell, params, _ = from_keras(source)
+        carry, _ = jaxrnn.scan(cell, params, None, xs, time_axis=1)
+        assert_close(tuple(carry.cell), tuple(encoder(xs)[1:]))
+    (cell, params, _), head = from_keras(decoder), from_keras(top)
+    _, ys = jaxrnn.scan(cell, params, carry.cell, zs, time_axis=1)
+    assert_close(jaxrnn.scan(head.cell, head.params, None, ys, time_axis=1)[1], model([xs, zs]))
+    with pytest.raises(
+        ValueError, match="a decoder's layer is converted by itself, and its initial_state is the carry"
+    ):
+        from_keras(keras.Model([inputs, targets], decoder(targets, initial_state=states)[0]))
+
+
+def test_repeat_vector(keras):
+    """The refusal says what to do instead."""
+    layers = keras.layers
+    below, above = [layers.LSTM(4)], [layers.GRU(3, return_sequences=True), layers.Dense(2)]
+    model = keras.Sequential([keras.Input((T, D)), *below, layers.RepeatVector(6), *above])
+    xs = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"RepeatVector.*jnp.repeat\(y\[:, None\], n, axis=1\)"):
+        from_keras(model)
+    parts = ([keras.Input((T, D)), *below], [keras.Input((6, 4)), *above])
+    first, second = (from_keras(keras.Sequential(part)) for part in parts)
+    y = run(first, first.params, xs)
+    assert_close(run(second, second.params, jnp.repeat(y[:, None], 6, axis=1)), model(xs))
+
+
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_padding(keras, side):
+    """The model's mask function is handed to `scan`, whichever side the rows are padded on."""
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((T,), dtype="int32"),
+            layers.Embedding(VOCABULARY, 3, mask_zero=True),
+            layers.Bidirectional(layers.LSTM(3)),
+            layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    tokens = keras.utils.pad_sequences([[1, 2, 3], [4, 5, 6, 1, 2], [3]], T, padding=side)
+    cell, params, mask = from_keras(model)
+    _, ys = jaxrnn.scan(cell, params, None, tokens, mask=mask(tokens), time_axis=1)
+    assert_close(ys, model(tokens))
+    logits = Stack(cell.cells[:-1])  # to train on, with a loss of logits
+    _, found = jaxrnn.scan(logits, params[:-1], None, tokens, mask=mask(tokens), time_axis=1)
+    assert_close(jax.nn.sigmoid(found), ys)
 
 
 # From cells
@@ -437,13 +576,9 @@ def test_to_keras(keras, name):
     assert_round_trip(keras, None, xs, None, (cell, params, mask), ys)
 
 
-def test_functions_that_keras_has_not():
-    """Its activations are the ones of the same names; in float32, and those of its layers."""
+def test_rectifiers():
+    """Those of its layer ReLU."""
     keras, xs = conversion.peer("keras"), np.linspace(-7, 7, 57, dtype=np.float32).reshape(1, 3, 19)
-    from jaxrnn.convert.keras.config import ALONG_FEATURES, ELEMENTWISE
-
-    for name, fn in (ELEMENTWISE | ALONG_FEATURES).items():
-        assert_close(jaxrnn.activation(fn)(jnp.asarray(xs)), keras.activations.get(name)(xs), name)
     for config in ({"threshold": 1.0}, {"negative_slope": 0.5}, {"max_value": 6}, {}):
         layer = keras.layers.ReLU(**config)
         cell = from_keras(keras.saving.serialize_keras_object(layer), []).cell
@@ -613,7 +748,6 @@ REFUSED = {
     "unknown field": (one("LSTM", units=4, time_major=True), LSTM_SHAPES, "'time_major'=True has no counterpart"),
     "lora": (one("Dense", units=4, lora_rank=2), [(3, 4), (4,)], "'lora_rank'=2 has no counterpart"),
     "quantized": (one("Dense", units=4, dtype="int8_from_float32"), [(3, 4), (4,)], "dtype: expected one of"),
-    "two outputs": (one("Bidirectional", merge_mode=None, layer={}), [], "merge_mode: expected one of"),
     "same way": (
         one("Bidirectional", layer=one("LSTM", units=4), backward_layer=one("LSTM", units=4)),
         LSTM_SHAPES * 2,
@@ -670,11 +804,6 @@ REFUSED = {
         several(MASK, one("LSTM", units=4, go_backwards=True, **SEQUENCE), one("GlobalAveragePooling1D")),
         LSTM_SHAPES,
         "a layer before it has turned the sequence round, and not the mask",
-    ),
-    "last is zero": (
-        several(MASK, one("LSTM", units=4, zero_output_for_mask=True)),
-        LSTM_SHAPES,
-        "zero_output_for_mask=True: its one output is 0 where",
     ),
     "no time": (
         several(one("LSTM", units=4), one("GRU", units=2)),

@@ -13,6 +13,7 @@ import conversion
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conversion import assert_close, assert_weight_gradients, factors_like, redraw
 
@@ -433,6 +434,39 @@ def test_biases_of_gru_in_both_directions_of_conversion(torch):
     assert list(to_torch(cell, params._replace(b=None, b_hn=None))) == ["weight_ih_l0", "weight_hh_l0"]
 
 
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_two_biases_move_twice_as_far(torch, kind):
+    """A step of torch's moves b_ih + b_hh by twice what an optimizer moves b; of a GRU, only that of r and z."""
+    optimizers = {"SGD": optax.sgd(0.01, momentum=0.9), "Adam": optax.adam(0.01)}
+    modules = {name: randomize(torch, 0, getattr(torch.nn, kind)(D, H).double()) for name in optimizers}
+    theirs = {
+        "SGD": torch.optim.SGD(modules["SGD"].parameters(), 0.01, momentum=0.9),
+        "Adam": torch.optim.Adam(modules["Adam"].parameters(), 0.01),
+    }
+    xs = np.random.default_rng(0).normal(size=(T, B, D))
+    cell, first = from_torch(modules["SGD"])
+    twice = np.where(np.arange(first.b.size) < (2 * H if kind == "GRU" else first.b.size), 2.0, 1.0)
+
+    @jax.jit
+    def step(params, states):
+        for name, optimizer in optimizers.items():
+            gradient = jax.grad(lambda p: (jaxrnn.scan(cell, p, None, xs)[1] ** 2).sum())(params[name])
+            updates, state = optimizer.update(gradient, states[name], params[name])
+            params = params | {name: optax.apply_updates(params[name], updates._replace(b=twice * updates.b))}
+            states = states | {name: state}
+        return params, states
+
+    params = dict.fromkeys(optimizers, first)
+    states = {name: jax.jit(optimizer.init)(first) for name, optimizer in optimizers.items()}
+    for _ in range(3):
+        params, states = step(params, states)
+        for name, module in modules.items():
+            theirs[name].zero_grad()
+            (module(torch.tensor(xs))[0] ** 2).sum().backward()
+            theirs[name].step()
+            assert_close(params[name], from_torch(module)[1], name)
+
+
 def test_biases_everywhere_or_nowhere(torch):
     cell = Stack((LSTM(D, H), LSTM(H, H)))
     below, above = weights_for(cell)
@@ -574,9 +608,10 @@ MODULES = {
     "attention": (lambda t: attention(t.nn), r"'encoder.attention' \(MultiheadAttention\): jaxrnn has no counterpart"),
     "conv": (lambda t: t.nn.Sequential(t.nn.Conv1d(3, 3, 1)), r"'0' \(Conv1d\): jaxrnn has no counterpart"),
     "batch norm": (lambda t: t.nn.Sequential(t.nn.BatchNorm1d(3)), r"'0' \(BatchNorm1d\): .*no counterpart"),
-    "gelu": (lambda t: t.nn.GELU(), "GELU: jaxrnn has no counterpart"),
-    "softplus": (lambda t: t.nn.Softplus(beta=2.0), "Softplus: expected beta=1, got 2.0"),
-    "threshold": (lambda t: t.nn.Threshold(0.5, 1.0), "Threshold: expected value=0, got 1.0"),
+    "glu": (lambda t: t.nn.GLU(), "GLU: jaxrnn has no counterpart"),
+    "softplus": (lambda t: t.nn.Softplus(beta=2.0), "Softplus: expected beta=1, threshold=20, got beta=2.0, thresh"),
+    "threshold": (lambda t: t.nn.Threshold(0.5, 1.0), "Threshold: expected value=0, thresh.*, got value=1.0, thresh"),
+    "softmax": (lambda t: t.nn.Softmax(dim=1), "Softmax: expected dim=-1, got dim=1"),
     "max_norm": (lambda t: t.nn.Embedding(V, D, max_norm=2.0), "Embedding: expected max_norm=None, got 2.0"),
     "frequency": (lambda t: t.nn.Embedding(V, D, scale_grad_by_freq=True), "expected scale_grad_by_freq=False"),
     "two axes": (lambda t: t.nn.LayerNorm((2, 3)), r"LayerNorm: expected one normalised axis, got .*\(2, 3\)"),
@@ -869,8 +904,23 @@ def test_params_that_do_not_fit(torch):
         to_torch(cell, (params[0], params[1]._replace(b=np.full(E, np.inf, "float32"))))
     with pytest.raises(TypeError, match=r"cell: expected a jaxrnn.Cell, got dict"):
         to_torch({}, params)
-    with pytest.raises(TypeError, match="expected numbers, got a tracer"):
-        jax.jit(lambda params: to_torch(cell, params))(params)
+
+
+TRACED = {
+    "from_torch": (from_torch, lstm_arrays(), "state_dict: bias_hh_l0"),
+    "to_torch": (lambda params: to_torch(LSTM(D, H), params), weights_for(LSTM(D, H)), "params.w_x"),
+    "carry_from_torch": (lambda h: carry_from_torch(GRU(D, H), h), np.zeros((1, H)), "states: h"),
+    "carry_to_torch": (lambda h: carry_to_torch(GRU(D, H), jaxrnn.GRUCarry(h)), np.zeros(H), "carry: h"),
+}
+
+
+@pytest.mark.parametrize("case", TRACED)
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+def test_numbers_that_are_traced(case, transform):
+    convert, tree, name = TRACED[case]
+    tree = jax.tree.map(lambda leaf: np.stack([leaf] * 2), tree) if transform is jax.vmap else tree
+    with pytest.raises(TypeError, match=f"{name}: expected numbers, got a tracer: convert outside of jax.jit"):
+        transform(convert)(tree)
 
 
 def test_modules_that_do_not_fit(torch):

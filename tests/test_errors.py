@@ -149,7 +149,9 @@ class Unhashable(Cell):
         (lambda: Residual(Pool(GRU(2, 2))), ValueError, "put Residual inside the Pool"),
         (lambda: Zoneout(Pool(GRU(2, 2)), 0.1), ValueError, "put Zoneout inside the Pool"),
         (lambda: EmitCarry(LSTM), TypeError, "cell must be a cell"),
-        (lambda: Pool(CELL, "first"), ValueError, "how must be 'last', 'mean' or 'max', got 'first'"),
+        (lambda: Pool(CELL, "first"), ValueError, r"how must be one of \('last', .* got 'first'"),
+        (lambda: Pool(CELL, ("mean", 3)), ValueError, r"got \('mean', 3\)"),
+        (lambda: Pool(Bidirectional(CELL, CELL), ("max", "last")), ValueError, "has no one last step"),
         (lambda: Pool(Pool(CELL)), ValueError, "ends the time axis already"),
         (lambda: Pool(EmitCarry(CELL)), TypeError, "cell must say its output size"),
         (lambda: Unhashable(np.ones(3)), TypeError, "Unhashable: value must be hashable, got ndarray"),
@@ -204,6 +206,7 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
         ({"reset": np.zeros((5,), bool)}, ValueError, r"reset: expected shape \(5, 4\)"),
         ({"carry": jnp.zeros((4, 3))}, ValueError, "carry: .* expects the structure .*GRUCarry"),
         ({"carry": (jnp.zeros((4, 3)),)}, ValueError, "carry: .* expects the structure"),
+        ({"carry": jaxrnn.PoolCarry(GRUCarry(0), 0, 0)}, ValueError, r"PoolCarry.*; carry\.cell has it"),
         ({"carry": GRUCarry(jnp.zeros(3))}, ValueError, r"carry.h: expected shape \(4, 3\), got \(3,\)"),
         ({"carry": GRUCarry(jnp.zeros((4, 3), int))}, TypeError, "carry.h: expected float32 .* got int32"),
         ({"params": PARAMS[:3]}, TypeError, "params: .* takes GRUParams, got tuple"),
@@ -260,7 +263,7 @@ def test_step_names_what_does_not_fit():
     with pytest.raises(ValueError, match=r"carry.h: expected shape \(4, 3\), got \(3,\)"):
         jaxrnn.step(CELL, PARAMS, GRUCarry(jnp.zeros(3)), XS[0])
     both = Bidirectional(CELL, CELL)
-    with pytest.raises(TypeError, match="cannot run step by step: its backward cell begins at the end"):
+    with pytest.raises(TypeError, match="cannot run step by step: a backward cell begins at the end"):
         jaxrnn.step(both, both.init(jax.random.key(0)), None, XS[0])
     with pytest.raises(TypeError, match="cannot run step by step"):
         jaxrnn.scan(EmitCarry(both), both.init(jax.random.key(0)), None, XS)
@@ -328,6 +331,49 @@ def test_missing_parts_of_params():
     _, plain = jaxrnn.scan(cell, params, None, XS)
     _, absent = jaxrnn.scan(cell, params._replace(peephole=None), None, XS)
     np.testing.assert_allclose(plain, absent, 1e-6)  # peepholes start at zero
+
+
+def test_only_biases_may_be_absent():
+    for cell, name in ((Linear(2, 3), "w"), (CELL, "w_h"), (LayerNorm(2), "scale"), (jaxrnn.LRU(2, 3), "d")):
+        params = cell.init(jax.random.key(0))._replace(**{name: None})
+        with pytest.raises(ValueError, match=rf"params\.{name}: .* expects shape .*, got None"):
+            jaxrnn.scan(cell, params, None, XS)
+    without = PARAMS._replace(b=None, b_hn=None)
+    assert np.isfinite(jaxrnn.scan(CELL, without, None, XS)[1]).all()
+
+
+def test_a_complex_carry_of_a_real_cell():
+    carry = jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), CELL.initial_carry(PARAMS, (4,)))
+    for run in (lambda: scan(carry=carry), lambda: jaxrnn.step(CELL, PARAMS, carry, XS[0])):
+        with pytest.raises(TypeError, match=r"carry\.h: expected float32 or a dtype of its kind, got complex64"):
+            run()
+    cell = jaxrnn.LRU(2, 3)
+    carry = jaxrnn.LRUCarry(jnp.zeros((4, 3)))
+    with pytest.raises(TypeError, match=r"carry\.h: expected complex64 or a dtype of its kind, got float32"):
+        jaxrnn.scan(cell, cell.init(jax.random.key(0)), carry, XS)
+
+
+def test_explain_where_the_default_is_another_platform(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
+    explanation = jaxrnn.explain(CELL, PARAMS, None, XS)
+    assert explanation.platform == "METAL"
+    assert "native" in explanation.calls[0].refused
+    with pytest.raises(ValueError, match=r"platform: expected 'cpu', 'gpu', 'tpu' or None, got 'METAL'"):
+        jaxrnn.explain(CELL, PARAMS, None, XS, platform="METAL")
+
+
+def test_zoneout_of_a_carry_that_is_defined_up_to_a_factor():
+    inner = jaxrnn.SLSTM(2, 3)
+    for cell, rate in ((inner, 0.1), (inner, (0.1, 0.1, 0.0, 0.0)), (Stack((GRU(2, 2), inner)), 0.2)):
+        with pytest.raises(ValueError, match=r"Zoneout: parts of the carry .* up to a common factor .*rate=\("):
+            Zoneout(cell, rate)
+    cell = Zoneout(inner, (0.3, 0.0, 0.0, 0.0))
+    params = jax.tree.map(lambda leaf: leaf + 0.3, cell.init(jax.random.key(0)))
+    h, c, n, m = carry = jaxrnn.SLSTMCarry(*np.random.default_rng(0).uniform(1, 2, (4, 4, 3)).astype(np.float32))
+    same = jaxrnn.SLSTMCarry(h, c * np.exp(2.0, dtype=np.float32), n * np.exp(2.0, dtype=np.float32), m - 2)
+    for key in (None, jax.random.key(1)):
+        found, expected = (jaxrnn.scan(cell, params, each, XS, key=key)[1] for each in (same, carry))
+        np.testing.assert_allclose(found, expected, 1e-5, 1e-6)
 
 
 def test_a_step_that_changes_its_carry():

@@ -325,6 +325,21 @@ def test_both_directions_are_one_call(kind):
 
 
 @needed
+@pytest.mark.parametrize("kind", ["gru", *full(["elman", "lstm", "gru_before"])])
+def test_an_array_that_one_direction_lacks(kind):
+    """Zeros stand for it in the joint call."""
+    cell, params, carry, xs = problem(kind, (4, 3, 2, 5))
+    carry = jaxrnn.BidirectionalPair(carry, draw(carry))
+    both = jaxrnn.Bidirectional(cell, cell)
+    absent = [name for name in ("b", "b_hn") if getattr(params, name, None) is not None]
+    for name in absent:
+        without = params._replace(**{name: None})
+        for each in ((without, params), (params, without), (without, without)):
+            given = jaxrnn.BidirectionalPair(*each)
+            close(*map(jax.tree.leaves, both_ways(gradients(both, given, carry, xs))))
+
+
+@needed
 @pytest.mark.parametrize("rows", [(), (2,), *full([(1,), (7,)])], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_step(kind, rows):

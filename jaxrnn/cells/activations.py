@@ -1,7 +1,8 @@
-"""Activations by name: the eleven of ONNX, Keras' hard sigmoid, SiLU, GELU and the identity."""
+"""Activations by name."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,43 +11,93 @@ from jax import Array
 
 Activation = str | tuple[str, float] | tuple[str, float, float] | Callable[[Array], Array]
 
+
+def _gelu_tanh(x, /):
+    # Beyond ±12 tanh is ±1 in every dtype, and its derivative would be 0 ∞.
+    y = jnp.clip(x, -12, 12)
+    return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
 # name: (function of x, alpha and beta; the defaults of alpha and beta, as many as it takes)
 ACTIVATIONS: dict[str, tuple[Callable[..., Array], tuple[float, ...]]] = {
     "identity": (lambda x: x, ()),
-    "relu": (jax.nn.relu, ()),
-    "tanh": (jnp.tanh, ()),
-    "sigmoid": (jax.nn.sigmoid, ()),
-    "softsign": (jax.nn.soft_sign, ()),
-    "softplus": (jax.nn.softplus, ()),
     "affine": (lambda x, alpha, beta: alpha * x + beta, (1.0, 0.0)),
+    "exponential": (jnp.exp, ()),
+    "relu": (jax.nn.relu, ()),
+    "relu6": (jax.nn.relu6, ()),
     "leaky_relu": (lambda x, alpha: jnp.where(x >= 0, x, alpha * x), (0.01,)),
     "thresholded_relu": (lambda x, alpha: jnp.where(x > alpha, x, jnp.zeros_like(x)), (1.0,)),
-    "scaled_tanh": (lambda x, alpha, beta: alpha * jnp.tanh(beta * x), (1.0, 1.0)),
-    "hard_sigmoid": (lambda x, alpha, beta: jnp.clip(alpha * x + beta, 0, 1), (0.2, 0.5)),
     "elu": (lambda x, alpha: jax.nn.elu(x, alpha), (1.0,)),
-    "silu": (jax.nn.silu, ()),
+    "celu": (lambda x, alpha: jax.nn.celu(x, alpha), (1.0,)),
+    "selu": (jax.nn.selu, ()),
     "gelu": (lambda x: jax.nn.gelu(x, approximate=False), ()),
+    "gelu_tanh": (_gelu_tanh, ()),
+    "silu": (jax.nn.silu, ()),
+    "hard_silu": (jax.nn.hard_silu, ()),
+    "mish": (jax.nn.mish, ()),
+    "softplus": (jax.nn.softplus, ()),
+    "squareplus": (lambda x, alpha: (x + jnp.hypot(x, jnp.full_like(x, math.sqrt(alpha)))) / 2, (4.0,)),
+    "softshrink": (lambda x, alpha: x - jnp.clip(x, -alpha, alpha), (0.5,)),
+    "hardshrink": (lambda x, alpha: jnp.where(jnp.abs(x) > alpha, x, jnp.zeros_like(x)), (0.5,)),
+    "tanhshrink": (lambda x: x - jnp.tanh(x), ()),
+    "tanh": (jnp.tanh, ()),
+    "scaled_tanh": (lambda x, alpha, beta: alpha * jnp.tanh(beta * x), (1.0, 1.0)),
+    "hard_tanh": (lambda x, alpha, beta: jnp.clip(x, alpha, beta), (-1.0, 1.0)),
+    "softsign": (jax.nn.soft_sign, ()),
+    "sigmoid": (jax.nn.sigmoid, ()),
+    "log_sigmoid": (jax.nn.log_sigmoid, ()),
+    "hard_sigmoid": (lambda x, alpha, beta: jnp.clip(alpha * x + beta, 0, 1), (0.2, 0.5)),
     "keras_hard_sigmoid": (lambda x: jnp.clip(x / 6 + 0.5, 0, 1), ()),
+    "softmax": (jax.nn.softmax, ()),
+    "log_softmax": (jax.nn.log_softmax, ()),
 }
+ALONG_FEATURES = ("softmax", "log_softmax")
 
 
 def activation(spec: Activation) -> Callable[[Array], Array]:
     """The function that `spec` names.
 
+        identity            x
+        affine              α x + β; α = 1, β = 0
+        exponential         eˣ
+        relu                max(x, 0)
+        relu6               clip(x, 0, 6)
+        leaky_relu          x, or α x below 0; α = 0.01
+        thresholded_relu    x above α, else 0; α = 1
+        elu                 x, or α (eˣ − 1) below 0; α = 1
+        celu                x, or α (exp(x/α) − 1) below 0; α = 1
+        selu                λ x, or λ α (eˣ − 1) below 0; λ = 1.0507…, α = 1.6732…
+        gelu                x Φ(x), Φ the distribution function of the standard normal distribution
+        gelu_tanh           ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), which is nearly gelu
+        silu                x σ(x), also called swish
+        hard_silu           x clip(x/6 + ½, 0, 1), also called hard swish
+        mish                x tanh(log(1 + eˣ))
+        softplus            log(1 + eˣ)
+        squareplus          ½ (x + √(x² + α)); α = 4
+        softshrink          x − clip(x, −α, α); α = ½
+        hardshrink          x where |x| > α, else 0; α = ½
+        tanhshrink          x − tanh(x)
+        tanh                tanh(x)
+        scaled_tanh         α tanh(β x); α = 1, β = 1
+        hard_tanh           clip(x, α, β); α = −1, β = 1
+        softsign            x / (1 + |x|)
+        sigmoid             σ(x) = 1 / (1 + e⁻ˣ)
+        log_sigmoid         log σ(x)
+        hard_sigmoid        clip(α x + β, 0, 1); α = 0.2, β = ½
+        keras_hard_sigmoid  clip(x/6 + ½, 0, 1), that of Keras 3, PyTorch and JAX
+        softmax             eˣ / Σ eˣ over the last axis, the features
+        log_softmax         x − log Σ eˣ over the last axis, the features
+
     Args:
       spec: a name, `(name, alpha)` or `(name, alpha, beta)`, or an elementwise callable. A callable is compared by
-        identity, and a cell that holds one may neither print as an expression nor pickle.
-
-        identity x · relu max(x, 0) · tanh · sigmoid 1/(1 + e⁻ˣ) · softsign x/(1 + |x|) · softplus log(1 + eˣ)
-        affine αx + β (1, 0) · leaky_relu x, or αx below 0 (0.01) · thresholded_relu x above α, else 0 (1)
-        scaled_tanh α tanh(βx) (1, 1) · hard_sigmoid clip(αx + β, 0, 1) (0.2, 0.5) · elu x, or α(eˣ − 1) below 0 (1)
-        keras_hard_sigmoid clip(x/6 + ½, 0, 1) · silu x/(1 + e⁻ˣ) · gelu x Φ(x), Φ that of the normal distribution
+        identity, and a cell that holds one may neither print as an expression nor pickle. softmax and log_softmax are
+        for `jaxrnn.Apply`; within a cell an activation acts on each unit by itself.
 
     Raises:
       ValueError: for a name that is not known, or more numbers than it takes.
       TypeError: for anything else.
 
-    Reference: the activation functions of ONNX's RNN operators; Keras 3's `hard_sigmoid`.
+    Reference: `jax.nn`, `torch.nn`, Keras 3 and ONNX, which have most of them under similar names.
 
         >>> import jaxrnn
         >>> float(jaxrnn.activation(("leaky_relu", 0.5))(-2.0))
@@ -64,3 +115,12 @@ def activation(spec: Activation) -> Callable[[Array], Array]:
         raise ValueError(f"activation: {name} takes {len(defaults)} numbers, got {len(given)}")
     numbers = (*given, *defaults[len(given) :])
     return lambda x: function(x, *numbers)
+
+
+def check_elementwise(*specs: Activation) -> None:
+    """Raises unless each is an activation that acts on every unit by itself."""
+    for spec in specs:
+        activation(spec)
+        name = spec[0] if isinstance(spec, tuple) else spec
+        if name in ALONG_FEATURES:
+            raise ValueError(f"activation: expected an elementwise one, got {name!r}; put Apply({name!r}) above")

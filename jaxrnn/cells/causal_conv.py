@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, zero_where_not
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.loop import in_chunks, starts
 from jaxrnn.engines.window import step_window, windows
 
@@ -74,19 +74,20 @@ class CausalConv(Cell):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
 
-        def run(carry, inputs):
+        def run(constant, carry, inputs):
+            params, fresh = constant
             xs, valid, start = inputs
             taps, window = windows(carry.window, fresh.window, xs.astype(dtype), valid, start, reverse)
             return CausalConvCarry(window), zero_where_not(valid, _weighted(cast(params, dtype), taps))
 
-        return in_chunks(run, carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
+        return in_chunks(run, (params, fresh), carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
 
 
 def _weighted(params, taps):
     wide = accumulator(taps[0].dtype)
     y = jnp.zeros(taps[0].shape, wide) if params.b is None else jnp.broadcast_to(params.b.astype(wide), taps[0].shape)
     for w, tap in zip(params.w, taps, strict=True):
-        y = y + w.astype(wide) * tap.astype(wide)
+        y = y + lifted(w.astype(wide), tap) * tap.astype(wide)
     return y.astype(taps[0].dtype)
 
 

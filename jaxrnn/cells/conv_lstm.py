@@ -11,9 +11,9 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.lstm import LSTMGates
-from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted
 
 
 class ConvLSTMParams(NamedTuple):
@@ -85,8 +85,7 @@ class ConvLSTM(Cell):
             raise ValueError(
                 f"ConvLSTM: spatial_shape {self.spatial_shape} is smaller than the kernel under padding 'VALID'"
             )
-        for spec in (self.gate_activation, self.activation):
-            activation(spec)
+        check_elementwise(self.gate_activation, self.activation)
 
     def _each(self, name: str) -> tuple[int, ...]:
         value = getattr(self, name)
@@ -139,7 +138,7 @@ class ConvLSTM(Cell):
         u = _convolve(x.astype(dtype), params.w_x, self._each("strides"), self._each("dilation"), self.padding)
         v = _convolve(h.astype(dtype), params.w_h, ones, ones, "SAME")
         pre = u.astype(wide) + v.astype(wide)
-        pre = pre if params.b is None else pre + params.b.astype(wide)
+        pre = pre if params.b is None else pre + lifted(params.b.astype(wide), pre)
         i, f, g, o = jnp.split(pre, 4, axis=-1)
         φ = activation(self.gate_activation)
         return LSTMGates(φ(i), φ(f), activation(self.activation)(g), φ(o))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import accumulator
@@ -62,7 +62,7 @@ class Elman(GatedCell):
     def __post_init__(self):
         check.size(self, "input_size", self.input_size)
         check.size(self, "hidden_size", self.hidden_size)
-        activation(self.activation)
+        check_elementwise(self.activation)
 
     @property
     def output_size(self) -> int:

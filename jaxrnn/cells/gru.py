@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell, clip, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
+from jaxrnn.engines.arrays import lifted
 from jaxrnn.engines.gated import GatedWeights, Kernel
 
 
@@ -102,8 +103,7 @@ class GRU(GatedCell):
         check.size(self, "input_size", self.input_size)
         check.size(self, "hidden_size", self.hidden_size)
         check.threshold(self, "gate_clip", self.gate_clip)
-        for spec in (self.gate_activation, self.activation):
-            activation(spec)
+        check_elementwise(self.gate_activation, self.activation)
 
     @property
     def output_size(self) -> int:
@@ -161,7 +161,7 @@ class GRU(GatedCell):
         z = φ(clip(u_z + v[..., self.hidden_size : 2 * self.hidden_size], self.gate_clip))
         if self.reset_after:
             v_n = v[..., 2 * self.hidden_size :]
-            w = r * (v_n if theta.b_hn is None else v_n + theta.b_hn)
+            w = r * (v_n if theta.b_hn is None else v_n + lifted(theta.b_hn, v_n))
         return GRUGates(r, z, ψ(clip(u_n + w, self.gate_clip)))
 
     def _reset(self, u, v):
@@ -172,9 +172,9 @@ class GRU(GatedCell):
         if not self.layer_norm:
             return u, v, w
         gain_v, gain_w = jnp.split(theta.norm.h, [v.shape[-1]])
-        u = normalize(u) * theta.norm.x
-        u = u if theta.b is None else u + theta.b
-        return u, normalize(v) * gain_v, None if w is None else normalize(w) * gain_w
+        u = normalize(u) * lifted(theta.norm.x, u)
+        u = u if theta.b is None else u + lifted(theta.b, u)
+        return u, normalize(v) * lifted(gain_v, v), None if w is None else normalize(w) * lifted(gain_w, w)
 
 
 def gru_init(

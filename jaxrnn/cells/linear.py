@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, select, zero_where_not
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, select, zero_where_not
 from jaxrnn.engines.linear import linear_form, linear_recurrence
 from jaxrnn.engines.log_linear import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks, starts
@@ -58,26 +58,27 @@ class LinearCell(Cell):
         if started is not None:
             a, b = self.begin(a, b, started)
         wide = accumulator(b.dtype, carry.h.dtype)
-        h = a.astype(wide) * carry.h.astype(wide) + b.astype(wide)
+        h = lifted(a, b).astype(wide) * carry.h.astype(wide) + b.astype(wide)
         y = self.output(params, h.astype(b.dtype), x).astype(dtype)
         return _replaced(carry, h.astype(carry.h.dtype), True, window), y
 
     def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
-        params, xs = cast(params, dtype), xs.astype(dtype)
+        xs = xs.astype(dtype)
         widths = carry.window.shape[-2] + 1 if hasattr(carry, "window") else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
-        dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, params, seen)]
+        dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
         in_logs = getattr(self, "log_space", False)
         if in_logs:
             form = log_linear_form(implementation, self)
         else:
             form = linear_form(implementation, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
 
-        def run(carry, inputs):
+        def run(constant, carry, inputs):
+            params, fresh = constant
             xs, valid, start = inputs
-            window = None
+            params, window = cast(params, dtype), None
             if hasattr(carry, "window"):
                 taps, window = windows(carry.window, fresh.window, xs, valid, start, reverse)
                 xs = jnp.concatenate(taps, axis=-1)
@@ -90,13 +91,13 @@ class LinearCell(Cell):
                 if hasattr(carry, "started"):
                     a, b = self.begin(a, b, _started(carry.started, fresh.started, valid, start, reverse, xs.shape[0]))
                 if start is not None:
-                    b = select(start, b + a * fresh.h.astype(b.dtype), b)
+                    b = select(start, b + lifted(a, b) * lifted(fresh.h.astype(b.dtype), b), b)
                 last, hs = linear_recurrence(a, b, wide, **options)
             some = xs.shape[0] > 0 if valid is None else valid.any(0)
             ys = zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
             return _replaced(carry, last.astype(h.dtype), some, window), ys
 
-        return in_chunks(run, carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
+        return in_chunks(run, (params, fresh), carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
 
     def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
         """(*batch_shape, size), in the params' dtype."""
@@ -122,4 +123,5 @@ def _started(given: Array, fresh: Array, valid: Array | None, start: Array | Non
         seen = lax.cummax(valid.astype(jnp.int32), axis=0, reverse=reverse).astype(bool)
         none = jnp.zeros_like(seen[:1])
         seen = jnp.concatenate([seen[1:], none] if reverse else [none, seen[:-1]])[:length]
-    return seen | given if start is None else jnp.where(start, fresh, seen | given)
+    seen = seen | given[None]
+    return seen if start is None else jnp.where(start, fresh[None], seen)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cells.linear import LinearCell
-from jaxrnn.engines.arrays import accumulator, dot
+from jaxrnn.engines.arrays import accumulator, dot, lifted
 
 
 class LRUParams(NamedTuple):
@@ -95,13 +95,13 @@ class LRU(LinearCell):
         modulus, phase = jnp.exp(-jnp.exp(nu)), jnp.exp(theta)
         a = lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase))
         re, im = jnp.split(dot(x, params.w_x).astype(wide), 2, axis=-1)
-        scale = jnp.exp(gamma)
+        scale = lifted(jnp.exp(gamma), re)
         return a, lax.complex(scale * re, scale * im)
 
     def output(self, params, h, x):
         parts = jnp.concatenate([h.real, h.imag], axis=-1)
         y = dot(parts.astype(params.w_y.dtype), params.w_y)
-        return y + (params.d * x).astype(y.dtype)
+        return y + lifted(params.d.astype(y.dtype), y) * x.astype(y.dtype)
 
 
 def lru_init(

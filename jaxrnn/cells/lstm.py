@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell, clip, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
+from jaxrnn.engines.arrays import lifted
 from jaxrnn.engines.gated import GatedWeights, Kernel
 
 
@@ -94,6 +95,8 @@ class LSTM(GatedCell):
         ((5, 16), (7, 5, 16))
     """
 
+    optional_params = ("b", "peephole")
+
     input_size: int
     hidden_size: int
     peephole: bool = False
@@ -113,8 +116,7 @@ class LSTM(GatedCell):
             check.size(self, "projection_size", self.projection_size)
         check.threshold(self, "cell_clip", self.cell_clip)
         check.threshold(self, "gate_clip", self.gate_clip)
-        for spec in (self.gate_activation, self.activation, self.output_activation):
-            activation(spec)
+        check_elementwise(self.gate_activation, self.activation, self.output_activation)
 
     @property
     def output_size(self) -> int:
@@ -161,14 +163,14 @@ class LSTM(GatedCell):
     def _activate(self, theta, carry, u, v) -> tuple[LSTMGates, Array]:
         """The gates, and c'."""
         if self.layer_norm:
-            u, v = normalize(u) * theta.norm.x, normalize(v) * theta.norm.h
+            u, v = normalize(u) * lifted(theta.norm.x, u), normalize(v) * lifted(theta.norm.h, v)
             if theta.b is not None:
-                u = u + theta.b
+                u = u + lifted(theta.b, u)
         φ, ψ = activation(self.gate_activation), activation(self.activation)
         *i, f, g, o = jnp.split(u + v, 3 if self.coupled else 4, axis=-1)
 
         def gate(pre, row, c):
-            pre = pre if theta.peephole is None else pre + theta.peephole[row] * c
+            pre = pre if theta.peephole is None else pre + lifted(theta.peephole[row], c) * c
             return φ(clip(pre, self.gate_clip))
 
         f = gate(f, -2, carry.c)
@@ -179,7 +181,7 @@ class LSTM(GatedCell):
 
     def _output(self, theta, o, c):
         if self.layer_norm:
-            c = normalize(c) * theta.norm.c + theta.norm.b_c
+            c = normalize(c) * lifted(theta.norm.c, c) + lifted(theta.norm.b_c, c)
         return o * activation(self.output_activation)(c)
 
 

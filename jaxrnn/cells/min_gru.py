@@ -11,7 +11,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell
-from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.arrays import dot, lifted
 
 
 class MinGRUParams(NamedTuple):
@@ -101,7 +101,7 @@ class MinGRU(LinearCell):
 def affine(params: Any, x: Array) -> Array:
     """x w_x + b, in at least float32."""
     u = dot(x, params.w_x)
-    return u if params.b is None else u + params.b.astype(u.dtype)
+    return u if params.b is None else u + lifted(params.b.astype(u.dtype), u)
 
 
 def candidate(v: Array) -> Array:

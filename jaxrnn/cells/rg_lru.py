@@ -11,7 +11,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell
-from jaxrnn.engines.arrays import accumulator
+from jaxrnn.engines.arrays import accumulator, lifted
 
 POWER = 8.0  # c of the paper
 STEEPEST = 1000.0  # that the derivative of the square root may be
@@ -91,7 +91,7 @@ class RGLRU(LinearCell):
     def coefficients(self, params, x):
         r, i = self._gates(params, x)
         wide = r.dtype
-        exponent = -POWER * jax.nn.softplus(params.decay.astype(wide)) * r
+        exponent = -POWER * lifted(jax.nn.softplus(params.decay.astype(wide)), r) * r
         return jnp.exp(exponent), i * x.astype(wide)
 
     def begin(self, a, b, started):
@@ -104,7 +104,7 @@ class RGLRU(LinearCell):
         u = jnp.einsum("...nd,nde->...ne", blocks, params.w_x, preferred_element_type=wide)
         gates = [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
         if params.b is not None:
-            gates = [gate + b.astype(wide) for gate, b in zip(gates, params.b, strict=True)]
+            gates = [gate + lifted(b.astype(wide), gate) for gate, b in zip(gates, params.b, strict=True)]
         return RGLRUGates(*map(jax.nn.sigmoid, gates))
 
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxrnn.cells.linear import LinearCell
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
-from jaxrnn.engines.arrays import accumulator
+from jaxrnn.engines.arrays import accumulator, lifted
 
 SPECTRA = ("linear", "inverse", "hippo")
 
@@ -102,14 +102,16 @@ class S4D(LinearCell):
         x, time = elapsed(self, x)
         step = jnp.exp(log_step)[:, None]
         if time is not None:
-            step = step * time[..., None, None].astype(wide)
+            time = time[..., None, None].astype(wide)
+            step = lifted(step, time) * time
         a, scale = discretize(self.discretization, log_decay, frequency, step)
-        return a, scale * x[..., None].astype(scale.dtype)
+        x = x[..., None].astype(scale.dtype)
+        return a, lifted(scale, x) * x
 
     def output(self, params, h, x):
-        re, im = params.c.astype(h.real.dtype)
+        re, im = (lifted(each, h) for each in params.c.astype(h.real.dtype))
         y = 2 * jnp.sum(re * h.real - im * h.imag, axis=-1)
-        return y + (params.d * elapsed(self, x)[0]).astype(y.dtype)
+        return y + lifted(params.d.astype(y.dtype), y) * elapsed(self, x)[0].astype(y.dtype)
 
 
 def s4d_init(

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxrnn.cells.linear import LinearCell
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
-from jaxrnn.engines.arrays import accumulator, dot
+from jaxrnn.engines.arrays import accumulator, dot, lifted
 
 
 class S5Params(NamedTuple):
@@ -90,15 +90,19 @@ class S5(LinearCell):
         wide = accumulator(params.d.dtype)
         log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
         x, time = elapsed(self, x)
-        step = jnp.exp(log_step) if time is None else jnp.exp(log_step) * time[..., None].astype(wide)
+        step = jnp.exp(log_step)
+        if time is not None:
+            time = time[..., None].astype(wide)
+            step = lifted(step, time) * time
         a, scale = discretize(self.discretization, log_decay, frequency, step)
         u = dot(x, params.w_x).astype(wide)
-        return a, scale * lax.complex(*jnp.split(u, 2, axis=-1))
+        u = lax.complex(*jnp.split(u, 2, axis=-1))
+        return a, lifted(scale, u) * u
 
     def output(self, params, h, x):
         parts = jnp.concatenate([h.real, h.imag], axis=-1)
         y = 2 * dot(parts.astype(params.w_y.dtype), params.w_y)
-        return y + (params.d * elapsed(self, x)[0]).astype(y.dtype)
+        return y + lifted(params.d.astype(y.dtype), y) * elapsed(self, x)[0].astype(y.dtype)
 
 
 def s5_init(

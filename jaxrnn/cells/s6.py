@@ -12,7 +12,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell
-from jaxrnn.engines.arrays import accumulator, dot
+from jaxrnn.engines.arrays import accumulator, dot, lifted
 
 CHUNK = 64  # steps whose states (steps, ..., D, N) are in memory at once
 
@@ -99,14 +99,14 @@ class S6(LinearCell):
     def coefficients(self, params, x):
         wide, rank = accumulator(x.dtype), params.w_step.shape[0]
         u = dot(x, params.w_x[:, : rank + self.hidden_size]).astype(wide)
-        step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide) + params.b_step.astype(wide)
-        step = jax.nn.softplus(step)
-        a = jnp.exp(-jnp.exp(params.log_decay.astype(wide)) * step[..., None])
-        return a, (step * x.astype(wide))[..., None] * u[..., None, rank:]
+        step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide)
+        step = jax.nn.softplus(step + lifted(params.b_step.astype(wide), step))[..., None]
+        a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(wide), step)) * step)
+        return a, step * x.astype(wide)[..., None] * u[..., None, rank:]
 
     def output(self, params, h, x):
         c = dot(x, params.w_x[:, -self.hidden_size :]).astype(h.dtype)
-        return jnp.einsum("...dn,...n->...d", h, c) + (params.d * x).astype(h.dtype)
+        return jnp.einsum("...dn,...n->...d", h, c) + lifted(params.d.astype(h.dtype), x) * x.astype(h.dtype)
 
     def scan(self, params, carry, xs, *, remat_every, **arguments):
         if remat_every is None and xs.shape[0] > CHUNK:

@@ -30,6 +30,8 @@ class SLSTMCarry(NamedTuple):
     n: Array
     m: Array
 
+    joint = ("c", "n", "m")  # (c, n, m) and (c eᵈ, n eᵈ, m − d) are one state
+
 
 class SLSTMGates(NamedTuple):
     """The gates i and f as c and n are multiplied by them, z and o, each (..., H)."""

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation
+from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell
-from jaxrnn.engines.arrays import accumulator, dot
+from jaxrnn.engines.arrays import accumulator, dot, lifted
 
 
 class SRUParams(NamedTuple):
@@ -67,7 +67,7 @@ class SRU(LinearCell):
     def __post_init__(self):
         check.size(self, "input_size", self.input_size)
         check.size(self, "hidden_size", self.hidden_size)
-        activation(self.activation)
+        check_elementwise(self.activation)
 
     @property
     def output_size(self) -> int:
@@ -98,7 +98,8 @@ class SRU(LinearCell):
         wide, size = accumulator(x.dtype), self.hidden_size
         n, f, r, *skip = jnp.split(dot(x, params.w_x).astype(wide), params.w_x.shape[1] // size, axis=-1)
         if params.b is not None:
-            f, r = f + params.b[:size].astype(wide), r + params.b[size:].astype(wide)
+            b = lifted(params.b.astype(wide), f)
+            f, r = f + b[..., :size], r + b[..., size:]
         return n, jax.nn.sigmoid(f), jax.nn.sigmoid(r), skip[0] if skip else x.astype(wide)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxrnn import check
+from jaxrnn.engines.arrays import lifted
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 
@@ -39,7 +40,7 @@ def elapsed(cell: Any, x: Array) -> tuple[Array, Array | None]:
 
 def discretize(how: str, log_decay: Array, frequency: Array, step: Array) -> tuple[Array, Array]:
     """(ā, b̄) of s' = λ s + u over a step: λ = −exp(log_decay) + i frequency."""
-    eigenvalue = lax.complex(-jnp.exp(log_decay), frequency)
+    eigenvalue = lifted(lax.complex(-jnp.exp(log_decay), frequency), step)
     moved = lax.complex(step * eigenvalue.real, step * eigenvalue.imag)
     if how == "zoh":
         return jnp.exp(moved), jnp.expm1(moved) / eigenvalue

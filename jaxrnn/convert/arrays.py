@@ -61,7 +61,16 @@ class Arrays:
         return self._left[name]
 
 
+def refuse_tracer(name: str, value: Any) -> None:
+    """Raises for an array that has no numbers yet, since it belongs to a function that JAX is tracing."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: expected numbers, got a tracer: convert outside of jax.jit, jax.grad, jax.vmap and the like"
+        )
+
+
 def _floating(name: str, value: Any) -> np.ndarray:
+    refuse_tracer(name, value)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -112,9 +121,6 @@ def _each(array: np.ndarray, gates: str, which: str, on: float, off: float) -> n
 def to_numpy(params: Any) -> Any:
     """The tree with NumPy leaves; raises for NaN, infinity and tracers."""
 
-    def convert(path, leaf):
-        if isinstance(leaf, jax.core.Tracer):
-            raise TypeError(f"params{jax.tree_util.keystr(path)}: expected numbers, got a tracer")
-        return _floating(f"params{jax.tree_util.keystr(path)}", leaf)
-
-    return jax.tree_util.tree_map_with_path(convert, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _floating(f"params{jax.tree_util.keystr(path)}", leaf), params
+    )

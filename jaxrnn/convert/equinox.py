@@ -13,9 +13,9 @@ from jaxrnn.cell import Cell
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import function_of, name_of
 from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed, placed
-from jaxrnn.convert.functions import function_of, name_of
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import (
     Apply,
@@ -38,7 +38,8 @@ def from_equinox(module: Any) -> tuple[Cell, Any]:
     Args:
       module: LSTMCell, GRUCell, Linear, Embedding, LayerNorm, Dropout, Identity, Lambda of one of JAX's activations; or
         a Sequential, tuple or list of them, in the order in which they run, which becomes a `Stack`. Dropout acts where
-        `scan` is given a key, whatever its `inference` is.
+        `scan` is given a key, whatever its `inference` is. A class of your own, a subclass of these too, is refused,
+        since its `__call__` may do anything: convert a tuple of the modules in it.
 
     Returns:
       The cell and its params, in the dtype of the weights. A LayerNorm without weight gets one of ones.

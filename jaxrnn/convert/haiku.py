@@ -31,13 +31,18 @@ def from_haiku(
 
     The modules are LSTM, GRU, VanillaRNN, Conv1DLSTM to Conv3DLSTM, Linear, Embed and LayerNorm over the last axis.
     What else a model does is not in its parameters: several modules must run one after another, as in a `DeepRNN`, with
-    nothing between them but Dropout and IdentityCores. They become a `Stack`.
+    nothing between them but Dropout and IdentityCores. They become a `Stack`. Whether that is so cannot be seen here:
+    compare `apply` with `jaxrnn.scan` once.
 
     A module is known by the last part of its name: "my_model/~/lstm_1/linear" is of an LSTM. A `linear` below a name
     that is none of Haiku's may be a Linear of its own or part of a renamed core, so `modules` has to say.
 
     `dynamic_unroll` is `jaxrnn.scan`; an `LSTMState(hidden, cell)` is `LSTMCarry(h, c)`, an array h `GRUCarry(h)` or
     `ElmanCarry(h)`. Where a `ResetCore` reads `should_reset`, `scan` takes `reset`.
+
+    VanillaRNN (with `double_bias`) and Conv*LSTM have two biases that act as their sum, which is `b` here. An optimizer
+    moves each of the two as far as it moves `b`, so that training moves the sum twice as far in Haiku; see `from_torch`
+    for a way to do the same.
 
     Args:
       params: as `init` returns them: module names to dicts of arrays, which may be NumPy's.

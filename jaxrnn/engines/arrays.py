@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def inexact(leaf) -> bool:
@@ -30,6 +33,21 @@ def varying_like(tree: Any, *others: Any) -> Any:
     return jax.tree.map(vary, tree) if every else tree
 
 
+def with_rows_of(tree: Any, x: Array, first: int, ndim: int) -> Any:
+    """`tree`, leaves (*batch, ...), with its `ndim` batch axes divided among devices as those of `x` from axis `first`
+    on, where their types say so."""
+    sharding = jax.typeof(x).sharding
+    rows = sharding.spec[first : first + ndim]
+    if all(axis is None for axis in rows):
+        return tree
+
+    def divide(leaf):
+        spec = PartitionSpec(*rows, *[None] * (leaf.ndim - ndim))
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(divide, tree)
+
+
 def compute_dtype(x: Array, params: Any):
     """The dtype a layer computes in: that of `x` if it is floating or complex, else that of its params."""
     if inexact(x):
@@ -49,6 +67,17 @@ def _widest(*dtypes):
         return jnp.result_type(*dtypes)
 
 
+def evaluated(primitive: Primitive, options: Sequence[str]) -> Callable[..., Any]:
+    """How `primitive` runs outside of `jit`: compiled, also where `jax.disable_jit` asks for steps one by one."""
+    compiled = jax.jit(primitive.bind, static_argnames=options)
+
+    def run(*arrays, **given):
+        with jax.disable_jit(False):
+            return compiled(*arrays, **given)
+
+    return run
+
+
 def on_device(array: np.ndarray) -> Array:
     """`array` as JAX's, without the compilation that `jnp.asarray` needs for every new shape."""
     return jax.device_put(np.array(array))  # a copy, since device_put shares the memory that it is given
@@ -57,6 +86,21 @@ def on_device(array: np.ndarray) -> Array:
 def cast(tree: Any, dtype) -> Any:
     """`tree` with its floating and complex leaves in `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if inexact(leaf) else leaf, tree)
+
+
+def widened(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """`tree` with its floating and complex leaves in at least float32, and the way back to its own dtypes.
+
+    What a loop reads in this form, and takes back inside, has its cotangents summed over the steps in that dtype.
+    """
+
+    def widen(leaf):
+        return leaf.astype(accumulator(leaf.dtype)) if inexact(leaf) else leaf
+
+    def back(wide):
+        return jax.tree.map(lambda wide, leaf: wide.astype(leaf.dtype) if inexact(leaf) else wide, wide, tree)
+
+    return jax.tree.map(widen, tree), back
 
 
 def cast_like(new: Any, old: Any, *, owner: str) -> Any:
@@ -86,6 +130,11 @@ def dot(x: Array, w: Array) -> Array:
     if x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"x: expected (..., {w.shape[0]}) for weights of shape {w.shape}, got {x.shape}")
     return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
+
+
+def lifted(array: Array, like: Array) -> Array:
+    """`array` with the axes of size 1 in front that it lacks beside `like`, which NumPy would add in silence."""
+    return array.reshape((1,) * (like.ndim - array.ndim) + array.shape)
 
 
 def select(flag: Array, on: Any, off: Any) -> Any:

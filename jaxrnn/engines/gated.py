@@ -8,18 +8,17 @@ carry', y = gate(θ, carry, u, v, w)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import functools
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.engines import gated_native, native
-from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot, lifted, varying_like
 from jaxrnn.engines.choose import Implementation, choose, record
-from jaxrnn.engines.loop import time_loop
+from jaxrnn.engines.loop import in_chunks, loop, starts
 
 REFUSALS = {
     "associative": "the recurrence is not linear",
@@ -67,38 +66,53 @@ class GatedRecurrence(Protocol):
 
 def recurrent_product(s: Array, w_h: Array) -> Array:
     """s w_h, for a dense, block-diagonal or diagonal w_h."""
+    wide = accumulator(s.dtype)
     if w_h.ndim == 1:
-        return (s * w_h).astype(accumulator(s.dtype))
+        return s.astype(wide) * lifted(w_h.astype(wide), s)
     if w_h.ndim == 2:
         return dot(s, w_h)
     blocks, rows, columns = w_h.shape
     s = s.reshape(*s.shape[:-1], blocks, rows)
-    v = jnp.einsum("...ni,nij->...nj", s, w_h, preferred_element_type=accumulator(s.dtype))
+    v = jnp.einsum("...ni,nij->...nj", s, w_h, preferred_element_type=wide)
     return v.reshape(*v.shape[:-2], blocks * columns)
 
 
 def _input_product(weights: GatedWeights, x, dtype, wide):
     """u in the wide dtype, for one step or many."""
     u = dot(x.astype(dtype), weights.w_x).astype(wide)
-    return u if weights.b is None else u + weights.b.astype(wide)
+    return u if weights.b is None else u + lifted(weights.b.astype(wide), u)
 
 
-def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide):
-    """(carry, u, v, w) in the wide dtype, from products of operands in `dtype`; `weights` are already in `dtype`."""
+class Added(NamedTuple):
+    """What is added to u, v and w of every step: zeros, whose cotangents are those of the products."""
 
-    def narrow(array):
-        return array.astype(dtype)
+    u: Array
+    v: Array
+    w: Array | None
 
-    carry = cast(carry, wide)
-    theta = cast(weights.theta, wide)
+
+class Read(NamedTuple):
+    """What the two products on the carry read at a step, s and the output of `mid`, in the dtype of the products."""
+
+    s: Array
+    mid: Array | None
+
+
+def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: Added | None = None):
+    """What `gate` takes, (θ, carry, u, v, w) in the wide dtype, and what the products read; `weights` have `dtype`."""
+    carry, theta = cast(carry, wide), cast(weights.theta, wide)
     s = getattr(carry, cell.recurrent_state)
     if mask is not None:
         s = s * mask.astype(wide)
-    v = recurrent_product(narrow(s), weights.w_h).astype(wide)
-    w = None
-    if weights.w_2 is not None:
-        w = dot(narrow(cell.mid(theta, carry, s, u, v)), weights.w_2).astype(wide)
-    return theta, carry, u, v, w
+    narrow = s.astype(dtype)
+    v = recurrent_product(narrow, weights.w_h).astype(wide)
+    if added is not None:
+        u, v = u + added.u, v + added.v
+    if weights.w_2 is None:
+        return (theta, carry, u, v, None), Read(narrow, None)
+    mid = cell.mid(theta, carry, s, u, v).astype(dtype)
+    w = dot(mid, weights.w_2).astype(wide)
+    return (theta, carry, u, v, w if added is None else w + added.w), Read(narrow, mid)
 
 
 def _dtypes(weights, carry, x):
@@ -110,40 +124,15 @@ def gated_products(cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: 
     """What `gate` takes at one step: (θ, carry, u, v, w), in the dtype that gates compute in."""
     dtype, wide = _dtypes(weights, carry, x)
     weights = cast(weights, dtype)
-    return _products(cell, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)
-
-
-_stepping: ContextVar[tuple[Implementation] | None] = ContextVar("stepping", default=None)
-
-
-@contextmanager
-def stepping(implementation: Implementation) -> Iterator[None]:
-    """Inside, `gated_step` runs as `implementation`; outside it is XLA's form."""
-    token = _stepping.set((implementation,))
-    try:
-        yield
-    finally:
-        _stepping.reset(token)
+    return _products(cell, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
 
 
 def gated_step(
     cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None
 ) -> tuple[Any, Array]:
     """One step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation."""
-    dtype, wide = _dtypes(weights, carry, x)
-    weights = cast(weights, dtype)
-    asked = _stepping.get()
-    if asked is not None:
-        run = _kernel(cell, [weights], [carry], dtype, [mask], *asked)
-        if run is not None:
-            ((new, ys),) = run([carry], x[None], fresh=[carry], valid=None, reset=None, directions=[False], every=None)
-            return new, ys[0]
-    return _step(cell, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)
-
-
-def _step(cell, weights, carry, u, mask, dtype, wide):
-    new, y = cell.gate(*_products(cell, weights, carry, u, mask, dtype, wide))
-    return cast_like(new, carry, owner=type(cell).__name__), y.astype(dtype)
+    new, y = cell.gate(*gated_products(cell, weights, carry, x, mask))
+    return cast_like(new, carry, owner=type(cell).__name__), y.astype(compute_dtype(x, weights))
 
 
 def gated_scan(
@@ -176,23 +165,120 @@ def gated_scan(
       implementation: see `choose`.
     """
     dtype, wide = _dtypes(weights, carry, xs)
-    weights = cast(weights, dtype)
-    run = _kernel(cell, [weights], [carry], dtype, [mask], implementation)
+    weights, xs = cast(weights, dtype), xs.astype(dtype)
+    run = _kernel(cell, [weights], [carry], xs, [mask], implementation)
     if run is not None:
         (result,) = run([carry], xs, fresh=[fresh], valid=valid, reset=reset, directions=[reverse], every=remat_every)
         return result
 
-    return time_loop(
-        lambda carry, u: _step(cell, weights, carry, u, mask, dtype, wide),
+    how = _How(cell, dtype, wide, reverse)
+
+    def scan(constant, carry, inputs):
+        weights, fresh, mask = constant
+        xs, *flags = inputs
+        return _recurrence(how, weights, carry, fresh, mask, xs, tuple(flags))
+
+    inputs = xs, valid, starts(reset, valid, reverse)
+    return in_chunks(scan, (weights, fresh, mask), carry, inputs, reverse, remat_every)
+
+
+class _How(NamedTuple):
+    """What is no array."""
+
+    cell: GatedRecurrence
+    dtype: Any
+    wide: Any
+    reverse: bool
+
+
+def _loop(how: _How, weights, carry, fresh, mask, xs, flags, added: Added | None = None):
+    """(carry, (ys, what the products read)); with `added`, θ has the axes of a row in front."""
+    cell, dtype, wide, reverse = how
+    valid, start = flags
+
+    def prepare(constant, inputs):
+        weights, _ = constant
+        x, added = inputs
+        return _input_product(weights, x, dtype, wide), added
+
+    def step(constant, carry, inputs):
+        weights, mask = constant
+        u, added = inputs
+        each = cell if added is None else _ByRow(cell, xs.ndim - 2)
+        reads, read = _products(each, weights, carry, u, mask, dtype, wide, added)
+        new, y = each.gate(*reads)
+        return cast_like(new, carry, owner=type(cell).__name__), (y.astype(dtype), None if added is None else read)
+
+    return loop(
+        step,
+        (weights, mask),
         carry,
-        xs,
+        (xs, added),
         fresh=fresh,
         valid=valid,
-        reset=reset,
+        start=start,
         reverse=reverse,
-        remat_every=remat_every,
-        prepare=lambda x: _input_product(weights, x, dtype, wide),
+        prepare=prepare,
     )
+
+
+class _ByRow:
+    """A cell whose θ has the axes of a row in front, like all else that its `gate` and `mid` take."""
+
+    def __init__(self, cell: GatedRecurrence, ndim: int):
+        self.recurrent_state = cell.recurrent_state
+        self.gate, self.mid = cell.gate, cell.mid
+        for _ in range(ndim):
+            self.gate, self.mid = jax.vmap(self.gate), jax.vmap(self.mid)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _recurrence(how: _How, weights, carry, fresh, mask, xs, flags):
+    """The time loop, differentiated so that every gradient of a weight is one product after it, of all steps.
+
+    u, v and w of a step move with x, the carry, and what is added to them. So their products with tangents of weights
+    are taken of all steps at once, before the loop of tangents, and added there; the transpose multiplies all
+    cotangents after its loop, summed in at least float32. θ is one for each row, and the rows are summed at last.
+    """
+    carry, (ys, _) = _loop(how, weights, carry, fresh, mask, xs, flags)
+    return carry, ys
+
+
+def _recurrence_jvp(how: _How, primals, tangents):
+    weights, carry, fresh, mask, xs, flags = primals
+    _, dtype, wide, _ = how
+    s = getattr(carry, how.cell.recurrent_state)
+    # Zeros made of arrays that are there have their sharding, and vary over the same axes of a mesh.
+    step, row = jnp.zeros_like(xs[..., :1], wide), jnp.zeros_like(s[..., 0], wide)
+
+    def zeros(columns):
+        return jnp.broadcast_to(step, (*xs.shape[:-1], columns))
+
+    def by_row(leaf):
+        rows = row.reshape(row.shape + (1,) * leaf.ndim)
+        return lifted(leaf, rows) + rows
+
+    v = jax.eval_shape(recurrent_product, s.astype(dtype), weights.w_h)
+    columns = weights.w_x.shape[1], v.shape[-1], None if weights.w_2 is None else weights.w_2.shape[1]
+    added = Added(*(None if each is None else zeros(each) for each in columns))
+    theta = jax.tree.map(by_row, cast(weights.theta, wide))
+    added, theta = varying_like((added, theta), carry, fresh, mask, weights, xs)
+
+    def run(theta, carry, fresh, mask, added):
+        return _loop(how, weights._replace(theta=theta), carry, fresh, mask, xs, flags, added)
+
+    (new, (ys, read)), tangent = jax.linearize(run, theta, carry, fresh, mask, added)
+
+    d_weights, d_carry, d_fresh, d_mask, d_xs, _ = tangents
+    d_u = dot(d_xs, weights.w_x).astype(wide) + _input_product(d_weights, xs, dtype, wide)
+    d_v = recurrent_product(read.s, d_weights.w_h).astype(wide)
+    d_w = None if weights.w_2 is None else dot(read.mid, d_weights.w_2).astype(wide)
+    d_theta = jax.tree.map(by_row, cast(d_weights.theta, wide))
+    d_new, (d_ys, _) = tangent(d_theta, d_carry, d_fresh, d_mask, Added(d_u, d_v, d_w))
+    return (new, ys), (d_new, d_ys)
+
+
+_recurrence.defjvp(_recurrence_jvp)
 
 
 def gated_scan_both(
@@ -202,10 +288,10 @@ def gated_scan_both(
     directions = reverse, not reverse
     if remat_every is None:
         dtype, _ = _dtypes(weights, carry[0], xs)
-        cast_weights = [cast(each, dtype) for each in weights]
-        run = _kernel(cell, cast_weights, carry, dtype, mask, implementation)
+        cast_weights, inputs = [cast(each, dtype) for each in weights], xs.astype(dtype)
+        run = _kernel(cell, cast_weights, carry, inputs, mask, implementation)
         if run is not None:
-            return run(carry, xs, fresh=fresh, valid=valid, reset=reset, directions=directions, every=None)
+            return run(carry, inputs, fresh=fresh, valid=valid, reset=reset, directions=directions, every=None)
     return [
         gated_scan(
             cell,
@@ -224,10 +310,10 @@ def gated_scan_both(
     ]
 
 
-def _kernel(cell, weights, carries, dtype, masks, implementation):
+def _kernel(cell, weights, carries, xs, masks, implementation):
     """What runs recurrences of one cell by a compiled kernel, or None if none is chosen."""
     kernels = [cell.kernel(each) for each in weights]
-    refusal = _refusal(kernels[0], (dtype, *(leaf.dtype for carry in carries for leaf in carry)), masks)
+    refusal = _refusal(kernels[0], [xs, *(leaf for carry in carries for leaf in carry)], masks)
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = choose("gated_scan", implementation, refusals, cell=cell)
     if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
@@ -249,12 +335,14 @@ def _kernel(cell, weights, carries, dtype, masks, implementation):
     return run
 
 
-def _refusal(kernel: Kernel | str, dtypes, masks) -> str | None:
+def _refusal(kernel: Kernel | str, arrays, masks) -> str | None:
     """Why the compiled kernels do not run this call, or None."""
     if isinstance(kernel, str):
         return kernel
-    if any(dtype != jnp.float32 for dtype in dtypes):
-        return f"the kernels compute in float32, not in {', '.join(sorted({jnp.dtype(d).name for d in dtypes}))}"
+    if any(array.dtype != jnp.float32 for array in arrays):
+        return f"the kernels compute in float32, not in {', '.join(sorted({array.dtype.name for array in arrays}))}"
+    if not all(isinstance(size, int) for size in arrays[0].shape):
+        return f"the kernels take shapes of numbers, not {arrays[0].shape}"
     if any(mask is not None for mask in masks):
         return "no kernel draws recurrent dropout"
     return native.absent()

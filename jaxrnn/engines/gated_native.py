@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from jaxrnn.engines import gated_xla, native
-from jaxrnn.engines.arrays import varying_like
+from jaxrnn.engines.arrays import evaluated, varying_like
 from jaxrnn.engines.gated_xla import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
 from jaxrnn.engines.loop import in_chunks, starts
 
@@ -40,15 +40,25 @@ def _shapes(primitive, shapes, **options):
 
 
 def _abstract(primitive):
+    """Rows are divided among devices as those that come in are."""
+    inputs, outputs = LABELS[primitive.name.removeprefix("jaxrnn_gated_")]
+
     def rule(*avals, **options):
         shapes = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
-        like = avals[0]
+        like, place = avals[0], {"r": 1, "s": 1 if options["batch_major"] else 2}
+        specs = [
+            a.sharding.spec[place[label]] for a, label in zip(avals, inputs, strict=True) if label != "w" and a.size
+        ]
+        rows = next((spec for spec in specs if spec is not None), None)
 
-        def abstract(out):
-            sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(out.shape)))
+        def abstract(out, label):
+            spec: list[Any] = [None] * len(out.shape)
+            if label != "w" and out.size:
+                spec[place[label]] = rows
+            sharding = like.sharding.update(spec=PartitionSpec(*spec))
             return like.update(shape=out.shape, dtype=out.dtype, weak_type=False, sharding=sharding)
 
-        return [abstract(out) for out in _shapes(primitive, shapes, **options)]
+        return [abstract(*each) for each in zip(_shapes(primitive, shapes, **options), outputs, strict=True)]
 
     return rule
 
@@ -216,7 +226,7 @@ def _on_cpu(primitive):
 
 for _primitive in _REFERENCE:
     _primitive.multiple_results = True
-    _primitive.def_impl(functools.partial(jax.jit(_primitive.bind, static_argnames=_OPTIONS)))
+    _primitive.def_impl(evaluated(_primitive, _OPTIONS))
     _primitive.def_abstract_eval(_abstract(_primitive))
     batching.primitive_batchers[_primitive] = _batched(_primitive)
 ad.primitive_jvps[forward_p] = _forward_jvp
@@ -259,8 +269,12 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
     directions = tuple(layer.reverse for layer in layers)
 
     def weight(k):
+        """Zeros where some layers lack it, without elements where all do."""
         arrays = [layer.weights[k] for layer in layers]
-        return jnp.zeros((1, 0), xs.dtype) if arrays[0] is None else _together(arrays)
+        one = next((array for array in arrays if array is not None), None)
+        if one is None:
+            return jnp.zeros((1, 0), xs.dtype)
+        return _together([jnp.zeros_like(one) if array is None else array for array in arrays])
 
     def carries(trees, present=True):
         """h and c, without elements where they are absent."""
@@ -283,7 +297,7 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
 
     w_x, b, w_h, b_hn = (weight(k) for k in range(4))
 
-    def run(state, inputs):
+    def run(_, state, inputs):
         xs, valid, start = inputs
         length = xs.shape[0]
         ys, h, c, *_ = _bind(
@@ -311,5 +325,5 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
 
     start = None if reset is None else [starts(reset, valid, reverse) for reverse in directions]
     carry = tuple(tuple(layer.carry) for layer in layers)
-    state, ys = in_chunks(run, carry, (xs, valid, start), directions[0], every)
+    state, ys = in_chunks(run, (), carry, (xs, valid, start), directions[0], every)
     return list(zip(state, ys, strict=True))

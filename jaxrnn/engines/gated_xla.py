@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.arrays import dot, select
+from jaxrnn.engines.arrays import dot, lifted, select
 
 
 def _split(array: Array, parts: int) -> list[Array]:
@@ -35,7 +35,7 @@ def _step(kind: str, u, w_h, b_hn, h, c):
             return o * jnp.tanh(c), c, jnp.concatenate([i, f, g, o], -1)
         case "gru":
             v = dot(h, w_h)
-            q = v[..., 2 * size :] + b_hn if b_hn.size else v[..., 2 * size :]
+            q = v[..., 2 * size :] + lifted(b_hn, v) if b_hn.size else v[..., 2 * size :]
             r, z = _split(jax.nn.sigmoid(u[..., : 2 * size] + v[..., : 2 * size]), 2)
             n = jnp.tanh(u[..., 2 * size :] + r * q)
             return (1 - z) * n + z * h, c, jnp.concatenate([r, z, n, q], -1)
@@ -63,7 +63,7 @@ def _present(*flags):
 def _forward_one(xs, w_x, w_h, h, c, fresh_h, fresh_c, valid, start, b, b_hn, *, kind, reverse, save):
     flags = valid, start = _present(valid, start)
     us = dot(xs, w_x)
-    us = us + b if b.size else us
+    us = us + lifted(b, us) if b.size else us
 
     def body(state, inputs):
         u, (valid, start) = inputs
@@ -104,7 +104,7 @@ def _tangent_one(
     if d_w_x.size:
         d_u = d_u + dot(xs, d_w_x)
     if d_b.size:
-        d_u = d_u + d_b
+        d_u = d_u + lifted(d_b, d_u)
     if d_w_h.size:
         if after:
             d_v = d_v + dot(s, d_w_h)
@@ -114,7 +114,7 @@ def _tangent_one(
         else:
             d_u = d_u + dot(s, d_w_h)
     if d_b_hn.size:
-        d_v = d_v + jnp.pad(d_b_hn, (2 * size, 0))
+        d_v = d_v + lifted(jnp.pad(d_b_hn, (2 * size, 0)), d_v)
 
     def body(state, inputs):
         d_u, d_v, kept, s, c_before, y, c, (valid, start) = inputs

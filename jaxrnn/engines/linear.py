@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from jaxrnn.engines import native
-from jaxrnn.engines.arrays import select, varying_like, zero_where_not
+from jaxrnn.engines.arrays import evaluated, select, varying_like, zero_where_not
 from jaxrnn.engines.choose import Implementation, choose, is_free, record
 
 ELSEWHERE = "associative"  # what None means on accelerators
@@ -177,11 +177,12 @@ linear_scan_p = Primitive("jaxrnn_linear_scan")
 
 
 def _abstract(a, b, h, *cut, reverse, shifted, form):
-    def like(aval, shape):
-        sharding = b.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
-        return b.update(shape=shape, dtype=aval.dtype, weak_type=False, sharding=sharding)
+    def like(aval, *time):
+        """All axes but time are divided among devices as those of b are."""
+        sharding = b.sharding.update(spec=PartitionSpec(*time, *b.sharding.spec[1:]))
+        return b.update(shape=aval.shape, dtype=aval.dtype, weak_type=False, sharding=sharding)
 
-    return [like(b, b.shape), like(h, h.shape)]
+    return [like(b, None), like(h)]
 
 
 def _bind(*arrays, **options):
@@ -264,12 +265,13 @@ def _elsewhere(ctx, *operands, form, **options):
 def _on_cpu(ctx, *operands, form, **options):
     # XLA does not know how to divide a kernel among devices.
     alone = getattr(ctx.module_context.axis_context, "num_devices", 1) in (None, 1)
-    serves = alone and all(aval.dtype == jnp.float32 for aval in ctx.avals_in[:3])
+    sizes = all(isinstance(size, int) for size in ctx.avals_in[1].shape)
+    serves = alone and sizes and all(aval.dtype == jnp.float32 for aval in ctx.avals_in[:3])
     return _RULES[form or ("native" if serves else "xla")](ctx, *operands, form=form, **options)
 
 
 linear_scan_p.multiple_results = True
-linear_scan_p.def_impl(functools.partial(jax.jit(linear_scan_p.bind, static_argnames=("reverse", "shifted", "form"))))
+linear_scan_p.def_impl(evaluated(linear_scan_p, ("reverse", "shifted", "form")))
 linear_scan_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[linear_scan_p] = _jvp
 ad.primitive_transposes[linear_scan_p] = _transpose

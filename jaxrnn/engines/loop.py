@@ -1,4 +1,4 @@
-"""The time loop: one `lax.scan` with fresh starts, invalid steps, direction and rematerialisation."""
+"""The time loop: `lax.scan` with fresh starts, invalid steps, direction and rematerialisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.arrays import select, zero_where_not
+from jaxrnn.engines.arrays import select, widened, zero_where_not
 from jaxrnn.engines.choose import by_platform
 
 
@@ -37,7 +37,8 @@ def starts(reset: Array | None, valid: Array | None, reverse: bool) -> Array | N
 
 
 def time_loop(
-    step: Callable[[Any, Any], tuple[Any, Any]],
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    params: Any,
     carry: Any,
     xs: Any,
     *,
@@ -46,60 +47,95 @@ def time_loop(
     reset: Array | None,
     reverse: bool,
     remat_every: int | None,
-    prepare: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """`lax.scan` of `step(carry, x) -> (carry, y)` over the first axis of `xs`.
+    """`step(params, carry, x) -> (carry, y)` over the first axis of `xs`, with resets and rematerialisation."""
 
-    With `prepare` it is `step(carry, prepare(x))`, and the platform decides: a CPU has in its cache what it prepares
-    step by step, accelerators prepare all steps at once, in one large product.
+    def scan(constant, carry, inputs):
+        params, fresh = constant
+        xs, valid, start = inputs
+        return loop(step, params, carry, xs, fresh=fresh, valid=valid, start=start, reverse=reverse)
+
+    return in_chunks(scan, (params, fresh), carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
+
+
+def loop(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    params: Any,
+    carry: Any,
+    xs: Any,
+    *,
+    fresh: Any,
+    valid: Array | None,
+    start: Array | None,
+    reverse: bool,
+    prepare: Callable[[Any, Any], Any] | None = None,
+) -> tuple[Any, Any]:
+    """`lax.scan` of `step(params, carry, x) -> (carry, y)`, whose cotangents of params are summed in at least float32.
+
+    With `prepare` it is `step(params, carry, prepare(params, x))`, and the platform decides: a CPU has in its cache
+    what it prepares step by step, accelerators prepare all steps at once, in one large product.
 
     An invalid step is computed from the fresh carry and discarded by selection, so that whatever the carry holds there,
     nothing of it reaches a gradient.
     """
-    start = starts(reset, valid, reverse)
+    wide, back = widened((params, fresh))
 
     def scan(carry, inputs, ahead=None, within=None):
         def body(carry, inputs):
+            params, fresh = back(wide)
             x, valid, start = inputs
-            x = x if within is None else within(x)
+            x = x if within is None else within(params, x)
             keep = valid if start is None else ~start if valid is None else valid & ~start
-            new, y = step(carry if keep is None else select(keep, carry, fresh), x)
+            new, y = step(params, carry if keep is None else select(keep, carry, fresh), x)
             if valid is not None:
                 new, y = select(valid, new, carry), zero_where_not(valid, y)
             return new, y
 
         xs, valid, start = inputs
-        xs = xs if ahead is None else ahead(xs)
+        xs = xs if ahead is None else ahead(params, xs)
         return lax.scan(body, carry, (xs, valid, start), reverse=reverse)
 
-    def prepared(carry, inputs):
-        each, all_at_once = functools.partial(scan, within=prepare), functools.partial(scan, ahead=prepare)
-        return by_platform(carry, inputs, cpu=each, default=all_at_once)
-
-    return in_chunks(scan if prepare is None else prepared, carry, (xs, valid, start), reverse, remat_every)
+    inputs = xs, valid, start
+    if prepare is None:
+        return scan(carry, inputs)
+    each, all_at_once = functools.partial(scan, within=prepare), functools.partial(scan, ahead=prepare)
+    return by_platform(carry, inputs, cpu=each, default=all_at_once)
 
 
 def in_chunks(
-    scan: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, reverse: bool, every: int | None
+    scan: Callable[[Any, Any, Any], tuple[Any, Any]],
+    constant: Any,
+    carry: Any,
+    xs: Any,
+    reverse: bool,
+    every: int | None,
 ) -> tuple[Any, Any]:
-    """`scan(carry, xs) -> (carry, ys)`, storing for the backward pass one carry every `every` steps."""
+    """`scan(constant, carry, xs) -> (carry, ys)`, storing for the backward pass one carry every `every` steps.
+
+    Cotangents of what is constant are summed over the chunks in at least float32.
+    """
     if every is None:
-        return scan(carry, xs)
+        return scan(constant, carry, xs)
+    wide, back = widened(constant)
     length = jax.tree.leaves(xs)[0].shape[0]
     whole = length - length % every
     chunks = jax.tree.map(lambda x: x[:whole].reshape(whole // every, every, *x.shape[1:]), xs)
     rest = jax.tree.map(lambda x: x[whole:], xs)
 
+    @jax.checkpoint
+    def run(carry, xs):
+        return scan(back(wide), carry, xs)
+
     def run_chunks(carry):
-        carry, ys = lax.scan(jax.checkpoint(scan), carry, chunks, reverse=reverse)
+        carry, ys = lax.scan(run, carry, chunks, reverse=reverse)
         return carry, jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
 
     if reverse:
-        carry, last = jax.checkpoint(scan)(carry, rest)
+        carry, last = run(carry, rest)
         carry, first = run_chunks(carry)
     else:
         carry, first = run_chunks(carry)
-        carry, last = jax.checkpoint(scan)(carry, rest)
+        carry, last = run(carry, rest)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, last)
 
 

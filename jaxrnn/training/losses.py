@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -85,7 +86,7 @@ def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> M
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     # An integer out of range would otherwise be wrapped or clipped in silence.
     known = (targets >= 0) & (targets < logits.shape[-1])
-    return mean(jnp.where(known, losses, jnp.full_like(losses, jnp.nan)), mask)
+    return mean(jnp.where(known, losses, np.array(np.nan, losses.dtype)), mask)
 
 
 def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:

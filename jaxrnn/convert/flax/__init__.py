@@ -17,11 +17,15 @@ def from_flax(
     linen and NNX: SimpleCell (also with `residual`), LSTMCell, OptimizedLSTMCell and GRUCell, by themselves or in an
     RNN; Bidirectional around two RNNs; Dense (Linear), Embed, LayerNorm, Dropout; Sequential of these and of JAX's
     activations, which becomes a `Stack`; of linen also ConvLSTMCell. An RNN that runs in reverse becomes `Backward`.
-    A module `jaxrnn.linen.RNN` or `jaxrnn.nnx.RNN` gives back its own cell and params.
+    A module `jaxrnn.linen.RNN` or `jaxrnn.nnx.RNN` gives back its own cell and params. A class of your own, a subclass
+    of these too, is refused, since its `__call__` may do anything: convert the modules in it, and stack their cells.
 
     Flax's arguments of a call are those of `jaxrnn.scan`: batch-major is `time_axis=1`, `seq_lengths` are `lengths`
     (ys are then 0 at padding, where Flax goes on), `initial_carry` is `carry`, with Flax's (c, h) as `LSTMCarry(h, c)`
     and an array h as `GRUCarry(h)` or `ElmanCarry(h)`. Dropout acts where `key` is given.
+
+    ConvLSTMCell has two biases that act as their sum, which is `b` here. An optimizer moves each of the two as far as
+    it moves `b`, so that training moves the sum twice as far in Flax; see `from_torch` for a way to do the same.
 
     Args:
       module: a linen module as it is built, or an NNX module.

@@ -13,9 +13,9 @@ from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import function_of
 from jaxrnn.convert.cells import Placed
 from jaxrnn.convert.flax.layers import merge_function
-from jaxrnn.convert.functions import function_of
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.wrap import Backward

@@ -16,9 +16,9 @@ from jaxrnn import flax_bridge
 from jaxrnn import linen as our_linen
 from jaxrnn import nnx as our_nnx
 from jaxrnn.cell import Cell
+from jaxrnn.convert.activations import name_of
 from jaxrnn.convert.flax import weights
 from jaxrnn.convert.flax.weights import Weighted, expect, refuse
-from jaxrnn.convert.functions import name_of
 from jaxrnn.convert.trees import join, leaves
 from jaxrnn.layers import Apply, Dropout
 from jaxrnn.parallel import MERGES
@@ -157,6 +157,7 @@ _MERGES = {
     "sum": (jnp.add, operator.add, lax.add, MERGES["sum"]),
     "mul": (jnp.multiply, operator.mul, lax.mul, MERGES["mul"]),
     "average": (MERGES["average"],),
+    "tuple": (MERGES["tuple"],),
 }
 
 

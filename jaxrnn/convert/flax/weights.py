@@ -20,8 +20,8 @@ from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMParams
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
+from jaxrnn.convert.activations import name_of
 from jaxrnn.convert.arrays import add, reorder
-from jaxrnn.convert.functions import name_of
 from jaxrnn.convert.trees import join
 from jaxrnn.layers import Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
 
@@ -123,7 +123,10 @@ def _fused(layout: _Layout, bias: str) -> _Layout:
 def _recurrent(layout: _Layout, path: str, module: Any, spatial_shape: Any) -> Weighted:
     inputs = _input_size(module)
     hidden = _size(module, "hidden_features" if inputs else "features")
-    named = {field: name_of(join(place(path), name), getattr(module, name)) for field, name in layout.functions.items()}
+    named = {
+        field: name_of(join(place(path), name), getattr(module, name), elementwise=True)
+        for field, name in layout.functions.items()
+    }
     rows = {"w_x": (inputs,), "w_h": (hidden,)}
     fields = {}
     for field, names in layout.names.items():

@@ -1,4 +1,4 @@
-"""Keras' configs: the fields of a layer, checked; activations by name; a functional model as one chain."""
+"""Keras' configs: the fields of a layer, checked; activations by name."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any, NoReturn
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-
-from jaxrnn.cells.activations import Activation
+from jaxrnn.cells.activations import ALONG_FEATURES, Activation
+from jaxrnn.convert.activations import canonical, here, names, options
+from jaxrnn.convert.keras.old import KERAS_3, Version, renewed
 
 REQUIRED = object()
 LARGEST = 2**31
 # What changes no output: how weights begin and are trained, names, seeds, and the choice of an implementation.
 IRRELEVANT = {
     *("name", "trainable", "seed", "unroll", "use_cudnn", "implementation", "stateful", "return_state"),
-    *("unit_forget_bias", "batch_input_shape", "input_length", "lora_alpha"),
+    *("unit_forget_bias", "input_length", "lora_alpha"),
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64", "mixed_float16", "mixed_bfloat16")
 
 
 class Fields:
-    """The config of one layer: each field is taken once and checked, and none that matters is left over."""
+    """The config of one layer: each field is taken once and checked, and none that matters is left over.
 
-    def __init__(self, place: str, source: Any):
+    It is of the Keras of `version`; `kind` and the fields have the names of Keras 3.
+    """
+
+    def __init__(self, place: str, source: Any, version: Version = KERAS_3):
         if not isinstance(source, Mapping):
             raise TypeError(f"{place}: expected the config of a layer, a dict, got {short(source)}")
         kind, config, module = source.get("class_name"), source.get("config"), source.get("module")
@@ -35,15 +36,22 @@ class Fields:
         self.place = f"{place}: {kind if isinstance(kind, str) else short(kind)}"[:200]
         if not isinstance(kind, str):
             self.refuse("class_name", kind, "a string; keras.saving.serialize_keras_object(layer) has it")
+        if kind == "Sequential" and isinstance(config, list) and version < KERAS_3:
+            config = {"layers": config}
         if not isinstance(config, Mapping):
-            self.refuse("config", config, "a dict")
+            self.refuse("config", config, "a dict; a list of layers is of Keras 1 or 2 and needs a keras_version")
         if module is not None and not (isinstance(module, str) and module.split(".")[0] == "keras"):
             self.refuse("module", module, "'keras.layers'; only Keras' own classes have a meaning that is known")
-        self.kind, self._left = kind, dict(config)
-        build = source.get("build_config")
-        self.input_shape = build.get("input_shape") if isinstance(build, Mapping) else None
+        self.version = version
+        self.kind, self._left = renewed(kind, config, version)
+        build, given = source.get("build_config"), self._left.pop("batch_input_shape", None)
+        self.input_shape = build.get("input_shape", given) if isinstance(build, Mapping) else given
         if isinstance(name := config.get("name"), str):
             self.place = f"{place}: {kind} {short(name)}"
+
+    def inside(self, name: str, source: Any) -> Fields:
+        """The config of a layer in this one."""
+        return Fields(f"{self.place}: {name}"[-200:], source, self.version)
 
     def refuse(self, name: str, value: Any, expected: str) -> NoReturn:
         """Raises the `ValueError` of one field."""
@@ -87,9 +95,9 @@ class Fields:
             self.refuse(name, value, "a rate in [0, 1)")
         return value
 
-    def choice(self, name: str, default: Any, choices: Mapping[str, Any]) -> Any:
+    def choice(self, name: str, default: Any, choices: Mapping[Any, Any]) -> Any:
         value = self.take(name, default)
-        if not isinstance(value, str) or value not in choices:
+        if not (value is None or isinstance(value, str)) or value not in choices:
             self.refuse(name, value, f"one of {list(choices)}")
         return choices[value]
 
@@ -100,16 +108,18 @@ class Fields:
         """An activation by name, or as one of Keras' layers; None is the identity."""
         value = self.take(name, default)
         if isinstance(value, Mapping):
-            inner = Fields(f"{self.place}: {name}", value)
+            inner = self.inside(name, value)
             if inner.kind in ACTIVATION_LAYERS:
                 found = ACTIVATION_LAYERS[inner.kind](inner)
                 inner.finish()
-                return found
-        known = ELEMENTWISE if elementwise else ELEMENTWISE | ALONG_FEATURES
+                if not (elementwise and found in ALONG_FEATURES):
+                    return found
+        known = {each: fn for each, fn in (NAMES | SAME).items() if not (elementwise and fn in ALONG_FEATURES)}
         value = "linear" if value is None else value
         if not isinstance(value, str) or value not in known:
             self.refuse(name, value, f"one of {sorted(known)}")
-        return known[value]
+        # Keras 3 made it steeper: x / 6 + ½ in place of 0.2 x + ½.
+        return "hard_sigmoid" if value == "hard_sigmoid" and self.version < KERAS_3 else known[value]
 
     def finish(self) -> None:
         """Nothing that matters is left."""
@@ -131,29 +141,10 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < LARGEST
 
 
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-ELEMENTWISE: dict[str, Activation] = {
-    "linear": "identity",
-    "relu": "relu",
-    "tanh": "tanh",
-    "sigmoid": "sigmoid",
-    "softsign": "softsign",
-    "softplus": "softplus",
-    "elu": "elu",
-    "leaky_relu": ("leaky_relu", 0.2),
-    "hard_sigmoid": "keras_hard_sigmoid",
-    "exponential": jnp.exp,
-    "gelu": _gelu,
-    "relu6": jax.nn.relu6,
-    "selu": jax.nn.selu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "mish": jax.nn.mish,
-}
-ALONG_FEATURES: dict[str, Activation] = {"softmax": jax.nn.softmax, "log_softmax": jax.nn.log_softmax}
+# Keras' names with Keras' numbers, where a layer of it takes others.
+NAMES = {each: fn for each in names("keras") if not options("keras", each) and (fn := here("keras", each, {}))}
+NAMES |= {"elu": "elu", "leaky_relu": ("leaky_relu", 0.2)}
+SAME = {"swish": "silu", "hard_swish": "hard_silu"}
 
 
 def _relu(fields: Fields) -> Activation:
@@ -163,126 +154,29 @@ def _relu(fields: Fields) -> Activation:
         case 0.0, 0.0, None:
             return "relu"
         case _, 0.0, None:
-            return ("leaky_relu", slope)
+            return canonical(("leaky_relu", slope))
         case 0.0, _, None:
-            return ("thresholded_relu", threshold)
+            return canonical(("thresholded_relu", threshold))
         case 0.0, 0.0, 6 if not isinstance(most, bool):
-            return jax.nn.relu6
+            return "relu6"
     return fields.refuse(
         "negative_slope, threshold, max_value", (slope, threshold, most), "one of them, or max_value=6"
     )
 
 
+def _softmax(fields: Fields) -> Activation:
+    axis = fields.take("axis", -1)
+    if isinstance(axis, bool) or axis not in (-1, [-1], (-1,)):
+        fields.refuse("axis", axis, "-1, the last axis")
+    return "softmax"
+
+
 ACTIVATION_LAYERS: dict[str, Callable[[Fields], Activation]] = {
     "ReLU": _relu,
-    "LeakyReLU": lambda fields: ("leaky_relu", fields.number("negative_slope", 0.3, 0.0)),
-    "ELU": lambda fields: ("elu", fields.number("alpha", 1.0)),
+    "LeakyReLU": lambda fields: canonical(("leaky_relu", fields.number("negative_slope", 0.3, 0.0))),
+    "ELU": lambda fields: canonical(("elu", fields.number("alpha", 1.0))),
+    "Softmax": _softmax,
 }
-
-
-def chain(fields: Fields) -> list[Any]:
-    """The configs of a functional model's layers from its input to its output; it must be one chain."""
-    graph = _Graph(fields)
-    name, path = graph.end("output_layers"), []
-    while name is not None:
-        if name in path[-1:] or len(path) > len(graph.entries):
-            raise ValueError(f"{fields.place}: expected one chain of layers, got a cycle through {short(name)}")
-        path.append(name)
-        name = graph.reads(name)[0]
-    if path[-1] != graph.end("input_layers"):
-        raise ValueError(f"{fields.place}: expected one chain from input to output, got one from {short(path[-1])}")
-    _check_masks(graph, path[::-1])
-    return [graph.entry(name) for name in path[::-1]]
-
-
-class _Graph:
-    def __init__(self, fields: Fields):
-        self.fields, self.entries = fields, {}
-        for entry in list_of(fields, "layers"):
-            inner = entry.get("config") if isinstance(entry, Mapping) else None
-            name = entry.get("name", inner.get("name")) if isinstance(inner, Mapping) else None
-            if not isinstance(name, str) or name in self.entries:
-                fields.refuse("layers", name, "layers with names that differ")
-            self.entries[name] = entry
-
-    def entry(self, name: str) -> Any:
-        if name not in self.entries:
-            self.fields.refuse("layers", sorted(self.entries), f"a layer {short(name)}")
-        return self.entries[name]
-
-    def end(self, which: str) -> str:
-        """The name of the one input or output."""
-        value = self.fields.take(which)
-        while isinstance(value, (list, tuple)) and len(value) == 1:
-            value = value[0]
-        match value:
-            case [str(name), 0, 0]:
-                return name
-        return self.fields.refuse(which, value, "one tensor, [name, 0, 0]")
-
-    def call(self, name: str) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of a layer's only call, tensors as the names of what makes them."""
-        match self.entry(name).get("inbound_nodes"):
-            case []:
-                return [], {}
-            case [{"args": [*args], "kwargs": dict(kwargs)}]:
-                named = {key: _tensor(value) for key, value in kwargs.items()}
-                return [_tensor(value) for value in args], named
-        raise ValueError(f"{self.fields.place}: layer {short(name)}: expected one call, in the form of Keras 3")
-
-    def reads(self, name: str) -> tuple[str | None, str | None]:
-        """What makes the only input of a layer, and what makes its mask."""
-        args, kwargs = self.call(name)
-        mask = kwargs.pop("mask", None)
-        others = [key for key, value in kwargs.items() if value is not None and value is not False]
-        if (args and (len(args) != 1 or not isinstance(args[0], _Name))) or others:
-            raise ValueError(
-                f"{self.fields.place}: layer {short(name)} ({short(self.entry(name).get('class_name'))}): "
-                f"expected one input tensor in one chain of layers, got {short(args)} and {short(others)}"
-            )
-        if mask is not None and not isinstance(mask, _Name):
-            raise ValueError(f"{self.fields.place}: layer {short(name)}: mask: expected a tensor, got {short(mask)}")
-        return (args[0] if args else None), mask
-
-
-class _Name(str):
-    """The name of the layer that makes a tensor."""
-
-
-def _tensor(value: Any) -> Any:
-    match value:
-        case {"class_name": "__keras_tensor__", "config": {"keras_history": [str(name), 0, 0]}}:
-            return _Name(name)
-    return value
-
-
-def _check_masks(graph: _Graph, path: list[str]) -> None:
-    """Every mask that is handed over is the one of the chain's own Masking or Embedding, which is x ≠ its value."""
-    own = {}
-    for name in path:
-        match graph.entry(name):
-            case {"class_name": "Masking", "config": {"mask_value": value}}:
-                own[graph.reads(name)[0]] = value
-            case {"class_name": "Embedding"}:
-                own[graph.reads(name)[0]] = 0
-    for name in path:
-        mask = graph.reads(name)[1]
-        if mask is not None and not _is_own(graph, mask, own):
-            raise ValueError(
-                f"{graph.fields.place}: layer {short(name)}: mask: expected that of a Masking or Embedding layer of "
-                f"the chain, got {short(mask)}"
-            )
-    for name in graph.entries.keys() - set(path):
-        if graph.entry(name).get("class_name") not in ("NotEqual", "Any"):
-            raise ValueError(f"{graph.fields.place}: layer {short(name)} is not on the chain from input to output")
-
-
-def _is_own(graph: _Graph, mask: str, own: dict[str | None, Any]) -> bool:
-    args, _ = graph.call(mask)
-    if graph.entry(mask).get("class_name") == "Any" and args and isinstance(args[0], _Name):
-        mask = args[0]
-        args, _ = graph.call(mask)
-    return graph.entry(mask).get("class_name") == "NotEqual" and len(args) == 2 and own.get(args[0], args) == args[1]
 
 
 def list_of(fields: Fields, name: str) -> list[Any]:

@@ -15,9 +15,11 @@ from jaxrnn.cells.conv_lstm import ConvLSTM
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
+from jaxrnn.convert.activations import canonical, there
 from jaxrnn.convert.arrays import Arrays, reorder
 from jaxrnn.convert.cells import Placed, layers, placed
-from jaxrnn.convert.keras.config import ALONG_FEATURES, ELEMENTWISE
+from jaxrnn.convert.keras.config import NAMES
+from jaxrnn.convert.keras.layers import POOLINGS
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
@@ -25,9 +27,7 @@ from jaxrnn.regularize import RecurrentDropout
 from jaxrnn.wrap import Backward
 
 LACKS = "Keras has no counterpart"
-NAMES: dict[Activation, str] = {fn: name for name, fn in (ELEMENTWISE | ALONG_FEATURES).items() if name != "swish"}
-DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0, "thresholded_relu": 1.0}
-MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave"}
+MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave", "tuple": None}
 
 
 def to_keras(cell: Cell, params: Any, *, mask_value: float | None = None) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -66,11 +66,11 @@ def to_keras(cell: Cell, params: Any, *, mask_value: float | None = None) -> tup
 
 
 class _Run(NamedTuple):
-    """A cell in a model: whether it runs from the end, and whether its last output is all that remains."""
+    """A cell in a model: whether it runs from the end, and how its last output is all that remains, if it is."""
 
     model: Placed
     reverse: bool = False
-    last: bool = False
+    last: str | None = None
 
 
 def _runs(model: Placed, reverse: bool = False) -> Iterator[_Run]:
@@ -82,11 +82,11 @@ def _runs(model: Placed, reverse: bool = False) -> Iterator[_Run]:
             case Pool(how=how):
                 *below, top = _runs(each.part("cell", each.params), reverse)
                 yield from below
-                if how != "last":
+                if how not in ("last", "end"):
                     yield top
                     yield _Run(each)
                 elif isinstance(top.model.cell, (Bidirectional, *WRITERS, RecurrentDropout)):
-                    yield top._replace(last=True)
+                    yield top._replace(last=how)
                 else:
                     top.model.refuse("Keras puts out one step of a recurrent layer only: put Pool around that cell")
             case _:
@@ -165,14 +165,16 @@ class _Writer:
 
     def activation(self, model: Placed, fn: Activation) -> dict[str, Any]:
         """A layer that applies an activation."""
-        match _activation(model, fn, elementwise=False):
+        match _activation(model, fn):
             case {"class_name": kind, "config": config}:
                 return self.layer(kind, **config)
             case name:
                 return self.layer("Activation", activation=name)
 
-    def pool(self, model: Placed, how: str) -> None:
+    def pool(self, model: Placed, how: Any) -> None:
         """The mean or greatest output."""
+        if how not in POOLINGS.values():
+            model.refuse("Keras' Sequential pools in one way only")
         if self.step is None or len(self.step) != 1:
             model.refuse("Keras pools sequences of vectors only")
         if self.masked and how == "max":
@@ -190,12 +192,15 @@ class _Writer:
         """A layer over time."""
         model = run.model
         self.check_mask(model)
-        options = {"return_sequences": not run.last, "go_backwards": run.reverse != self.flipped}
+        options = {"return_sequences": run.last is None, "go_backwards": run.reverse != self.flipped}
         self.flipped = run.reverse
         if isinstance(model.cell, Bidirectional):
+            if run.last == "end":
+                model.refuse("Keras' Bidirectional puts out the last valid step: pool 'last'")
             layer, weights = self.bidirectional(model, **options)
         else:
-            layer, weights = self.directed([model], **options)
+            zero = {"zero_output_for_mask": True} if run.last == "end" else {}
+            layer, weights = self.directed([model], **options, **zero)
         self.layers.append(layer)
         self.weights += weights
         size = output_size(model.cell)
@@ -329,24 +334,12 @@ WRITERS: dict[type, Callable[[Placed], _Written]] = {
 CELLS = {"SimpleRNN", "LSTM", "GRU"}
 
 
-def _activation(model: Placed, fn: Activation, *, elementwise: bool = True) -> Any:
+def _activation(model: Placed, fn: Activation) -> Any:
     """The name of an activation, or the config of one of Keras' layers."""
-    known = NAMES.get(fn)
-    if known is not None and not (elementwise and known in ALONG_FEATURES):
-        return known
-    name, *given = (fn,) if isinstance(fn, str) else fn if isinstance(fn, tuple) else ("",)
-    alpha = given[0] if given else DEFAULTS.get(name)
-    match name, alpha:
-        case "leaky_relu", float() | int() if alpha >= 0:
-            return _activation_layer("LeakyReLU", negative_slope=alpha)
-        case "elu", float() | int():
-            return NAMES["elu"] if alpha == 1 else _activation_layer("ELU", alpha=alpha)
-        case "thresholded_relu", float() | int() if alpha >= 0:
-            return _activation_layer("ReLU", threshold=alpha)
-        case "relu" | "tanh" | "sigmoid" | "softsign" | "softplus" | "identity" | "keras_hard_sigmoid", None:
-            return NAMES[name]
-    return model.refuse(f"Keras has no activation {fn!r}")
-
-
-def _activation_layer(kind: str, **config: float) -> dict[str, Any]:
+    named = next((name for name, known in NAMES.items() if known == canonical(fn)), None)
+    if named is not None:
+        return named
+    kind, config = there(fn, "keras") or model.refuse(f"Keras has no activation {fn!r}")
+    if kind in ("LeakyReLU", "ReLU") and not min(config.values()) >= 0:
+        model.refuse(f"Keras has no activation {fn!r}: {kind} takes no negative number")
     return {"module": "keras.layers", "class_name": kind, "config": config, "registered_name": None}

@@ -51,29 +51,60 @@ def _simple(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
     return Elman(w_x.shape[0], h, activation=φ), ElmanParams(w_x, w_h, b)
 
 
+class _Kernels(NamedTuple):
+    """The weights of gates, one block of columns each; b_x and b_h None where the layer has none."""
+
+    w_x: Any
+    w_h: Any
+    b_x: Any
+    b_h: Any = None
+
+
+def _kernels(fields: Fields, weights: Weights, h: int, gates: str, *, apart: str, two_biases: bool) -> _Kernels:
+    """The weights of a gated layer; `apart` is the order where every gate has arrays of its own."""
+    n = len(gates) * h
+    if fields.version < (2, 0) and fields.take("implementation", "cpu") != "gpu":
+        rows, each = None, []
+        for gate in apart:
+            shapes = {"W": (rows, h), "U": (h, h), "b": (h,)}
+            each.append([weights.take(fields, f"{name}_{gate}", *shape) for name, shape in shapes.items()])
+            rows = each[0][0].shape[0]
+        return _Kernels(*(reorder(np.concatenate(arrays, axis=-1), apart, gates) for arrays in zip(*each, strict=True)))
+    w_x, w_h = weights.take(fields, "kernel", None, n), weights.take(fields, "recurrent_kernel", h, n)
+    if fields.kind.startswith("CuDNN"):
+        b_x, b_h = weights.take(fields, "bias", 2 * n).reshape(2, n)
+        return _Kernels(_from_cudnn(w_x, len(gates)), _from_cudnn(w_h, len(gates)), b_x, b_h)
+    if not fields.flag("use_bias", True):
+        return _Kernels(w_x, w_h, None)
+    if two_biases:
+        return _Kernels(w_x, w_h, *weights.take(fields, "bias", 2, n))
+    return _Kernels(w_x, w_h, weights.take(fields, "bias", n))
+
+
+def _from_cudnn(kernel: np.ndarray, gates: int) -> Any:
+    """A kernel as a matrix to multiply with from the right: each gate's numbers are cuDNN's (out, in) matrix."""
+    rows, columns = kernel.shape[0], kernel.shape[1] // gates
+    return np.concatenate([each.reshape(columns, rows).T for each in np.split(kernel, gates, axis=1)], axis=1)
+
+
 def _lstm(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
     h, ψ = fields.size("units"), fields.activation("activation", "tanh", elementwise=True)
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
-    w_x, w_h = weights.take(fields, "kernel", None, 4 * h), weights.take(fields, "recurrent_kernel", h, 4 * h)
-    b = weights.take(fields, "bias", 4 * h) if fields.flag("use_bias", True) else None
+    w_x, w_h, b_x, b_h = _kernels(fields, weights, h, "ifgo", apart="igfo", two_biases=False)
     cell = LSTM(w_x.shape[0], h, gate_activation=φ, activation=ψ, output_activation=ψ)
-    return cell, LSTMParams(w_x, w_h, b)
+    return cell, LSTMParams(w_x, w_h, b_x if b_h is None else b_x + b_h)
 
 
 def _gru(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
     h, ψ = fields.size("units"), fields.activation("activation", "tanh", elementwise=True)
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
-    after, bias = fields.flag("reset_after", True), fields.flag("use_bias", True)
-    w_x, w_h = weights.take(fields, "kernel", None, 3 * h), weights.take(fields, "recurrent_kernel", h, 3 * h)
-    b: Any = None
-    b_hn = None
-    if bias and after:
-        b_x, b_h = reorder(weights.take(fields, "bias", 2, 3 * h), "zrn", "rzn")
-        b, b_hn = np.concatenate([b_x[: 2 * h] + b_h[: 2 * h], b_x[2 * h :]]), b_h[2 * h :]
-    elif bias:
-        b = reorder(weights.take(fields, "bias", 3 * h), "zrn", "rzn")
-    cell = GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ)
-    return cell, GRUParams(reorder(w_x, "zrn", "rzn"), reorder(w_h, "zrn", "rzn"), b, b_hn)
+    after = fields.flag("reset_after", True)
+    found = _kernels(fields, weights, h, "zrn", apart="zrn", two_biases=after)
+    arrays: list[Any] = [array if array is None else reorder(array, "zrn", "rzn") for array in found]
+    w_x, _, b, b_h = arrays
+    if b_h is not None:
+        arrays[2:] = np.concatenate([b[: 2 * h] + b_h[: 2 * h], b[2 * h :]]), b_h[2 * h :]
+    return GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ), GRUParams(*arrays)
 
 
 def _conv_lstm(dimensions: int) -> Callable[[Fields, Weights, Any], tuple[Cell, Any]]:
@@ -108,8 +139,10 @@ def _conv_lstm(dimensions: int) -> Callable[[Fields, Weights, Any], tuple[Cell, 
 
 STEPS = {"SimpleRNN": _simple, "LSTM": _lstm, "GRU": _gru}
 CELLS = {f"{kind}Cell": read for kind, read in STEPS.items()}
+LAYERS = STEPS | {"CuDNNLSTM": _lstm, "CuDNNGRU": _gru}
 CONVOLUTIONS = {f"ConvLSTM{n}D": _conv_lstm(n) for n in (1, 2, 3)}
-RECURRENT = {*STEPS, *CONVOLUTIONS, "RNN"}
+POOLINGS = {"GlobalAveragePooling1D": "mean", "GlobalMaxPooling1D": "max"}
+RECURRENT = {*LAYERS, *CONVOLUTIONS, "RNN"}
 
 
 def _noisy(fields: Fields, cell: tuple[Cell, Any]) -> Pieces:
@@ -132,28 +165,28 @@ class Recurrent(NamedTuple):
 def read_recurrent(fields: Fields, weights: Weights, shape: Any) -> Recurrent:
     """A layer with time as cells one above another; `shape` is that of its input in Keras, where it is known."""
     options = (fields.flag("go_backwards", False), fields.flag("return_sequences", False))
-    zero_output = fields.flag("zero_output_for_mask", False)
+    zero_output, unroll = fields.flag("zero_output_for_mask", False), fields.flag("unroll", False)
     if fields.kind in CONVOLUTIONS:
         pieces = _noisy(fields, CONVOLUTIONS[fields.kind](fields, weights, shape))
-    elif fields.kind in STEPS:
-        pieces = _noisy(fields, STEPS[fields.kind](fields, weights))
+    elif fields.kind in LAYERS:
+        pieces = _noisy(fields, LAYERS[fields.kind](fields, weights))
     else:
         pieces = [piece for inner in _cells(fields) for piece in _noisy(inner, CELLS[inner.kind](inner, weights))]
         fields.finish()
-    return Recurrent(pieces, *options, zero_output)
+    return Recurrent(pieces, *options, zero_output and not unroll)  # which Keras' unrolled loop does not know
 
 
 def _cells(fields: Fields) -> list[Fields]:
     """The cells of an RNN layer."""
     cell = fields.take("cell")
     if isinstance(cell, Mapping) and cell.get("class_name") == "StackedRNNCells":
-        inner = Fields(f"{fields.place}: cell", cell)
+        inner = fields.inside("cell", cell)
         cell = list_of(inner, "cells")
         inner.finish()
     each = cell if isinstance(cell, (list, tuple)) else [cell]
     if not each:
         fields.refuse("cell", cell, "at least one cell")
-    found = [Fields(f"{fields.place}: cells[{k}]", inner) for k, inner in enumerate(each)]
+    found = [fields.inside(f"cells[{k}]", inner) for k, inner in enumerate(each)]
     for inner in found:
         if inner.kind not in CELLS:
             raise ValueError(f"{inner.place}: expected one of {sorted(CELLS)}")
@@ -224,8 +257,11 @@ POINTWISE = {
 def directions(fields: Fields, layer: Any, backward: Any) -> tuple[Fields, Fields]:
     """The two layers of a Bidirectional; without a backward one it is the forward one the other way."""
     if backward is None and isinstance(layer, Mapping) and isinstance(layer.get("config"), Mapping):
-        backward = {**layer, "config": {**layer["config"], "go_backwards": True}}
-    both = Fields(f"{fields.place}: layer", layer), Fields(f"{fields.place}: backward_layer", backward)
+        backward = {
+            **layer,
+            "config": {**layer["config"], "go_backwards": not layer["config"].get("go_backwards", False)},
+        }
+    both = fields.inside("layer", layer), fields.inside("backward_layer", backward)
     for each in both:
         if each.kind not in RECURRENT:
             raise ValueError(f"{each.place}: expected one of {sorted(RECURRENT)} in Bidirectional")

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 
 from jaxrnn.cell import Cell, input_size, output_size
-from jaxrnn.cells.activations import ACTIVATIONS, Activation
+from jaxrnn.cells.activations import Activation
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import there
 from jaxrnn.convert.cells import Placed, layers, placed
-from jaxrnn.convert.onnx import layers as operations
-from jaxrnn.convert.onnx.recurrent import NAMES, OPERATORS, WITHOUT_DEFAULTS, by_gate, odd_about_half, rearranged
+from jaxrnn.convert.onnx.recurrent import FUNCTIONS, OPERATORS, WITHOUT_DEFAULTS, by_gate, odd_about_half, rearranged
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
@@ -23,7 +23,7 @@ from jaxrnn.wrap import Backward, LearnedCarry, Residual
 
 OPSET, IR_VERSION = 22, 10
 
-_OURS = {ours: onnx for onnx, ours in NAMES.items()}
+_TYPES = {"float32": "float", "float64": "double"}
 _LACKS = "ONNX's operator has no such option"
 
 
@@ -164,28 +164,25 @@ class _Export:
         return y
 
     def activation(self, each: Placed, fn: Activation, x: str) -> str:
-        functions: dict[Any, tuple[str, dict[str, Any]]] = {
-            operations.softmax: ("Softmax", {"axis": -1}),
-            operations.log_softmax: ("LogSoftmax", {"axis": -1}),
-            operations.gelu: ("Gelu", {}),
-            operations.gelu_tanh: ("Gelu", {"approximate": "tanh"}),
-        }
-        if callable(fn):
-            if fn not in functions:
-                each.refuse("ONNX has no operator for a function that is not named")
-            op, attributes = functions[fn]
-            return self.add(op, x, **attributes)
-        name, *numbers = numbered(fn)
-        if name == "identity":
-            return self.add("Identity", x)
-        op = _OURS[name]
-        if op not in operations.ACTIVATIONS:
+        from onnx import defs
+
+        if fn == "silu":
+            return self.add("Mul", x, self.add("Sigmoid", x))  # its own operator came with set 24
+        op, given = there(fn, "onnx") or each.refuse(f"ONNX has no operator for {fn!r}")
+        if not defs.has(op, OPSET):
             each.refuse(f"ONNX has no operator {op}")
-        return self.add(op, x, **dict(zip(operations.ACTIVATIONS[op][1], numbers, strict=True)))
+        tensor = f"tensor({_TYPES.get(str(self.dtype), self.dtype)})"
+        if tensor not in (types := defs.get_schema(op, OPSET).inputs[0].types):
+            each.refuse(f"ONNX's {op} is for {', '.join(sorted(types))}, and the params are {self.dtype}")
+        if op == "Clip":
+            return self.add(op, x, self.weight(given["min"]), self.weight(given["max"]))
+        return self.add(op, x, **given)
 
     def pool(self, each: Placed, x: str) -> str:
         *below, top = layers(each.part("cell", each.params))
         how = each.cell.how  # type: ignore[attr-defined]
+        if how not in ("last", "mean", "max"):
+            each.refuse(f"how={how!r}: expected 'last', 'mean' or 'max'")
         for inside in below:
             x = self.layer(inside, x)
         self.pooled = True
@@ -329,7 +326,8 @@ def _weights(way: Placed) -> tuple[str, dict[str, Any], list[Activation], dict[s
         b = np.concatenate([b, np.zeros_like(b) if recurrent_bias is None else theirs(recurrent_bias)])
     arrays = {"W": theirs(w).T, "R": theirs(r).T, "B": b, "P": None if p is None else theirs(p, "ifo", "iof")}
     for spec in specs:
-        if callable(spec) or numbered(spec)[0] not in _OURS:
+        found = there(spec, "onnx")
+        if found is None or found[0] not in FUNCTIONS:
             way.refuse(f"ONNX has no activation {spec!r}")
     return op, attributes, specs, arrays
 
@@ -340,19 +338,11 @@ def _uncoupled(array: np.ndarray, gates: str) -> np.ndarray:
     return np.concatenate([-blocks["f"], np.zeros_like(blocks["f"]), *(blocks[gate] for gate in gates[1:])], axis=-1)
 
 
-def numbered(spec: Activation) -> tuple:
-    """An activation of ONNX by name, with all its numbers."""
-    name, *given = spec if isinstance(spec, tuple) else (spec,)
-    if name == "keras_hard_sigmoid":
-        return "hard_sigmoid", 1 / 6, 0.5
-    return (name, *given, *ACTIVATIONS[name][1][len(given) :])  # type: ignore[index]
-
-
 def _activations(specs: list[list[Activation]]) -> dict[str, Any]:
     """The attributes for the activations of all directions."""
-    flat = [numbered(spec) for each in specs for spec in each]
-    attributes: dict[str, Any] = {"activations": [_OURS[name] for name, *_ in flat]}
-    if any(tuple(numbers) != ACTIVATIONS[name][1] or name in WITHOUT_DEFAULTS for name, *numbers in flat):
-        attributes["activation_alpha"] = [numbers[0] for _, *numbers in flat if numbers]
-        attributes["activation_beta"] = [numbers[1] for _, *numbers in flat if len(numbers) > 1]
+    flat = [found for each in specs for spec in each if (found := there(spec, "onnx"))]
+    attributes: dict[str, Any] = {"activations": [name for name, _ in flat]}
+    if any(numbers != FUNCTIONS[name] or name in WITHOUT_DEFAULTS for name, numbers in flat):
+        for key in ("alpha", "beta"):
+            attributes[f"activation_{key}"] = [numbers[key] for _, numbers in flat if key in numbers]
     return {name: value for name, value in attributes.items() if value}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
+from jaxrnn.convert.activations import here, names
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Size
@@ -132,46 +133,40 @@ def _dropout(graph: Graph, node: Node):
     return signals.layer(node, x, Dropout(ratio), ())
 
 
-def softmax(x):
-    """Softmax over the features."""
-    return jax.nn.softmax(x, axis=-1)
-
-
-def log_softmax(x):
-    """The logarithm of softmax over the features."""
-    return jax.nn.log_softmax(x, axis=-1)
-
-
-def gelu(x):
-    """x Φ(x)."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-def gelu_tanh(x):
-    """x Φ(x), approximated by tanh."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-# Operator: the name of the activation, and the attributes that are its numbers, with ONNX's defaults.
-ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
-    "Elu": ("elu", {"alpha": 1.0}),
-    "HardSigmoid": ("hard_sigmoid", {"alpha": 0.2, "beta": 0.5}),
-    "LeakyRelu": ("leaky_relu", {"alpha": 0.01}),
-    "Relu": ("relu", {}),
-    "Sigmoid": ("sigmoid", {}),
-    "Softplus": ("softplus", {}),
-    "Softsign": ("softsign", {}),
-    "Tanh": ("tanh", {}),
-    "ThresholdedRelu": ("thresholded_relu", {"alpha": 1.0}),
-}
-
-
 def _activation(graph: Graph, node: Node):
-    name, defaults = ACTIVATIONS[node.op]
+    import onnx
+
+    if not onnx.defs.has(node.op):
+        node.refuse("only the activations of a recurrent node are called so")
+    attributes = onnx.defs.get_schema(node.op).attributes
+    defaults = {name: onnx.helper.get_attribute_value(each.default_value) for name, each in attributes.items()}
     node.only(*defaults)
-    numbers = tuple(node.get(key, default) for key, default in defaults.items())
-    spec = (name, *numbers) if node.attributes else name
-    return signals.layer(node, graph.signal(node), Apply(spec), ())  # type: ignore[arg-type]
+    given = {
+        name: node.get(name, value.decode() if isinstance(value, bytes) else value) for name, value in defaults.items()
+    }
+    return _apply(graph, node, given)
+
+
+def _apply(graph: Graph, node: Node, given: dict[str, Any]) -> Signal:
+    fn = here("onnx", node.op, given)
+    if fn is None:
+        got = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        node.refuse(f"there is no activation with {got}")
+    return signals.layer(node, graph.signal(node), Apply(fn), ())
+
+
+_RELU = {"min": 0.0, "max": math.inf}
+
+
+def _clip(graph: Graph, node: Node):
+    node.only("min", "max")
+    given = {}
+    for k, (name, default) in enumerate({"min": -math.inf, "max": math.inf}.items(), start=1):
+        bound = None if graph.given(node, k) is None else graph.array(node, k, name)
+        if bound is not None and bound.size != 1:
+            node.refuse(f"{name}: expected a number, got shape {bound.shape}")
+        given[name] = node.get(name, default) if bound is None else float(bound.item())
+    return signals.layer(node, graph.signal(node), Apply("relu"), ()) if given == _RELU else _apply(graph, node, given)
 
 
 def _softmax(graph: Graph, node: Node):
@@ -179,15 +174,23 @@ def _softmax(graph: Graph, node: Node):
     x = graph.signal(node)
     if graph.axis(node, x, -1 if graph.model.opset >= 13 else 1) != len(x.axes) - 1:
         node.refuse(f"expected the last axis of {x}")
-    return signals.layer(node, x, Apply(softmax if node.op == "Softmax" else log_softmax), ())
+    return _apply(graph, node, {"axis": -1})
 
 
-def _gelu(graph: Graph, node: Node):
-    node.only("approximate")
-    approximate = node.get("approximate", "none")
-    if approximate not in ("none", "tanh"):
-        node.refuse(f"approximate: expected none or tanh, got {approximate!r}")
-    return signals.layer(node, graph.signal(node), Apply(gelu if approximate == "none" else gelu_tanh), ())
+# What multiplies x: the activation that the product is.
+PRODUCTS = {("sigmoid",): "silu", ("keras_hard_sigmoid",): "hard_silu", ("softplus", "tanh"): "mish"}
+
+
+def product(graph: Graph, node: Node):
+    """A value times what activations make of it."""
+    node.only()
+    for k in (0, 1):
+        x = graph.signal(node, k)
+        (low, axes), (chain, others) = signals.close(node, x), signals.close(node, graph.signal(node, 1 - k))
+        functions = tuple(getattr(cell, "fn", None) for cell in chain.above(low) or ())
+        if axes == others and functions in PRODUCTS:
+            return signals.layer(node, x, Apply(PRODUCTS[functions]), ())
+    node.refuse("multiplies two values that depend on the inputs: expected x σ(x), or another activation of x")
 
 
 def _reduce(graph: Graph, node: Node):
@@ -202,10 +205,10 @@ def _reduce(graph: Graph, node: Node):
 
 
 OPERATIONS: dict[str, Callable[[Graph, Node], Any]] = {
-    **dict.fromkeys(ACTIVATIONS, _activation),
+    **{op: _activation for op in names("onnx") if op != "Identity"},
     "Add": _add,
+    "Clip": _clip,
     "Dropout": _dropout,
-    "Gelu": _gelu,
     "Gemm": _gemm,
     "LayerNormalization": _layer_norm,
     "LogSoftmax": _softmax,

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import ONE, Constant, Size
-from jaxrnn.convert.onnx.layers import embed
+from jaxrnn.convert.onnx.layers import embed, product
 from jaxrnn.convert.onnx.read import DTYPES, MOST_AXES, Node
 from jaxrnn.convert.onnx.signals import DIRECTION, UNIT, Signal, Value
 
@@ -70,6 +70,8 @@ def _reduce_prod(graph: Graph, node: Node):
 
 
 def _mul(graph: Graph, node: Node):
+    if all(isinstance(graph.value(node, k), Signal) for k in (0, 1)):
+        return product(graph, node)
     node.only()
     return graph.folder.multiply(node, *_constants(graph, node, 2))
 

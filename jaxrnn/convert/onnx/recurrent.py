@@ -11,26 +11,19 @@ from jaxrnn.cells.activations import ACTIVATIONS, Activation
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
+from jaxrnn.convert.activations import KNOWN, here
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx.read import Node
 
-# ONNX's name: ours.
-NAMES = {
-    "Affine": "affine",
-    "Elu": "elu",
-    "HardSigmoid": "hard_sigmoid",
-    "LeakyRelu": "leaky_relu",
-    "Relu": "relu",
-    "ScaledTanh": "scaled_tanh",
-    "Sigmoid": "sigmoid",
-    "Softplus": "softplus",
-    "Softsign": "softsign",
-    "Tanh": "tanh",
-    "ThresholdedRelu": "thresholded_relu",
+# The activations, and their numbers with the defaults of the specification.
+FUNCTIONS: dict[str, dict[str, float]] = {
+    row.onnx.name: dict(zip(row.onnx.numbers, ACTIVATIONS[ours][1], strict=True))
+    for ours, row in KNOWN.items()
+    if row.rnn and row.onnx and not row.onnx.fixed
 }
-_BY_LOWER_CASE = {onnx.lower(): name for onnx, name in NAMES.items()}
+_BY_LOWER_CASE = {name.lower(): name for name in FUNCTIONS}
 # The specification gives these no defaults, or others than onnxruntime.
-WITHOUT_DEFAULTS = ("affine", "scaled_tanh", "thresholded_relu")
+WITHOUT_DEFAULTS = ("Affine", "ScaledTanh", "ThresholdedRelu")
 
 DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
 
@@ -186,16 +179,16 @@ def _activations(node: Node, count: int) -> list[tuple[Activation, ...]]:
         node.refuse(f"activations: expected {len(default) * count} names, got {given}")
     unknown = [name for name in given if name.lower() not in _BY_LOWER_CASE]
     if unknown:
-        node.refuse(f"activations: expected names of {', '.join(NAMES)}, got {unknown[0]!r}")
+        node.refuse(f"activations: expected names of {', '.join(FUNCTIONS)}, got {unknown[0]!r}")
     names = [_BY_LOWER_CASE[name.lower()] for name in given]
-    numbers = [_handed_out(node, "activation_alpha", names, 1), _handed_out(node, "activation_beta", names, 2)]
+    numbers = [_handed_out(node, key, names) for key in ("alpha", "beta")]
     specs = [_spec(node, *each) for each in zip(names, *numbers, strict=True)]
     return [tuple(specs[d * len(default) : (d + 1) * len(default)]) for d in range(count)]
 
 
-def _handed_out(node: Node, attribute: str, names: list[str], k: int) -> list[float | None]:
-    """The k-th number of every activation, None where it is not given or not taken."""
-    takes = [len(ACTIVATIONS[name][1]) >= k for name in names]
+def _handed_out(node: Node, key: str, names: list[str]) -> list[float | None]:
+    """One of the numbers of every activation, None where it is not given or not taken."""
+    takes, attribute = [key in FUNCTIONS[name] for name in names], f"activation_{key}"
     given = node.numbers(attribute, ()) if attribute in node.attributes else ()
     if not given:
         return [None] * len(names)
@@ -206,16 +199,11 @@ def _handed_out(node: Node, attribute: str, names: list[str], k: int) -> list[fl
 
 
 def _spec(node: Node, name: str, alpha: float | None, beta: float | None) -> Activation:
-    given = [number for number in (alpha, beta) if number is not None]
-    if any(type(number) is not float for number in given):
-        node.refuse(f"activations: expected numbers for {name}, got {given}")
-    defaults = ACTIVATIONS[name][1]
-    if len(given) < len(defaults) and name in WITHOUT_DEFAULTS:
-        node.refuse(f"activations: {name} needs {len(defaults)} numbers, activation_alpha and _beta, got {given}")
-    if not given:
-        return name
+    given = {key: number for key, number in (("alpha", alpha), ("beta", beta)) if number is not None}
+    if len(given) < len(FUNCTIONS[name]) and name in WITHOUT_DEFAULTS:
+        node.refuse(
+            f"activations: {name} needs {len(FUNCTIONS[name])} numbers, activation_alpha and _beta, got {given}"
+        )
     # Numbers of the specification where only one of two is given.
-    filled = tuple(
-        default if number is None else number for number, default in zip((alpha, beta), defaults, strict=False)
-    )
-    return (name, *filled)  # type: ignore[return-value]
+    spec = here("onnx", name, FUNCTIONS[name] | given)
+    return node.refuse(f"activations: expected numbers for {name}, got {given}") if spec is None else spec

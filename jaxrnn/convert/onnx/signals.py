@@ -59,6 +59,19 @@ class Chain:
             chain = chain.below
         return found[::-1]
 
+    def equals(self, other: Chain) -> bool:
+        """Whether these are the same values; those of a pooled chain may have been made twice."""
+        pooled = self.inner is not None and self.inner is other.inner
+        return self is other or (pooled and self.cell == other.cell)
+
+    def above(self, low: Chain) -> list[Cell | None] | None:
+        """The layers that make these values of those of `low`, None where they are not made of them."""
+        found, chain = [], self
+        while chain is not None and not chain.equals(low):
+            found.append(chain.cell)
+            chain = chain.below
+        return None if chain is None else found[::-1]
+
     def holds(self, other: Chain) -> bool:
         """Whether the layers of `other` are the first of these."""
         chain = self

@@ -11,13 +11,15 @@ import numpy as np
 from jaxrnn.cell import Cell
 from jaxrnn.check import shapes_of_params
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import canonical
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.cells import Placed, layers, placed
-from jaxrnn.convert.torch.modules import Parts, module_parts, module_weights
+from jaxrnn.convert.torch.forward import check_forwards
+from jaxrnn.convert.torch.modules import Parts, module_parts, module_weights, read_module, read_parts
 from jaxrnn.convert.torch.names import named_parts
 from jaxrnn.convert.torch.states import carry_from_torch, carry_to_torch
 from jaxrnn.convert.torch.tensors import is_instance, named_arrays, state_dict, tensor
-from jaxrnn.convert.torch.weights import Part, canonical, is_recurrent, read, repeated, write
+from jaxrnn.convert.torch.weights import Part, is_recurrent, repeated, write
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Apply, Dropout
 from jaxrnn.pool import Pool
@@ -38,11 +40,13 @@ def from_torch(
       source: one of
 
         A module: RNN, LSTM, GRU and their cells, Embedding, Linear, LayerNorm, Dropout, an activation; or one whose
-        children are such modules and run in the order in which they are defined, like `nn.Sequential`. What the
-        `forward` of a class of your own does besides is not seen, and must be nothing. The module is only read.
+        children are such modules and run in the order in which they are defined, like `nn.Sequential`. A `forward` of
+        your own may do no more than that: it is run on random numbers, in a copy of the module, and refused where none
+        of its outputs is that of the cell. The module is only read.
 
         A state_dict: names to torch's tensors or NumPy arrays, of one such module or of several in order, those with
-        numbers for names in the order of these. Dropout and activations have no arrays, so they are not in the result.
+        numbers for names in the order of these. Dropout and activations have no arrays, so they are not in the result,
+        nor is whatever else a `forward` does; so this is the way to read a module whose `forward` is refused.
 
         The path of a .safetensors file, which holds a state_dict. It needs `safetensors`, and no torch.
       parts: of a state_dict, the name of each part ("" for one without a prefix) in the order in which they run, with
@@ -61,11 +65,15 @@ def from_torch(
         embed, lstm, head = cell.cells
         cell = jaxrnn.Stack((embed, jaxrnn.Pool(lstm), head))
 
-      Of an Embedding, the row `padding_idx` is trained like the others.
+      Training differs in two things. Of an Embedding, the row `padding_idx` is trained like the others. And where torch
+      has two biases that act as their sum, `b` is the sum: all of it in an RNN and an LSTM, the blocks of r and z in a
+      GRU. An optimizer moves each of the two as far as it moves `b`, so that their sum moves twice as far. Doubling the
+      updates of `b` after the optimizer, as in the example, is the same training without weight decay; doubling its
+      gradient is so with SGD only, since Adam's steps do not depend on its size.
 
     Raises:
       ValueError, TypeError: naming the module or array that has no counterpart, does not fit, or is damaged. Modules
-        used twice, tied, parametrized or with hooks raise as well.
+        used twice, tied, parametrized or with hooks raise as well, and those whose `forward` computes something else.
 
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
@@ -78,23 +86,24 @@ def from_torch(
         >>> cell, params = from_torch(state_dict)
         >>> cell.cells
         (LSTM(input_size=3, hidden_size=4), Linear(input_size=4, output_size=2))
+
+        >>> import jax, optax
+        >>> lstm, head = jax.tree.map(lambda _: False, params)
+        >>> doubled = optax.masked(optax.scale(2.0), (lstm._replace(b=True), head))
+        >>> optimizer = optax.chain(optax.adam(1e-3), doubled)  # b moves as fast as torch's two
     """
     if is_instance(source, "nn", "Module"):
         told = {"parts": parts, "activation": activation, "epsilon": epsilon}
         if given := [name for name, value in told.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: only for a state_dict, since a module tells it itself")
-        name, found = type(source).__name__, module_parts(source)
-        named = named_arrays(name, module_weights(source))
-        arrays = Arrays(name, named)
+        cell, params = read_module(source)
+        check_forwards(source)
     else:
         name, given, ordered = state_dict(source)
         named = named_arrays(name, given)
         arrays = Arrays(name, named)
         found = named_parts(arrays, list(named), ordered=ordered, parts=parts, activation=activation, epsilon=epsilon)
-        found = found[0] if len(found) == 1 else found
-    dtype = next(iter(named.values())).dtype if named else np.dtype("float32")
-    cell, params = _built(name, found, arrays, dtype)
-    arrays.finish()
+        cell, params = read_parts(found[0] if len(found) == 1 else found, arrays, named)
     return cell, jax.tree.map(on_device, params)
 
 
@@ -112,8 +121,8 @@ def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
     Args:
       cell, params: a cell of those that `from_torch` makes.
       module: the torch module that is to load the result. It gives the names, and is checked to have the same cells
-        and shapes. `Pool` counts as what is in it, since reading one output is up to the code of the module, and
-        Dropout is not compared.
+        and shapes. Its `forward` is not run: `Pool` counts as what is in it, since reading one output is up to the code
+        of the module, and Dropout is not compared.
 
     Returns:
       Names to CPU tensors of the params' dtype.
@@ -131,16 +140,6 @@ def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
     model = placed(cell, params)
     arrays = _numbered(model, "") if module is None else _in_module(model, module)
     return {name: tensor(array) for name, array in arrays.items()}
-
-
-def _built(name: str, parts: Parts, arrays: Arrays, dtype: Any) -> tuple[Cell, Any]:
-    if isinstance(parts, Part):
-        return parts.cell, read(parts, arrays, dtype)
-    built = [_built(name, part, arrays, dtype) for part in parts]
-    try:
-        return Stack(tuple(cell for cell, _ in built)), tuple(params for _, params in built)
-    except ValueError as error:
-        raise ValueError(f"{name}: its parts cannot run one after another: {error}") from error
 
 
 def _numbered(model: Placed, name: str) -> dict[str, np.ndarray]:
@@ -207,7 +206,7 @@ def _flat_parts(parts: Parts) -> list[Part]:
 
 
 def _comparable(cell: Cell) -> Cell:
-    return Apply(canonical(cell.fn) or cell.fn) if isinstance(cell, Apply) else cell
+    return Apply(canonical(cell.fn)) if isinstance(cell, Apply) else cell
 
 
 def _fitted(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

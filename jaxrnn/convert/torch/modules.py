@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from jaxrnn.convert.torch.weights import ACTIVATION_MODULES, Part, canonical, recurrent
+import numpy as np
+
+from jaxrnn.cell import Cell
+from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import here, names, options
+from jaxrnn.convert.arrays import Arrays
+from jaxrnn.convert.torch.tensors import named_arrays
+from jaxrnn.convert.torch.weights import Part, read, recurrent
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 
 # Parts that run one after another, in sequences within sequences as modules are within modules.
 Parts = Part | Sequence["Parts"]
+
+
+def read_module(module: Any) -> tuple[Cell, Any]:
+    """The cell of a module and its params, which are NumPy arrays: its children one after another."""
+    name, parts = type(module).__name__, module_parts(module)
+    named = named_arrays(name, module_weights(module))
+    return read_parts(parts, Arrays(name, named), named)
+
+
+def read_parts(parts: Parts, arrays: Arrays, named: Mapping[str, np.ndarray]) -> tuple[Cell, Any]:
+    """The cell of the parts and its params, which take all of the arrays; `named` are those before any was taken."""
+    dtype = next(iter(named.values())).dtype if named else np.dtype("float32")
+    cell, params = _built(parts, arrays, dtype)
+    arrays.finish()
+    return cell, params
+
+
+def _built(parts: Parts, arrays: Arrays, dtype: Any) -> tuple[Cell, Any]:
+    if isinstance(parts, Part):
+        return parts.cell, read(parts, arrays, dtype)
+    built = [_built(part, arrays, dtype) for part in parts]
+    try:
+        return Stack(tuple(cell for cell, _ in built)), tuple(params for _, params in built)
+    except ValueError as error:
+        raise ValueError(
+            f"{arrays.source}: its parts cannot run one after another: {error}. With parts= a state_dict can tell "
+            "another order"
+        ) from error
 
 
 def module_weights(module: Any) -> dict[str, Any]:
@@ -47,16 +82,20 @@ def module_parts(module: Any, name: str = "", seen: set[int] | None = None) -> P
     try:
         return MODULES[kind.__name__](f"{name}." if name else "", module)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{_where(module, name)}: {error}") from error
+        raise ValueError(f"{where(module, name)}: {error}") from error
 
 
 def _children(module: Any, name: str, seen: set[int]) -> list[Parts]:
     if own := [key for key, value in module._parameters.items() if value is not None]:
         _refuse(module, name, f"{', '.join(own)} belong to none of its children, so what they do is not known")
-    children = [(key, child) for key, child in module._modules.items() if child is not None]
-    if not children:
+    if not children(module):
         _refuse(module, name, "jaxrnn has no counterpart")
-    return [module_parts(child, f"{name}.{key}" if name else key, seen) for key, child in children]
+    return [module_parts(child, f"{name}.{key}" if name else key, seen) for key, child in children(module)]
+
+
+def children(module: Any) -> list[tuple[str, Any]]:
+    """The modules in a module by name, in order of definition."""
+    return [(key, child) for key, child in module._modules.items() if child is not None]
 
 
 def _check_plain(module: Any, name: str) -> None:
@@ -71,12 +110,12 @@ def _check_plain(module: Any, name: str) -> None:
         _refuse(module, name, f"jaxrnn has no counterpart of its buffers {', '.join(buffers)}")
 
 
-def _where(module: Any, name: str) -> str:
+def where(module: Any, name: str) -> str:
     return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
 
 
 def _refuse(module: Any, name: str, why: str) -> NoReturn:
-    raise ValueError(f"{_where(module, name)}: {why}")
+    raise ValueError(f"{where(module, name)}: {why}")
 
 
 def _recurrent(name: str, module: Any) -> Part:
@@ -102,9 +141,14 @@ def _layer_norm(name: str, module: Any) -> Part:
 
 
 def _activation(name: str, module: Any) -> Part:
-    fn, attribute = ACTIVATION_MODULES[type(module).__name__]
-    spec = canonical((fn, float(getattr(module, attribute)))) if attribute else fn
-    return Part(name, Apply(spec or fn))
+    kind = type(module).__name__
+    known = options("torch", kind)
+    given = {option: getattr(module, option) for option in known}
+    fn = here("torch", kind, given)
+    if fn is None:
+        expected = ", ".join(f"{key}={'a number' if value is None else repr(value)}" for key, value in known.items())
+        raise ValueError(f"expected {expected}, got {', '.join(f'{key}={value!r}' for key, value in given.items())}")
+    return Part(name, Apply(fn))
 
 
 def _linear(name: str, module: Any) -> Part:
@@ -113,7 +157,7 @@ def _linear(name: str, module: Any) -> Part:
 
 MODULES = {
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), _recurrent),
-    **dict.fromkeys(ACTIVATION_MODULES, _activation),
+    **dict.fromkeys(names("torch"), _activation),
     "Embedding": lambda name, module: Part(name, Embed(module.num_embeddings, module.embedding_dim)),
     "Linear": _linear,
     "LayerNorm": _layer_norm,
@@ -123,6 +167,4 @@ MODULES = {
 # Fields with values that have no counterpart.
 FIXED: dict[str, dict[str, Any]] = {
     "Embedding": {"max_norm": None, "scale_grad_by_freq": False},
-    "Softplus": {"beta": 1, "threshold": 20},
-    "Threshold": {"value": 0},
 }

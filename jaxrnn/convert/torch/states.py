@@ -36,7 +36,7 @@ def carry_from_torch(cell: Cell, states: Any) -> Any:
     given = tuple(states) if isinstance(states, (tuple, list)) else (states,)
     if len(given) != len(rows[0]):
         raise ValueError(f"states: expected {', '.join(rows[0]._fields)} of {cell!r}, got {len(given)} states")
-    stacks = [np.asarray(dense("states", state)) for state in given]
+    stacks = [dense(f"states: {name}", state) for name, state in zip(rows[0]._fields, given, strict=True)]
     batch_shape = stacks[0].shape[1:-1]
     for name, stack, row in zip(rows[0]._fields, stacks, rows[0], strict=True):
         if stack.shape != (wanted := (len(rows), *batch_shape, *row.shape)):
@@ -66,7 +66,9 @@ def carry_to_torch(cell: Cell, carry: Any) -> Any:
         for name, state, size in zip(row._fields, row, wanted[0], strict=True):
             if np.shape(state)[-1:] != size.shape:
                 raise ValueError(f"carry: {name}: {cell!r} expects shape (..., {size.shape[0]}), got {np.shape(state)}")
-    stacks = [tensor(np.stack([np.asarray(state) for state in states])) for states in zip(*rows, strict=True)]
+    stacks = [
+        tensor(np.stack([dense(f"carry: {name}", getattr(row, name)) for row in rows])) for name in wanted[0]._fields
+    ]
     return tuple(stacks) if len(stacks) > 1 else stacks[0]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn.convert.arrays import refuse_tracer
+
 # safetensors' names of the dtypes that torch's recurrent modules compute in.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -22,10 +24,11 @@ def is_instance(value: Any, *path: str) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
-def dense(name: str, value: Any) -> Any:
-    """A torch tensor as a NumPy array of its dtype, anything else as it is."""
+def dense(name: str, value: Any) -> np.ndarray:
+    """A torch tensor, or what NumPy can read, as a NumPy array of its dtype."""
     if not is_instance(value, "Tensor"):
-        return value
+        refuse_tracer(name, value)
+        return np.asarray(value)
     if value.is_meta:
         raise ValueError(f"{name}: a tensor on the meta device has no numbers")
     try:
@@ -57,7 +60,7 @@ def named_arrays(source: str, named: Mapping[Any, Any]) -> dict[str, np.ndarray]
             raise TypeError(f"{source}: expected names, got {name!r}")
         if isinstance(value, Mapping):
             raise TypeError(f"{source}: {name} is a mapping itself: hand over the state_dict that is in it")
-        array = np.asarray(dense(f"{source}: {name}", value))
+        array = dense(f"{source}: {name}", value)
         if str(array.dtype) not in DTYPES.values():
             raise TypeError(f"{source}: {name}: expected one of {', '.join(DTYPES.values())}, got {array.dtype}")
         if not array.size:

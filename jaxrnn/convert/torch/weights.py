@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, output_size
-from jaxrnn.cells.activations import ACTIVATIONS, Activation
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.compose import Stack
+from jaxrnn.convert.activations import there
 from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
@@ -25,20 +25,6 @@ from jaxrnn.parallel import Bidirectional, BidirectionalPair
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 KINDS: dict[type[Cell], str] = {Elman: "RNN", GRU: "GRU", LSTM: "LSTM"}
-
-# torch's module: (its function here, the attribute that is α).
-ACTIVATION_MODULES: dict[str, tuple[str, str | None]] = {
-    "Identity": ("identity", None),
-    "ReLU": ("relu", None),
-    "Tanh": ("tanh", None),
-    "Sigmoid": ("sigmoid", None),
-    "Softsign": ("softsign", None),
-    "Softplus": ("softplus", None),
-    "LeakyReLU": ("leaky_relu", "negative_slope"),
-    "ELU": ("elu", "alpha"),
-    "Threshold": ("thresholded_relu", "threshold"),
-    "Hardsigmoid": ("keras_hard_sigmoid", None),
-}
 
 
 class Part(NamedTuple):
@@ -225,7 +211,7 @@ def _dropout(placed: Placed, params: Any) -> dict[str, Any]:
 
 
 def _apply(placed: Placed, params: Any) -> dict[str, Any]:
-    if canonical(placed.cell.fn) is None:  # type: ignore[attr-defined]
+    if there(placed.cell.fn, "torch") is None:  # type: ignore[attr-defined]
         placed.refuse("torch has no module of this function")
     return {}
 
@@ -271,11 +257,3 @@ WRITERS: dict[type[Cell], Callable[[Placed, Any], dict[str, Any]]] = {
     Dropout: _dropout,
     Apply: _apply,
 }
-
-
-def canonical(fn: Activation) -> Activation | None:
-    """The function without a number that is the default, or None where torch has no such module."""
-    name, *numbers = fn if isinstance(fn, tuple) else (fn,)
-    if not isinstance(name, str) or name not in {known for known, _ in ACTIVATION_MODULES.values()}:
-        return None
-    return name if tuple(numbers) in ((), ACTIVATIONS[name][1]) else fn

@@ -1,0 +1,15 @@
+"""Names for the types of params and carries, with which `jax.export` writes them to a file and finds them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax.export
+
+
+def name_types(values: Iterable[Any]) -> None:
+    """Registers those of `values` that are types of named tuples."""
+    for each in values:
+        if isinstance(each, type) and issubclass(each, tuple) and hasattr(each, "_fields"):
+            jax.export.register_namedtuple_serialization(each, serialized_name=f"jaxrnn.{each.__name__}")

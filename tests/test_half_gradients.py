@@ -1,0 +1,180 @@
+"""Gradients in half precision over long sequences: what is summed over the steps is summed in at least float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from members import CELLS, COMPOSITIONS, LAYERS, LINEAR_OPTIONS, D, H, draw_x, is_floating, redraw
+
+import jaxrnn
+from jaxrnn import GRU, LSTM, MGU, Elman, GatedCell, IndRNN
+
+T, B = 2048, 4
+DTYPES = [jnp.bfloat16, jnp.float16]
+PLAIN = CELLS | LAYERS | LINEAR_OPTIONS
+OPTIONS = {
+    "lstm_norm": LSTM(D, H, layer_norm=True, peephole=True, coupled=True),
+    "lstm_clip": LSTM(D, H, cell_clip=0.7, gate_clip=0.8),
+    "gru_norm": GRU(D, H, layer_norm=True),
+    "gru_before_norm": GRU(D, H, reset_after=False, layer_norm=True),
+    "elman_softsign": Elman(D, H, activation="softsign"),
+}
+FAST = (
+    "lstm",
+    "lstm_projection_peephole",
+    "gru",
+    "mgu",
+    "slstm",
+    "own",
+    "min_gru",
+    "lru",
+    "embed",
+    "linear",
+    "gru_norm",
+)
+
+
+def draw(cell, dtype):
+    """Params small enough for what is long ago to be forgotten, as it must be for float32 to tell the gradient."""
+    shapes = jax.eval_shape(lambda key: cell.init(key, jnp.float32), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), redraw(shapes, 1, 0.4))
+
+
+def widen(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if is_floating(leaf) else leaf, tree)
+
+
+def gradients(cell, params, xs, **options):
+    floating = [leaf for leaf in jax.tree.leaves(xs) if is_floating(leaf)]
+    structure = jax.tree.structure(xs)
+
+    @jax.jit
+    @jax.grad
+    def run(point):
+        params, floating = point
+        given = iter(floating)
+        leaves = [next(given) if is_floating(leaf) else leaf for leaf in jax.tree.leaves(xs)]
+        ys = jaxrnn.scan(cell, params, None, jax.tree.unflatten(structure, leaves), **options)[1]
+        return sum((jnp.sin(y.astype(jnp.float32)) ** 2).sum() for y in jax.tree.leaves(ys))
+
+    return run((params, floating))
+
+
+def near(found, expected, bound=0.01):
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error < bound, f"{jax.tree_util.keystr(path)}: off by {error:.3f} of its size"
+
+
+def every(cells):
+    return [
+        pytest.param(cell, id=name, marks=() if name in FAST else pytest.mark.full)
+        for name, cell in cells.items()
+        if name not in ("apply", "dropout", "dropout_sequence")
+    ]
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.full)], ids=["bf16", "f16"])
+@pytest.mark.parametrize("cell", every(PLAIN | OPTIONS))
+def test_gradients_of_a_long_sequence(cell, dtype):
+    """Of weights, biases, gains and inputs: those of float32 within 1%."""
+    params = draw(cell, dtype)
+    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, T, B, dtype=dtype))
+    near(gradients(cell, params, xs), gradients(cell, widen(params), widen(xs)))
+
+
+@pytest.mark.parametrize("name", ["lstm_projection_peephole", pytest.param("own", marks=pytest.mark.full)])
+def test_with_gradient_checkpointing_and_resets(name):
+    cell = CELLS[name]
+    params = draw(cell, jnp.bfloat16)
+    xs = jnp.asarray(draw_x(cell, 3, T, B, dtype=jnp.bfloat16))
+    reset = np.arange(T * B).reshape(T, B) % 97 == 0
+    found = gradients(cell, params, xs, remat_every=64, reset=reset, lengths=np.array([T, T - 7, 5, T]))
+    near(found, gradients(cell, widen(params), widen(xs), reset=reset, lengths=np.array([T, T - 7, 5, T])))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["stack", "bidirectional_stack", "zoneout", "parallel", "everything"])
+def test_compositions(name):
+    cell = COMPOSITIONS[name]
+    params = draw(cell, jnp.bfloat16)
+    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, T, B, dtype=jnp.bfloat16))
+    near(gradients(cell, params, xs), gradients(cell, widen(params), widen(xs)), 0.03)
+
+
+def test_a_rollout_too():
+    """A decoder on its own output, whose loop is not `scan`'s."""
+    cell = GRU(D, D)
+    params = draw(cell, jnp.bfloat16)
+
+    def loss(params):
+        x = jnp.ones((B, D), params.w_x.dtype)
+        inputs = jnp.sin(jnp.arange(T * B * D, dtype=jnp.float32)).reshape(T, B, D).astype(x.dtype)
+        kept = jaxrnn.rollout(cell, params, None, x, T, feedback=lambda y, key, z: (y + z, y), inputs=inputs)[1]
+        return (jnp.sin(kept.astype(jnp.float32)) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    near(gradient(params), gradient(widen(params)))
+
+
+class Plain(GatedCell):
+    """A user's gated cell, with a gain inside its update and a matrix of gains."""
+
+    size: int
+    hidden_size: int
+
+    def init(self, key, dtype=jnp.float32):
+        return jaxrnn.elman_init(key, self.size, self.hidden_size, dtype=dtype)
+
+    def initial_carry(self, params, batch_shape=()):
+        return jaxrnn.ElmanCarry(self.zeros(params, batch_shape, self.hidden_size))
+
+    def weights(self, params):
+        return jaxrnn.GatedWeights(params.w_x, None, params.w_h, None, {"gain": params.b, "mix": params.w_h})
+
+    def gate(self, theta, carry, u, v, w):
+        h = jnp.tanh(u + v * theta["gain"].reshape((1,) * (v.ndim - 1) + (-1,)) + carry.h @ theta["mix"] / 4)
+        return jaxrnn.ElmanCarry(h), h
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_a_gated_cell_of_ones_own(mode):
+    """θ may hold what is no vector; derivatives are those of the loop of steps, in both modes, of second order too."""
+    cell = Plain(3, 4)
+    params = redraw(cell.init(jax.random.key(0)), 4)
+    xs = redraw(jnp.zeros((5, 2, 3)), 5)
+    direction = redraw(params, 6)
+
+    def by_scan(params):
+        return jnp.sin(jaxrnn.scan(cell, params, None, xs)[1]).sum()
+
+    def by_steps(params):
+        carry, total = cell.initial_carry(params, (2,)), 0.0
+        for x in xs:
+            carry, y = cell.step(params, carry, x)
+            total = total + jnp.sin(y).sum()
+        return total
+
+    def derivatives(value):
+        first = jax.grad(value)
+        if mode == "reverse":
+            return first(params), jax.grad(lambda p: sum(map(jnp.vdot, first(p), direction)))(params)
+        slope = lambda p: jax.jvp(value, (p,), (direction,))[1]
+        return slope(params), jax.jvp(slope, (params,), (direction,))[1]
+
+    found, expected = (jax.jit(lambda value=value: derivatives(value))() for value in (by_scan, by_steps))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-4, 2e-5), found, expected)
+
+
+def test_a_gradient_of_weights_is_one_product_after_the_loop():
+    """Nothing of the size of a weight is carried from step to step in the backward pass."""
+    # The weights of the recurrent products, of this size, are read there; no sum of their cotangents is.
+    for cell, size, read in ((LSTM(5, 7, peephole=True), "7x28", 1), (MGU(5, 7), "7x7", 2), (IndRNN(5, 7), "5x7", 0)):
+        params = cell.init(jax.random.key(0))
+        run = jax.jit(jax.grad(lambda p, cell=cell: jaxrnn.scan(cell, p, None, jnp.ones((11, 3, 5)))[1].sum()))
+        text = run.lower(params).as_text()
+        loops = [line for line in text.splitlines() if "stablehlo.while" in line]
+        assert len(loops) == 2
+        assert loops[1].count(f"tensor<{size}xf32>") == read, f"{cell}: {loops[1]}"
