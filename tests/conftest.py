@@ -12,6 +12,7 @@ import pytest
 _FLAGS = {
     "0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     "0.11": "--xla_backend_optimization_level=0",
+    "0.12": "--xla_backend_optimization_level=0",
 }
 _VERSION = ".".join(jaxlib.__version__.split(".")[:2])
 if _VERSION in _FLAGS:

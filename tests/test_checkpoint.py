@@ -17,7 +17,9 @@ import optax
 import pytest
 from interrupted import ADAM, MODEL, flat, run
 
-from jaxrnn.training import fit, train_state
+import jaxrnn
+from jaxrnn import GRU
+from jaxrnn.training import Buckets, fit, lock, make_loss, squared_error, train_state
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Saver, _pack, _unpack, restore
 from jaxrnn.training.history import empty_history
 
@@ -271,6 +273,89 @@ def test_a_plain_iterator_cannot_resume_and_says_so(tmp_path):
         fit(loss, state, iter(batches), steps_per_call=2, **keywords)
 
 
+def entries(directory):
+    return {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
+
+
+def test_reading_beside_a_run_that_saves_changes_nothing(finished, tmp_path, capfd):
+    """Not even what looks like the leftovers of a run that was killed: it may be what another one is writing."""
+    directory, state = copy(finished, tmp_path)
+    for name in ("step_99.orbax-checkpoint-tmp", "step_99.orbax-checkpoint-tmp-7"):
+        (directory / name).mkdir()
+        (directory / name / "arrays").write_text("half")
+    before = entries(tmp_path)
+    with contextlib.closing(lock.Lock(directory)):
+        during = entries(tmp_path)
+        same(restore(directory, state).state._replace(data=None), state)
+        assert entries(tmp_path) == during
+    assert before.keys() <= during.keys()
+    assert capfd.readouterr() == ("", "")
+
+
+def train(directory, **changes):
+    """A short run of two steps, with something changed."""
+    data = (XS, -XS)
+    arguments = {"seed": 0, "data": data, "epochs": 1, "batch_size": 4, "key": jax.random.key(2)}
+    arguments |= {"optimizer": optax.adam(0.1), "validation": data} | changes
+    loss, seed = arguments.pop("loss"), arguments.pop("seed")
+    params = GRU(2, 2).init(jax.random.key(seed))
+    state = train_state(params, arguments["optimizer"], jax.random.key(1))
+    return fit(loss, state, arguments.pop("data"), checkpoints=directory, **arguments)
+
+
+XS = np.random.default_rng(0).normal(size=(8, 3, 2)).astype(np.float32)
+HALF = 0.5
+
+
+def scaled(factor):
+    """A loss of one's own, with a number in its closure and another one from its module."""
+
+    def loss(params, batch, key):
+        _, ys = jaxrnn.scan(CELL, params, None, batch[0], time_axis=1)
+        return factor * HALF * jnp.square(ys - batch[1]).mean(), {}
+
+    return loss
+
+
+CELL = GRU(2, 2)
+OWN = {"loss": scaled(1.0)}
+RATED = {"optimizer": optax.inject_hyperparams(optax.adam)(learning_rate=0.1)}
+BUCKETS = {"data": Buckets(list(XS), list(-XS), 4, shuffle=False), "validation": None}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        (OWN, OWN | {"data": (XS + 1, -XS)}, r"data\[0\] was float32\[8, 3, 2\]"),
+        (OWN, OWN | {"validation": (XS, XS)}, r"validation\[1\] was float32\[8, 3, 2\]"),
+        (OWN, {"loss": scaled(2.0)}, r"loss\.factor was 1\.0 and is 2\.0"),
+        (OWN, OWN | {"optimizer": optax.adam(0.1, b1=0.8)}, r"optimizer\..*b1 was 0\.9 and is 0\.8"),
+        (OWN, OWN | {"optimizer": optax.adam(0.2)}, r"optimizer\..*step_size was -0\.1 and is -0\.2"),
+        (OWN, OWN | {"seed": 5}, r"params\.w_x was float32\[2, 6\]"),
+        (OWN, OWN | {"key": jax.random.key(3)}, "order was key"),
+        (OWN, OWN | {"batch_size": 2}, "batch_size was 4 and is 2"),
+        (OWN, OWN | {"accumulate": 2}, "accumulate was 1 and is 2"),
+        (OWN, OWN | {"compute_dtype": jnp.bfloat16}, r"compute_dtype was None and is dtype\(bfloat16\)"),
+        (OWN, OWN | {"maximize": True}, r"monitor\[1\] was False and is True"),
+        (OWN, {"loss": make_loss(GRU(2, 2), squared_error)}, r"loss was .*scaled.<locals>.loss \(code"),
+        (BUCKETS | OWN, BUCKETS | OWN | {"data": Buckets(list(XS), list(XS), 4, shuffle=False)}, r"data\.targets"),
+        (OWN, OWN | {"epochs": 2, "patience": 3, "steps_per_call": 1, "nonfinite": "skip", "progress": False}, None),
+        (OWN | RATED, OWN | {"optimizer": optax.inject_hyperparams(optax.adam)(learning_rate=0.3)}, None),
+        (OWN, {"loss": scaled(1.0), "optimizer": optax.adam(0.1)}, None),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_only_the_same_run_goes_on(first, then, words, tmp_path):
+    train(tmp_path / "run", **first)
+    before = steps_saved(tmp_path / "run")
+    if words is None:
+        train(tmp_path / "run", **then)
+        return
+    with pytest.raises(CheckpointError, match=f"holds another run than this one: {words}"):
+        train(tmp_path / "run", **then)
+    assert steps_saved(tmp_path / "run") == before
+
+
 def test_members_resume_too(tmp_path):
     def loss(params, batch, key):
         noise = 0.0 if key is None else jax.random.normal(key)
@@ -286,6 +371,48 @@ def test_members_resume_too(tmp_path):
     same(fit(loss, states, data, epochs=4, checkpoints=tmp_path / "run", **keywords), whole)
 
 
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_goes_on(tmp_path):
+    """In the same process and in another one; and not when the first has ended, or was killed."""
+    first = Saver(Checkpoints(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=f"run: another run is saving .* there: process {os.getpid()} on"):
+        train(tmp_path / "run", **OWN)
+    first.close()
+    train(tmp_path / "run", **OWN)
+    code = "import pathlib, sys, time; from jaxrnn.training.lock import Lock; x = Lock(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{code}; print('ready', flush=True); time.sleep(300)", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent.parent) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(CheckpointError, match=f"another run .* process {process.pid} on"):
+            Saver(Checkpoints(tmp_path / "run"))
+        process.kill()
+    Saver(Checkpoints(tmp_path / "run")).close()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_directory_that_is_deleted_while_training_runs_is_told(again, tmp_path):
+    import shutil
+
+    saver = Saver(Checkpoints(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    if again:
+        Saver(Checkpoints(tmp_path / "run")).close()
+    state = train_state(jnp.ones(2), optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(CheckpointError, match="run: was deleted, moved or replaced while training"):
+        saver.save(state, empty_history(), start=0, value=None)
+    saver.close()
+    assert not list(tmp_path.glob("run/step*"))
+
+
+def test_a_directory_that_cannot_be_locked_says_so(tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock, "_try_lock", refuse)
+    with pytest.raises(CheckpointError, match=r"run: cannot be locked for one run: .*not supported"):
+        Saver(Checkpoints(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
 def test_wrong_settings_raise(tmp_path, wrong):
     with pytest.raises(ValueError, match=f"checkpoints: {next(iter(wrong))} must be at least 1"):
@@ -294,4 +421,4 @@ def test_wrong_settings_raise(tmp_path, wrong):
 
 
 def test_the_mark_is_plain_json(finished):
-    assert json.loads((finished[0] / "jaxrnn-run.json").read_text()) == {"format": 1}
+    assert json.loads((finished[0] / "jaxrnn-run.json").read_text()) == {"format": 2}

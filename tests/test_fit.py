@@ -1,6 +1,9 @@
 """The training loop: what it trains on, when it stops, what it records, many models at once."""
 
+import importlib
 import io
+import pickle
+import pkgutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import optax
 import pytest
 from rich.console import Console
 
+import jaxrnn
 from jaxrnn import GRU, Dropout, Linear, Pool, Stack
 from jaxrnn.training import (
     Arrays,
@@ -25,6 +29,7 @@ from jaxrnn.training import (
     squared_error,
     train_state,
 )
+from jaxrnn.training.history import BadStep, empty_history
 from jaxrnn.training.ragged import Buckets
 from jaxrnn.training.streams import Streams
 
@@ -208,6 +213,33 @@ def test_a_member_that_is_not_finite_does_not_stop_the_others():
     assert history.bad == ((1, 0, "the loss"),)
     with pytest.raises(NonFiniteError, match="step 1, member 0: the loss"):
         train(states)
+
+
+def every_error():
+    """The exceptions that the package defines."""
+    for module in pkgutil.walk_packages(jaxrnn.__path__, "jaxrnn."):
+        if not module.name.endswith("._kernels"):  # a library that Python does not import
+            importlib.import_module(module.name)
+    todo, found = [BaseException], set()
+    while todo:
+        kind = todo.pop()
+        todo += kind.__subclasses__()
+        if kind.__module__.startswith("jaxrnn."):
+            found.add(kind)
+    return found
+
+
+def test_every_error_survives_another_process():
+    made = {NonFiniteError: (BadStep(3, None, "the loss"), STATE, empty_history())}
+    for kind in every_error():
+        error = kind(*made.get(kind, ("what happened",)))
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (kind, str(error))
+        if kind is NonFiniteError:
+            assert again.bad == error.bad
+            jax.tree.map(np.testing.assert_array_equal, again.state.params, STATE.params)
+            assert again.state.key == STATE.key
+    assert made.keys() <= every_error()
 
 
 def test_buckets_and_lists_and_iterables_are_data():

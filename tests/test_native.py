@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -536,3 +537,48 @@ print(float(jaxrnn.scan(cell, params, None, jnp.ones((7, 3)))[1].sum()))
     assert run.returncode == 0, run.stderr
     assert "not native" in run.stdout
     assert ABSENT is not None or "newer than" in run.stdout
+
+
+@needed
+@pytest.mark.parametrize("limit", ["all", "0", "-3", "2x", ""])
+def test_a_number_of_threads_that_is_none_is_told_and_not_obeyed(limit):
+    library = next((Path(native.__file__).parent).glob("_kernels*.so"))
+    code = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).jaxrnn_threads())"
+    run, most = (
+        subprocess.run(
+            [sys.executable, "-c", code, str(library)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+            env=os.environ | {"JAXRNN_NUM_THREADS": number},
+        )
+        for number in (limit, "99999")
+    )
+    assert run.stdout == most.stdout
+    told = f"jaxrnn: JAXRNN_NUM_THREADS: expected a number from 1, got '{limit}'; using {run.stdout}"
+    assert run.stderr == (told if limit else "")
+
+
+STARVED = """
+import resource, sys
+import jax, jax.numpy as jnp, jaxrnn
+cell = jaxrnn.GRU(64, 256)
+params, xs = cell.init(jax.random.key(0)), jnp.ones((4, 64, 64))
+run = jax.jit(lambda xs: jaxrnn.scan(cell, params, None, xs, implementation="native")[1]).lower(xs).compile()
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, resource.RLIM_INFINITY))
+starved = [float(run(xs).sum()) for _ in range(3)]
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert starved == [float(run(xs).sum())] * 3, starved
+print("done")
+"""
+
+
+@needed
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) == 1, reason="needs two processors, /proc")
+def test_a_call_that_gets_no_threads_runs_on_its_own():
+    """Each takes a GiB of stack here, more than the limit leaves."""
+    command = ["bash", "-c", 'ulimit -s 1048576 && exec "$0" -c "$1"', sys.executable, STARVED]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.stdout == "done\n", run.stderr

@@ -16,7 +16,7 @@ import scipy.linalg
 import jaxrnn
 from jaxrnn.cells.activations import ACTIVATIONS
 from jaxrnn.cells.rg_lru import bounded_sqrt
-from jaxrnn.cells.state_space import hippo
+from jaxrnn.cells.state_space import eigenvectors
 
 T, B, D, H, P = 4, 3, 2, 6, 5
 
@@ -471,7 +471,7 @@ def test_s5_begins_as_hippo():
         np.testing.assert_allclose(values.real, -0.5, atol=1e-10)
         whole, held = np.zeros(size), scipy.linalg.expm(normal * step)
         xs = np.random.default_rng(0).normal(size=(9, size))
-        _, vectors = hippo(pairs)
+        _, vectors = eigenvectors(pairs)
         w_x, w_y = np.asarray(params.w_x), np.asarray(params.w_y)
         b, c = w_x[:, :pairs] + 1j * w_x[:, pairs:], w_y[:pairs] - 1j * w_y[pairs:]
         b, c = 2 * np.real(vectors @ b.T), 2 * np.real(c.T @ vectors.conj().T)

@@ -1,13 +1,18 @@
 """The package: what importing it costs, what it names, and what the README promises."""
 
 import ast
+import contextlib
 import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import jaxrnn
 
@@ -49,15 +54,54 @@ def test_every_public_name_is_documented_with_an_example():
 
 
 def code_blocks():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    """Every block of Python, and what the text above it says that `pip install` must bring."""
+    parts = re.split(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    return [
+        (block, re.findall(r"`pip install (\w[^`]*)`", text))
+        for text, block in zip(parts[:-1:2], parts[1::2], strict=True)
+    ]
 
 
-@pytest.mark.parametrize("number", range(len(code_blocks())))
-def test_the_readmes_code_runs(number):
-    block = code_blocks()[number]
-    if re.search(r"^import .*\btorch\b", block, re.MULTILINE) and importlib.util.find_spec("torch") is None:
-        pytest.skip("parity needs torch")
-    run = python("-W", "error", "-c", block)
+def brought(*lines):
+    """The names of the distributions that pip installs for these requirements."""
+    found, todo = set(), [Requirement(line) for line in lines]
+    while todo:
+        requirement = todo.pop()
+        for extra in ("", *requirement.extras):
+            key = canonicalize_name(requirement.name), extra
+            if key in found:
+                continue
+            found.add(key)
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                below = map(Requirement, metadata.requires(requirement.name) or ())
+                todo += [each for each in below if each.marker is None or each.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+WITHOUT = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Nothing())
+"""
+
+
+@pytest.mark.parametrize(("block", "needs"), code_blocks(), ids=range(len(code_blocks())))
+def test_the_readmes_code_runs_after_its_own_commands(block, needs):
+    """With nothing that can be imported but what they bring."""
+    for need in needs:
+        if importlib.util.find_spec(Requirement(need).name) is None:
+            pytest.skip(f"needs {need}")
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    there = brought(*dependencies, *needs)
+    owners = metadata.packages_distributions().items()
+    absent = {name for name, of in owners if not there & {canonicalize_name(each) for each in of}} - {"jaxrnn"}
+    assert absent >= {"pytest", "sklearn"}
+    run = python("-W", "error", "-c", f"ABSENT = {absent!r}\n{WITHOUT}\n{block}")
     assert run.returncode == 0, run.stderr
 
 

@@ -15,6 +15,7 @@ from members import MEMBERS, Own, TwoInputs, draw_params, every_member_and_optio
 
 import jaxrnn
 from jaxrnn import GRU, LSTM, Apply, Bidirectional, Cell, Dropout, Embed, Linear, Pool, Stack
+from jaxrnn.cells import state_space
 from jaxrnn.training import saving
 from jaxrnn.training.saving import DTYPES, load, save
 
@@ -287,6 +288,7 @@ def fields(**values):
         (lambda index: index["params"][0].update(dtype="object"), "params.w_x: expected null or dtype and shape"),
         (lambda index: index["params"][0].update(dtype="int32"), "params.w_x: expected a dtype of the kind of float32"),
         (lambda index: index["params"][0].update(shape=[2, 10]), r"params.w_x: expected shape \(2, 9\), got \(2, 10\)"),
+        (lambda index: index["params"][0].update(shape=[-1, 2, 9]), "params.w_x: expected null or dtype and shape"),
         (lambda index: index["params"][0].update(offset=1), "params.w_x: expected null or dtype and shape"),
         (
             lambda index: index["params"].__setitem__(0, None),
@@ -304,6 +306,33 @@ def test_a_changed_index_is_refused(change, words, tmp_path):
         load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("cell", [jaxrnn.S5(2, 3), jaxrnn.S4D(2, 3), jaxrnn.S4D(2, 3, spectrum="hippo")])
+def test_nothing_is_computed_of_a_size_that_a_file_names(cell, tmp_path, monkeypatch):
+    """The eigenvalues of thousands of states would take minutes and gigabytes."""
+    path = saved(tmp_path, fields(hidden_size=10**8), cell)
+    monkeypatch.setattr(state_space, "eigenvectors", None)
+    with pytest.raises(ValueError, match=r"params.log_decay: expected shape \(.*100000000,?\), got"):
+        load(path)
+
+
+@pytest.mark.parametrize("members", [0, 1, 3])
+def test_many_members_in_one_file(members, tmp_path):
+    """With an axis in front of every array; what fits only in part says so."""
+    cell = Stack((LSTM(2, 3), Dropout(0.1), Linear(3, 3)))
+    one = draw_params(cell)
+    params = jax.tree.map(lambda a: np.stack([a + k for k in range(members)] or [a])[:members], one)
+    save(tmp_path / "model", cell, params)
+    same(load(tmp_path / "model")[1], params)
+    mixed = (params[0], params[1], one[2])
+    with pytest.raises(ValueError, match=rf"params\[2\].w: expected shape \({members}, 3, 3\), got \(3, 3\)"):
+        save(tmp_path / "other", cell, mixed)
+    index = json.loads((tmp_path / "model" / "cell.json").read_text())
+    index["params"][1]["shape"][0] = members + 1
+    (tmp_path / "model" / "cell.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"params\[0\].w_h: expected shape \({members}, 3, 12\), got"):
+        load(tmp_path / "model")
 
 
 def test_numbers_that_are_not_those_that_were_written(tmp_path):

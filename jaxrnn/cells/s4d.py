@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jaxrnn.cells.linear import LinearCell
@@ -134,17 +133,21 @@ def s4d_init(
     ((3, 16), (2, 3, 16))
     """
     wide = accumulator(dtype)
-    pair, states = np.arange(hidden_size), 2 * hidden_size
-    frequency = {
-        "linear": np.pi * pair,
-        "inverse": states / np.pi * (states / (2 * pair + 1) - 1),
-        "hippo": hippo(hidden_size)[0].imag,
-    }[spectrum]
+    pair, states = jnp.arange(hidden_size, dtype=wide), 2 * hidden_size
+    match spectrum:
+        case "linear":
+            frequency = math.pi * pair
+        case "inverse":
+            frequency = states / math.pi * (states / (2 * pair + 1) - 1)
+        case "hippo":
+            frequency = hippo(hidden_size, wide)[0][1]
+        case _:
+            raise ValueError(f"spectrum: expected one of {SPECTRA}, got {spectrum!r}")
     k_step, k_c, k_d = jax.random.split(key, 3)
     shape = input_size, hidden_size
     params = S4DParams(
         log_decay=jnp.full(shape, math.log(0.5), wide),
-        frequency=jnp.broadcast_to(jnp.asarray(frequency, wide), shape),
+        frequency=jnp.broadcast_to(frequency, shape),
         log_step=draw_log_step(k_step, (input_size,), step_min, step_max, wide),
         c=jax.random.normal(k_c, (2, *shape), wide) * math.sqrt(0.5),
         d=jax.random.normal(k_d, (input_size,), wide),

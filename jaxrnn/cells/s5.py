@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jaxrnn.cells.linear import LinearCell
@@ -124,18 +123,17 @@ def s5_init(
     ((3, 32), (32, 3))
     """
     wide = accumulator(dtype)
-    values, vectors = hippo(hidden_size)
-    turn = np.concatenate([vectors.real, vectors.imag], axis=1)
+    (real, imag), turn = hippo(hidden_size, wide)
+    turn = jnp.concatenate([turn[:, :hidden_size], -turn[:, hidden_size:]], axis=1)  # conjugate
     k_x, k_y, k_step, k_d = jax.random.split(key, 4)
     b = jax.random.normal(k_x, (input_size, 2 * hidden_size), wide) / math.sqrt(input_size)
     c = jax.random.normal(k_y, (2 * hidden_size, input_size), wide) / math.sqrt(2 * hidden_size)
-    conjugate = np.concatenate([np.ones(hidden_size), -np.ones(hidden_size)])
     params = S5Params(
-        log_decay=jnp.log(jnp.asarray(-values.real, wide)),
-        frequency=jnp.asarray(values.imag, wide),
+        log_decay=jnp.log(-real),
+        frequency=imag,
         log_step=draw_log_step(k_step, (hidden_size,), step_min, step_max, wide),
-        w_x=jnp.matmul(b, jnp.asarray(turn * conjugate, wide), precision="highest"),
-        w_y=jnp.matmul(jnp.asarray((turn * conjugate).T, wide), c, precision="highest"),
+        w_x=jnp.matmul(b, turn, precision="highest"),
+        w_y=jnp.matmul(turn.T, c, precision="highest"),
         d=jax.random.normal(k_d, (input_size,), wide),
     )
     return S5Params(*(each.astype(dtype) for each in params))

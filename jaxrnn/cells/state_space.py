@@ -53,9 +53,28 @@ def draw_log_step(key: Array, shape: tuple[int, ...], least: float, most: float,
     return jax.random.uniform(key, shape, dtype, math.log(least), math.log(most))
 
 
+def hippo(pairs: int, dtype: Any) -> tuple[Array, Array]:
+    """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis.
+
+    They are computed when a program runs, never where only shapes are asked for: of thousands of states they take
+    minutes.
+
+    Returns:
+      Real and imaginary parts side by side: the values (2, pairs), the vectors (2 · pairs, 2 · pairs).
+    """
+    shapes = jax.ShapeDtypeStruct((2, pairs), dtype), jax.ShapeDtypeStruct((2 * pairs, 2 * pairs), dtype)
+
+    def compute():
+        values, vectors = eigenvectors(pairs)
+        parts = np.stack([values.real, values.imag]), np.concatenate([vectors.real, vectors.imag], axis=1)
+        return tuple(part.astype(shape.dtype) for part, shape in zip(parts, shapes, strict=True))
+
+    return jax.pure_callback(compute, shapes)
+
+
 @functools.cache
-def hippo(pairs: int) -> tuple[Any, Any]:
-    """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis."""
+def eigenvectors(pairs: int) -> tuple[Any, Any]:
+    """Those of `hippo` as complex numbers: (pairs,) and (2 · pairs, pairs)."""
     root = np.sqrt(1 + 2 * np.arange(2 * pairs))
     skew = np.tril(np.outer(root, root) / 2, -1)
     values, vectors = np.linalg.eigh(-1j * (skew.T - skew))

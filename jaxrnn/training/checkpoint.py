@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,13 @@ import numpy as np
 
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.training.history import BadStep, History
+from jaxrnn.training.identity import checksum, difference
+from jaxrnn.training.lock import NAME as LOCK
+from jaxrnn.training.lock import Held, Lock
 from jaxrnn.training.step import Best, TrainState
 
 MARK = "jaxrnn-run.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -48,9 +50,12 @@ class Restored(NamedTuple):
 
 
 class Saver:
-    """Writes and reads the checkpoints of one run, in a directory of its own."""
+    """Writes and reads the checkpoints of one run, in a directory that nobody else writes to meanwhile.
 
-    def __init__(self, where: Checkpoints, *, maximize: bool = False):
+    `identity` says what the run is made of, see `jaxrnn.training.identity`.
+    """
+
+    def __init__(self, where: Checkpoints, *, maximize: bool = False, identity: Mapping[str, str] | None = None):
         for name in ("every", "keep"):
             if getattr(where, name) < 1:
                 raise ValueError(f"checkpoints: {name} must be at least 1, got {getattr(where, name)}")
@@ -58,7 +63,8 @@ class Saver:
 
         self.args = ocp.args
         self.directory = Path(where.directory).absolute()
-        _claim(self.directory)
+        self.identity = {} if identity is None else dict(identity)
+        self.lock = _claim(self.directory)
         policies = ocp.checkpoint_managers.preservation_policy
         keep = policies.BestN(
             get_metric_fn=lambda metrics: metrics["value"],
@@ -72,13 +78,24 @@ class Saver:
             enable_async_checkpointing=False,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), keep]),
         )
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
+        except BaseException:
+            self.lock.close()
+            raise
 
     def close(self) -> None:
-        self.manager.close()
+        try:
+            self.manager.close()
+        finally:
+            self.lock.close()
 
     def save(self, state: TrainState, history: History, *, start: int, value: float | None) -> None:
         """Saves the run after its last step; `value` is what the best are chosen by."""
+        if self.lock.lost():
+            raise CheckpointError(
+                f"{self.directory}: was deleted, moved or replaced while training saved its checkpoints there"
+            )
         step = int(np.max(state.step))
         if step in self.manager.all_steps():
             return
@@ -86,6 +103,7 @@ class Saver:
         about = {
             "format": FORMAT,
             "start": start,
+            "identity": self.identity,
             "data": state.data,
             "bad": [list(bad) for bad in history.bad],
             "ended": history.ended,
@@ -96,34 +114,66 @@ class Saver:
         items = self.args.Composite(arrays=self.args.StandardSave(arrays), about=self.args.JsonSave(about))
         self.manager.save(step, args=items, metrics=None if value is None else {"value": value})
 
-    def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
-        """The run at `step`, or the last one saved; None where there is none. `like` has its structure and shapes."""
-        steps = sorted(self.manager.all_steps())
-        if step is None and not steps:
-            return None
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {steps}")
-        where = f"{self.directory}: the checkpoint of step {step}"
-        others = f"the others there are of steps {[each for each in steps if each != step]}"
+    def restore(self, like: TrainState, start: int) -> Restored | None:
+        """The last one saved of the same run, which began at `start`; None where there is none."""
+
+        def check(about):
+            if about["start"] != start:
+                raise CheckpointError(
+                    f"{self.directory}: holds a run that began at step {about['start']}, this one begins at {start}; "
+                    "name another directory"
+                )
+            other = difference(about["identity"], self.identity)
+            if other:
+                raise CheckpointError(
+                    f"{self.directory}: holds another run than this one: {other}. Name another directory; one that "
+                    "goes on from there all the same begins with restore(directory, state).state"
+                )
+
+        return _read(self.manager, self.directory, like, None, check)
+
+
+def _read(
+    manager: Any, directory: Path, like: TrainState, step: int | None, check: Callable[[dict[str, Any]], None]
+) -> Restored | None:
+    """The run at `step`, or the last one saved; None where there is none. `like` has its structure and shapes."""
+    import orbax.checkpoint as ocp
+
+    steps = sorted(manager.all_steps())
+    if step is None and not steps:
+        return None
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise CheckpointError(f"{directory}: no checkpoint of step {step}; there are {steps}")
+    where = f"{directory}: the checkpoint of step {step}"
+    others = f"the others there are of steps {[each for each in steps if each != step]}"
+
+    @contextlib.contextmanager
+    def reading():
         try:
-            about = self.manager.restore(step, args=self.args.Composite(about=self.args.JsonRestore()))["about"]
-            leaves = [Leaf(*leaf) for leaf in about["leaves"]]
-            abstract = _abstract(leaves)
-            items = self.args.Composite(arrays=self.args.StandardRestore(abstract))
-            arrays = self.manager.restore(step, args=items)["arrays"] if abstract else {}
-            history = about["train"], about["validation"]
+            yield
         except Exception as error:  # whatever Orbax and TensorStore raise for files that are not as they were written
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise CheckpointError(f"{where} is damaged: {reason[0][:300]}; {others}") from error
-        if about.get("format") != FORMAT:
-            raise CheckpointError(f"{where} has format {about.get('format')}, this version reads {FORMAT}")
-        train, validation = (dict.fromkeys(names, 0) for names in history)
-        target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation)
-        state, (steps_, train, validation_step, validation) = _unpack(target, leaves, arrays, where)
-        bad = tuple(BadStep(*each) for each in about["bad"])
-        record = History(steps_, train, validation_step, validation, bad, about["ended"])
-        return Restored(state._replace(data=about["data"]), record, about["start"])
+
+    with reading():
+        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        form = about.get("format")
+    if form != FORMAT:
+        raise CheckpointError(f"{where} has format {form}, this version reads {FORMAT}")
+    check(about)
+    with reading():
+        leaves = [Leaf(*leaf) for leaf in about["leaves"]]
+        abstract = _abstract(leaves)
+        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+        arrays = manager.restore(step, args=items)["arrays"] if abstract else {}
+        history = about["train"], about["validation"]
+    train, validation = (dict.fromkeys(names, 0) for names in history)
+    target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation)
+    state, (steps_, train, validation_step, validation) = _unpack(target, leaves, arrays, where)
+    bad = tuple(BadStep(*each) for each in about["bad"])
+    record = History(steps_, train, validation_step, validation, bad, about["ended"])
+    return Restored(state._replace(data=about["data"]), record, about["start"])
 
 
 class Run:
@@ -135,13 +185,8 @@ class Run:
 
     def begin(self, state: TrainState, history: History, start: int) -> tuple[TrainState, History, int]:
         """What is given, or what an interrupted run of the same start left."""
-        restored = self.saver.restore(state)
+        restored = self.saver.restore(state, start)
         if restored is not None:
-            if start != restored.start:
-                raise CheckpointError(
-                    f"{self.saver.directory}: holds a run that began at step {restored.start}, this one begins at "
-                    f"{start}; name another directory"
-                )
             state, history = restored.state, restored.history
         self.start, self.saved = start, int(np.max(state.step))
         return state, history, start
@@ -157,10 +202,12 @@ class Run:
 
 
 @contextlib.contextmanager
-def run_in(checkpoints: Checkpoints | str | os.PathLike, *, monitor: str, maximize: bool) -> Iterator[Run]:
-    """The run whose checkpoints lie there."""
+def run_in(
+    checkpoints: Checkpoints | str | os.PathLike, *, monitor: str, maximize: bool, identity: Mapping[str, str]
+) -> Iterator[Run]:
+    """The run whose checkpoints lie there, which nobody else has meanwhile."""
     where = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
-    saver = Saver(where, maximize=maximize)
+    saver = Saver(where, maximize=maximize, identity=identity)
     try:
         yield Run(saver, where.every, monitor)
     finally:
@@ -178,33 +225,50 @@ def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None 
     Raises:
       CheckpointError: if there is none, or it is damaged, or of another model.
     """
-    if not (Path(directory) / MARK).is_file():
+    directory = Path(directory).absolute()
+    if not (directory / MARK).is_file():
         raise CheckpointError(f"{directory}: no checkpoints of a training run")
-    saver = Saver(Checkpoints(directory))
-    try:
-        restored = saver.restore(like, step)
-    finally:
-        saver.close()
+    import orbax.checkpoint as ocp
+
+    # All that `read_only=True` sets, which also writes to the log.
+    options = ocp.CheckpointManagerOptions(
+        step_prefix="step", create=False, cleanup_tmp_directories=False, save_root_metadata=False
+    )
+    with contextlib.closing(ocp.CheckpointManager(directory, options=options)) as manager:
+        restored = _read(manager, directory, like, step, lambda about: None)
     if restored is None:
         raise CheckpointError(f"{directory}: no checkpoint was finished there")
     return restored
 
 
-def _claim(directory: Path) -> None:
-    """Marks a new or empty directory as one of training runs; any other must be marked already."""
+def _claim(directory: Path) -> Lock:
+    """Locks a new or empty directory, marked as one of training runs, or one that is marked already."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: expected a directory, found a file")
     directory.mkdir(parents=True, exist_ok=True)
-    mark = directory / MARK
-    if mark.is_file():
-        return
-    if any(not each.name.startswith(f".{MARK}") for each in directory.iterdir()):
+    mark, draft = directory / MARK, directory / f".{MARK}"
+    names = {each.name for each in directory.iterdir()}
+    if mark.name not in names and names - {draft.name, LOCK}:
         raise CheckpointError(
             f"{directory}: holds other files than checkpoints of a training run; name a new directory"
         )
-    draft = directory / f".{MARK}.{os.getpid()}"
-    draft.write_text(json.dumps({"format": FORMAT}))
-    draft.replace(mark)
+    try:
+        lock = Lock(directory)
+    except Held as holder:
+        raise CheckpointError(
+            f"{directory}: another run is saving its checkpoints there: {holder}; name another directory, or wait "
+            "until it has ended"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be locked for one run: {error}") from error
+    try:
+        if not mark.is_file():
+            draft.write_text(json.dumps({"format": FORMAT}))
+            draft.replace(mark)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def _arrays_of(history: History):
@@ -238,7 +302,7 @@ def _pack(tree: Any) -> tuple[dict[str, np.ndarray], list[Leaf]]:
     for k, (path, leaf) in enumerate(_named(tree)):
         key = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
         array = np.asarray(jax.random.key_data(leaf) if key else leaf)
-        leaves.append(Leaf(path, list(array.shape), array.dtype.name, _checksum(array), key))
+        leaves.append(Leaf(path, list(array.shape), array.dtype.name, checksum(array), key))
         if array.size:
             arrays[f"leaf{k}"] = array
     return arrays, leaves
@@ -250,10 +314,6 @@ def _abstract(leaves: list[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
         for k, leaf in enumerate(leaves)
         if 0 not in leaf.shape
     }
-
-
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 
 def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, Any], where: str) -> Any:
@@ -268,7 +328,7 @@ def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, Any], where: s
     out = []
     for k, ((path, like), leaf) in enumerate(zip(wanted, leaves, strict=True)):
         array = np.asarray(arrays[f"leaf{k}"]) if 0 not in leaf.shape else np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
-        if _checksum(array) != leaf.checksum:
+        if checksum(array) != leaf.checksum:
             raise CheckpointError(f"{where} is damaged: the checksum of {path[3:]} differs")
         if path.startswith("[0]"):
             array = on_device(array)

@@ -18,6 +18,7 @@ from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluate import evaluator
 from jaxrnn.training.feeding import Group, as_source, groups
 from jaxrnn.training.history import BadStep, History, empty_history
+from jaxrnn.training.identity import identity
 from jaxrnn.training.progress import on_screen
 from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
 
@@ -28,6 +29,9 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, bad: BadStep, state: TrainState, history: History):
         super().__init__(str(bad))
         self.bad, self.state, self.history = bad, state, history
+
+    def __reduce__(self):
+        return type(self), (self.bad, self.state, self.history)
 
 
 def fit(
@@ -77,7 +81,9 @@ def fit(
       accumulate, compute_dtype: as in `make_step`.
       steps_per_call: so many steps run in one jitted call.
       checkpoints: a directory or `Checkpoints`: saves there, and goes on from what an interrupted run left there, to
-        the same bits as if it had not been interrupted.
+        the same bits as if it had not been interrupted. Its loss, optimizer, data (of arrays above a GiB evenly spaced
+        rows), params to begin with, keys, `batch_size`, `accumulate`, `compute_dtype` and `monitor` must be the same;
+        `epochs` and all else may differ, as may what `optax.inject_hyperparams` holds, which the checkpoint has.
       progress: None draws on a terminal, False never, True always, a `rich.console.Console` there.
 
     Returns:
@@ -124,7 +130,21 @@ def fit(
     with contextlib.ExitStack() as stack:
         run = None
         if checkpoints is not None:
-            run = stack.enter_context(run_in(checkpoints, monitor=monitor, maximize=maximize))
+            made_of = identity(
+                loss=loss,
+                optimizer=optimizer.update,
+                data=data,
+                validation=validation,
+                params=state.params,
+                carry=state.carry,
+                noise=state.key,
+                batch_size=batch_size,
+                order=key if shuffle else None,
+                accumulate=accumulate,
+                compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
+                monitor=None if validation is None else (monitor, maximize),
+            )
+            run = stack.enter_context(run_in(checkpoints, monitor=monitor, maximize=maximize, identity=made_of))
             state, history, start = run.begin(state, history, start)
         epoch = _go_to(source, state.data)
         length = len(source) if callable(getattr(source, "__len__", None)) else None

@@ -13,8 +13,8 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.core
@@ -50,7 +50,8 @@ def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
     Args:
       path: a directory that is not there yet or empty, or one that `save` wrote, whose model is replaced.
       cell: any cell or composition. Its fields are None, booleans, numbers, strings, cells and tuples of these.
-      params: of the shapes of `cell.init`, in any dtype of the same kind; None may stand for an array.
+      params: of the shapes of `cell.init`, in any dtype of the same kind; None may stand for an array. Or those of many
+        models, with an axis of members in front of every array.
 
     Raises:
       TypeError: for a field that is something else, like a function, naming it; use an activation's name.
@@ -214,22 +215,39 @@ def _matched(cell: Cell, expected: Any, params: Any) -> Iterator[tuple[str, Any,
     (wanted, structure), (given, given_structure) = _leaves(expected), _leaves(params)
     if structure != given_structure:
         raise TypeError(f"params: {cell!r:.200} takes {structure}, got {given_structure}")
+    for path, have in given:
+        if have is not None and (
+            not isinstance(have, (np.ndarray, np.generic, jax.Array)) or isinstance(have, jax.core.Tracer)
+        ):
+            raise TypeError(f"{_named(path)}: expected an array, got {type(have).__name__}")
+    members = _members((want, have) for (_, want), (_, have) in zip(wanted, given, strict=True))
     for (path, want), (_, have) in zip(wanted, given, strict=True):
-        name = f"params{jax.tree_util.keystr(path)}"
         if have is not None:
-            if not isinstance(have, (np.ndarray, np.generic, jax.Array)) or isinstance(have, jax.core.Tracer):
-                raise TypeError(f"{name}: expected an array, got {type(have).__name__}")
-            _check_leaf(name, want, have.shape, have.dtype)
-        yield name, want, have
+            _check_leaf(_named(path), members, want, have)
+        yield _named(path), want, have
 
 
-def _check_leaf(name: str, want: Any, shape: tuple[int, ...], dtype: Any) -> None:
+def _named(path: Any) -> str:
+    return f"params{jax.tree_util.keystr(path)}"
+
+
+def _members(leaves: Iterable[tuple[Any, Any]]) -> tuple[int, ...]:
+    """(M,) where the first array has an axis of members in front of the shape that is wanted, else ()."""
+    for want, have in leaves:
+        if want is not None and have is not None:
+            return have.shape[:1] if have.shape[1:] == want.shape and have.shape else ()
+    return ()
+
+
+def _check_leaf(name: str, members: tuple[int, ...], want: Any, have: Any) -> None:
+    """`have`, of the file or given, has the kind and the shape of `want`, with the axis of members."""
     if want is None:
-        raise ValueError(f"{name}: expected None, got shape {shape}")
-    if shape != want.shape:
-        raise ValueError(f"{name}: expected shape {want.shape}, got {shape}")
-    if dtype.name not in DTYPES or not any(jnp.issubdtype(dtype, k) and jnp.issubdtype(want.dtype, k) for k in KINDS):
-        raise ValueError(f"{name}: expected a dtype of the kind of {want.dtype}, got {dtype}")
+        raise ValueError(f"{name}: expected None, got shape {have.shape}")
+    if have.shape != (*members, *want.shape):
+        raise ValueError(f"{name}: expected shape {(*members, *want.shape)}, got {have.shape}")
+    kinds = any(jnp.issubdtype(have.dtype, kind) and jnp.issubdtype(want.dtype, kind) for kind in KINDS)
+    if have.dtype.name not in DTYPES or not kinds:
+        raise ValueError(f"{name}: expected a dtype of the kind of {want.dtype}, got {have.dtype}")
 
 
 def _to_host(leaf: Any, name: str) -> np.ndarray:
@@ -312,10 +330,15 @@ def _read_arrays(path: str, index: dict[str, Any], cell: Cell, expected: Any) ->
         raise ValueError(f"{INDEX}: arrays: expected the name of a file of params, got {name!r:.80}")
     if not isinstance(entries, list) or len(entries) != len(wanted):
         raise ValueError(f"{INDEX}: params: expected a list of {len(wanted)}, those of {cell!r:.200}")
-    dtypes = [_dtype(leaf, want, entry) for (leaf, want), entry in zip(wanted, entries, strict=True)]
-    sizes = [
-        0 if d is None else math.prod(want.shape) * d.itemsize for (_, want), d in zip(wanted, dtypes, strict=True)
-    ]
+    kept = [_entry(leaf, entry) for (leaf, _), entry in zip(wanted, entries, strict=True)]
+    members = _members((want, each) for (_, want), each in zip(wanted, kept, strict=True))
+    for (leaf, want), each in zip(wanted, kept, strict=True):
+        if each is None:
+            continue
+        _check_leaf(f"{INDEX}: {_named(leaf)}", members, want, each)
+        if jax.dtypes.canonicalize_dtype(each.dtype) != each.dtype:
+            raise ValueError(f"{_named(leaf)} is {each.dtype}: load it under jax.enable_x64(True)")
+    sizes = [0 if each is None else math.prod(each.shape) * each.dtype.itemsize for each in kept]
     with _open(path, name) as file:
         size = os.fstat(file.fileno()).st_size
         if size != sum(sizes):
@@ -327,23 +350,28 @@ def _read_arrays(path: str, index: dict[str, Any], cell: Cell, expected: Any) ->
     if name != f"params-{total.hexdigest()}.bin":
         raise ValueError(f"{name}: the bytes are not those that were written")
     leaves = [
-        None if dtype is None else on_device(np.frombuffer(block, np.uint8).view(dtype).reshape(want.shape))
-        for (_, want), dtype, block in zip(wanted, dtypes, blocks, strict=True)
+        None if each is None else on_device(np.frombuffer(block, np.uint8).view(each.dtype).reshape(each.shape))
+        for each, block in zip(kept, blocks, strict=True)
     ]
     return jax.tree.unflatten(structure, leaves)
 
 
-def _dtype(path: Any, want: Any, entry: Any) -> np.dtype | None:
-    """The dtype of a leaf of the params, whose entry fits; None where the leaf is."""
-    name = f"params{jax.tree_util.keystr(path)}"
+class _Entry(NamedTuple):
+    """An array of the params as the index has it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _entry(path: Any, entry: Any) -> _Entry | None:
+    """A leaf of the params; None where the leaf is."""
     match entry:
         case None:
             return None
-        case {"dtype": str(kind), "shape": list(shape), **more} if not more and kind in DTYPES:
+        case {"dtype": str(kind), "shape": list(shape), **more} if (
+            not more and kind in DTYPES and all(type(size) is int and size >= 0 for size in shape)
+        ):
             dtype = DTYPES[kind]
         case _:
-            raise ValueError(f"{INDEX}: {name}: expected null or dtype and shape, got {entry!r:.80}")
-    _check_leaf(f"{INDEX}: {name}", want, tuple(shape), dtype)
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{name} is {dtype}: load it under jax.enable_x64(True)")
-    return dtype
+            raise ValueError(f"{INDEX}: {_named(path)}: expected null or dtype and shape, got {entry!r:.80}")
+    return _Entry(tuple(shape), dtype)

@@ -9,10 +9,12 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -52,7 +54,8 @@ class Barrier {
 
 class Pool {
  public:
-  // The processors that the process may use, or JAXRNN_NUM_THREADS if that is fewer.
+  // The processors that the process may use, or JAXRNN_NUM_THREADS if that is fewer; what is no number from 1 is told
+  // and not obeyed.
   static int threads() {
     static const int count = [] {
       int available = std::thread::hardware_concurrency();
@@ -62,14 +65,21 @@ class Pool {
 #endif
       if (available < 1) available = 1;
       const char* limit = std::getenv("JAXRNN_NUM_THREADS");
-      int wanted = limit ? std::atoi(limit) : available;
-      return wanted < 1 ? 1 : wanted < available ? wanted : available;
+      if (limit == nullptr || *limit == '\0') return available;
+      char* end = nullptr;
+      const long wanted = std::strtol(limit, &end, 10);
+      if (*end != '\0' || wanted < 1) {
+        std::fprintf(stderr, "jaxrnn: JAXRNN_NUM_THREADS: expected a number from 1, got '%s'; using %d\n", limit,
+                     available);
+        return available;
+      }
+      return wanted < available ? static_cast<int>(wanted) : available;
     }();
     return count;
   }
 
   // part(k) for k = 0, ..., count − 1, each by a thread of its own, so that they may wait for each other; false, and
-  // nothing done, while another call has the pool.
+  // nothing done, while another call has the pool, and where the system gives no more threads.
   static bool run(int count, const std::function<void(int)>& part) { return get().start(count, part, false); }
 
   // The same of parts that never wait: what no thread has begun when the caller is through, the caller does too.
@@ -93,13 +103,8 @@ class Pool {
   bool start(int count, const std::function<void(int)>& part, bool all) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock() || process_ != getpid()) return false;
-    while (static_cast<int>(workers_.size()) < count - 1) {
-      workers_.push_back(std::make_unique<Worker>());
-      const int number = static_cast<int>(workers_.size());
-      std::thread([this, number, worker = workers_.back().get(), seen = job_.load()] {
-        loop(number, *worker, seen);
-      }).detach();
-    }
+    while (static_cast<int>(workers_.size()) < count - 1)
+      if (!hire()) return false;
     part_ = &part;
     left_.store(count - 1);
     caller_.store(processor());
@@ -115,6 +120,21 @@ class Pool {
     for (int spins = 0; left_.load() != 0; ++spins) {
       if (spins < 4096) relax();
       else sched_yield();
+    }
+    return true;
+  }
+
+  // One more worker with its thread, or neither.
+  bool hire() {
+    workers_.push_back(std::make_unique<Worker>());
+    const int number = static_cast<int>(workers_.size());
+    try {
+      std::thread([this, number, worker = workers_.back().get(), seen = job_.load()] {
+        loop(number, *worker, seen);
+      }).detach();
+    } catch (const std::system_error&) {
+      workers_.pop_back();
+      return false;
     }
     return true;
   }
