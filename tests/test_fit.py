@@ -172,6 +172,28 @@ def test_what_is_not_finite_stops_at_the_last_good_state():
     assert (history.ended, history.step.tolist(), int(state.step)) == ("stopped", [1, 2, 3], 2)
 
 
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "stop"])
+def test_a_validation_that_is_not_a_number_is_no_worse_one(nonfinite):
+    """NaN is no better for ever, and so would end the patience of a model that learns."""
+    unknown = DATA._replace(xs=XS * np.nan)
+    state = member(jax.random.key(0), jnp.float32(0.03))
+    states = jax.tree.map(lambda leaf: leaf[None], state)
+    for given, number in ((state, None), (states, 0)):
+        keywords = {"validation": unknown, "nonfinite": nonfinite, "epochs": 2}
+        if nonfinite == "raise":
+            with pytest.raises(NonFiniteError, match=r"step 3.*: the validation loss is not finite") as raised:
+                train(given, **keywords)
+            assert (int(raised.value.bad.step), raised.value.bad.member) == (3, number)
+            assert len(raised.value.history.validation_step) == 1
+            continue
+        after, history = train(given, **keywords)
+        epochs = 1 if nonfinite == "stop" else 2
+        assert [bad.step for bad in history.bad] == [3 * k for k in range(1, epochs + 1)]
+        assert history.ended == ("stopped" if nonfinite == "stop" else "epochs")
+        assert np.max(after.step) == 3 * epochs
+        assert np.all(np.isinf(after.best.value))
+
+
 def wide(tree):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree)
 
