@@ -192,8 +192,8 @@ def make_truncated_loss(
 ) -> CellLoss:
     """`loss(params, carry, batch, key) -> (scalar, (carry, metrics))`, for truncated backpropagation through time.
 
-    The carry in which one window ends is where the next begins, and gradients stop between them. Arguments as in
-    `make_loss`.
+    The carry in which one window ends is where the next begins, and gradients stop between them. A reset begins with
+    the cell's own initial carry and its gradient: it is what trains a `LearnedCarry`. Arguments as in `make_loss`.
     """
     if not isinstance(cell, Cell):
         raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}")
