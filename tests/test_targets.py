@@ -176,6 +176,27 @@ def test_all_classes_of_a_small_integer_count():
     assert accuracy(logits, logits.argmax(-1).astype(np.uint8)).value == 1
 
 
+def test_what_is_no_target_gives_nan_where_values_are_not_known():
+    """In a step that is jitted by hand; and it is no NaN of a right computation, which `jax_debug_nans` looks for."""
+    logits = rows(0, 1, 2, 3)
+    for targets in (np.array([-1, 1, 1, -1]), np.array([0, 1, 255, 0], np.uint8), rows(0, 1, 1.5, 1)):
+        assert np.isnan(jax.jit(binary_cross_entropy)(logits, targets).value)
+        masked = binary_cross_entropy(logits, targets, (targets == 0) | (targets == 1))
+        assert np.isfinite(masked.value)
+    with jax.debug_nans(True):
+        for dtype in (bool, np.uint8, int, jnp.bfloat16):
+            targets = jnp.array([0, 1, 0, 1], dtype)
+            loss = jax.jit(jax.grad(lambda logits, targets: binary_cross_entropy(logits, targets).value))
+            assert np.isfinite(loss(logits, targets)).all()
+        assert np.isfinite(cross_entropy(np.eye(4, dtype=np.float32), np.arange(4)).value)
+    rounded = rows(1 + 1e-6, -1e-7, 1, 0)
+    assert np.isfinite(binary_cross_entropy(logits, rounded).value)
+    model = Stack((HEAD, Linear(3, 1)))
+    assert np.isfinite(
+        evaluate(make_loss(model, binary_cross_entropy), model.init(KEY), (XS, rounded), batch_size=4)["loss"]
+    )
+
+
 def test_trees_of_targets_are_for_errors_of_the_users_own():
     y, w = np.ones((4, 3), np.float32), rows(1, 0, 2, 1)
     loss = make_loss(HEAD, squared_error)

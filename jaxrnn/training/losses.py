@@ -17,7 +17,7 @@ from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
 from jaxrnn.engines.choose import Implementation
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import Batch
-from jaxrnn.training.targets import Check, chances, classes, finite
+from jaxrnn.training.targets import Check, chances, classes, finite, is_chance
 
 
 class Mean(NamedTuple):
@@ -73,7 +73,8 @@ def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> M
 
     Args:
       logits: (..., C).
-      targets: classes (...), integers in [0, C), or probabilities such as one-hot rows (..., C).
+      targets: classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows
+        (..., C).
       mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
 
         >>> import jax.numpy as jnp
@@ -87,8 +88,7 @@ def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> M
     targets = _classes(logits, targets)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     # An integer out of range would otherwise be wrapped or clipped in silence.
-    known = (targets >= 0) & (targets < logits.shape[-1])
-    return mean(jnp.where(known, losses, jnp.full_like(losses, jnp.nan)), mask)
+    return mean(_known((targets >= 0) & (targets < logits.shape[-1]), losses), mask)
 
 
 def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
@@ -96,12 +96,13 @@ def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = Non
 
     Args:
       logits: (...) or (..., 1) for targets (...).
-      targets: in [0, 1], bool, integers or floating.
+      targets: in [0, 1], bool, integers or floating. Others, such as −1, give NaN.
       mask: as in `cross_entropy`.
     """
     logits, targets, mask = _masked(logits, targets, mask)
     logits = _match(logits, targets)
-    return mean(optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype)), mask)
+    losses = optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
+    return mean(_known(is_chance(targets), losses), mask)
 
 
 def squared_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
@@ -302,6 +303,11 @@ def _masked(ys, targets, mask):
         if array.shape[: mask.ndim] != mask.shape:
             raise ValueError(f"mask: expected shape {array.shape[: mask.ndim]}, axes of the {name}, got {mask.shape}")
     return zero_where_not(mask, ys), zero_where_not(mask, targets), mask
+
+
+def _known(known, losses):
+    """The losses, or NaN: a constant, not a result, which `jax_debug_nans` would report."""
+    return jnp.where(known, losses, np.array(np.nan, losses.dtype))
 
 
 def _classes(logits, targets):

@@ -13,6 +13,19 @@ Check = Callable[[str, np.ndarray, np.ndarray | None, Any], None]
 of predictions for each of them, None where it is not known. Wrong shapes are left to the error itself."""
 
 
+def rounding(dtype: Any) -> float:
+    """How far a probability that was computed in this dtype may be off."""
+    return float(jnp.finfo(dtype).eps) ** 0.5 if jnp.issubdtype(dtype, jnp.floating) else 0
+
+
+def is_chance(targets: Any) -> Any:
+    """Where the targets, in NumPy or JAX, lie in [0, 1]."""
+    slack = rounding(targets.dtype)
+    if targets.dtype == bool:
+        return targets | ~targets
+    return (targets >= -slack) & (targets <= 1 + slack)
+
+
 def finite(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Any) -> None:
     """The targets are numbers, neither NaN nor infinite."""
     if jnp.issubdtype(targets.dtype, jnp.inexact):
@@ -21,8 +34,7 @@ def finite(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Any) -
 
 def chances(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Any) -> None:
     """The targets lie in [0, 1]."""
-    if targets.dtype != bool:
-        _require((targets >= 0) & (targets <= 1), name, "0, 1 or a probability between", targets, mask)
+    _require(is_chance(targets), name, "0, 1 or a probability between", targets, mask)
 
 
 def classes(name: str, targets: np.ndarray, mask: np.ndarray | None, size: int | None) -> None:
@@ -33,11 +45,16 @@ def classes(name: str, targets: np.ndarray, mask: np.ndarray | None, size: int |
         known = targets >= 0 if size is None else (targets >= 0) & (targets < size)
         _require(known, name, f"classes 0 to {'C − 1' if size is None else size - 1}", targets, mask)
     elif targets.ndim and size in (None, targets.shape[-1]):
-        _require(targets >= 0, name, "probabilities, or classes as integers", targets, mask)
+        _require(targets >= -rounding(targets.dtype), name, "probabilities, or classes as integers", targets, mask)
         sums = targets.sum(-1, dtype=np.float64)
-        # Wide enough for a table of two decimals, and for what was rounded to the dtype.
-        close = np.abs(sums - 1) <= max(0.01, float(jnp.finfo(targets.dtype).eps) ** 0.5)
-        _require(close, name, "probabilities of sum 1 over the last axis", sums, mask)
+        # A table of two decimals will do.
+        _require(
+            np.abs(sums - 1) <= max(0.01, rounding(targets.dtype)),
+            name,
+            "probabilities of sum 1 over the last axis",
+            sums,
+            mask,
+        )
 
 
 def _require(right: np.ndarray, name: str, expected: str, values: np.ndarray, mask: np.ndarray | None) -> None:
