@@ -147,6 +147,17 @@ def test_integers_are_numbers(cell):
 XS = np.zeros((3, 5, 2), np.float32)
 
 
+def test_params_of_one_model_are_no_members():
+    with pytest.raises(
+        ValueError, match=r"params\[0\].w_h: expected an axis of members first, as long .*, got .*\(3, 9\)"
+    ):
+        predict(HEAD, MEMBERS[0], XS, members=True)
+    with pytest.raises(ValueError, match=r"params\[0\].w_h: expected an axis of members first"):
+        evaluate(make_loss(HEAD, cross_entropy), MEMBERS[0], (XS, np.zeros(3, int)), batch_size=3, members=True)
+    with pytest.raises(ValueError, match=r"params.w_x: .* expects shape \(2, 9\), got \(3, 2, 9\)"):
+        predict(HEAD, STACKED, XS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "keywords", "error", "message"),
     [

@@ -48,6 +48,8 @@ def evaluate(
         >>> sorted(evaluate(make_loss(model, squared_error), model.init(jax.random.key(0)), (xs, xs), batch_size=2))
         ['loss']
     """
+    if members:
+        check_members(params)
     run = _runner(loss, "data", data, batch_size, members=members, compute_dtype=compute_dtype)
     metrics = run(params, lambda rows: carry)
     return metrics if members else {name: _number(value) for name, value in metrics.items()}
@@ -92,6 +94,17 @@ def _runner(loss, name, data, batch_size, *, members, compute_dtype):
 def _step(loss, compute_dtype, *, members: bool):
     step = make_eval(loss, compute_dtype=compute_dtype)
     return jax.jit(jax.vmap(step, in_axes=(0, 0, None)) if members else step)
+
+
+def check_members(params: Any) -> None:
+    """Every leaf has the same number of members first."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(leaves[0][1])[0]:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)}: expected an axis of members first, as long as that of "
+                f"params{jax.tree_util.keystr(leaves[0][0])} {jnp.shape(leaves[0][1])}, got shape {jnp.shape(leaf)}"
+            )
 
 
 def iter_once(data: Any) -> bool:

@@ -14,7 +14,7 @@ from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import check_valid, host, positive
-from jaxrnn.training.evaluate import to_host
+from jaxrnn.training.evaluate import check_members, to_host
 from jaxrnn.training.losses import check_axes
 from jaxrnn.training.ragged import Bucketed, bucket, pad
 
@@ -57,6 +57,8 @@ def predict(
     for name, value in (("xs", xs), ("lengths", lengths), ("mask", mask)):
         if not all(map(check.concrete, jax.tree.leaves(value))):
             raise TypeError(f"{name}: expected arrays whose numbers are known, got traced ones; use jaxrnn.scan there")
+    if members:
+        check_members(params)
     run = functools.partial(_run, cell, params, members=members)
     if isinstance(xs, list):
         for name, value in (("lengths", lengths), ("mask", mask)):
