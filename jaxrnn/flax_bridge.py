@@ -132,12 +132,22 @@ def check_deterministic(cell: Cell, *given: bool | None) -> None:
 
 
 def run(
-    cell: Cell, params: Any, xs: Any, *, initial_carry: Any, seq_lengths: Any, time_major: bool, **keywords: Any
+    cell: Cell,
+    params: Any,
+    xs: Any,
+    *,
+    initial_carry: Any,
+    seq_lengths: Any,
+    mask: Any,
+    time_major: bool,
+    **keywords: Any,
 ) -> tuple[Any, Any]:
     """`jaxrnn.scan` in Flax's layout, with Flax's names in its errors."""
+    if seq_lengths is not None and mask is not None:
+        raise ValueError("mask: give seq_lengths or mask, not both")
     time_axis = 0 if time_major else _time_axis(cell, xs)
     try:
-        return scan(cell, params, initial_carry, xs, lengths=seq_lengths, time_axis=time_axis, **keywords)
+        return scan(cell, params, initial_carry, xs, lengths=seq_lengths, mask=mask, time_axis=time_axis, **keywords)
     except (TypeError, ValueError) as error:
         for ours, name in (("lengths", "seq_lengths"), ("carry", "initial_carry")):
             if type(error) in (TypeError, ValueError) and str(error).startswith((f"{ours}:", f"{ours}.", f"{ours}[")):

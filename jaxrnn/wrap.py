@@ -139,10 +139,14 @@ class LearnedCarryParams(NamedTuple):
 class LearnedCarry(Wrapper):
     """The cell with a trainable initial carry, which every fresh start and every reset reads.
 
-    >>> import jax, jaxrnn
-    >>> cell = jaxrnn.LearnedCarry(jaxrnn.GRU(3, 4))
-    >>> cell.init(jax.random.key(0)).carry.h.shape
-    (4,)
+    A carry that is given takes its place: `scan` trains the learned one only with `carry=None` and at resets. In
+    truncated backpropagation, where each window is given the carry of the one before, set `reset` at the first step of
+    every sequence, as `jaxrnn.training.Streams` does.
+
+        >>> import jax, jaxrnn
+        >>> cell = jaxrnn.LearnedCarry(jaxrnn.GRU(3, 4))
+        >>> cell.init(jax.random.key(0)).carry.h.shape
+        (4,)
     """
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> LearnedCarryParams:

@@ -149,6 +149,12 @@ def test_unpad_inverts_pad(lengths, more, value):
         same(back, sequences)
 
 
+def test_unpad_by_a_mask_keeps_any_pattern():
+    mask = np.array([[False, True, True], [True, False, True], [False] * 3])
+    rows = unpad(np.arange(9).reshape(3, 3), mask=mask)
+    assert [row.tolist() for row in rows] == [[1, 2], [3, 5], []]
+
+
 def test_padding_of_trees_lists_and_other_dtypes():
     trees = [{"token": [1, 2], "x": np.ones((2, 3), jnp.bfloat16)}, {"token": [], "x": jnp.zeros((0, 3), jnp.bfloat16)}]
     padded, lengths = pad(trees, length=3)
@@ -406,7 +412,8 @@ SEQUENCES = [np.ones((n, 2), np.float32) for n in (3, 1)]
         (lambda: Arrays(Batch(np.zeros(3), 1.0), 2, key=KEY), ValueError, r"data.targets: expected a leading axis"),
         (lambda: Arrays((), 2, key=KEY), ValueError, "data: expected at least one array"),
         (lambda: Arrays(np.zeros((0, 3)), 2, key=KEY), ValueError, "data: expected at least one row"),
-        (lambda: Arrays(["a"], 2, key=KEY), TypeError, r"data\[0\]: expected an array of numbers, got str"),
+        (lambda: Arrays(["a"], 2, key=KEY), TypeError, "data: expected an array of numbers, got list: \\['a'\\]"),
+        (lambda: Arrays((SEQUENCES, np.ones(2)), 2, key=KEY), TypeError, r"(?s)data\[0\]: .*; Buckets and pad take"),
         (lambda: Arrays(jax.random.split(KEY), 2, key=KEY), TypeError, "data: expected an array of numbers"),
         (lambda: Arrays(np.zeros(3), 0, key=KEY), ValueError, "batch_size: expected at least 1, got 0"),
         (lambda: Arrays(np.zeros(3), 2.0, key=KEY), TypeError, "batch_size: expected an integer, got 2.0"),
@@ -425,8 +432,20 @@ SEQUENCES = [np.ones((n, 2), np.float32) for n in (3, 1)]
         (lambda: pad(SEQUENCES, length=2), ValueError, r"length: expected at least 3, the length of sequences\[0\]"),
         (lambda: pad([[1]], value=0.5), ValueError, "value: expected one of int64, got 0.5"),
         (lambda: pad([[1]], value=np.nan), ValueError, "value: expected one of int64, got nan"),
-        (lambda: unpad(np.zeros((2, 3)), [1, 4]), ValueError, "padded: expected .* ≤ lengths ≤ T"),
-        (lambda: unpad(np.zeros((2, 3)), [-1, 2]), ValueError, "padded: expected .* ≤ lengths ≤ T"),
+        (lambda: unpad(np.zeros((2, 3)), [1, 4]), ValueError, "lengths: expected 0 to 3, got 1 to 4"),
+        (lambda: unpad(np.zeros((2, 3)), [-1, 2]), ValueError, "lengths: expected 0 to 3, got -1 to 2"),
+        (lambda: unpad(np.zeros((2, 3))), ValueError, "lengths: expected integers, or a mask"),
+        (
+            lambda: unpad(np.zeros((2, 3)), mask=np.ones((2, 2), bool)),
+            ValueError,
+            r"mask: expected bool of shape \(2, 3",
+        ),
+        (lambda: unpad(np.zeros((2, 3)), mask=np.ones((2, 3))), ValueError, "mask: expected bool .* got float64"),
+        (
+            lambda: unpad((np.zeros((2, 3)), np.zeros((2, 4))), [1, 1]),
+            ValueError,
+            r"padded\[1\]: expected .* the same T",
+        ),
         (lambda: unpad(np.zeros((2, 3)), [1.0, 2.0]), ValueError, "lengths: expected integers of shape"),
         (lambda: unpad(np.zeros((2, 3)), [1]), ValueError, r"lengths: expected integers of shape \(2,\)"),
         (lambda: unpad(np.zeros(2), [0, 0]), ValueError, "padded: expected"),

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import jaxrnn
-from jaxrnn import GRU, Dropout, Linear, Pool, Stack
+from jaxrnn import GRU, Dropout, LearnedCarry, Linear, Pool, Stack
 from jaxrnn.training import (
     Arrays,
     Batch,
@@ -177,6 +177,30 @@ def test_what_is_not_finite_stops_at_the_last_good_state():
     assert (history.ended, history.step.tolist(), int(state.step)) == ("stopped", [1, 2, 3], 2)
 
 
+@pytest.mark.parametrize("members", [False, True])
+def test_a_validation_that_is_not_a_number_is_no_worse_one(members):
+    """NaN is no better for ever, and so would end the patience of a model that learns."""
+
+    def loss(params, batch, key):
+        return (params * batch).mean(), {}
+
+    sgd = optax.sgd(0.1)
+    state = train_state(jnp.ones(()), sgd, jax.random.key(1))
+    if members:
+        state = jax.tree.map(lambda leaf: leaf[None], state)
+    rows = np.ones(6, np.float32)
+    keywords = {"loss": loss, "data": rows, "optimizer": sgd, "batch_size": 2, "validation": np.nan * rows}
+    with pytest.raises(NonFiniteError, match=r"step 3.*: the validation loss is not finite") as raised:
+        train(state, **keywords)
+    assert raised.value.bad == (3, 0 if members else None, "the validation loss")
+    assert len(raised.value.history.validation_step) == 1
+    for nonfinite, ended, steps in (("stop", "stopped", [3]), ("skip", "epochs", [3, 6])):
+        after, history = train(state, nonfinite=nonfinite, **keywords)
+        assert ([bad.step for bad in history.bad], history.ended) == (steps, ended)
+        assert np.max(after.step) == steps[-1]
+        assert np.all(np.isinf(after.best.value))
+
+
 def wide(tree):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree)
 
@@ -273,6 +297,33 @@ def test_streams_train_with_their_carry(window):
         finals.append((state.params, state.carry, history.train, history.validation))
     equal(*finals)
     assert np.any(jax.tree.leaves(finals[0][1])[0])
+
+
+def test_a_learned_carry_is_trained_where_a_sequence_begins():
+    """Under truncated backpropagation too: by resets, not by the carry that is given; and validation begins with it."""
+    cell = Stack((LearnedCarry(GRU(2, 3)), Linear(3, 2)))
+    loss = make_truncated_loss(cell, squared_error)
+    documents = [RNG.normal(size=(n, 2)).astype(np.float32) for n in (9, 4)]
+    source = Streams(documents, documents, streams=2, window=4)
+    params = cell.init(jax.random.key(0))
+    carry = cell.initial_carry(params, (2,))
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    batch = next(iter(source))
+    assert jnp.all(gradient(params, carry, batch, None)[0][0].carry.h != 0)
+    unset = batch._replace(reset=np.zeros_like(batch.reset))
+    assert not gradient(params, carry, unset, None)[0][0].carry.h.any()
+
+    source.restore(source.state() | {"epoch": 0, "position": 0})
+    state = train_state(params, ADAM, jax.random.key(1), carry=carry)
+    after, history = train(state, source, loss, validation=[unset], batch_size=None)
+    learned = after.params[0].carry.h
+    assert jnp.all(jnp.abs(learned - params[0].carry.h) > 0.01)
+    begin = cell.initial_carry(after.params, (2,))
+    np.testing.assert_array_equal(begin[0].h, np.stack([learned] * 2))
+    want = evaluate(loss, after.params, [unset], carry=begin)["loss"]
+    np.testing.assert_allclose(history.validation["loss"][-1], want, rtol=1e-6)
+    nothing = jax.tree.map(jnp.zeros_like, begin)
+    assert abs(want - evaluate(loss, after.params, [unset], carry=nothing)["loss"]) > 1e-4
 
 
 def test_progress_is_drawn_where_it_is_asked_for_and_quiet_elsewhere(capsys):

@@ -374,6 +374,21 @@ def test_orbax(tmp_path):
     equal(restored, variables)
 
 
+def test_rows_padded_in_front_are_the_rows_alone():
+    """By a mask, in both adapters."""
+    cell = GRU(D, H)
+    params = draw_params(cell)
+    front = np.full(XS.shape, np.nan, np.float32)
+    mask = np.arange(TIME) >= TIME - 3
+    front[:, mask] = XS[:, :3]
+    mask = np.broadcast_to(mask, XS.shape[:2])
+    want = jaxrnn.scan(cell, params, None, XS[:, :3], time_axis=1)[1]
+    linen = RNN(cell).apply({"params": from_params(cell, params)}, front, mask=mask)
+    for ys in (linen, jaxrnn.nnx.RNN(cell, params=params)(front, mask=mask)):
+        close(ys[:, -3:], want)
+        assert not ys[:, :-3].any()
+
+
 @pytest.mark.parametrize(
     ("run", "error", "words"),
     [
@@ -388,6 +403,11 @@ def test_orbax(tmp_path):
             r"^initial_carry.h: expected shape \(4, 3\)",
         ),
         (lambda m, v: m.apply(v, XS, mask=XS), TypeError, "^mask: expected bool"),
+        (
+            lambda m, v: m.apply(v, XS, mask=XS[..., 0] > 0, seq_lengths=LENGTHS),
+            ValueError,
+            "^mask: give seq_lengths or mask, not both",
+        ),
         (lambda m, v: m.apply(v, XS[0, 0]), ValueError, r"^xs: .* takes a time axis and 1 more, got shape \(2,\)"),
         (lambda m, v: m.apply({"params": {"w_x": XS}}, XS), ValueError, "^params: .* expects w_h; put None there"),
         (lambda m, v: m.apply({"params": v["params"] | {"w_x": XS}}, XS), ValueError, r"^params.w_x: .* expects shape"),

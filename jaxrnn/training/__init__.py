@@ -2,7 +2,7 @@
 
 from jaxrnn.training.batches import Arrays, Batch, Source
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, restore
-from jaxrnn.training.evaluate import evaluate, predict
+from jaxrnn.training.evaluate import evaluate
 from jaxrnn.training.fit import NonFiniteError, fit
 from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.labels import labels
@@ -20,6 +20,7 @@ from jaxrnn.training.losses import (
     perplexity,
     squared_error,
 )
+from jaxrnn.training.prediction import predict
 from jaxrnn.training.ragged import Bucketed, Buckets, bucket, pad, unpad
 from jaxrnn.training.saving import load, save
 from jaxrnn.training.series import Scaler, windows

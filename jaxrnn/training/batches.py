@@ -156,8 +156,8 @@ class Arrays(Epochs):
 
 
 def host(tree: Any, name: str) -> tuple[Any, int]:
-    """The tree with NumPy leaves, and the length of their common leading axis."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    """The tree with NumPy leaves, and the length of their common leading axis. A list is taken for an array."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_list)
     if not leaves:
         raise ValueError(f"{name}: expected at least one array, got {tree!r}")
     arrays = [as_array(leaf, f"{name}{jax.tree_util.keystr(path)}") for path, leaf in leaves]
@@ -180,8 +180,32 @@ def as_array(value: Any, name: str) -> np.ndarray:
     except (TypeError, ValueError):
         numbers, array = False, None
     if array is None or not numbers:
-        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}: {value!r:.80}")
+        hint = "; Buckets and pad take sequences of different lengths" if is_list(value) else ""
+        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}: {value!r:.80}{hint}")
     return array
+
+
+def is_list(node: Any) -> bool:
+    """Whether a node of a tree is a list."""
+    return isinstance(node, list)
+
+
+def check_valid(lengths: Any, mask: Any, rows: int, steps: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Lengths, int32 (N,), or a mask, bool (N, T), of so many rows and steps, in NumPy."""
+    if lengths is not None and mask is not None:
+        raise ValueError("mask: give lengths or mask, not both")
+    if mask is not None:
+        mask = as_array(mask, "mask")
+        if mask.dtype != bool or mask.shape != (rows, steps):
+            raise ValueError(f"mask: expected bool of shape ({rows}, {steps}), got {mask.dtype}{list(mask.shape)}")
+    if lengths is not None:
+        lengths = as_array(lengths, "lengths")
+        if lengths.shape != (rows,) or lengths.dtype.kind not in "iu":
+            raise ValueError(f"lengths: expected integers of shape ({rows},), got {lengths.dtype}{list(lengths.shape)}")
+        if rows and not 0 <= lengths.min() <= lengths.max() <= steps:
+            raise ValueError(f"lengths: expected 0 to {steps}, got {lengths.min()} to {lengths.max()}")
+        lengths = lengths.astype(np.int32)
+    return lengths, mask
 
 
 def positive(name: str, value: Any, *, least: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Metrics and predictions of a trained model over data of any length."""
+"""Metrics of a trained model over data of any length."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.cell import Cell
-from jaxrnn.sequence import scan
-from jaxrnn.training.batches import Arrays
-from jaxrnn.training.feeding import as_source
-from jaxrnn.training.ragged import bucket, unpad
+from jaxrnn.training.feeding import as_source, checked
+from jaxrnn.training.losses import CellLoss
 from jaxrnn.training.step import make_eval
 
 
@@ -26,7 +24,8 @@ def evaluate(
     batch_size: int | None = None,
     carry: Any = None,
     compute_dtype: Any = None,
-) -> dict[str, float]:
+    members: bool = False,
+) -> dict[str, Any]:
     """The metrics of `loss` over all of `data`, without noise, every batch counting by its weight.
 
     Args:
@@ -34,6 +33,13 @@ def evaluate(
       data, batch_size: as in `fit`; arrays stay in their order, and their last batch may be smaller.
       carry: for a loss that takes one, what the first window starts from.
       compute_dtype: as in `make_step`.
+      members: whether params and carry have an axis of members in front, as `fit` leaves them for many models.
+
+    Returns:
+      Every metric as a float; with members as an array (members,).
+
+    Raises:
+      ValueError: for targets that the errors of `make_loss` cannot be taken of, a class that there is not for instance.
 
         >>> import jax, jax.numpy as jnp, jaxrnn
         >>> from jaxrnn.training import evaluate, make_loss, squared_error
@@ -42,14 +48,46 @@ def evaluate(
         >>> sorted(evaluate(make_loss(model, squared_error), model.init(jax.random.key(0)), (xs, xs), batch_size=2))
         ['loss']
     """
-    step = _step(loss, compute_dtype, members=False)
-    total = None
-    for batch in as_source("data", data, batch_size, None, shuffle=False):
-        carry, metrics = step(params, carry, batch)
-        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
-    if total is None:
-        raise ValueError("data: expected at least one batch")
-    return {name: float(metric.value) for name, metric in total.items()}
+    if members:
+        check_members(params)
+    run = _runner(loss, "data", data, batch_size, members=members, compute_dtype=compute_dtype)
+    metrics = run(params, lambda rows: carry)
+    return metrics if members else {name: _number(value) for name, value in metrics.items()}
+
+
+def _number(value):
+    return value if isinstance(value, jax.core.Tracer) else float(value)
+
+
+def evaluator(loss, data, batch_size, *, members: bool, compute_dtype):
+    """`(params, carry) -> metrics` as arrays, over data that can be gone through again and again.
+
+    It begins anew, with a carry like the one given.
+    """
+    if iter_once(data):
+        raise TypeError("validation: expected data that can be gone through after every epoch, got an iterator")
+    run = _runner(loss, "validation", data, batch_size, members=members, compute_dtype=compute_dtype)
+    return lambda params, carry: run(params, lambda rows: _begin(loss, params, carry, rows, members))
+
+
+def _runner(loss, name, data, batch_size, *, members, compute_dtype):
+    """`(params, begin) -> metrics`, where `begin(rows)` is the carry of the first window."""
+    step = _step(loss, compute_dtype, members=members)
+    source = as_source(name, data, batch_size, None, shuffle=False)
+    take = checked(loss, source, "targets" if name == "data" else f"{name}.targets")
+
+    def run(params, begin):
+        total = carry = None
+        for batch in map(take, source):
+            if total is None:
+                carry = begin(jax.tree.leaves(batch)[0].shape[0])
+            carry, metrics = step(params, carry, batch)
+            total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+        if total is None:
+            raise ValueError(f"{name}: expected at least one batch")
+        return {name: to_host(metric.value) for name, metric in total.items()}
+
+    return run
 
 
 @functools.lru_cache(maxsize=16)  # so that the same loss is compiled once
@@ -58,25 +96,15 @@ def _step(loss, compute_dtype, *, members: bool):
     return jax.jit(jax.vmap(step, in_axes=(0, 0, None)) if members else step)
 
 
-def evaluator(loss, data, batch_size, *, members: bool, compute_dtype):
-    """`(params, carry) -> metrics` as arrays, over data that can be gone through again and again."""
-    if iter_once(data):
-        raise TypeError("validation: expected data that can be gone through after every epoch, got an iterator")
-    step = _step(loss, compute_dtype, members=members)
-    axis = 1 if members else 0
-
-    def run(params, carry):
-        total = None
-        for batch in as_source("validation", data, batch_size, None, shuffle=False):
-            if total is None and carry is not None:
-                carry = _zeros(carry, jax.tree.leaves(batch)[0].shape[0], axis)
-            carry, metrics = step(params, carry, batch)
-            total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
-        if total is None:
-            raise ValueError("validation: expected at least one batch")
-        return {name: np.asarray(metric.value) for name, metric in total.items()}
-
-    return run
+def check_members(params: Any) -> None:
+    """Every leaf has the same number of members first."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(leaves[0][1])[0]:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)}: expected an axis of members first, as long as that of "
+                f"params{jax.tree_util.keystr(leaves[0][0])} {jnp.shape(leaves[0][1])}, got shape {jnp.shape(leaf)}"
+            )
 
 
 def iter_once(data: Any) -> bool:
@@ -84,69 +112,21 @@ def iter_once(data: Any) -> bool:
     return hasattr(type(data), "__next__")
 
 
-def _zeros(carry, rows, axis):
+def to_host(array: Any) -> Any:
+    """`array` in NumPy, unless it is being traced."""
+    return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+
+def _begin(loss, params, carry, rows, members):
+    """A carry for so many rows in the dtypes of `carry`: the cell's own, or zeros where the cell is not known."""
+    if carry is None:
+        return None
+    if isinstance(loss, CellLoss):
+
+        def fresh(params):
+            return loss.cell.initial_carry(params, (rows,))
+
+        new = (jax.vmap(fresh) if members else fresh)(params)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry)
+    axis = 1 if members else 0
     return jax.tree.map(lambda c: jnp.zeros((*c.shape[:axis], rows, *c.shape[axis + 1 :]), c.dtype), carry)
-
-
-@jax.jit
-def _outputs(cell, params, xs, lengths):
-    return scan(cell, params, None, xs, lengths=lengths, time_axis=1)[1]
-
-
-def predict(cell: Cell, params: Any, xs: Any, *, lengths: Any = None, batch_size: int = 128) -> Any:
-    """What `cell` puts out for every row of `xs`, without noise.
-
-    Args:
-      cell, params: the model.
-      xs: (N, T, ...), or a pytree of such; or a list of N sequences (T_i, ...) of any lengths, which are padded to few
-        shapes.
-      lengths: integers (N,) for arrays.
-      batch_size: rows per jitted call; the last one is filled up, so that it needs no program of its own.
-
-    Returns:
-      NumPy arrays (N, T, ...), or (N, ...) from a cell that ends time; for a list and a cell that does not, a list of N
-      arrays (T_i, ...). In the order of xs.
-
-        >>> import jax, numpy as np, jaxrnn
-        >>> model = jaxrnn.GRU(3, 4)
-        >>> ys = predict(model, model.init(jax.random.key(0)), [np.ones((7, 3)), np.ones((2, 3))])
-        >>> [y.shape for y in ys]
-        [(7, 4), (2, 4)]
-    """
-    if isinstance(xs, list):
-        return _predict_list(cell, params, xs, lengths, batch_size)
-    xs = jax.tree.map(np.asarray, xs)
-    if not jax.tree.leaves(xs) or jax.tree.leaves(xs)[0].shape[:1] == (0,):
-        return jax.tree.map(np.asarray, _outputs(cell, params, xs, lengths))
-    parts = []
-    for rows, length in Arrays((xs, None if lengths is None else np.asarray(lengths)), batch_size, shuffle=False):
-        count = jax.tree.leaves(rows)[0].shape[0]
-        missing = batch_size - count if parts else 0  # a single call has the shape of the data
-        ys = _outputs(cell, params, *_filled((rows, length), missing))
-        parts.append(_first(count, ys))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def _filled(tree, missing):
-    """The last row repeated so many times more."""
-    return jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], missing, 0)]), tree)
-
-
-def _first(count, tree):
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], tree)
-
-
-def _predict_list(cell, params, sequences, lengths, batch_size):
-    if lengths is not None:
-        raise ValueError("lengths: expected None for a list of sequences, which have their own")
-    out: list[Any] = [None] * len(sequences)
-    for indices, padded, length in bucket(sequences, batch_size):
-        ys = predict(cell, params, padded, lengths=length, batch_size=batch_size)
-        rows = _rows(ys, len(indices)) if cell.ends_time else unpad(ys, length)
-        for index, row in zip(indices, rows, strict=True):
-            out[index] = row
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *out) if cell.ends_time else out
-
-
-def _rows(tree, count):
-    return [jax.tree.map(lambda leaf: leaf[k], tree) for k in range(count)]  # noqa: B023

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrnn.training.batches import Arrays, Epochs
+from jaxrnn.training.batches import Arrays, Epochs, as_array, is_list
+from jaxrnn.training.losses import CellLoss
 
 
 class Group(NamedTuple):
@@ -70,7 +71,7 @@ def as_source(name: str, data: Any, batch_size: int | None, key: Any, shuffle: b
         return data
     if isinstance(data, list):
         return Listed(data, name)
-    if isinstance(data, (tuple, dict, np.ndarray, jax.Array)):
+    if isinstance(data, (tuple, dict)) or callable(getattr(data, "__array__", None)):
         if batch_size is None:
             raise ValueError(f"batch_size: expected a number, since {name} is arrays")
         return Arrays(data, batch_size, key=key if shuffle else None, shuffle=shuffle)
@@ -79,8 +80,45 @@ def as_source(name: str, data: Any, batch_size: int | None, key: Any, shuffle: b
     raise TypeError(f"{name}: expected arrays, a tuple or dict of arrays, or batches, got {type(data).__name__}")
 
 
-def groups(source: Any, size: int) -> Iterator[Group]:
-    """The batches that remain of the epoch, `size` at a time where their shapes agree; the rest is filled up."""
+def as_batch(batch: Any) -> Any:
+    """A batch with NumPy arrays for leaves, those of PyTorch among others.
+
+    PyTorch's loaders make a list of what was a tuple, so a list of arrays is a tuple; a list of numbers is an array.
+    """
+
+    def leaf(path, value):
+        if is_list(value) and (not path or any(hasattr(entry, "shape") for entry in value)):
+            return tuple(jax.tree_util.tree_map_with_path(leaf, tuple(value), is_leaf=is_list))
+        return as_array(value, f"batch{jax.tree_util.keystr(path)}")
+
+    return jax.tree_util.tree_map_with_path(leaf, batch, is_leaf=is_list)
+
+
+def checked(loss: Callable, source: Any, name: str = "targets") -> Callable[[Any], Any]:
+    """`batch -> batch` of NumPy arrays, whose targets `loss` can learn from; what is known now is checked at once."""
+
+    def take(batch):
+        batch = as_batch(batch)
+        if isinstance(loss, CellLoss):
+            loss.check(batch, name)
+        return batch
+
+    match source:
+        case Arrays(data=data):
+            take(data)
+        case Listed(batches=batches):
+            for batch in batches:
+                take(batch)
+        case _:
+            return take
+    return as_batch
+
+
+def groups(source: Any, size: int, take: Callable[[Any], Any] = as_batch) -> Iterator[Group]:
+    """The batches that remain of the epoch, `size` at a time where their shapes agree; the rest is filled up.
+
+    `take` makes NumPy arrays of a batch.
+    """
     held: list[Any] = []
     position = None
 
@@ -89,7 +127,7 @@ def groups(source: Any, size: int) -> Iterator[Group]:
         return Group(jax.tree.map(lambda *leaves: np.stack(leaves), *filled), len(held), position)
 
     for batch in source:
-        batch = jax.tree.map(np.asarray, batch)
+        batch = take(batch)
         if held and (len(held) == size or _shapes(batch) != _shapes(held[0])):
             yield stack()
             held.clear()

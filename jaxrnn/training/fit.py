@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxrnn.training.batches import positive
 from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluate import evaluator
-from jaxrnn.training.feeding import Group, as_source, groups
+from jaxrnn.training.feeding import Group, as_source, checked, groups
 from jaxrnn.training.history import BadStep, History, empty_history
 from jaxrnn.training.identity import identity
 from jaxrnn.training.progress import on_screen
@@ -24,7 +24,7 @@ from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient was not finite. `state` is the last good one, `history` all that came before."""
+    """A loss, gradient or validation was not finite. `state` is the last good one, `history` all that came before."""
 
     def __init__(self, bad: BadStep, state: TrainState, history: History):
         super().__init__(str(bad))
@@ -72,12 +72,14 @@ def fit(
       key: of the order of arrays, a new one each epoch. (Noise is drawn from the state's key.)
       shuffle: False leaves arrays in their order and needs no key.
       validation: data of the same kinds, gone through after every epoch without noise. The best is kept in
-        `state.best`; for a loss with a carry, validation begins with a carry of zeros.
+        `state.best`; for a loss with a carry, validation begins with the cell's initial carry, or with zeros where the
+        loss is not of `make_truncated_loss`.
       monitor: the metric that decides which is best. maximize: whether more is better.
       patience: stop after so many validations in a row that were no better. A member of many keeps the params of its
         stopping step while the others go on.
       nonfinite: when a loss or gradient is not finite, "raise" `NonFiniteError`, "skip" the update and go on, or "stop"
-        at the last good state. Each is reported in `history.bad`.
+        at the last good state. Where a validation gives NaN: "raise", count it as no better, or "stop". Each is
+        reported in `history.bad`.
       accumulate, compute_dtype: as in `make_step`.
       steps_per_call: so many steps run in one jitted call.
       checkpoints: a directory or `Checkpoints`: saves there, and goes on from what an interrupted run left there, to
@@ -85,6 +87,10 @@ def fit(
         rows), params to begin with, keys, `batch_size`, `accumulate`, `compute_dtype` and `monitor` must be the same;
         `epochs` and all else may differ, as may what `optax.inject_hyperparams` holds, which the checkpoint has.
       progress: None draws on a terminal, False never, True always, a `rich.console.Console` there.
+
+    Raises:
+      ValueError: for targets that the errors of `make_loss` cannot be taken of, such as a class that there is not:
+        before the first step in arrays and lists of batches, else as the batches come.
 
     Returns:
       The last state (the best one's params are `state.best.params`), and the `History`.
@@ -115,6 +121,7 @@ def fit(
             raise ValueError("patience: expected validation data beside it, to decide by")
     _check_state(state, optimizer)
     source = as_source("data", data, batch_size, key, shuffle)
+    take = checked(loss, source)
     many = jnp.ndim(state.step) == 1
     start = int(np.max(state.step))
     state = jax.tree.map(jnp.copy, state._replace(data=None))._replace(data=state.data)
@@ -152,7 +159,7 @@ def fit(
         report = stack.enter_context(on_screen(None if length is None else epochs * length, progress))
         history = history._replace(ended=_ended(epoch, epochs, state))
         while not history.ended:
-            for group in groups(source, size):
+            for group in groups(source, size, take):
                 if run and run.due(state):  # not after the last group, which belongs together with the validation
                     run.save(state, history)
                 before = np.array(state.stopped)  # a copy, since the call takes the memory
@@ -168,11 +175,17 @@ def fit(
                 metrics = validate(state.params, state.carry)
                 if monitor not in metrics:
                     raise ValueError(f"monitor: expected one of {sorted(metrics)}, got {monitor!r}")
+                bad = _unknown(state, metrics[monitor], monitor)
                 state = judge(state._replace(data=None), metrics[monitor])
                 history = history.extend(
                     validation_step=np.array([_steps(state)]),
                     validation={name: value[None] for name, value in metrics.items()},
+                    bad=bad,
                 )
+                if bad and nonfinite == "raise":
+                    raise NonFiniteError(bad[0], state, history)
+                if nonfinite == "stop":
+                    state = state._replace(stopped=state.stopped | jnp.isnan(metrics[monitor]))
                 report(f"epoch {epoch}/{epochs}", _steps(state) - start, _latest(history, monitor))
             state = state._replace(data={"epoch": epoch, "source": source.state()})
             history = history._replace(ended=_ended(epoch, epochs, state))
@@ -246,6 +259,15 @@ def _train(chunk, state, group: Group, size: int, history: History, names: list[
         bad=found,
     )
     return state._replace(best=best), history, found
+
+
+def _unknown(state: TrainState, values: np.ndarray, monitor: str) -> tuple[BadStep, ...]:
+    """Where a validation gave NaN, which is neither better nor worse than anything."""
+    unknown = np.isnan(values) & ~np.asarray(state.stopped)
+    return tuple(
+        BadStep(_steps(state), int(at[0]) if len(at) else None, f"the validation {monitor}")
+        for at in np.argwhere(unknown)
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class BadStep(NamedTuple):
-    """A step whose loss or gradient was not finite: its number, its member or None, and the leaf."""
+    """A step whose loss, gradient or validation was not finite: its number, its member or None, and the leaf."""
 
     step: int
     member: int | None

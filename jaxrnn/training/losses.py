@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxrnn.cell import Cell
+from jaxrnn.cell import Cell, input_size, output_size
 from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
 from jaxrnn.engines.choose import Implementation
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import Batch
+from jaxrnn.training.targets import Check, chances, classes, finite, is_chance
 
 
 class Mean(NamedTuple):
@@ -71,7 +73,8 @@ def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> M
 
     Args:
       logits: (..., C).
-      targets: classes (...), integers in [0, C), or probabilities such as one-hot rows (..., C).
+      targets: classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows
+        (..., C).
       mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
 
         >>> import jax.numpy as jnp
@@ -80,13 +83,12 @@ def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> M
     """
     logits, targets, mask = _masked(logits, targets, mask)
     if inexact(targets):
-        _same_shape(logits, targets)
+        _probability_shape(logits, targets)
         return mean(optax.softmax_cross_entropy(logits, targets.astype(logits.dtype)), mask)
-    _class_shape(logits, targets)
+    targets = _classes(logits, targets)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     # An integer out of range would otherwise be wrapped or clipped in silence.
-    known = (targets >= 0) & (targets < logits.shape[-1])
-    return mean(jnp.where(known, losses, np.array(np.nan, losses.dtype)), mask)
+    return mean(_known((targets >= 0) & (targets < logits.shape[-1]), losses), mask)
 
 
 def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
@@ -94,12 +96,13 @@ def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = Non
 
     Args:
       logits: (...) or (..., 1) for targets (...).
-      targets: in [0, 1], bool, integers or floating.
+      targets: in [0, 1], bool, integers or floating. Others, such as −1, give NaN.
       mask: as in `cross_entropy`.
     """
     logits, targets, mask = _masked(logits, targets, mask)
     logits = _match(logits, targets)
-    return mean(optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype)), mask)
+    losses = optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
+    return mean(_known(is_chance(targets), losses), mask)
 
 
 def squared_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
@@ -130,10 +133,9 @@ def accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
     """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`."""
     logits, targets, mask = _masked(logits, targets, mask)
     if inexact(targets):
-        _same_shape(logits, targets)
+        _probability_shape(logits, targets)
         targets = targets.argmax(-1)
-    _class_shape(logits, targets)
-    return mean(logits.argmax(-1) == targets.astype(int), mask)
+    return mean(logits.argmax(-1) == _classes(logits, targets), mask)
 
 
 def binary_accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
@@ -154,7 +156,7 @@ def make_loss(
     metrics: Mapping[str, Callable[[Array, Array, Array | None], Metric]] | None = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
-) -> Callable[[Any, Any, Array | None], tuple[Array, dict[str, Metric]]]:
+) -> CellLoss:
     """`loss(params, batch, key) -> (scalar, metrics)`: the error of what `cell` puts out for a `Batch`.
 
     Padding, by `lengths` or `mask`, does not count: a padded batch and the same sequences one by one give the same loss
@@ -178,7 +180,7 @@ def make_loss(
         value, (_, measured) = run(params, None, batch, key)
         return value, measured
 
-    return loss
+    return dataclasses.replace(run, function=loss)
 
 
 def make_truncated_loss(
@@ -188,11 +190,11 @@ def make_truncated_loss(
     metrics: Mapping[str, Callable[[Array, Array, Array | None], Metric]] | None = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
-) -> Callable[[Any, Any, Any, Array | None], tuple[Array, tuple[Any, dict[str, Metric]]]]:
+) -> CellLoss:
     """`loss(params, carry, batch, key) -> (scalar, (carry, metrics))`, for truncated backpropagation through time.
 
-    The carry in which one window ends is where the next begins, and gradients stop between them. Arguments as in
-    `make_loss`.
+    The carry in which one window ends is where the next begins, and gradients stop between them. A reset begins with
+    the cell's own initial carry and its gradient: it is what trains a `LearnedCarry`. Arguments as in `make_loss`.
     """
     if not isinstance(cell, Cell):
         raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}")
@@ -216,37 +218,80 @@ def make_truncated_loss(
             implementation=implementation,
         )
         mask = None if cell.ends_time else valid_steps(batch)
-        targets = jnp.asarray(batch.targets)
+        targets = jax.tree.map(jnp.asarray, batch.targets)
         measured = {"loss": error(ys, targets, mask)}
         measured |= {name: metric(ys, targets, mask) for name, metric in metrics.items()}
         return measured["loss"].value, (carry, measured)
 
-    return loss
+    return CellLoss(loss, cell, (error, *metrics.values()))
 
 
-def valid_steps(batch: Batch) -> Array | None:
-    """The steps that are no padding, bool (B, T), or None for all."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class CellLoss:
+    """A loss that knows its cell, and so which targets it can learn from."""
+
+    function: Callable
+    cell: Cell
+    errors: tuple[Callable, ...]
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.function(*arguments, **keywords)
+
+    def check(self, batch: Any, name: str = "targets") -> None:
+        """Raises where the targets of a batch of NumPy arrays are none for its errors. Padding is not looked at."""
+        batch = _as_batch(self.cell, batch)
+        if not isinstance(batch.targets, np.ndarray):
+            return  # trees are for errors of the user's own
+        size = output_size(self.cell, input_size(self.cell))
+        size = size[-1] if isinstance(size, tuple) else size
+        mask = None if self.cell.ends_time else valid_steps(batch, np)
+        for check in dict.fromkeys(check for known, check in CHECKS.items() if known in self.errors):
+            check(name, batch.targets, mask, size)
+
+
+CHECKS: dict[Callable, Check] = {
+    cross_entropy: classes,
+    perplexity: classes,
+    accuracy: classes,
+    binary_cross_entropy: chances,
+    binary_accuracy: chances,
+    squared_error: finite,
+    absolute_error: finite,
+}
+
+
+def valid_steps(batch: Batch, xp: Any = jnp) -> Any:
+    """The steps that are no padding, bool (B, T), or None for all; `xp` is jax.numpy or numpy."""
     if batch.lengths is None:
-        return None if batch.mask is None else jnp.asarray(batch.mask)
-    time = jnp.arange(jnp.shape(jax.tree.leaves(batch.xs)[0])[1])
-    return time < jnp.asarray(batch.lengths)[:, None]
+        return None if batch.mask is None else xp.asarray(batch.mask)
+    time = xp.arange(jnp.shape(jax.tree.leaves(batch.xs)[0])[1])
+    return time < xp.asarray(batch.lengths)[:, None]
 
 
 def _as_batch(cell: Cell, batch: Any) -> Batch:
     if type(batch) is tuple and len(batch) == 2:
         batch = Batch(*batch)
     if not isinstance(batch, Batch):
-        raise TypeError(f"batch: expected a Batch or a pair (xs, targets), got {type(batch).__name__}")
+        several = f" of {len(batch)}" if isinstance(batch, tuple) else ""
+        raise TypeError(f"batch: expected a Batch or a pair (xs, targets), got {type(batch).__name__}{several}")
     if batch.targets is None:
         raise TypeError("targets: expected an array, got None")
-    for leaf, ndim in zip(jax.tree.leaves(batch.xs), jax.tree.leaves(cell.input_ndim), strict=False):
+    check_axes(cell, batch.xs)
+    return batch
+
+
+def check_axes(cell: Cell, xs: Any) -> None:
+    """xs has batch and time axes in front of those of one step."""
+    for leaf, ndim in zip(jax.tree.leaves(xs), jax.tree.leaves(cell.input_ndim), strict=False):
         if jnp.ndim(leaf) < ndim + 2:
             raise ValueError(f"xs: expected batch, time and {ndim} more axes for {cell!r}, got shape {jnp.shape(leaf)}")
-    return batch
 
 
 def _masked(ys, targets, mask):
     """ys in at least float32, and both zero where the mask is false, so that nothing there is ever differentiated."""
+    for name, value in (("predictions", ys), ("targets", targets)):
+        if not jax.tree_util.all_leaves([value]):
+            raise TypeError(f"{name}: expected one array, got {type(value).__name__}; an error of your own takes trees")
     ys, targets = jnp.asarray(ys), jnp.asarray(targets)
     ys = ys.astype(accumulator(ys.dtype))
     if mask is None:
@@ -260,11 +305,25 @@ def _masked(ys, targets, mask):
     return zero_where_not(mask, ys), zero_where_not(mask, targets), mask
 
 
-def _class_shape(logits, targets):
+def _known(known, losses):
+    """The losses, or NaN: a constant, not a result, which `jax_debug_nans` would report."""
+    return jnp.where(known, losses, np.array(np.nan, losses.dtype))
+
+
+def _classes(logits, targets):
+    """The targets in a dtype that can tell all classes, which uint8 cannot of 256."""
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
-            f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.shape}"
+            f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.dtype} "
+            f"of shape {targets.shape}"
         )
+    return targets.astype(int)
+
+
+def _probability_shape(logits, targets):
+    if targets.shape == logits.shape[:-1]:
+        raise TypeError(f"targets: expected classes as integers, or probabilities {logits.shape}, got {targets.dtype}")
+    _same_shape(logits, targets)
 
 
 def _same_shape(ys, targets):

@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrnn.training.batches import Batch, Epochs, as_array, host, order_key, permutation, positive
+from jaxrnn.training.batches import (
+    Batch,
+    Epochs,
+    as_array,
+    check_valid,
+    host,
+    is_list,
+    order_key,
+    permutation,
+    positive,
+)
 
 
 def pad(sequences: Sequence[Any], *, length: int | None = None, value: float = 0) -> tuple[Any, np.ndarray]:
@@ -44,28 +54,31 @@ def pad(sequences: Sequence[Any], *, length: int | None = None, value: float = 0
     return _pad(sequences, length, value), lengths
 
 
-def unpad(padded: Any, lengths: Any) -> list:
+def unpad(padded: Any, lengths: Any = None, *, mask: Any = None) -> list:
     """The sequences that `pad` put into one array: `[row[:length] for row, length in zip(padded, lengths)]`.
 
     Args:
-      padded: (N, T, ...), or a pytree of such, as NumPy or JAX arrays. lengths: integers (N,).
+      padded: (N, T, ...), or a pytree of such, as NumPy or JAX arrays.
+      lengths: integers (N,). mask: in their place bool (N, T), the steps to keep, in any pattern.
 
     Returns:
-      N arrays (T_i, ...), or pytrees of such, in NumPy: views where `padded` is NumPy.
+      N arrays (T_i, ...), or pytrees of such, in NumPy: of lengths views where `padded` is NumPy.
 
         >>> from jaxrnn.training.ragged import pad, unpad
         >>> [row.tolist() for row in unpad(*pad([[3, 1, 4], [], [1, 5]]))]
         [[3, 1, 4], [], [1, 5]]
     """
     padded, size = host(padded, "padded")
-    lengths = np.asarray(lengths)
-    if lengths.shape != (size,) or lengths.dtype.kind not in "iu":
-        raise ValueError(f"lengths: expected integers of shape ({size},), got {lengths.dtype}{list(lengths.shape)}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(padded):
-        if leaf.ndim < 2 or (size and not 0 <= lengths.min() <= lengths.max() <= leaf.shape[1]):
+    leaves = jax.tree_util.tree_leaves_with_path(padded)
+    for path, leaf in leaves:
+        if leaf.ndim < 2 or leaf.shape[1] != leaves[0][1].shape[1]:
             name = f"padded{jax.tree_util.keystr(path)}"
-            raise ValueError(f"{name}: expected (N, T, ...) with 0 ≤ lengths ≤ T, got {leaf.shape} and {lengths}")
-    return [jax.tree.map(lambda leaf: leaf[k, :n], padded) for k, n in enumerate(lengths.tolist())]  # noqa: B023
+            raise ValueError(f"{name}: expected (N, T, ...), the same T everywhere, got shape {leaf.shape}")
+    lengths, mask = check_valid(lengths, mask, size, leaves[0][1].shape[1])
+    if lengths is None and mask is None:
+        raise ValueError("lengths: expected integers, or a mask in their place, got None")
+    kept = list(mask) if lengths is None else [slice(n) for n in lengths.tolist()]
+    return [jax.tree.map(lambda leaf: leaf[k, steps], padded) for k, steps in enumerate(kept)]  # noqa: B023
 
 
 class Bucketed(NamedTuple):
@@ -188,19 +201,15 @@ def concatenate(sequences: Sequence[Any], name: str) -> tuple[Any, np.ndarray]:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *sequences), lengths
 
 
-def _is_list(node: Any) -> bool:
-    return isinstance(node, list)
-
-
 def _sequences(sequences: Sequence[Any], name: str) -> tuple[list[Any], np.ndarray]:
     """The sequences as pytrees of NumPy arrays that fit together, and their lengths."""
     if not isinstance(sequences, (list, tuple)) or not sequences:
         raise ValueError(f"{name}: expected a list of at least one sequence, got {type(sequences).__name__}")
-    structure = jax.tree.structure(sequences[0], is_leaf=_is_list)
+    structure = jax.tree.structure(sequences[0], is_leaf=is_list)
     rows, lengths = [], np.empty(len(sequences), np.int32)
     for k, sequence in enumerate(sequences):
-        leaves = jax.tree_util.tree_leaves_with_path(sequence, is_leaf=_is_list)
-        if jax.tree.structure(sequence, is_leaf=_is_list) != structure or not leaves:
+        leaves = jax.tree_util.tree_leaves_with_path(sequence, is_leaf=is_list)
+        if jax.tree.structure(sequence, is_leaf=is_list) != structure or not leaves:
             raise ValueError(
                 f"{name}[{k}]: expected a sequence like {name}[0], {structure}, got {type(sequence).__name__}"
             )

@@ -67,7 +67,7 @@ class Scaler(NamedTuple):
         """Mean and standard deviation of every feature over all other axes, NaN left out.
 
         Fit on the part that the model is trained on, lest it know of what comes later. A feature that is constant there
-        has scale 1.
+        has scale 1. Padding is left out where it is NaN, as `pad(..., value=np.nan)` makes it.
 
         Args:
           series: (..., D), or (L,) for a series of numbers.

@@ -190,7 +190,7 @@ def better(state: TrainState, value: Array, *, maximize: bool, patience: int | N
     best = state.best
     assert best is not None
     improved = (value > best.value if maximize else value < best.value) & ~state.stopped
-    stale = jnp.where(improved, 0, best.stale + ~state.stopped)
+    stale = jnp.where(improved, 0, best.stale + (~state.stopped).astype(best.stale.dtype))
     params = select(improved, state.params, best.params)
     best = Best(params, jnp.where(improved, value, best.value), jnp.where(improved, state.step, best.step), stale)
     stopped = state.stopped if patience is None else state.stopped | (stale >= patience)

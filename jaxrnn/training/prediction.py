@@ -1,0 +1,144 @@
+"""Predictions of a trained model over data of any length, by few programs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.sequence import scan
+from jaxrnn.training.batches import check_valid, host, positive
+from jaxrnn.training.evaluate import check_members, to_host
+from jaxrnn.training.losses import check_axes
+from jaxrnn.training.ragged import Bucketed, bucket, pad
+
+
+def predict(
+    cell: Cell,
+    params: Any,
+    xs: Any,
+    *,
+    lengths: Any = None,
+    mask: Any = None,
+    batch_size: int = 128,
+    members: bool = False,
+) -> Any:
+    """What `cell` puts out for every row of `xs`, without noise.
+
+    Args:
+      cell, params: the model. `jax.vmap` may go over params, whose predictions are then JAX's arrays.
+      xs: (N, T, ...), or a pytree of such; or a list of N sequences (T_i, ...) of any lengths, which are padded to few
+        shapes.
+      lengths, mask: for arrays, the valid steps: integers (N,), or bool (N, T), in any pattern.
+      batch_size: rows per jitted call. The last call is filled up, and what needs a single call has its rows and steps
+        rounded up by at most a quarter, so that requests of any size run by few programs.
+      members: whether params have an axis of members in front, as `fit` leaves them for many models.
+
+    Returns:
+      NumPy arrays (N, T, ...), or (N, ...) from a cell that ends time; for a list and a cell that does not, a list of N
+      arrays (T_i, ...). In the order of xs. With members every array has their axis in front.
+
+    Raises:
+      ValueError, TypeError: for what does not fit.
+
+        >>> import jax, numpy as np, jaxrnn
+        >>> model = jaxrnn.GRU(3, 4)
+        >>> ys = predict(model, model.init(jax.random.key(0)), [np.ones((7, 3)), np.ones((2, 3))])
+        >>> [y.shape for y in ys]
+        [(7, 4), (2, 4)]
+    """
+    batch_size = positive("batch_size", batch_size)
+    for name, value in (("xs", xs), ("lengths", lengths), ("mask", mask)):
+        if not all(map(check.concrete, jax.tree.leaves(value))):
+            raise TypeError(f"{name}: expected arrays whose numbers are known, got traced ones; use jaxrnn.scan there")
+    if members:
+        check_members(params)
+    run = functools.partial(_run, cell, params, members=members)
+    if isinstance(xs, list):
+        for name, value in (("lengths", lengths), ("mask", mask)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None for a list of sequences, which have their own lengths")
+        return _of_list(cell, run, xs, batch_size, members)
+    xs, rows = host(xs, "xs")
+    check_axes(cell, xs)
+    steps = jax.tree.leaves(xs)[0].shape[1]
+    lengths, mask = check_valid(lengths, mask, rows, steps)
+    if rows <= batch_size:
+        return run(xs, lengths, mask, shape=_rounded_shape(rows, steps, batch_size))
+    parts = []
+    for at in range(0, rows, batch_size):
+        part = jax.tree.map(lambda leaf: leaf[at : at + batch_size], (xs, lengths, mask))  # noqa: B023
+        parts.append(run(*part, shape=(batch_size, steps)))
+    return _joined(parts, members)
+
+
+@functools.partial(jax.jit, static_argnames="members")
+def _outputs(cell, params, xs, lengths, mask, *, members):
+    def run(params):
+        return scan(cell, params, None, xs, lengths=lengths, mask=mask, time_axis=1)[1]
+
+    return jax.vmap(run)(params) if members else run(params)
+
+
+def _run(cell, params, xs, lengths, mask, *, shape, members):
+    """One call, for which rows and steps are filled up to `shape`; what was filled in is cut off its outputs."""
+    rows, steps = jax.tree.leaves(xs)[0].shape[:2]
+    if lengths is None and mask is None and shape[1] > steps:
+        lengths = np.full(rows, steps, np.int32)
+    xs, mask = jax.tree.map(lambda leaf: _filled(leaf, shape[1] - steps, axis=1), (xs, mask))
+    filled = jax.tree.map(lambda leaf: _filled(leaf, shape[0] - rows, axis=0), (xs, lengths, mask))
+    ys = _outputs(cell, params, *filled, members=members)
+    kept = (slice(rows),) if cell.ends_time else (slice(rows), slice(steps))
+    return jax.tree.map(lambda leaf: to_host(leaf)[(slice(None),) * members + kept], ys)
+
+
+def _filled(leaf, missing, *, axis):
+    shape = (*leaf.shape[:axis], missing, *leaf.shape[axis + 1 :])
+    return np.concatenate([leaf, np.zeros(shape, leaf.dtype)], axis) if missing else leaf
+
+
+def _rounded_shape(rows, steps, batch_size):
+    return min(_rounded(rows), batch_size), _rounded(steps)
+
+
+def _rounded(number: int) -> int:
+    """The next number whose binary form has at most three digits before its zeros: four numbers for each power of 2."""
+    unit = 1 << max(number.bit_length() - 3, 0)
+    return -(-number // unit) * unit
+
+
+def _joined(parts, members):
+    def join(*leaves):
+        xp = jnp if isinstance(leaves[0], jax.core.Tracer) else np
+        return xp.concatenate(leaves, 1 if members else 0)
+
+    return jax.tree.map(join, *parts)
+
+
+def _of_list(cell, run, sequences, batch_size, members):
+    if len(sequences) <= batch_size:
+        padded, lengths = pad(sequences)
+        parts = [Bucketed(np.arange(len(sequences)), padded, lengths)]
+    else:
+        parts = bucket(sequences, batch_size)
+    check_axes(cell, parts[0].xs)
+    outputs = []
+    for _, xs, lengths in parts:
+        steps = jax.tree.leaves(xs)[0].shape[1]
+        shape = _rounded_shape(len(lengths), steps, batch_size) if len(parts) == 1 else (batch_size, steps)
+        outputs.append(run(xs, lengths, None, shape=shape))
+    each = (slice(None),) * members
+    if cell.ends_time:
+        order = np.argsort(np.concatenate([part.indices for part in parts]))
+        return jax.tree.map(lambda leaf: leaf[(*each, order)], _joined(outputs, members))
+    rows: list[Any] = [None] * len(sequences)
+    for (indices, _, lengths), ys in zip(parts, outputs, strict=True):
+        for k, (index, length) in enumerate(zip(indices, lengths, strict=True)):
+            rows[index] = jax.tree.map(lambda leaf: leaf[(*each, k, slice(length))], ys)  # noqa: B023
+    return rows
