@@ -75,7 +75,7 @@ def top_names(cell: Cell) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names[0] for _, names in _layout(cell)))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def _layout(cell: Cell) -> tuple[tuple[Any, tuple[str, ...]], ...]:
     """Of every array in the cell's params: its path, and the names of its path."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(check.shapes_of_params(cell))]
@@ -117,7 +117,7 @@ def _get(cell: Cell, tree: Any, names: tuple[str, ...]) -> Any:
     return tree
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def draws(cell: Cell) -> bool:
     """Whether the cell draws noise when it is given a key."""
     return bool(jax.tree.leaves(jax.eval_shape(lambda key: cell.noise(key, 1, ()), jax.random.key(0))))
@@ -250,7 +250,7 @@ class _Traced(NamedTuple):
     output_size: Any
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def _traced(cell: FlaxCell) -> _Traced:
     params = check.shapes_of_params(cell)
     x = jax.ShapeDtypeStruct(cell.x_shape(), jnp.float32)

@@ -130,6 +130,7 @@ def test_imports_point_downwards():
         "blocks",
         "regularize",
         "pool",
+        "arguments",
         "sequence",
         "summary",
         "flax_bridge",

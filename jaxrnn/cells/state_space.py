@@ -72,7 +72,7 @@ def hippo(pairs: int, dtype: Any) -> tuple[Array, Array]:
     return jax.pure_callback(compute, shapes)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def eigenvectors(pairs: int) -> tuple[Any, Any]:
     """Those of `hippo` as complex numbers: (pairs,) and (2 · pairs, pairs)."""
     root = np.sqrt(1 + 2 * np.arange(2 * pairs))

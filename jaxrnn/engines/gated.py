@@ -88,7 +88,7 @@ class Added(NamedTuple):
 
     u: Array
     v: Array
-    w: Array | None
+    w: Array  # without columns where there is no second product
 
 
 class Read(NamedTuple):
@@ -259,8 +259,8 @@ def _recurrence_jvp(how: _How, primals, tangents):
         return lifted(leaf, rows) + rows
 
     v = jax.eval_shape(recurrent_product, s.astype(dtype), weights.w_h)
-    columns = weights.w_x.shape[1], v.shape[-1], None if weights.w_2 is None else weights.w_2.shape[1]
-    added = Added(*(None if each is None else zeros(each) for each in columns))
+    columns = weights.w_x.shape[1], v.shape[-1], 0 if weights.w_2 is None else weights.w_2.shape[1]
+    added = Added(*map(zeros, columns))
     theta = jax.tree.map(by_row, cast(weights.theta, wide))
     added, theta = varying_like((added, theta), carry, fresh, mask, weights, xs)
 
@@ -272,7 +272,7 @@ def _recurrence_jvp(how: _How, primals, tangents):
     d_weights, d_carry, d_fresh, d_mask, d_xs, _ = tangents
     d_u = dot(d_xs, weights.w_x).astype(wide) + _input_product(d_weights, xs, dtype, wide)
     d_v = recurrent_product(read.s, d_weights.w_h).astype(wide)
-    d_w = None if weights.w_2 is None else dot(read.mid, d_weights.w_2).astype(wide)
+    d_w = added.w if weights.w_2 is None else dot(read.mid, d_weights.w_2).astype(wide)
     d_theta = jax.tree.map(by_row, cast(d_weights.theta, wide))
     d_new, (d_ys, _) = tangent(d_theta, d_carry, d_fresh, d_mask, Added(d_u, d_v, d_w))
     return (new, ys), (d_new, d_ys)

@@ -1,0 +1,157 @@
+"""What `scan`, `step`, `rollout` and `last` are given: checked, and in the form that cells take."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cell import Cell, input_size
+from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
+
+
+def expect_cell(cell):
+    if not isinstance(cell, Cell):
+        hint = " (the class; write e.g. GRU(3, 16))" if isinstance(cell, type) else ""
+        raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}{hint}")
+
+
+def to_jax(params: Any) -> Any:
+    """`params` with NumPy arrays as JAX's, so that a cell may index them by what is traced."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+
+
+def integer(name: str, value: Any, *, at_least: int) -> int:
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if operator.index(value) < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+    return operator.index(value)
+
+
+def positive(name: str, value: Any) -> int:
+    return integer(name, value, at_least=1)
+
+
+def single_key(key: Array) -> Array:
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key: expected a jax.random key, got {type(key).__name__}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.ndim != 1:
+            raise TypeError(f"key: expected a jax.random key, got {key.dtype}{list(key.shape)}")
+        key = jax.random.wrap_key_data(key)
+    if key.ndim:
+        raise ValueError(f"key: expected a single key, got shape {key.shape}; vmap over keys for one per row")
+    return key
+
+
+def batch_shape_of(cell: Cell, name: str, x: Any) -> tuple[int, ...]:
+    """The leading axes of x, those that do not belong to one step."""
+    ndims = cell.input_ndim
+    if isinstance(ndims, int):
+        ndims = jax.tree.map(lambda _: cell.input_ndim, x)
+    if jax.tree.structure(ndims) != jax.tree.structure(x) or not jax.tree.leaves(x):
+        raise ValueError(f"{name}: expected a tree like {cell.input_ndim}, got {jax.tree.structure(x)}")
+    shapes = []
+    for (path, leaf), ndim in zip(jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(ndims), strict=True):
+        shapes.append(leaf.shape[: leaf.ndim - ndim])
+        at = f"{name}{jax.tree_util.keystr(path)}"
+        if leaf.ndim < ndim:
+            raise ValueError(f"{at}: {cell!r} takes {ndim} axes per step, got shape {leaf.shape}")
+        if shapes[-1] != shapes[0]:
+            raise ValueError(f"{at}: expected leading axes {shapes[0]} as in the other leaves, got {shapes[-1]}")
+    size = input_size(cell)
+    if isinstance(x, jax.Array) and size is not None:
+        size = size if isinstance(size, tuple) else (size,)
+        if x.shape[x.ndim - len(size) :] != size:
+            raise ValueError(f"{name}: {cell!r} expects (..., {', '.join(map(str, size))}), got shape {x.shape}")
+    return shapes[0]
+
+
+def time_first(cell: Cell, xs: Any, time_axis: Any) -> tuple[Any, int, tuple[int, ...], int]:
+    """xs with time first, its length, the batch shape, and the time axis."""
+    time_axis = integer("time_axis", time_axis, at_least=0)
+    xs = jax.tree.map(jnp.asarray, xs)
+    shape = batch_shape_of(cell, "xs", xs)
+    if time_axis >= len(shape):
+        raise ValueError(
+            f"time_axis: expected less than {len(shape)}, the number of time and batch axes, got {time_axis}"
+        )
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, time_axis, 0), xs) if time_axis else xs
+    return xs, shape[time_axis], shape[:time_axis] + shape[time_axis + 1 :], time_axis
+
+
+def flags_of(name: str, flags: Any, length: int, batch_shape: tuple[int, ...], time_axis: int) -> Array:
+    """Booleans with time first."""
+    flags = jnp.asarray(flags)
+    if flags.dtype != bool:
+        raise TypeError(f"{name}: expected bool, got {flags.dtype}")
+    shape = (*batch_shape[:time_axis], length, *batch_shape[time_axis:])
+    if flags.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, time and batch axes as in xs, got {flags.shape}")
+    return jnp.moveaxis(flags, time_axis, 0)
+
+
+def valid_steps(lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ...], time_axis: int) -> Array | None:
+    if lengths is not None and mask is not None:
+        raise ValueError("mask: give lengths or mask, not both")
+    if mask is not None:
+        return flags_of("mask", mask, length, batch_shape, time_axis)
+    if lengths is None:
+        return None
+    if check.concrete(lengths):
+        lengths = np.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if lengths.shape != batch_shape:
+        raise ValueError(f"lengths: expected the batch shape {batch_shape}, got {lengths.shape}")
+    if check.concrete(lengths) and lengths.size and (lengths.min() < 0 or lengths.max() > length):
+        raise ValueError(f"lengths: expected 0 to {length}, got {lengths.min()} to {lengths.max()}")
+    return jnp.arange(length).reshape(length, *(1,) * len(batch_shape)) < lengths[None]
+
+
+def carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int, ...], at: int = 0) -> tuple[Any, Any]:
+    """The carry to start from, and the fresh one in the same dtypes; batch axes begin at axis `at` of xs."""
+    fresh = cell.initial_carry(params, batch_shape)
+    first = jax.tree.leaves(xs)[0]
+    fresh = with_rows_of(fresh, first, at, len(batch_shape))
+    if carry is None:
+        fresh = _widen(fresh, params, xs)
+        return fresh, fresh
+    expected, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    if jax.tree.structure(carry) != structure:
+        fields = getattr(carry, "_fields", ())
+        fitting = [f"; carry.{name} has it" for name in fields if jax.tree.structure(getattr(carry, name)) == structure]
+        raise ValueError(
+            f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}{''.join(fitting)}"
+        )
+    carry = with_rows_of(jax.tree.map(jnp.asarray, carry), first, at, len(batch_shape))
+    for (path, want), have in zip(expected, jax.tree.leaves(carry), strict=True):
+        name = f"carry{jax.tree_util.keystr(path)}"
+        if have.shape != want.shape:
+            raise ValueError(f"{name}: expected shape {want.shape}, got {have.shape}")
+        of_a_kind = jnp.iscomplexobj(want) == jnp.iscomplexobj(have)
+        if not of_a_kind or not jnp.can_cast(want.dtype, have.dtype, casting="same_kind"):
+            raise TypeError(f"{name}: expected {want.dtype} or a dtype of its kind, got {have.dtype}")
+    return carry, jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, carry)
+
+
+def _widen(carry: Any, params: Any, xs: Any) -> Any:
+    """`carry` in the widest precision of float32, the params and floating xs."""
+    leaves = [leaf for leaf in jax.tree.leaves((params, xs)) if inexact(leaf)]
+    real = accumulator(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
+    return jax.tree.map(lambda leaf: leaf.astype(accumulator(leaf.dtype, real)) if inexact(leaf) else leaf, carry)
+
+
+def check_feedback(following: Any, x: Any) -> None:
+    def describe(tree):
+        return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
+
+    if describe(following) != describe(x):
+        raise TypeError(f"feedback: the next x must be like x, {describe(x)}, got {describe(following)}")
