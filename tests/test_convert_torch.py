@@ -895,7 +895,7 @@ def test_cells_without_a_counterpart(torch, case):
 def test_params_that_do_not_fit(torch):
     cell = Stack((LSTM(D, H, projection_size=P), Linear(P, E)))
     params = weights_for(cell)
-    with pytest.raises(ValueError, match=r"cells\[0\]: .*params.w_p: expected an array, got None"):
+    with pytest.raises(ValueError, match=r"params\[0\]\.w_p: .* expects shape \(5, 2\), got None"):
         to_torch(cell, (params[0]._replace(w_p=None), params[1]))
     with pytest.raises(TypeError, match=r"params: Stack"):
         to_torch(cell, params[0])

@@ -45,7 +45,7 @@ SAMPLE = Stack(
 )
 
 
-SMALL = Stack((Embed(7, D), GRU(D, H), Parallel((MinGRU(H, D), Own(D)), "sum")))
+SMALL = Stack((Embed(7, D), GRU(D, D), Parallel((MinGRU(D, D), Own(D)), "sum")))
 SLOW = "disable_jit", "check_tracer_leaks"  # each operation by itself, or a search after every trace
 
 

@@ -108,7 +108,7 @@ def _valid(shape: tuple[int, ...], lengths, mask, time_axis) -> Array:
     if mask is not None:
         return jnp.moveaxis(jnp.asarray(mask), time_axis, 0)
     steps = jnp.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
-    return jnp.broadcast_to(steps < (shape[0] if lengths is None else jnp.asarray(lengths)), shape)
+    return jnp.broadcast_to(steps < (shape[0] if lengths is None else jnp.asarray(lengths)[None]), shape)
 
 
 def _by_lag(influence: Array, valid: Array, reverse: bool) -> Array:

@@ -110,10 +110,13 @@ def _bytes(array: Any) -> int:
 
 
 def _distinct_bytes(jaxpr: Any) -> int:
-    """Of the arrays that a program returns, those that are not its arguments, also under another shape, once each."""
+    """Of the arrays that a program returns, those that are neither constant nor its arguments, also under another
+    shape, once each."""
     given = {id(variable) for variable in jaxpr.invars}
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "reshape" and id(equation.invars[0]) in given:
+        name, source = equation.primitive.name, equation.invars[:1]
+        constant = name == "broadcast_in_dim" and hasattr(source[0], "val")
+        if constant or (name == "reshape" and id(source[0]) in given):
             given.add(id(equation.outvars[0]))
     returned = {id(variable): variable.aval for variable in jaxpr.outvars}
     return sum(_bytes(aval) for name, aval in returned.items() if name not in given)

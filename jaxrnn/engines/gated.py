@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn.engines import gated_native, native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot, lifted, varying_like
@@ -264,21 +265,45 @@ def _recurrence_jvp(how: _How, primals, tangents):
     theta = jax.tree.map(by_row, cast(weights.theta, wide))
     added, theta = varying_like((added, theta), carry, fresh, mask, weights, xs)
 
-    def run(theta, carry, fresh, mask, added):
-        return _loop(how, weights._replace(theta=theta), carry, fresh, mask, xs, flags, added)
-
-    (new, (ys, read)), tangent = jax.linearize(run, theta, carry, fresh, mask, added)
-
     d_weights, d_carry, d_fresh, d_mask, d_xs, _ = tangents
-    d_u = dot(d_xs, weights.w_x).astype(wide) + _input_product(d_weights, xs, dtype, wide)
-    d_v = recurrent_product(read.s, d_weights.w_h).astype(wide)
-    d_w = added.w if weights.w_2 is None else dot(read.mid, d_weights.w_2).astype(wide)
-    d_theta = jax.tree.map(by_row, cast(d_weights.theta, wide))
-    d_new, (d_ys, _) = tangent(d_theta, d_carry, d_fresh, d_mask, Added(d_u, d_v, d_w))
+    rows = {"carry": (carry, d_carry), "fresh": (fresh, d_fresh), "mask": (mask, d_mask)}
+    rows = {name: pair for name, pair in rows.items() if _moves(pair[1])}
+
+    def run(theta, moving, added):
+        given = {"carry": carry, "fresh": fresh, "mask": mask} | moving
+        return _loop(how, weights._replace(theta=theta), xs=xs, flags=flags, added=added, **given)
+
+    moving = {name: value for name, (value, _) in rows.items()}
+    (new, (ys, read)), tangent = jax.linearize(run, theta, moving, added)
+
+    def product(tangent, multiply):
+        return [multiply(tangent).astype(wide)] if _moves(tangent) else []
+
+    u = product(d_xs, lambda d: dot(d, weights.w_x)) + product(d_weights.w_x, lambda d: dot(xs, d))
+    u += product(d_weights.b, lambda d: jnp.broadcast_to(lifted(d, added.u), added.u.shape))
+    v = product(d_weights.w_h, lambda d: recurrent_product(read.s, d))
+    w = product(d_weights.w_2, lambda d: dot(read.mid, d))
+    pairs = zip((u, v, w), added, strict=True)
+    d_added = Added(*(functools.reduce(jnp.add, terms) if terms else zero for terms, zero in pairs))
+    d_theta = jax.tree.map(by_row, cast(_instantiated(d_weights.theta), wide))
+    d_rows = {name: _instantiated(d_value) for name, (_, d_value) in rows.items()}
+    d_new, (d_ys, _) = tangent(d_theta, d_rows, d_added)
     return (new, ys), (d_new, d_ys)
 
 
-_recurrence.defjvp(_recurrence_jvp)
+_recurrence.defjvp(_recurrence_jvp, symbolic_zeros=True)
+
+
+def _moves(tangent: Any) -> bool:
+    """Whether part of a tangent is not known to be zero."""
+    return not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangent))
+
+
+def _instantiated(tangent: Any) -> Any:
+    def instantiate(leaf: Any) -> Any:
+        return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf
+
+    return jax.tree.map(instantiate, tangent)
 
 
 def gated_scan_both(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +112,7 @@ class Saver:
             "validation": list(history.validation),
             "leaves": [list(leaf) for leaf in leaves],
         }
+        about["checksum"] = _text_checksum(about)
         items = self.args.Composite(arrays=self.args.StandardSave(arrays), about=self.args.JsonSave(about))
         self.manager.save(step, args=items, metrics=None if value is None else {"value": value})
 
@@ -161,6 +163,9 @@ def _read(
         form = about.get("format")
     if form != FORMAT:
         raise CheckpointError(f"{where} has format {form}, this version reads {FORMAT}")
+    with reading():
+        if about.pop("checksum") != _text_checksum(about):
+            raise ValueError("what it says of itself is not what was written")
     check(about)
     with reading():
         leaves = [Leaf(*leaf) for leaf in about["leaves"]]
@@ -174,6 +179,10 @@ def _read(
     bad = tuple(BadStep(*each) for each in about["bad"])
     record = History(steps_, train, validation_step, validation, bad, about["ended"])
     return Restored(state._replace(data=about["data"]), record, about["start"])
+
+
+def _text_checksum(about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 class Run:

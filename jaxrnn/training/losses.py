@@ -265,7 +265,7 @@ def valid_steps(batch: Batch, xp: Any = jnp) -> Any:
     if batch.lengths is None:
         return None if batch.mask is None else xp.asarray(batch.mask)
     time = xp.arange(jnp.shape(jax.tree.leaves(batch.xs)[0])[1])
-    return time < xp.asarray(batch.lengths)[:, None]
+    return time[None] < xp.asarray(batch.lengths)[:, None]
 
 
 def _as_batch(cell: Cell, batch: Any) -> Batch:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrnn.engines.arrays import cast, inexact
+from jaxrnn.engines.arrays import cast, inexact, lifted
 from jaxrnn.training.batches import as_array, positive
 
 
@@ -110,4 +110,5 @@ class Scaler(NamedTuple):
         return deviations * self._like(deviations)[1]
 
     def _like(self, xs):
-        return cast(self, xs.dtype) if inexact(xs) else self
+        mean, scale = cast(self, xs.dtype) if inexact(xs) else self
+        return lifted(mean, xs), lifted(scale, xs)

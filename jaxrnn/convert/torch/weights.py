@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrnn import check
 from jaxrnn.cell import Cell, output_size
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
@@ -197,11 +196,6 @@ def _arrays(placed: Placed) -> dict[str, np.ndarray]:
     cell, params = placed.cell, placed.params
     if type(cell) not in WRITERS:
         placed.refuse("torch has no module that computes this")
-    wanted = check.shapes_of_params(cell)
-    for field in getattr(wanted, "_fields", ()):
-        # Only a bias of None is one of zeros.
-        if field not in ("b", "b_hn") and getattr(wanted, field) is not None and getattr(params, field) is None:
-            raise ValueError(f"{placed.place}: {cell!r}: params.{field}: expected an array, got None")
     return {key: array for key, array in WRITERS[type(cell)](placed, params).items() if array is not None}
 
 
