@@ -19,19 +19,7 @@ OPTIONS = {
     "gru_before_norm": GRU(D, H, reset_after=False, layer_norm=True),
     "elman_softsign": Elman(D, H, activation="softsign"),
 }
-FAST = (
-    "lstm",
-    "lstm_projection_peephole",
-    "gru",
-    "mgu",
-    "slstm",
-    "own",
-    "min_gru",
-    "lru",
-    "embed",
-    "linear",
-    "gru_norm",
-)
+FAST = ("lstm_projection_peephole", "slstm", "own", "lru", "embed", "gru_norm")
 
 
 def draw(cell, dtype):

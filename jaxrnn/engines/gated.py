@@ -300,8 +300,11 @@ def _moves(tangent: Any) -> bool:
 
 
 def _instantiated(tangent: Any) -> Any:
-    def instantiate(leaf: Any) -> Any:
-        return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf
+    def instantiate(leaf):
+        if not isinstance(leaf, SymbolicZero):
+            return leaf
+        aval: Any = leaf.aval
+        return jnp.zeros(aval.shape, aval.dtype)
 
     return jax.tree.map(instantiate, tangent)
 
