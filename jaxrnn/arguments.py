@@ -14,6 +14,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
+from jaxrnn.pool import PoolCarry
 
 
 def expect_cell(cell):
@@ -126,11 +127,10 @@ def carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int
         return fresh, fresh
     expected, structure = jax.tree_util.tree_flatten_with_path(fresh)
     if jax.tree.structure(carry) != structure:
-        fields = getattr(carry, "_fields", ())
-        fitting = [f"; carry.{name} has it" for name in fields if jax.tree.structure(getattr(carry, name)) == structure]
-        raise ValueError(
-            f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}{''.join(fitting)}"
-        )
+        inside = _without_pools(carry)
+        if jax.tree.structure(inside) != structure:
+            raise ValueError(f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}")
+        carry = inside
     carry = with_rows_of(jax.tree.map(jnp.asarray, carry), first, at, len(batch_shape))
     for (path, want), have in zip(expected, jax.tree.leaves(carry), strict=True):
         name = f"carry{jax.tree_util.keystr(path)}"
@@ -140,6 +140,15 @@ def carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int
         if not of_a_kind or not jnp.can_cast(want.dtype, have.dtype, casting="same_kind"):
             raise TypeError(f"{name}: expected {want.dtype} or a dtype of its kind, got {have.dtype}")
     return carry, jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, carry)
+
+
+def _without_pools(carry: Any) -> Any:
+    """The carry of what is pooled, which a decoder goes on from."""
+
+    def is_pool(node):
+        return isinstance(node, PoolCarry)
+
+    return jax.tree.map(lambda node: node.cell if is_pool(node) else node, carry, is_leaf=is_pool)
 
 
 def _widen(carry: Any, params: Any, xs: Any) -> Any:

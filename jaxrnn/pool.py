@@ -47,12 +47,12 @@ class Pool(Wrapper):
         >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
         (5, 8)
 
-    Its carry is a `PoolCarry`; the final carry of the cell itself, which a decoder may start from, is the field `cell`:
+    Its carry is a `PoolCarry`, whose field `cell` is the final carry of the cell itself. A decoder goes on from it:
 
         >>> encoder, decoder = jaxrnn.Pool(jaxrnn.LSTM(3, 4)), jaxrnn.LSTM(2, 4)
         >>> params = encoder.init(jax.random.key(0)), decoder.init(jax.random.key(1))
         >>> carry, _ = jaxrnn.scan(encoder, params[0], None, jnp.ones((7, 5, 3)))
-        >>> jaxrnn.scan(decoder, params[1], carry.cell, jnp.ones((6, 5, 2)))[1].shape
+        >>> jaxrnn.scan(decoder, params[1], carry, jnp.ones((6, 5, 2)))[1].shape
         (6, 5, 4)
     """
 

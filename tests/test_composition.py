@@ -283,3 +283,18 @@ def test_an_ensemble_is_initialised_and_run_by_vmap():
     ys = jax.jit(jax.vmap(lambda params: jaxrnn.scan(cell, params, None, xs)[1]))(params)
     for k, key in enumerate(keys):
         close(ys[k], jaxrnn.scan(cell, cell.init(key, jnp.float64), None, xs)[1], 1e-8)
+
+
+def test_a_decoder_goes_on_from_the_carry_of_a_pool():
+    """As it comes, in both directions and within a composition too; one step as well."""
+    xs, ys = draw_x(GRU(2, 3), 0, 5, 4), draw_x(GRU(2, 3), 1, 3, 4)
+    for encoder, decoder in (
+        (Pool(LSTM(2, 3)), LSTM(2, 3)),
+        (Pool(Bidirectional(GRU(2, 3), GRU(2, 4))), Bidirectional(GRU(2, 3), GRU(2, 4))),
+    ):
+        params = draw_params(encoder), draw_params(decoder)
+        carry, _ = jaxrnn.scan(encoder, params[0], None, xs)
+        inside, _ = jaxrnn.scan(encoder.cell, params[0], None, xs)
+        close(jaxrnn.scan(decoder, params[1], carry, ys), jaxrnn.scan(decoder, params[1], inside, ys))
+        if decoder.causal:
+            close(jaxrnn.step(decoder, params[1], carry, ys[0]), jaxrnn.step(decoder, params[1], inside, ys[0]))

@@ -107,7 +107,7 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
         >>> decoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_sequences": True}}, weights[1:4])
         >>> carry, _ = jaxrnn.scan(encoder.cell, encoder.params, None, np.ones((2, 7, 3), "float32"), time_axis=1)
         >>> targets = np.ones((2, 5, 3), "float32")
-        >>> carry, ys = jaxrnn.scan(decoder.cell, decoder.params, carry.cell, targets, time_axis=1)
+        >>> carry, ys = jaxrnn.scan(decoder.cell, decoder.params, carry, targets, time_axis=1)
         >>> ys.shape
         (2, 5, 4)
     """
