@@ -206,7 +206,7 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
         ({"reset": np.zeros((5,), bool)}, ValueError, r"reset: expected shape \(5, 4\)"),
         ({"carry": jnp.zeros((4, 3))}, ValueError, "carry: .* expects the structure .*GRUCarry"),
         ({"carry": (jnp.zeros((4, 3)),)}, ValueError, "carry: .* expects the structure"),
-        ({"carry": jaxrnn.PoolCarry(LSTMCarry(0, 0), 0, 0)}, ValueError, r"carry: .* GRUCarry.*, got .*PoolCarry"),
+        ({"carry": jaxrnn.PoolCarry(LSTMCarry(0, 0), 0, 0)}, ValueError, r"carry: .*GRUCarry.*, got .*PoolCarry"),
         ({"carry": GRUCarry(jnp.zeros(3))}, ValueError, r"carry.h: expected shape \(4, 3\), got \(3,\)"),
         ({"carry": GRUCarry(jnp.zeros((4, 3), int))}, TypeError, "carry.h: expected float32 .* got int32"),
         ({"params": PARAMS[:3]}, TypeError, "params: .* takes GRUParams, got tuple"),
