@@ -280,7 +280,7 @@ def _recurrence_jvp(how: _How, primals, tangents):
         return [multiply(tangent).astype(wide)] if _moves(tangent) else []
 
     u = product(d_xs, lambda d: dot(d, weights.w_x)) + product(d_weights.w_x, lambda d: dot(xs, d))
-    u += product(d_weights.b, lambda d: jnp.broadcast_to(lifted(d, added.u), added.u.shape))
+    u += product(d_weights.b, lambda d: jnp.broadcast_to(lifted(d.astype(wide), added.u), added.u.shape))
     v = product(d_weights.w_h, lambda d: recurrent_product(read.s, d))
     w = product(d_weights.w_2, lambda d: dot(read.mid, d))
     pairs = zip((u, v, w), added, strict=True)
