@@ -97,12 +97,6 @@ TRAPS = {
         "d_v = 2 * recurrent_product(read.s, d_weights.w_h).astype(wide)",
         "test_half_gradients.py::test_a_gated_cell_of_ones_own[reverse]",
     ),
-    "integers that reach a kernel as they come": (
-        "engines/gated.py",
-        "weights, xs = cast(weights, dtype), xs.astype(dtype)",
-        "weights = cast(weights, dtype)",
-        "test_inputs.py::test_integers_and_flags_are_numbers[lstm]",
-    ),
     "a mask on the carry and not on what the product reads": (
         "engines/gated.py",
         "s = s * mask.astype(wide)",

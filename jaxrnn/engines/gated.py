@@ -92,6 +92,17 @@ class Added(NamedTuple):
     w: Array  # without columns where there is no second product
 
 
+@jax.custom_jvp
+def _moved(x: Array, added: Array) -> Array:
+    """x + added, of what is added only the tangent, since it is zero; so nothing of it is read before there is one."""
+    return x
+
+
+@_moved.defjvp
+def _moved_jvp(primals, tangents):
+    return _moved(*primals), tangents[0] + tangents[1]
+
+
 class Read(NamedTuple):
     """What the two products on the carry read at a step, s and the output of `mid`, in the dtype of the products."""
 
@@ -108,12 +119,12 @@ def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: A
     narrow = s.astype(dtype)
     v = recurrent_product(narrow, weights.w_h).astype(wide)
     if added is not None:
-        u, v = u + added.u, v + added.v
+        u, v = _moved(u, added.u), _moved(v, added.v)
     if weights.w_2 is None:
         return (theta, carry, u, v, None), Read(narrow, None)
     mid = cell.mid(theta, carry, s, u, v).astype(dtype)
     w = dot(mid, weights.w_2).astype(wide)
-    return (theta, carry, u, v, w if added is None else w + added.w), Read(narrow, mid)
+    return (theta, carry, u, v, w if added is None else _moved(w, added.w)), Read(narrow, mid)
 
 
 def _dtypes(weights, carry, x):
