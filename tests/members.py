@@ -245,6 +245,12 @@ OTHERS = {
 # Members that differ from others in options only: the fast tier runs part of the properties on them.
 OPTIONS = {name: cell for name, cell in (LSTMS | GRUS | LINEAR_OPTIONS | OTHERS).items() if cell not in CELLS.values()}
 MEMBERS = CELLS | LAYERS | COMPOSITIONS | OPTIONS
+# Members whose way through the engines and compositions no other member of the fast tier has.
+TYPICAL = (
+    *("lstm", "gru_reset_before", "slstm", "min_gru", "qrnn", "rg_lru", "s5", "s6", "conv_lstm_1d", "own"),
+    *("two_inputs", "embed", "dropout", "stack", "bidirectional", "blocks", "learned_carry", "emit_carry"),
+    *("zoneout", "pool_last", "classifier", "everything"),
+)
 
 
 def _parametrize(marks):
@@ -254,8 +260,8 @@ def _parametrize(marks):
 
 
 def every_member():
-    """Parametrizes over all members; those that differ in options only, in the full tier."""
-    return _parametrize(lambda name: [pytest.mark.full] if name in OPTIONS else [])
+    """Parametrizes over all members; those that are not typical, in the full tier."""
+    return some_members(*TYPICAL)
 
 
 def every_member_and_option():

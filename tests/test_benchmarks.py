@@ -42,7 +42,10 @@ def load():
         yield importlib.import_module
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("cells", "memory", "linear") else pytest.param(name, marks=pytest.mark.full) for name in SCRIPTS],
+)
 def test_a_benchmark_runs_and_writes(load, tmp_path, capsys, name):
     """Three files that name the command and the machine; the table is also printed."""
     script, out = load(name.split()[0]), tmp_path / "new" / "v1.0"

@@ -19,7 +19,7 @@ OPTIONS = {
     "gru_before_norm": GRU(D, H, reset_after=False, layer_norm=True),
     "elman_softsign": Elman(D, H, activation="softsign"),
 }
-FAST = ("lstm_projection_peephole", "slstm", "own", "lru", "embed", "gru_norm")
+FAST = ("lstm_projection_peephole", "own", "embed", "gru_norm")
 
 
 def draw(cell, dtype):

@@ -13,7 +13,7 @@ NAMES = [
     for name, cell in (CELLS | LAYERS | COMPOSITIONS).items()
     if cell.input_ndim != 0 and not any(word in name for word in ("own", "two_inputs", "callable"))
 ]
-FAST = ("lstm", "gru_reset_before", "min_gru", "conv_lstm_1d", "backward")
+FAST = ("lstm", "min_gru", "conv_lstm_1d")
 DTYPES = [np.int32, np.uint8, np.bool]
 LINEAR = ("min_gru", "min_lstm", "sru", "qrnn", "s4d", "s6", "lru", "s5", "rg_lru", "hgrn")
 

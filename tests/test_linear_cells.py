@@ -26,7 +26,9 @@ CELLS = {
 NATIVE = ["native"] if native.absent() is None else []
 
 
-@pytest.mark.parametrize("implementation", [*NATIVE, "chunked", pytest.param("associative", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "implementation", [*NATIVE, *(pytest.param(each, marks=pytest.mark.full) for each in ("chunked", "associative"))]
+)
 @pytest.mark.parametrize("name", CELLS)
 def test_steps_are_the_whole_over_many_steps(name, implementation):
     """Within 1e-5 of the largest number, in float32."""

@@ -96,7 +96,7 @@ def full(values):
 
 @needed
 @pytest.mark.parametrize("shape", [*SHAPES, *full(MORE_SHAPES)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_before", *full(["elman", "relu"])])
 def test_values_and_gradients(kind, shape):
     close(*both_ways(gradients(*problem(kind, shape))))
 
@@ -109,7 +109,7 @@ def test_values_and_gradients_of_nothing(kind, shape):
 
 
 @needed
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["gru", *full(["elman", "relu", "lstm", "gru_before"])])
 def test_a_learned_start_gets_its_gradient(kind):
     inner, params, carry, xs = problem(kind, (6, 4, 3, 5))
     cell = LearnedCarry(inner)
@@ -275,7 +275,7 @@ def text(function, *arguments):
 
 
 @needed
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", "gru_before", *full(["elman", "relu", "gru"])])
 def test_batch_major_sequences_are_read_as_they_lie(kind):
     cell, params, carry, xs = problem(kind, (6, 4, 3, 5))
     reset = RNG.random((6, 4)) < 0.3
@@ -333,13 +333,12 @@ def test_an_array_that_one_direction_lacks(kind):
     both = jaxrnn.Bidirectional(cell, cell)
     without = params._replace(b=None)
     other = params._replace(b_hn=None) if kind == "gru" else params
-    for each in ((without, other), (other, without)):
-        given = jaxrnn.BidirectionalPair(*each)
-        close(*map(jax.tree.leaves, both_ways(gradients(both, given, carry, xs))))
+    given = jaxrnn.BidirectionalPair(without, other)
+    close(*map(jax.tree.leaves, both_ways(gradients(both, given, carry, xs))))
 
 
 @needed
-@pytest.mark.parametrize("rows", [(), (2,), *full([(1,), (7,)])], ids=str)
+@pytest.mark.parametrize("rows", [(2,), *full([(), (1,), (7,)])], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_step(kind, rows):
     for inputs, units in [(1, 1), (11, 19), (40, 411)]:  # the last one with several threads, and several parts of each

@@ -65,10 +65,10 @@ def run(cell, each, keyed):
 
 
 def samples():
-    """A sample under each; all members in the full tier, as are the two that all other tests run under."""
+    """A sample under each; in the full tier all members, and the settings that other tests run under."""
     for setting in SETTINGS:
-        everywhere = setting in ("strict dtype promotion", "rank promotion raises")
-        sample = SMALL if setting in SLOW else SAMPLE
+        everywhere = setting not in (*SLOW, "debug_nans")
+        sample = SAMPLE if everywhere else SMALL
         yield pytest.param(sample, setting, id=f"{setting}-sample", marks=[pytest.mark.full] if everywhere else [])
         for name, cell in MEMBERS.items():
             yield pytest.param(cell, setting, id=f"{setting}-{name}", marks=pytest.mark.full)
