@@ -142,6 +142,7 @@ TRANSFORMATIONS = {
     "jacobian forward": lambda f, p, x: jax.jacfwd(lambda x: jax.grad(f)(p, x))(x),
     "inside scan": lambda f, p, x: jax.lax.scan(lambda s, _: (s - 0.1 * jax.grad(f, 1)(p, s), f(p, s)), x, None, 3),
 }
+USUAL = ("forward mode", "reverse over reverse", "checkpoint", "vmap over both")
 
 
 def several(tree):
@@ -149,7 +150,7 @@ def several(tree):
 
 
 @needed
-@pytest.mark.parametrize("how", TRANSFORMATIONS)
+@pytest.mark.parametrize("how", [*USUAL, *full([how for how in TRANSFORMATIONS if how not in USUAL])])
 @pytest.mark.parametrize("kind", ["gru", *full(["elman", "relu", "lstm", "gru_before"])])
 def test_transformations(kind, how):
     cell, params, carry, xs = problem(kind, (3, 2, 3, 4))

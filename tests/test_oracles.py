@@ -74,13 +74,14 @@ def covering(options):
 
 
 def choices(cell, free, oracle, options):
-    """Each option of the equations alone, and the covering choices of all."""
+    """The covering choices of all options; each option of the equations alone, in the full tier."""
     alone = [(name,) for name in options if "activation" not in name and "without" not in name]
     for on in dict.fromkeys([(), *alone, *covering(options)]):
         fields = {name: options[name] for name in on if not name.startswith("without")}
         absent = tuple(name.removeprefix("without ") for name in on if name.startswith("without"))
         name = " ".join([cell.__name__, *(on or ("plain",))])
-        yield pytest.param(Case(cell(D, H, **fields), free, oracle, absent), id=name)
+        marks = [pytest.mark.full] if on in alone else []
+        yield pytest.param(Case(cell(D, H, **fields), free, oracle, absent), id=name, marks=marks)
 
 
 def elman(id, absent=(), **fields):
