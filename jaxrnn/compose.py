@@ -10,12 +10,18 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn.engines.arrays import inexact
 from jaxrnn.engines.loop import final
 from jaxrnn.layers import Layer
 
 
 def _concatenate(*ys: Any) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *ys)
+    def join(*leaves):
+        """Integers and flags beside floating numbers become such."""
+        dtype = next((leaf.dtype for leaf in leaves if inexact(leaf)), leaves[0].dtype)
+        return jnp.concatenate([leaf if inexact(leaf) else leaf.astype(dtype) for leaf in leaves], axis=-1)
+
+    return jax.tree.map(join, *ys)
 
 
 class Several(Cell):
