@@ -55,6 +55,7 @@ from jaxrnn.linear import linear_scan
 from jaxrnn.parallel import Bidirectional, BidirectionalPair, Parallel
 from jaxrnn.pool import Pool, PoolCarry
 from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
+from jaxrnn.repeat import Repeat
 from jaxrnn.sequence import Explanation, explain, last, rollout, scan, step
 from jaxrnn.summary import Summary, SummaryRow, summary
 from jaxrnn.wrap import Backward, EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
@@ -142,6 +143,7 @@ __all__ = [
     "RGLRUGates",
     "RGLRUParams",
     "RecurrentDropout",
+    "Repeat",
     "Residual",
     "S4DCarry",
     "S4DParams",

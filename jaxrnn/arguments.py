@@ -17,7 +17,8 @@ from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
 from jaxrnn.pool import PoolCarry
 
 
-def expect_cell(cell):
+def expect_cell(cell: Any) -> None:
+    """`cell` is one."""
     if not isinstance(cell, Cell):
         hint = " (the class; write e.g. GRU(3, 16))" if isinstance(cell, type) else ""
         raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}{hint}")
@@ -29,6 +30,7 @@ def to_jax(params: Any) -> Any:
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:
+    """`value` as Python's integer, which is at least so large."""
     if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if operator.index(value) < at_least:
@@ -37,10 +39,12 @@ def integer(name: str, value: Any, *, at_least: int) -> int:
 
 
 def positive(name: str, value: Any) -> int:
+    """`value` as Python's integer, at least 1."""
     return integer(name, value, at_least=1)
 
 
 def single_key(key: Array) -> Array:
+    """One key of `jax.random`, of the new kind."""
     if not isinstance(key, jax.Array):
         raise TypeError(f"key: expected a jax.random key, got {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -68,7 +72,9 @@ def batch_shape_of(cell: Cell, name: str, x: Any) -> tuple[int, ...]:
         if shapes[-1] != shapes[0]:
             raise ValueError(f"{at}: expected leading axes {shapes[0]} as in the other leaves, got {shapes[-1]}")
     size = input_size(cell)
-    if isinstance(x, jax.Array) and size is not None:
+    if size is not None:
+        if not isinstance(x, jax.Array):
+            raise TypeError(f"{name}: {cell!r} expects one array, got {type(x).__name__}")
         size = size if isinstance(size, tuple) else (size,)
         if x.shape[x.ndim - len(size) :] != size:
             raise ValueError(f"{name}: {cell!r} expects (..., {', '.join(map(str, size))}), got shape {x.shape}")
@@ -100,6 +106,7 @@ def flags_of(name: str, flags: Any, length: int, batch_shape: tuple[int, ...], t
 
 
 def valid_steps(lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ...], time_axis: int) -> Array | None:
+    """The valid steps with time first, of lengths or of a mask; None for all."""
     if lengths is not None and mask is not None:
         raise ValueError("mask: give lengths or mask, not both")
     if mask is not None:
@@ -159,6 +166,8 @@ def _widen(carry: Any, params: Any, xs: Any) -> Any:
 
 
 def check_feedback(following: Any, x: Any) -> None:
+    """The next x of a rollout is like x."""
+
     def describe(tree):
         return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
 

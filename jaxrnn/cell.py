@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxrnn.engines.arrays import cast_like
 from jaxrnn.engines.choose import IMPLEMENTATIONS, Implementation, choose, record
-from jaxrnn.engines.loop import time_loop
+from jaxrnn.engines.loop import in_chunks, starts, time_loop
 
 _XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
 REFUSALS: dict[str, str] = {name: _XLA_ONLY for name in IMPLEMENTATIONS if name != "xla"}
@@ -149,17 +149,13 @@ class Cell(metaclass=CellType):
             new, y = self.step(params, carry, x, None if noise is None else (sequence, drawn))
             return cast_like(new, carry, owner=type(self).__name__), y
 
-        return time_loop(
-            step,
-            params,
-            carry,
-            (xs, steps),
-            fresh=fresh,
-            valid=valid,
-            reset=reset,
-            reverse=reverse,
-            remat_every=remat_every,
-        )
+        def run(constant, carry, inputs):
+            params, fresh = constant
+            xs, valid, start = inputs
+            return time_loop(step, params, carry, xs, fresh=fresh, valid=valid, start=start, reverse=reverse)
+
+        inputs = (xs, steps), valid, starts(reset, valid, reverse)
+        return in_chunks(run, (params, fresh), carry, inputs, reverse, remat_every)
 
     def parts(self, params: Any, given: Any) -> tuple[Part, ...]:
         """The cells that this one is made of, where `params` are its own and x has the size `given`, if known."""
@@ -181,6 +177,29 @@ class Part(NamedTuple):
     cell: Cell
     params: Any
     given: Any
+
+
+def scan_one_step(
+    cell: Cell, params: Any, carry: Any, x: Any, noise: Any, *, remat_every: int | None, implementation: Implementation
+) -> tuple[Any, Any]:
+    """A sequence of one step, by the engines of a sequence: (carry', y)."""
+
+    def one(tree):
+        return jax.tree.map(lambda leaf: leaf[None], tree)
+
+    carry, ys = cell.scan(
+        params,
+        carry,
+        one(x),
+        fresh=carry,
+        valid=None,
+        reset=None,
+        reverse=False,
+        noise=None if noise is None else (noise[0], one(noise[1])),
+        remat_every=remat_every,
+        implementation=implementation,
+    )
+    return carry, ys if cell.ends_time else jax.tree.map(lambda y: y[0], ys)
 
 
 def input_size(cell: Cell) -> Any:

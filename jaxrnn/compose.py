@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size, scan_one_step
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.engines.loop import final
 from jaxrnn.layers import Layer
@@ -170,7 +170,8 @@ class Stack(Several):
             inputs, drawn = self._input(xs, ys), part(noise, k)
             if ended:
                 drawn = drawn and (drawn[0], final(drawn[1], valid, reverse))
-                new, y = cell.step(params[k], carry[k], inputs, drawn)
+                options = {"remat_every": remat_every, "implementation": implementation}
+                new, y = scan_one_step(cell, params[k], carry[k], inputs, drawn, **options)
             else:
                 new, y = cell.scan(
                     params[k],

@@ -221,6 +221,12 @@ class Apply(Layer):
         return self.fn(x) if callable(self.fn) else activation(self.fn)(x.astype(compute_dtype(x, params)))
 
 
+def row_keys(key: Array, shape: tuple[int, ...]) -> Array:
+    """A key for each row; of threefry, whose draws do not depend on vmap."""
+    key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+    return jax.random.split(key, shape)
+
+
 class Dropout(Layer):
     """y = m x / (1 − rate), m Bernoulli(1 − rate), where a key is given; else y = x.
 
@@ -250,11 +256,10 @@ class Dropout(Layer):
     def noise(self, key, length, batch_shape):
         if self.rate == 0:
             return None, None
-        # Keys, since the shape of a step's x is not known here; of threefry, whose draws do not depend on vmap.
-        key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+        # Keys, since the shape of a step's x is not known here.
         if self.per_sequence:
-            return jax.random.split(key, batch_shape), None
-        return None, jax.random.split(key, (length, *batch_shape))
+            return row_keys(key, batch_shape), None
+        return None, row_keys(key, (length, *batch_shape))
 
     def apply(self, params, x, noise=None):
         x = x.astype(compute_dtype(x, params))

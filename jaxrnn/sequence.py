@@ -24,7 +24,7 @@ from jaxrnn.arguments import (
     to_jax,
     valid_steps,
 )
-from jaxrnn.cell import Cell
+from jaxrnn.cell import Cell, scan_one_step
 from jaxrnn.engines import choose, native
 from jaxrnn.engines.arrays import cast_like, varying_like, widened, zero_where_not
 from jaxrnn.engines.choose import EngineCall, Implementation
@@ -160,22 +160,7 @@ def step(
         )
     carry, _ = carries(cell, params, carry, x, batch_shape)
 
-    def one(tree):
-        return jax.tree.map(lambda leaf: leaf[None], tree)
-
-    new, ys = cell.scan(
-        params,
-        carry,
-        one(x),
-        fresh=carry,
-        valid=None,
-        reset=None,
-        reverse=False,
-        noise=None if noise is None else (noise[0], one(noise[1])),
-        remat_every=None,
-        implementation=implementation,
-    )
-    return new, ys if cell.ends_time else jax.tree.map(lambda y: y[0], ys)
+    return scan_one_step(cell, params, carry, x, noise, remat_every=None, implementation=implementation)
 
 
 def rollout(

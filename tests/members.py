@@ -40,6 +40,7 @@ from jaxrnn import (
     Parallel,
     Pool,
     RecurrentDropout,
+    Repeat,
     Residual,
     Stack,
     WeightDrop,
@@ -174,6 +175,7 @@ LAYERS = {
     "apply": Apply("softplus"),
     "dropout": Dropout(0.4),
     "dropout_sequence": Dropout(0.4, per_sequence=True),
+    "repeat": Repeat(GRU(D, H), 2),
 }
 COMPOSITIONS = {
     "stack": Stack((Embed(7, D), LSTM(D, H), Dropout(0.3), GRU(H, 4), Linear(4, D), Apply("sigmoid"))),
@@ -212,6 +214,9 @@ COMPOSITIONS = {
     "pool_stack": Pool(Stack((GRU(D, H), Dropout(0.3)))),
     "pool_bidirectional": Pool(Stack((Elman(D, 4), Bidirectional(GRU(4, H), LSTM(4, D))))),
     "classifier": Stack((Embed(7, D), Pool(LSTM(D, H)), Dropout(0.3), Linear(H, 4), Apply("sigmoid"))),
+    "pool_repeat": Stack(
+        (Pool(LSTM(D, H)), Repeat(Stack((GRU(H, 4), Dropout(0.3), Backward(Elman(4, H)))), 3), Linear(H, D))
+    ),
     "everything": LearnedCarry(
         Residual(
             Stack(
@@ -249,7 +254,7 @@ MEMBERS = CELLS | LAYERS | COMPOSITIONS | OPTIONS
 TYPICAL = (
     *("lstm", "gru_reset_before", "slstm", "min_gru", "qrnn", "rg_lru", "s5", "s6", "conv_lstm_1d", "own"),
     *("two_inputs", "embed", "dropout", "stack", "bidirectional", "blocks", "learned_carry", "emit_carry"),
-    *("zoneout", "pool_last", "classifier", "everything"),
+    *("zoneout", "pool_last", "pool_repeat", "classifier", "everything"),
 )
 
 
@@ -276,7 +281,7 @@ def some_members(*names):
 
 def has_direction(cell) -> bool:
     """Whether part of the cell runs in the opposite direction."""
-    return "Bidirectional" in repr(cell) or "Backward" in repr(cell)
+    return not cell.causal
 
 
 def streams(cell) -> bool:

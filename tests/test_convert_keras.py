@@ -469,18 +469,49 @@ def test_encoder_and_decoder(keras):
         from_keras(keras.Model([inputs, targets], decoder(targets, initial_state=states)[0]))
 
 
-def test_repeat_vector(keras):
-    """The refusal says what to do instead."""
+DECODERS = {
+    "sequence": lambda layers: [layers.GRU(3, return_sequences=True), layers.Dense(2)],
+    "stacked": lambda layers: [
+        layers.Bidirectional(layers.LSTM(3, return_sequences=True)),
+        layers.Dropout(0.2),
+        layers.SimpleRNN(4, return_sequences=True),
+        layers.TimeDistributed(layers.Dense(2)),
+        layers.Activation("softmax"),
+    ],
+    "pooled": lambda layers: [layers.LSTM(3), layers.Dense(2)],
+    "alone": lambda layers: [],
+    "twice": lambda layers: [layers.LSTM(3), layers.RepeatVector(4), layers.GRU(2, return_sequences=True)],
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_repeat_vector(keras, decoder):
+    """An autoencoder of sequences, there and back; a mask ends with the encoder."""
     layers = keras.layers
-    below, above = [layers.LSTM(4)], [layers.GRU(3, return_sequences=True), layers.Dense(2)]
-    model = keras.Sequential([keras.Input((T, D)), *below, layers.RepeatVector(6), *above])
+    below = [keras.Input((T, D)), layers.Masking(), layers.LSTM(4)]
+    model = keras.Sequential([*below, layers.RepeatVector(6), *DECODERS[decoder](layers)])
     xs = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
-    with pytest.raises(ValueError, match=r"RepeatVector.*jnp.repeat\(y\[:, None\], n, axis=1\)"):
+    xs[1, 2:] = 0
+    converted = from_keras(model)
+    mask = converted.mask(xs)
+    assert_close(run(converted, converted.params, xs, mask), model(xs))
+    config, weights = to_keras(*converted[:2], mask_value=0.0)
+    again = keras.Sequential.from_config(config)
+    again.set_weights(weights)
+    assert_close(again(xs), model(xs))
+    assert from_keras(again)[:1] == converted[:1]
+
+
+def test_repeat_vector_of_a_sequence(keras):
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((D,)), layers.RepeatVector(6), layers.LSTM(4)])
+    with pytest.raises(ValueError, match=r"RepeatVector.*input: expected one vector for each sequence"):
         from_keras(model)
-    parts = ([keras.Input((T, D)), *below], [keras.Input((6, 4)), *above])
-    first, second = (from_keras(keras.Sequential(part)) for part in parts)
-    y = run(first, first.params, xs)
-    assert_close(run(second, second.params, jnp.repeat(y[:, None], 6, axis=1)), model(xs))
+    cell = Stack((jaxrnn.Pool(LSTM(2, 3)), jaxrnn.Repeat(jaxrnn.Backward(LSTM(3, 4)), 5)))
+    with pytest.raises(ValueError, match="in the opposite order"):
+        to_keras(*init(cell))
+    with pytest.raises(ValueError, match="takes one vector for each sequence"):
+        to_keras(*init(jaxrnn.Repeat(LSTM(2, 3), 5)))
 
 
 @pytest.mark.parametrize("side", ["pre", "post"])

@@ -132,6 +132,7 @@ def test_imports_point_downwards():
         "pool",
         "arguments",
         "sequence",
+        "repeat",
         "summary",
         "flax_bridge",
         "linen",

@@ -40,9 +40,8 @@ def from_haiku(
     `dynamic_unroll` is `jaxrnn.scan`; an `LSTMState(hidden, cell)` is `LSTMCarry(h, c)`, an array h `GRUCarry(h)` or
     `ElmanCarry(h)`. Where a `ResetCore` reads `should_reset`, `scan` takes `reset`.
 
-    VanillaRNN (with `double_bias`) and Conv*LSTM have two biases that act as their sum, which is `b` here. An optimizer
-    moves each of the two as far as it moves `b`, so that training moves the sum twice as far in Haiku; see `from_torch`
-    for a way to do the same.
+    VanillaRNN (with `double_bias`) and Conv*LSTM have two biases, of which `b` is the sum, so training moves the sum
+    twice as far in Haiku as `b` moves here; see `from_torch` for a way to do the same.
 
     Args:
       params: as `init` returns them: module names to dicts of arrays, which may be NumPy's.

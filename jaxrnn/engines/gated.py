@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxrnn.engines import gated_native, native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot, lifted, varying_like
 from jaxrnn.engines.choose import Implementation, choose, record
-from jaxrnn.engines.loop import in_chunks, loop, starts
+from jaxrnn.engines.loop import in_chunks, starts, time_loop
 
 REFUSALS = {
     "associative": "the recurrence is not linear",
@@ -221,7 +221,7 @@ def _loop(how: _How, weights, carry, fresh, mask, xs, flags, added: Added | None
         new, y = each.gate(*reads)
         return cast_like(new, carry, owner=type(cell).__name__), (y.astype(dtype), None if added is None else read)
 
-    return loop(
+    return time_loop(
         step,
         (weights, mask),
         carry,

@@ -253,6 +253,14 @@ def _together(arrays):
     return arrays[0][None] if len(arrays) == 1 else jnp.stack(arrays)
 
 
+def _weight(arrays, dtype):
+    """One weight of all layers: zeros where some lack it, without elements where all do."""
+    one = next((array for array in arrays if array is not None), None)
+    if one is None:
+        return jnp.zeros((1, 0), dtype)
+    return _together([jnp.zeros_like(one) if array is None else array for array in arrays])
+
+
 def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: int | None, named: bool) -> list:
     """Recurrences of the same sizes over the first axis of `xs`, all at once: (carry, ys) of each.
 
@@ -267,14 +275,6 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
     rows, members, size = math.prod(batch), len(layers), layers[0].weights[2].shape[0]
     by_batch = native.is_batch_major() and bool(batch)
     directions = tuple(layer.reverse for layer in layers)
-
-    def weight(k):
-        """Zeros where some layers lack it, without elements where all do."""
-        arrays = [layer.weights[k] for layer in layers]
-        one = next((array for array in arrays if array is not None), None)
-        if one is None:
-            return jnp.zeros((1, 0), xs.dtype)
-        return _together([jnp.zeros_like(one) if array is None else array for array in arrays])
 
     def carries(trees, present=True):
         """h and c, without elements where they are absent."""
@@ -295,7 +295,7 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
             return sequence(arrays)
         return jnp.zeros((1, rows, 0) if by_batch else (1, length, 0), bool)
 
-    w_x, b, w_h, b_hn = (weight(k) for k in range(4))
+    w_x, b, w_h, b_hn = (_weight(arrays, xs.dtype) for arrays in zip(*(each.weights for each in layers), strict=True))
 
     def run(_, state, inputs):
         xs, valid, start = inputs

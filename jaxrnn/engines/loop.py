@@ -44,28 +44,6 @@ def time_loop(
     *,
     fresh: Any,
     valid: Array | None,
-    reset: Array | None,
-    reverse: bool,
-    remat_every: int | None,
-) -> tuple[Any, Any]:
-    """`step(params, carry, x) -> (carry, y)` over the first axis of `xs`, with resets and rematerialisation."""
-
-    def scan(constant, carry, inputs):
-        params, fresh = constant
-        xs, valid, start = inputs
-        return loop(step, params, carry, xs, fresh=fresh, valid=valid, start=start, reverse=reverse)
-
-    return in_chunks(scan, (params, fresh), carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
-
-
-def loop(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]],
-    params: Any,
-    carry: Any,
-    xs: Any,
-    *,
-    fresh: Any,
-    valid: Array | None,
     start: Array | None,
     reverse: bool,
     prepare: Callable[[Any, Any], Any] | None = None,

@@ -173,19 +173,7 @@ def fit(
             epoch += 1
             if validate and judge and not np.all(state.stopped):
                 metrics = validate(state.params, state.carry)
-                if monitor not in metrics:
-                    raise ValueError(f"monitor: expected one of {sorted(metrics)}, got {monitor!r}")
-                bad = _unknown(state, metrics[monitor], monitor)
-                state = judge(state._replace(data=None), metrics[monitor])
-                history = history.extend(
-                    validation_step=np.array([_steps(state)]),
-                    validation={name: value[None] for name, value in metrics.items()},
-                    bad=bad,
-                )
-                if bad and nonfinite == "raise":
-                    raise NonFiniteError(bad[0], state, history)
-                if nonfinite == "stop":
-                    state = state._replace(stopped=state.stopped | jnp.isnan(metrics[monitor]))
+                state, history = _judged(judge, state._replace(data=None), history, metrics, monitor, nonfinite)
                 report(f"epoch {epoch}/{epochs}", _steps(state) - start, _latest(history, monitor))
             state = state._replace(data={"epoch": epoch, "source": source.state()})
             history = history._replace(ended=_ended(epoch, epochs, state))
@@ -194,6 +182,21 @@ def fit(
         if run:
             run.save(state, history)
     return state._replace(data=None), history
+
+
+def _judged(judge, state, history, metrics, monitor, nonfinite) -> tuple[TrainState, History]:
+    """After a validation: whether it is the best, its metrics in the history, and what `nonfinite` says of NaN."""
+    if monitor not in metrics:
+        raise ValueError(f"monitor: expected one of {sorted(metrics)}, got {monitor!r}")
+    bad = _unknown(state, metrics[monitor], monitor)
+    state = judge(state, metrics[monitor])
+    rows = {name: value[None] for name, value in metrics.items()}
+    history = history.extend(validation_step=np.array([_steps(state)]), validation=rows, bad=bad)
+    if bad and nonfinite == "raise":
+        raise NonFiniteError(bad[0], state, history)
+    if nonfinite == "stop":
+        state = state._replace(stopped=state.stopped | jnp.isnan(metrics[monitor]))
+    return state, history
 
 
 def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:

@@ -50,6 +50,7 @@ def difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
 
 
 def checksum(array: np.ndarray) -> int:
+    """Of the bytes of an array."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 

@@ -24,6 +24,7 @@ from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.pool import Pool
 from jaxrnn.regularize import RecurrentDropout
+from jaxrnn.repeat import Repeat
 from jaxrnn.wrap import Backward
 
 LACKS = "Keras has no counterpart"
@@ -135,6 +136,8 @@ class _Writer:
                 self.pointwise(run.model)
             case Pool(how=how):
                 self.pool(run.model, how)
+            case Repeat():
+                self.repeat(run.model)
             case _:
                 self.recurrent(run)
 
@@ -181,6 +184,20 @@ class _Writer:
         self.check_mask(model)
         self.layers.append(self.layer("GlobalAveragePooling1D" if how == "mean" else "GlobalMaxPooling1D"))
         self.step, self.masked = None, False
+
+    def repeat(self, model: Placed) -> None:
+        """A new sequence of steps that all read one vector; what follows acts on its last axis alone."""
+        cell: Any = model.cell
+        size = input_size(cell)
+        if self.step is not None or isinstance(size, tuple):
+            model.refuse("Keras' RepeatVector takes one vector for each sequence")
+        self.layers.append(self.layer("RepeatVector", n=cell.length))
+        self.step, self.flipped = (size,), False
+        for run in _runs(model.part("cell", model.params)):
+            self.write(run)
+        if self.flipped:
+            model.refuse("Keras would put its outputs out in the opposite order")
+        self.step = None
 
     def check_mask(self, model: Placed) -> None:
         """The mask is in the order of the sequence."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrnn.cell import Cell
-from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.keras.config import Fields
 from jaxrnn.convert.keras.layers import Weights
 from jaxrnn.convert.keras.old import version_of
@@ -33,8 +32,8 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     states as carry, None for zeros. A model is one chain, `Sequential` or functional, of InputLayer, Embedding,
     Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D, RNN of one or more of their cells, Bidirectional, Dense,
     TimeDistributed, Dropout, SpatialDropout1D, LayerNormalization, Activation, ReLU, LeakyReLU, ELU, Softmax,
-    GlobalAveragePooling1D, GlobalMaxPooling1D, and Concatenate of these two; of Keras 1 and 2 also CuDNNLSTM, CuDNNGRU,
-    ThresholdedReLU and TimeDistributedDense.
+    GlobalAveragePooling1D, GlobalMaxPooling1D, Concatenate of these two, RepeatVector; of Keras 1 and 2 also CuDNNLSTM,
+    CuDNNGRU, ThresholdedReLU and TimeDistributedDense.
 
     The `keras_version` in a model's JSON says how a config is read: in Keras 1 and 2, tf.keras included, the hard
     sigmoid was flatter, a GRU without `reset_after` resets before the product, and fields had other names. A config
@@ -117,10 +116,7 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
         raise TypeError(f"weights: expected the list of arrays of get_weights(), got {type(weights).__name__}")
     reader = Reader(Weights(weights))
     reader.layer(Fields("source", source, version_of(source)), 0)
-    reader.weights.finish()
-    if not reader.cells:
-        raise ValueError("source: expected at least one layer that computes something")
-    cell, params = stacked(reader.cells)
+    cell, params = reader.finish()
     return KerasModel(cell, jax.tree.map(on_device, params), reader.mask)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.cell import output_size
+from jaxrnn.cell import Cell, output_size
 from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.keras.config import Fields, is_size, list_of
 from jaxrnn.convert.keras.graph import chain
@@ -28,13 +28,10 @@ from jaxrnn.convert.keras.layers import (
 from jaxrnn.layers import Apply, Embed, EmbedParams, Layer, LayerNorm, Linear
 from jaxrnn.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.pool import Pool
+from jaxrnn.repeat import Repeat
 from jaxrnn.wrap import Backward
 
 DEEPEST = 32  # models within models
-HINTS = {
-    "RepeatVector": "a new sequence begins here: convert the layers up to here and those after it as two models, and "
-    "give the second the output of the first at each of the n steps, jnp.repeat(y[:, None], n, axis=1)"
-}
 
 
 class KerasMask(NamedTuple):
@@ -58,7 +55,8 @@ class Reader:
 
     def __init__(self, weights: Weights):
         self.weights = weights
-        self.cells: Pieces = []
+        self.cells: Pieces = []  # since the last RepeatVector
+        self.repeated: list[tuple[Pieces, int]] = []  # what was below each RepeatVector, and its number of steps
         self.mask: KerasMask | None = None
         self.masked = False  # whether the mask still matters
         self.flipped = False  # whether Keras' sequence is in the opposite order here
@@ -79,8 +77,7 @@ class Reader:
             self.see(fields, fields.input_shape)
         read = READERS.get(fields.kind)
         if read is None:
-            hint = HINTS.get(fields.kind, "a layer of this class cannot be converted")
-            raise ValueError(f"{fields.place}: {hint}")
+            raise ValueError(f"{fields.place}: a layer of this class cannot be converted")
         if self.forked:
             raise ValueError(f"{fields.place}: the layer before it has two outputs, as merge_mode=None asks for")
         read(self, fields)
@@ -203,6 +200,28 @@ class Reader:
             self.add([*pieces, (pool, params)])
             self.timed = self.masked = False
 
+    def repeat(self, fields: Fields) -> None:
+        """A new sequence begins, whose steps all read the same; the layers above are within it."""
+        if self.timed or not self.cells:
+            fields.refuse("input", self.shape, "one vector for each sequence, like that of a layer before it")
+        if self.shape is not None and len(self.shape) != 2:
+            fields.refuse("input", self.shape, "(batch, features)")
+        length = fields.size("n")
+        self.repeated.append((self.cells, length))
+        self.cells, self.timed, self.flipped = [], True, False
+        self.shape = None if self.shape is None else (self.shape[0], length, self.shape[1])
+
+    def finish(self) -> tuple[Cell, Any]:
+        """The model, and its params."""
+        self.weights.finish()
+        while self.repeated:
+            cell, params = stacked(self.cells or [(Apply("identity"), ())])
+            self.cells, length = self.repeated.pop()
+            self.cells.append((Repeat(cell, length), params))
+        if not self.cells:
+            raise ValueError("source: expected at least one layer that computes something")
+        return stacked(self.cells)
+
     def pooling(self, fields: Fields) -> None:
         self.pool(fields, self.way(fields))
 
@@ -246,6 +265,7 @@ READERS: dict[str, Callable[[Reader, Fields], None]] = {
     "TimeDistributed": Reader.time_distributed,
     "Bidirectional": Reader.bidirectional,
     "Concatenate": Reader.concatenate,
+    "RepeatVector": Reader.repeat,
     **dict.fromkeys(POOLINGS, Reader.pooling),
     **dict.fromkeys(RECURRENT, Reader.recurrent),
     **dict.fromkeys([*POINTWISE, "SpatialDropout1D"], Reader.pointwise),

@@ -111,6 +111,7 @@ def _check_plain(module: Any, name: str) -> None:
 
 
 def where(module: Any, name: str) -> str:
+    """A module in messages: its name, if it has one, and its class."""
     return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
 
 

@@ -1,0 +1,91 @@
+"""A sequence from one input: what a cell puts out over steps that all read the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn.engines.arrays import zero_where_not
+from jaxrnn.layers import Layer, row_keys
+from jaxrnn.sequence import scan
+
+
+class Repeat(Layer):
+    """The outputs of a cell over `length` steps of one and the same x, from the cell's fresh carry: one to many.
+
+        carry_t, y_t = cell.step(params, carry_{t−1}, x),  y = (y_1, …, y_n)
+
+    It has no carry of its own, so above a `Pool` it is the decoder of a sequence to sequence model whose output has
+    another length than its input; Keras writes it as `RepeatVector` and the layers after it. Of a cell that ends time,
+    y is that cell's.
+
+    Args:
+      cell: any cell, also one that runs backward.
+      length: the number of steps, n.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from jaxrnn import LSTM, Linear, Pool, Repeat, Stack
+        >>> model = Stack((Pool(LSTM(3, 16)), Repeat(Stack((LSTM(16, 8), Linear(8, 2))), 4)))
+        >>> jaxrnn.scan(model, model.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape  # batch, n, features
+        (5, 4, 2)
+    """
+
+    cell: Cell
+    length: int
+
+    def __post_init__(self):
+        check_cell(self, "cell", self.cell)
+        check.size(self, "length", self.length)
+
+    @property
+    def input_ndim(self):  # type: ignore[override]
+        return self.cell.input_ndim
+
+    @property
+    def input_size(self) -> Any:
+        return input_size(self.cell)
+
+    @property
+    def output_size(self) -> Any:
+        size = output_size(self.cell, self.input_size)
+        if size is None or self.cell.ends_time:
+            return size
+        return (self.length, *(size if isinstance(size, tuple) else (size,)))
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
+        return self.cell.init(key, dtype)
+
+    def noise(self, key, length, batch_shape):
+        if not jax.tree.leaves(jax.eval_shape(lambda key: self.cell.noise(key, self.length, ()), key)):
+            return None, None
+        return None, row_keys(key, (length, *batch_shape))
+
+    def apply(self, params, x, noise=None):
+        return self._run(params, x, None if noise is None else noise[1], None, None)
+
+    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+        ys = self._run(params, xs, None if noise is None else noise[1], remat_every, implementation)
+        return carry, zero_where_not(valid, ys)
+
+    def _run(self, params, x, keys, remat_every, implementation):
+        """Of x (*batch, ...), the outputs (*batch, n, ...)."""
+        ndim = jax.tree.leaves(x)[0].ndim - jax.tree.leaves(self.cell.input_ndim)[0]
+
+        def run(x, key=None):
+            xs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *x.shape)), x)
+            return scan(self.cell, params, None, xs, key=key, remat_every=remat_every, implementation=implementation)[1]
+
+        if keys is not None:  # each row draws its own noise
+            for _ in range(ndim):
+                run = jax.vmap(run)
+            return run(x, keys)
+        ys = run(x)
+        return ys if self.cell.ends_time else jax.tree.map(lambda y: jnp.moveaxis(y, 0, ndim), ys)
+
+    def parts(self, params, given):
+        return (Part("cell", self.cell, params, given),)
