@@ -367,7 +367,7 @@ def test_numbers_that_are_not_those_that_were_written(tmp_path):
         (b"[" * 200_000, "nested too deeply"),
         (b'{"format": ' + b"1" * 5000 + b"}", "cell.json: expected JSON"),
         (pickle.dumps({"format": "jaxrnn"}), "cell.json: expected JSON"),
-        (b" " * (saving.INDEX_LIMIT + 1), "cell.json: longer than 16777216 bytes"),
+        (b" " * (saving.INDEX_LIMIT + 1), "cell.json: longer than 1048576 bytes"),
     ],
     ids=range(9),
 )
@@ -430,3 +430,10 @@ def test_a_loaded_model_runs(tmp_path):
     np.testing.assert_array_equal(
         jaxrnn.scan(again, loaded, None, xs)[1], jaxrnn.scan(cell, jax.tree.map(jnp.asarray, params), None, xs)[1]
     )
+
+
+def test_more_cells_than_load_reads_are_not_saved(tmp_path):
+    cell = jaxrnn.Stack((jaxrnn.Apply(("scaled_tanh", 1.0, 2.0)),) * 10_000)
+    with pytest.raises(ValueError, match=r"cell: expected at most 1048576 bytes of JSON, which `load` reads, got"):
+        saving.save(tmp_path / "model", cell, cell.init(jax.random.key(0)))
+    assert not os.listdir(tmp_path)

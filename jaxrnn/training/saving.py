@@ -28,8 +28,8 @@ from jaxrnn.engines.arrays import on_device
 FORMAT, VERSION = "jaxrnn", 1
 INDEX = "cell.json"
 ARRAYS = re.compile(r"params-[0-9a-f]{64}\.bin")
-INDEX_LIMIT = 16 * 2**20
-"""No cell needs so many bytes of JSON."""
+INDEX_LIMIT = 2**20
+"""Bytes of JSON, enough for 2000 layers, and for less than a minute of looking at shapes."""
 
 _NAMES = """
     bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 int2 int4 uint2 uint4 float16 float32 float64 bfloat16
@@ -86,8 +86,11 @@ def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
         if new:
             os.makedirs(directory)
         name = _write_arrays(directory, arrays)
+        text = json.dumps(index | {"arrays": name}, allow_nan=False, indent=1).encode()
+        if len(text) > INDEX_LIMIT:
+            raise ValueError(f"cell: expected at most {INDEX_LIMIT} bytes of JSON, which `load` reads, got {len(text)}")
         with _replacing(os.path.join(directory, INDEX)) as file:
-            file.write(json.dumps(index | {"arrays": name}, allow_nan=False, indent=1).encode())
+            file.write(text)
         if new:
             os.rename(directory, path)
     except BaseException:
