@@ -42,9 +42,16 @@ def test_rows_of_an_explicit_mesh(name):
         np.testing.assert_allclose(a, b, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["lstm", "bidirectional", *full([*CELLS, *LAYERS, *COMPOSITIONS])])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("lstm", "bidirectional") else [pytest.mark.full])
+        for name in (*CELLS, *LAYERS, *COMPOSITIONS)
+    ],
+)
 def test_a_program_is_written_and_read(name):
-    """Params and carries of every type go through `jax.export`, without a kernel; so does a batch of any size."""
+    """Params and carries of every type go through `jax.export`, without a kernel."""
+    pytest.importorskip("flatbuffers")  # in which JAX writes programs, and which it does not bring
     cell = MEMBERS[name]
     params = jax.tree.map(jnp.asarray, draw_params(cell, dtype=np.float32))
     xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, 4, 2, dtype=np.float32))
