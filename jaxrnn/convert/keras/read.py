@@ -55,7 +55,7 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     - `stateful=True`: pass the carry on. The final carry is always returned, and what `return_state=True` puts out is
       in it.
     - Bidirectional with `merge_mode=None` gives a tuple of both outputs.
-    - A GRU with `reset_after` has two biases in Keras, of which r and z read the sum; here it is one `b`, and `b_hn`. An
+    - A GRU with `reset_after` has two biases in Keras, of which r and z read the sum; here they have one, `b`. An
       optimizer moves that sum twice as far in Keras; see `from_torch` for a way to do the same.
     - Initializers, regularizers and constraints act in training only and are not kept; nor is `trainable`.
     - A model computes in the dtype of xs: cast xs where the policy is a mixed one. Embedding takes integers.
