@@ -10,7 +10,8 @@ import pytest
 # Little optimisation takes a quarter of the time to compile; set XLA_FLAGS for another way. XLA reads them once, before
 # anything of jaxrnn runs, and refuses to start on one that it does not know, so each version gets those that it does.
 _FLAGS = {
-    "0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
     "0.11": "--xla_backend_optimization_level=0",
     "0.12": "--xla_backend_optimization_level=0",
 }
