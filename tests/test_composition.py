@@ -214,6 +214,7 @@ class Attention(Cell):
         return self.gru.step(params.gru, carry, jnp.concatenate([x, context], -1), noise)
 
 
+@pytest.mark.full
 def test_attention_over_encoder_states_in_the_params():
     encoder, decoder = GRU(2, 3), Attention(2, 4, 3)
     encoder_params, own = draw_params(encoder), draw_params(decoder)
@@ -275,6 +276,7 @@ def test_chunks_of_a_pool():
         close((carry, y), jaxrnn.scan(cell, params, draw_carry(cell, params, 2), xs))
 
 
+@pytest.mark.full
 def test_an_ensemble_is_initialised_and_run_by_vmap():
     """Params by vmap over keys are those one by one, also compiled, where several factorisations run at once."""
     cell = Stack((LSTM(3, 20), GRU(20, 33), Linear(33, 2)))

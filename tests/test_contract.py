@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from members import (
     BATCH,
-    CELLS,
-    LAYERS,
     MEMBERS,
     TIME,
     TYPICAL,
@@ -90,7 +88,7 @@ def arguments(cell):
     return params, draw_carry(cell, params, BATCH), draw_x(cell, 3, TIME, BATCH)
 
 
-@every_member_and_option()
+@every_member()
 @pytest.mark.parametrize("reverse", [False, True])
 def test_scan_is_the_loop_of_steps(cell, reverse):
     """Lengths, masks with holes, resets, both directions: the numbers of one sequence and one step at a time."""
@@ -264,7 +262,7 @@ def test_second_order(cell):
     np.testing.assert_allclose(products[1:], products[0], 1e-8, 1e-10)
 
 
-@some_members("lstm", "dropout", "zoneout", "everything")
+@some_members("lstm", "everything")
 def test_remat_changes_nothing(cell):
     """With noise, `remat_every` changes no value and no gradient. Other numbers of steps: see test_time."""
     point, xs = differentiable(cell)
@@ -278,7 +276,7 @@ def test_remat_changes_nothing(cell):
         close(floats(each), floats(plain))
 
 
-@some_members(*CELLS, *LAYERS, "stack", "everything")
+@some_members("lstm", "gru", "mgu", "s5", "rg_lru", "conv_lstm_1d", "embed", "linear", "layer_norm", "everything")
 @pytest.mark.parametrize(
     "dtype",
     [jnp.bfloat16, *(pytest.param(dtype, marks=pytest.mark.full) for dtype in (jnp.float16, jnp.float32, jnp.float64))],

@@ -205,6 +205,7 @@ def wide(tree):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree)
 
 
+@pytest.mark.full
 def test_every_member_is_its_own_run():
     """Over seeds and rates, 51 steps in float64; a member that stopped holds the params of its stopping step."""
     rates = jnp.array([0.001, 0.03, 0.3])

@@ -14,6 +14,7 @@ from flax import nnx, serialization
 from flax.core import freeze
 from flax.traverse_util import flatten_dict, path_aware_map
 from members import MEMBERS, D, H, OwnParams, draw_carry, draw_params, draw_x, some_members, weighted_sum
+from tiers import in_full
 
 import jaxrnn
 import jaxrnn.linen
@@ -182,7 +183,7 @@ def test_an_absent_bias():
     close(RNN(cell).apply({"params": tree}, XS), jaxrnn.scan(cell, params, None, XS, time_axis=1)[1])
 
 
-@pytest.mark.parametrize("shape", [(TIME,), (BATCH, TIME), (2, BATCH, TIME)], ids=len)
+@pytest.mark.parametrize("shape", [(TIME,), (BATCH, TIME), *in_full([(2, BATCH, TIME)])], ids=len)
 def test_layouts(shape):
     for cell in (GRU(D, H), ConvLSTM((4,), D, H)):
         xs = draw_x(cell, 1, *shape)
@@ -505,6 +506,7 @@ def as_lstm(params):
     )
 
 
+@pytest.mark.full
 def test_a_flax_cell_gets_everything():
     flax = LinenCell(nn.OptimizedLSTMCell(H), D)
     params = flax.init(KEY)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sanitize
 from members import weighted_sum
+from tiers import mostly_in_full
 
 import jaxrnn
 from jaxrnn import GRU, LSTM, Elman, LearnedCarry
@@ -96,7 +97,7 @@ def full(values):
 
 @needed
 @pytest.mark.parametrize("shape", [*SHAPES, *full(MORE_SHAPES)], ids=str)
-@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_before", *full(["elman", "relu"])])
+@pytest.mark.parametrize("kind", mostly_in_full(KINDS, "lstm", "gru"))
 def test_values_and_gradients(kind, shape):
     close(*both_ways(gradients(*problem(kind, shape))))
 
@@ -340,7 +341,7 @@ def test_an_array_that_one_direction_lacks(kind):
 
 @needed
 @pytest.mark.parametrize("rows", [(2,), *full([(), (1,), (7,)])], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_in_full(KINDS, "lstm", "gru"))
 def test_a_single_step(kind, rows):
     for inputs, units in [(1, 1), (11, 19), (40, 411)]:  # the last one with several threads, and several parts of each
         cell, params, carry, xs = problem(kind, (1, 7, inputs, units))
@@ -474,6 +475,7 @@ def test_sanitizers_find_nothing(sanitizer):
     assert "0 wrong" in sanitize.run(sanitizer, 100, "g++")
 
 
+@pytest.mark.full
 @needed
 def test_every_instruction_set():
     expected = program("xla")

@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 import scipy.linalg
+from tiers import mostly_in_full
 
 import jaxrnn
 from jaxrnn.cells.rg_lru import bounded_sqrt
@@ -335,7 +336,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", mostly_in_full(STATES, "LRU", "S5", "S4D bilinear timed", "S6", "SRU", "QRNN"))
 def test_cell_is_the_oracle(name):
     """Values, and gradients by finite differences; real and imaginary parts of the carry apart."""
     cell, free, oracle, options = STATES[name]
@@ -449,6 +450,7 @@ def test_a_window_holds_the_last_valid_inputs_of_its_sequence(reverse):
             np.testing.assert_allclose(last.window, windows, 1e-12, 1e-12)
 
 
+@pytest.mark.full
 def test_s5_begins_as_hippo():
     """Half of the conjugate pairs stand for the whole real system of 2 P states, held over steps of one length."""
     pairs, step = 3, 0.07

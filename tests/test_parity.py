@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conversion import peer
 from jax import lax
+from tiers import mostly_in_full
 
 from jaxrnn import (
     GRU,
@@ -237,8 +238,16 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize(("kind", "options", "lengths"), list(TORCH.values()), ids=list(TORCH))
-def test_torch(torch, kind, options, lengths):
+@pytest.mark.parametrize(
+    "name",
+    mostly_in_full(
+        TORCH,
+        *("RNN relu without bias", "LSTM bidirectional packed", "GRU", "GRU packed batch_first"),
+        "LSTM proj_size 2 layers bidirectional packed batch_first",
+    ),
+)
+def test_torch(torch, name):
+    kind, options, lengths = TORCH[name]
     module = getattr(torch.nn, kind)(D, H, dtype=torch.float64, **options)
     rows = module.num_layers * (2 if module.bidirectional else 1)
     states = [np.empty((rows, B, module.proj_size or H)), *([np.empty((rows, B, H))] if kind == "LSTM" else [])]

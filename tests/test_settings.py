@@ -67,7 +67,7 @@ def run(cell, each, keyed):
 def samples():
     """A small sample under each, and a large one in the full tier."""
     for setting in SETTINGS:
-        fast = setting in (*SLOW, "debug_nans")  # other tests run under the rest
+        fast = setting in ("check_tracer_leaks", "debug_nans")  # other tests run under the rest
         yield pytest.param(SMALL, setting, id=f"{setting}-small", marks=[] if fast else [pytest.mark.full])
         if setting not in SLOW:
             yield pytest.param(SAMPLE, setting, id=f"{setting}-large", marks=pytest.mark.full)
