@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 
 from jaxrnn.engines.arrays import cast_like
-from jaxrnn.engines.choose import IMPLEMENTATIONS, Implementation, choose, record
-from jaxrnn.engines.loop import in_chunks, starts, time_loop
+from jaxrnn.engines.loop import in_chunks, time_loop
+from jaxrnn.engines.walk import IMPLEMENTATIONS, Walk
 
 _XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
 REFUSALS: dict[str, str] = {name: _XLA_ONLY for name in IMPLEMENTATIONS if name != "xla"}
@@ -129,19 +129,15 @@ class Cell(metaclass=CellType):
         xs: Any,
         *,
         fresh: Any,
-        valid: Array | None,
-        reset: Array | None,
-        reverse: bool,
         noise: Any,
-        remat_every: int | None,
-        implementation: Implementation,
+        walk: Walk,
     ) -> tuple[Any, Any]:
         """`step` over the first axis of `xs`: (final carry, ys). Call `jaxrnn.scan` instead, which prepares all this.
 
-        An override honours every argument: `carry` and `fresh` are given, `valid` and `reset` are None or bool
-        (T, *batch), `xs` is zero at invalid steps and `ys` must be, `noise` is None or `(sequence, steps)`.
+        An override honours every argument: `carry` and `fresh` are given, `xs` is zero at invalid steps and `ys` must
+        be, `noise` is None or `(sequence, steps)`, and `walk` says all else.
         """
-        record("scan", *choose("scan", implementation, REFUSALS, cell=self), cell=self)
+        walk.record("scan", *walk.choose("scan", REFUSALS, cell=self), cell=self)
         sequence, steps = (None, None) if noise is None else noise
 
         def step(params, carry, inputs):
@@ -151,11 +147,22 @@ class Cell(metaclass=CellType):
 
         def run(constant, carry, inputs):
             params, fresh = constant
-            xs, valid, start = inputs
-            return time_loop(step, params, carry, xs, fresh=fresh, valid=valid, start=start, reverse=reverse)
+            xs, flags = inputs
+            return time_loop(
+                step, params, carry, xs, fresh=fresh, flags=flags, reverse=walk.reverse, platform=walk.platform
+            )
 
-        inputs = (xs, steps), valid, starts(reset, valid, reverse)
-        return in_chunks(run, (params, fresh), carry, inputs, reverse, remat_every)
+        return in_chunks(run, (params, fresh), carry, ((xs, steps), walk.flags), walk)
+
+    def scan_both(
+        self, params: tuple[Any, Any], carry: tuple[Any, Any], xs: Any, *, fresh: Any, noise: Any, walk: Walk
+    ) -> list[tuple[Any, Any]]:
+        """`scan` along the walk and along the opposite one, of pairs of params, carries and noise.
+
+        An override runs both at once where it can.
+        """
+        walks = walk, walk.opposite
+        return [self.scan(params[k], carry[k], xs, fresh=fresh[k], noise=noise[k], walk=walks[k]) for k in range(2)]
 
     def parts(self, params: Any, given: Any) -> tuple[Part, ...]:
         """The cells that this one is made of, where `params` are its own and x has the size `given`, if known."""
@@ -179,9 +186,7 @@ class Part(NamedTuple):
     given: Any
 
 
-def scan_one_step(
-    cell: Cell, params: Any, carry: Any, x: Any, noise: Any, *, remat_every: int | None, implementation: Implementation
-) -> tuple[Any, Any]:
+def scan_one_step(cell: Cell, params: Any, carry: Any, x: Any, *, noise: Any, walk: Walk) -> tuple[Any, Any]:
     """A sequence of one step, by the engines of a sequence: (carry', y)."""
 
     def one(tree):
@@ -192,12 +197,8 @@ def scan_one_step(
         carry,
         one(x),
         fresh=carry,
-        valid=None,
-        reset=None,
-        reverse=False,
         noise=None if noise is None else (noise[0], one(noise[1])),
-        remat_every=remat_every,
-        implementation=implementation,
+        walk=walk.one_step,
     )
     return carry, ys if cell.ends_time else jax.tree.map(lambda y: y[0], ys)
 

@@ -11,7 +11,6 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size, scan_one_step
 from jaxrnn.engines.arrays import inexact
-from jaxrnn.engines.loop import final
 from jaxrnn.layers import Layer
 
 
@@ -163,28 +162,16 @@ class Stack(Several):
             ys.append(y)
         return tuple(carries), self._output(ys)
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         self._check(params)
         carries, ys, ended = [], [], False
         for k, cell in enumerate(self.cells):
             inputs, drawn = self._input(xs, ys), part(noise, k)
             if ended:
-                drawn = drawn and (drawn[0], final(drawn[1], valid, reverse))
-                options = {"remat_every": remat_every, "implementation": implementation}
-                new, y = scan_one_step(cell, params[k], carry[k], inputs, drawn, **options)
+                drawn = drawn and (drawn[0], walk.last(drawn[1]))
+                new, y = scan_one_step(cell, params[k], carry[k], inputs, noise=drawn, walk=walk)
             else:
-                new, y = cell.scan(
-                    params[k],
-                    carry[k],
-                    inputs,
-                    fresh=fresh[k],
-                    valid=valid,
-                    reset=reset,
-                    reverse=reverse,
-                    noise=drawn,
-                    remat_every=remat_every,
-                    implementation=implementation,
-                )
+                new, y = cell.scan(params[k], carry[k], inputs, fresh=fresh[k], noise=drawn, walk=walk)
             ended = ended or cell.ends_time
             carries.append(new)
             ys.append(y)

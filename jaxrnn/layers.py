@@ -15,7 +15,7 @@ from jaxrnn.cell import Cell
 from jaxrnn.cells.activations import Activation, activation
 from jaxrnn.cells.gated import normalize
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, lifted, zero_where_not
+from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, lifted
 
 
 class Layer(Cell):
@@ -31,13 +31,13 @@ class Layer(Cell):
     def step(self, params, carry, x, noise=None):
         return carry, self.apply(params, x, noise)
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         if noise is None:
             ys = jax.vmap(lambda x: self.apply(params, x))(xs)
         else:
             sequence, steps = noise
             ys = jax.vmap(lambda x, drawn: self.apply(params, x, (sequence, drawn)))(xs, steps)
-        return carry, zero_where_not(valid, ys)
+        return carry, walk.without_padding(ys)
 
 
 class LinearParams(NamedTuple):
@@ -129,8 +129,8 @@ class Embed(Layer):
         rows = w.astype(accumulator(w.dtype))[jnp.where(known, x, 0)].astype(w.dtype)
         return jnp.where(known[..., None], rows, np.array(np.nan, rows.dtype))
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
-        return carry, zero_where_not(valid, self.apply(params, xs))
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        return carry, walk.without_padding(self.apply(params, xs))
 
 
 class LayerNormParams(NamedTuple):

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.engines.arrays import accumulator, zero_where_not
-from jaxrnn.engines.choose import Implementation
+from jaxrnn.engines.arrays import accumulator
 from jaxrnn.engines.linear import linear_form, linear_recurrence
-from jaxrnn.engines.loop import starts
+from jaxrnn.engines.walk import Implementation, Walk, checked
 
 
 def linear_scan(
@@ -76,20 +75,20 @@ def linear_scan(
     else:
         h = jnp.asarray(h0)
         h = jnp.broadcast_to(_broadcastable("h0", h, inner), inner).astype(accumulator(h.dtype, state))
-    form = linear_form(implementation, a.dtype, b.dtype, h.dtype)
     valid, reset = (_flags(name, flag, b.shape, time_axis) for name, flag in (("mask", mask), ("reset", reset)))
     if valid is not None and reset is not None and valid.ndim != reset.ndim:
         raise ValueError(f"reset: expected as many axes as mask has, {valid.ndim}, got {reset.ndim}")
+    walk = Walk(valid, reset, bool(reverse), implementation=checked(implementation))
+    form = linear_form(walk, a.dtype, b.dtype, h.dtype)
     last, hs = linear_recurrence(
         jnp.moveaxis(a, time_axis, 0),
         jnp.moveaxis(b, time_axis, 0),
         h,
-        valid=valid,
-        start=starts(reset, valid, bool(reverse)),
-        reverse=bool(reverse),
+        flags=walk.flags,
+        reverse=walk.reverse,
         form=form,
     )
-    return last, jnp.moveaxis(zero_where_not(valid, hs), 0, time_axis)
+    return last, jnp.moveaxis(walk.without_padding(hs), 0, time_axis)
 
 
 def _broadcastable(name: str, array: Array, shape: tuple[int, ...]) -> Array:

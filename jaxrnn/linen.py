@@ -15,7 +15,7 @@ from jax import Array
 from jaxrnn import flax_bridge as bridge
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import cast
-from jaxrnn.engines.choose import Implementation
+from jaxrnn.engines.walk import Implementation
 from jaxrnn.flax_bridge import FlaxCarry, FlaxCell, from_params, to_params
 from jaxrnn.sequence import step
 

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
-from jaxrnn.cells.gated import GatedCell
 from jaxrnn.compose import Several, fits, part
-from jaxrnn.engines.arrays import zero_where_not
 
 MERGES: dict[str, Callable[..., Any]] = {
     "concat": lambda *ys: jnp.concatenate(ys, axis=-1),
@@ -103,15 +101,15 @@ class Parallel(Several):
         self._check(params)
         return self._run([cell.step(params[k], carry[k], x, part(noise, k)) for k, cell in enumerate(self.cells)])
 
-    def scan(self, params, carry, xs, *, fresh, noise, **arguments):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         self._check(params)
         carry, ys = self._run(
             [
-                cell.scan(params[k], carry[k], xs, fresh=fresh[k], noise=part(noise, k), **arguments)
+                cell.scan(params[k], carry[k], xs, fresh=fresh[k], noise=part(noise, k), walk=walk)
                 for k, cell in enumerate(self.cells)
             ]
         )
-        return carry, ys if self.ends_time else zero_where_not(arguments["valid"], ys)
+        return carry, ys if self.ends_time else walk.without_padding(ys)
 
     def _run(self, results):
         return tuple(new for new, _ in results), _merge(self.merge, [y for _, y in results])
@@ -209,19 +207,20 @@ class Bidirectional(Cell):
             "Run whole sequences with jaxrnn.scan."
         )
 
-    def scan(self, params, carry, xs, *, fresh, reverse, noise, **arguments):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         self._check(params)
-        cells, noises = (self.forward, self.backward), [part(noise, k) for k in range(2)]
-        if cells[0] == cells[1] and isinstance(cells[0], GatedCell) and type(cells[0]).scan is GatedCell.scan:
-            results = cells[0].scan_both(params, carry, xs, fresh=fresh, reverse=reverse, noise=noises, **arguments)
+        noises = [part(noise, k) for k in range(2)]
+        if self.forward == self.backward:
+            results = self.forward.scan_both(params, carry, xs, fresh=fresh, noise=noises, walk=walk)
         else:
+            cells, walks = (self.forward, self.backward), (walk, walk.opposite)
             results = [
-                cell.scan(params[k], carry[k], xs, fresh=fresh[k], reverse=reverse != k, noise=noises[k], **arguments)
+                cell.scan(params[k], carry[k], xs, fresh=fresh[k], noise=noises[k], walk=walks[k])
                 for k, cell in enumerate(cells)
             ]
         (forward, a), (backward, b) = results
         ys = _merge(self.merge, (a, b))
-        return BidirectionalPair(forward, backward), ys if self.ends_time else zero_where_not(arguments["valid"], ys)
+        return BidirectionalPair(forward, backward), ys if self.ends_time else walk.without_padding(ys)
 
     def _check(self, params):
         if not isinstance(params, BidirectionalPair):

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxrnn.cell import Cell, check_cell, output_size
 from jaxrnn.compose import Stack
 from jaxrnn.engines.arrays import accumulator, inexact, select, zero_where_not
-from jaxrnn.engines.loop import final, starts
+from jaxrnn.engines.walk import final
 from jaxrnn.parallel import Bidirectional
 from jaxrnn.wrap import Backward, Wrapper
 
@@ -126,20 +126,12 @@ class Pool(Wrapper):
         carry = PoolCarry(cell, jax.tree.map(pooled, self.how, carry.value), carry.count + 1)
         return carry, self._output(carry, None).astype(y.dtype)
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
-        arguments = {
-            "valid": valid,
-            "reset": reset,
-            "reverse": reverse,
-            "noise": noise,
-            "remat_every": remat_every,
-            "implementation": implementation,
-        }
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         if self._by_direction:
-            return self._by_direction.scan(params, carry, xs, fresh=fresh, **arguments)
-        cell, ys = self.cell.scan(params, carry.cell, xs, fresh=fresh.cell, **arguments)
+            return self._by_direction.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
+        cell, ys = self.cell.scan(params, carry.cell, xs, fresh=fresh.cell, noise=noise, walk=walk)
+        (valid, start), reverse = walk.flags, walk.reverse
         value, count, pooled = carry.value, carry.count, valid
-        start = starts(reset, valid, reverse)
         if start is not None:
             counted = start.astype(jnp.int32)
             after = lax.cumsum(counted, reverse=not reverse) - counted

@@ -52,8 +52,8 @@ class RecurrentDropout(Wrapper):
     def step(self, params, carry, x, noise=None):
         return self.cell.step(params, carry, x, noise)
 
-    def scan(self, params, carry, xs, **arguments):
-        return self.cell.scan(params, carry, xs, **arguments)
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        return self.cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
 
 class WeightDropNoise(NamedTuple):
@@ -112,9 +112,9 @@ class WeightDrop(Wrapper):
         params, noise = self._drop(params, noise)
         return self.cell.step(params, carry, x, noise)
 
-    def scan(self, params, carry, xs, *, noise, **arguments):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         params, noise = self._drop(params, noise)
-        return self.cell.scan(params, carry, xs, noise=noise, **arguments)
+        return self.cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
     def _drop(self, params, noise):
         if noise is None:

@@ -10,9 +10,9 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
-from jaxrnn.engines.arrays import zero_where_not
+from jaxrnn.engines.walk import Walk
 from jaxrnn.layers import Layer, row_keys
-from jaxrnn.sequence import scan
+from jaxrnn.sequence import walked
 
 
 class Repeat(Layer):
@@ -66,19 +66,19 @@ class Repeat(Layer):
         return None, row_keys(key, (length, *batch_shape))
 
     def apply(self, params, x, noise=None):
-        return self._run(params, x, None if noise is None else noise[1], None, None)
+        return self._run(params, x, None if noise is None else noise[1], Walk())
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
-        ys = self._run(params, xs, None if noise is None else noise[1], remat_every, implementation)
-        return carry, zero_where_not(valid, ys)
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        ys = self._run(params, xs, None if noise is None else noise[1], walk.one_step)
+        return carry, walk.without_padding(ys)
 
-    def _run(self, params, x, keys, remat_every, implementation):
+    def _run(self, params, x, keys, walk):
         """Of x (*batch, ...), the outputs (*batch, n, ...)."""
         ndim = jax.tree.leaves(x)[0].ndim - jax.tree.leaves(self.cell.input_ndim)[0]
 
         def run(x, key=None):
             xs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *x.shape)), x)
-            return scan(self.cell, params, None, xs, key=key, remat_every=remat_every, implementation=implementation)[1]
+            return walked(self.cell, params, None, xs, key, walk)[1]
 
         if keys is not None:  # each row draws its own noise
             for _ in range(ndim):

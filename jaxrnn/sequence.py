@@ -25,10 +25,8 @@ from jaxrnn.arguments import (
     valid_steps,
 )
 from jaxrnn.cell import Cell, scan_one_step
-from jaxrnn.engines import choose, native
 from jaxrnn.engines.arrays import cast_like, varying_like, widened, zero_where_not
-from jaxrnn.engines.choose import EngineCall, Implementation
-from jaxrnn.engines.loop import final
+from jaxrnn.engines.walk import EngineCall, Implementation, Question, Walk, checked, final
 
 
 def scan(
@@ -90,35 +88,64 @@ def scan(
         >>> carry.h.shape, ys.shape
         ((5, 16), (5, 7, 16))
     """
+    return scan_asked(
+        None,
+        cell,
+        params,
+        carry,
+        xs,
+        lengths=lengths,
+        mask=mask,
+        reset=reset,
+        reverse=reverse,
+        time_axis=time_axis,
+        key=key,
+        remat_every=remat_every,
+        implementation=implementation,
+    )
+
+
+def scan_asked(
+    question: Question | None,
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    *,
+    lengths: Any = None,
+    mask: Any = None,
+    reset: Any = None,
+    reverse: bool = False,
+    time_axis: int = 0,
+    key: Array | None = None,
+    remat_every: int | None = None,
+    implementation: Implementation = None,
+) -> tuple[Any, Any]:
+    """`scan`, as it would run where the question says; every call of an engine is added to its answers."""
     expect_cell(cell)
-    choose.check(implementation)
     if remat_every is not None:
         remat_every = positive("remat_every", remat_every)
+    named = checked(implementation)
     params = to_jax(params)
     xs, length, batch_shape, time_axis = time_first(cell, xs, time_axis)
     valid = valid_steps(lengths, mask, length, batch_shape, time_axis)
     if reset is not None:
         reset = flags_of("reset", reset, length, batch_shape, time_axis)
-    xs = zero_where_not(valid, xs)
-    carry, fresh = carries(cell, params, carry, xs, batch_shape, 1)
-    noise = None if key is None else cell.noise(single_key(key), length, batch_shape)
-    carry = varying_like(carry, fresh, params, xs, valid, reset, noise)
-    with native.reading(batch_major=0 < time_axis == len(batch_shape)):
-        carry, ys = cell.scan(
-            params,
-            carry,
-            xs,
-            fresh=fresh,
-            valid=valid,
-            reset=reset,
-            reverse=bool(reverse),
-            noise=noise,
-            remat_every=remat_every,
-            implementation=implementation,
-        )
+    batch_major = 0 < time_axis == len(batch_shape)
+    walk = Walk(valid, reset, bool(reverse), remat_every, named, batch_major, question)
+    carry, ys = walked(cell, params, carry, zero_where_not(valid, xs), key, walk)
     if time_axis and not cell.ends_time:
         ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)
     return carry, ys
+
+
+def walked(cell: Cell, params: Any, carry: Any, xs: Any, key: Array | None, walk: Walk) -> tuple[Any, Any]:
+    """`cell` along `walk`, with the carry to start from, or None, and the noise of a key, or none; time is first."""
+    length, *batch = batch_shape_of(cell, "xs", xs)
+    carry, fresh = carries(cell, params, carry, xs, tuple(batch), 1)
+    noise = None if key is None else cell.noise(single_key(key), length, tuple(batch))
+    carry = varying_like(carry, fresh, params, xs, walk, noise)
+    return cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
 
 def step(
@@ -149,8 +176,22 @@ def step(
         >>> y.shape
         (4,)
     """
+    return step_asked(None, cell, params, carry, x, noise=noise, implementation=implementation)
+
+
+def step_asked(
+    question: Question | None,
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    x: Any,
+    *,
+    noise: Any = None,
+    implementation: Implementation = None,
+) -> tuple[Any, Any]:
+    """`step`, as `scan_asked` is `scan`."""
     expect_cell(cell)
-    choose.check(implementation)
+    walk = Walk(implementation=checked(implementation), question=question)
     params, x = to_jax(params), jax.tree.map(jnp.asarray, x)
     batch_shape = batch_shape_of(cell, "x", x)
     if not cell.causal:
@@ -159,8 +200,7 @@ def step(
             "Run whole sequences with jaxrnn.scan."
         )
     carry, _ = carries(cell, params, carry, x, batch_shape)
-
-    return scan_one_step(cell, params, carry, x, noise, remat_every=None, implementation=implementation)
+    return scan_one_step(cell, params, carry, x, noise=noise, walk=walk)
 
 
 def rollout(
@@ -261,23 +301,37 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    cell: Cell, params: Any, carry: Any, xs: Any, *, platform: str | None = None, **keywords: Any
+    cell: Cell,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    *,
+    platform: str | None = None,
+    one_step: bool = False,
+    **keywords: Any,
 ) -> Explanation:
     """Which implementation `scan` with the same arguments runs for each call of an engine, and why not the others.
 
     Args:
       cell, params, carry, xs, keywords: as in `scan`. Nothing is computed.
       platform: "cpu", "gpu" or "tpu"; None for the default one.
+      one_step: whether to explain `step` in place of `scan`; then xs is the x of one step, and keywords are `step`'s.
 
         >>> import jax, jax.numpy as jnp, jaxrnn
         >>> cell = jaxrnn.GRU(3, 4)
         >>> params = cell.init(jax.random.key(0))
         >>> jaxrnn.explain(cell, params, None, jnp.ones((7, 3)), platform="gpu").calls[0].implementation
         'xla'
+        >>> print(jaxrnn.explain(cell, params, None, jnp.ones(3), platform="gpu", one_step=True))
+        on gpu:
+        gated_scan: xla  for GRU(input_size=3, hidden_size=4)
+          not native: the kernels are compiled for the CPU
+          not associative: the recurrence is not linear
+          not chunked: the recurrence is not linear
     """
     if platform not in ("cpu", "gpu", "tpu", None):
         raise ValueError(f"platform: expected 'cpu', 'gpu', 'tpu' or None, got {platform!r}")
     platform = jax.default_backend() if platform is None else platform
-    with choose.recording(platform) as calls:
-        jax.eval_shape(lambda params, carry, xs: scan(cell, params, carry, xs, **keywords), params, carry, xs)
-    return Explanation(platform, tuple(calls))
+    question, run = Question(platform), step_asked if one_step else scan_asked
+    jax.eval_shape(lambda *arrays: run(question, cell, *arrays, **keywords), params, carry, xs)
+    return Explanation(platform, tuple(question.calls))

@@ -87,8 +87,8 @@ class Residual(Wrapper):
         carry, y = self.cell.step(params, carry, x, noise)
         return carry, _add(x, y)
 
-    def scan(self, params, carry, xs, **arguments):
-        carry, ys = self.cell.scan(params, carry, xs, **arguments)
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        carry, ys = self.cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         return carry, _add(xs, ys)
 
 
@@ -125,8 +125,8 @@ class Backward(Wrapper):
             "Run whole sequences with jaxrnn.scan."
         )
 
-    def scan(self, params, carry, xs, *, reverse, **arguments):
-        return self.cell.scan(params, carry, xs, reverse=not reverse, **arguments)
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        return self.cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk.opposite)
 
 
 class LearnedCarryParams(NamedTuple):
@@ -170,8 +170,8 @@ class LearnedCarry(Wrapper):
     def step(self, params, carry, x, noise=None):
         return self.cell.step(params.cell, carry, x, noise)
 
-    def scan(self, params, carry, xs, **arguments):
-        return self.cell.scan(params.cell, carry, xs, **arguments)
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        return self.cell.scan(params.cell, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
     def parts(self, params, given):
         return (Part("cell", self.cell, params.cell, given),)

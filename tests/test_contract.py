@@ -506,7 +506,7 @@ def test_explain_names_what_runs(cell):
     assert all(call.implementation == "xla" and call.refused for call in calls)
     jax.eval_shape(lambda: jaxrnn.scan(cell, params, None, xs, implementation={"linear_scan": "chunked"}))
     if calls:
-        with pytest.raises(ValueError, match=r"implementation: .*pallas.*supported here"):
-            jaxrnn.scan(cell, params, None, xs, implementation="pallas")
+        with pytest.raises(ValueError, match=r"implementation: .*native.*supported here"):
+            jaxrnn.scan(cell, params, None, xs, implementation="native")
     else:
-        jax.eval_shape(lambda: jaxrnn.scan(cell, params, None, xs, implementation="pallas"))
+        jax.eval_shape(lambda: jaxrnn.scan(cell, params, None, xs, implementation="native"))

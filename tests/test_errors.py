@@ -229,7 +229,8 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
             "implementation: expected engines among .* got 'gru_scan'",
         ),
         ({"implementation": {"gated_scan": "fast"}}, ValueError, "got 'fast'"),
-        ({"implementation": "pallas"}, ValueError, "gated_scan cannot run .* as 'pallas': .*supported here: .*xla"),
+        ({"implementation": "pallas"}, ValueError, "implementation: expected one of .* got 'pallas'"),
+        ({"implementation": "chunked"}, ValueError, "gated_scan cannot run .* as 'chunked': .*supported here: .*xla"),
         ({"implementation": {"gated_scan": "associative"}}, ValueError, "not linear"),
     ],
 )

@@ -352,7 +352,7 @@ def test_errors_name_the_argument():
             {"time_axis": 3},
         ),
         (ValueError, "implementation: expected one of", (0.5, b), {"implementation": "fast"}),
-        (ValueError, "linear_scan cannot run 'linear_scan' as 'pallas'", (0.5, b), {"implementation": "pallas"}),
+        (ValueError, "linear_scan cannot run 'linear_scan' as 'native'", (0.5, b), {"implementation": "native"}),
     ]:
         with pytest.raises(error, match=match):
             jaxrnn.linear_scan(*arguments, **keywords)

@@ -73,6 +73,48 @@ def test_a_jitted_helper_runs_as_asked_each_time():
     assert programs[0] == programs[2]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _helped_scan(cell, params, carry, xs, fresh, walk):
+    return cell.scan(params, carry, xs, fresh=fresh, noise=None, walk=walk)
+
+
+class Scanned(Helped):
+    """The same of a whole sequence."""
+
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        return _helped_scan(self.inner, params, carry, xs, fresh, walk)
+
+
+def test_a_jitted_scan_runs_as_asked_each_time():
+    cell = Scanned(MinGRU(2, 3))
+    params, xs = draw_params(cell, dtype=np.float32), draw_x(cell, 0, 7, 2, dtype=np.float32)
+
+    def traced(implementation, **keywords):
+        run = functools.partial(jaxrnn.scan, cell, implementation=implementation, **keywords)
+        return str(jax.make_jaxpr(run)(params, None, xs))
+
+    for name in ("xla", "chunked", "associative"):
+        assert f"form={name}" in traced(name)
+        assert "reverse=False" in traced(name)
+        assert "reverse=True" in traced(name, reverse=True)
+    assert "form=None" in traced(None)
+    for platform, name in (("gpu", "associative"), ("cpu", "native" if native.absent() is None else "xla")):
+        (call,) = jaxrnn.explain(cell, params, None, xs, platform=platform).calls
+        assert call.implementation == name
+
+
+def test_explain_of_one_step():
+    cell = Stack((MinGRU(2, 3), GRU(3, 4)))
+    params, x = draw_params(cell, dtype=np.float32), draw_x(cell, 0, 5, dtype=np.float32)
+    calls = jaxrnn.explain(cell, params, None, x, platform="gpu", one_step=True).calls
+    assert [(call.engine, call.implementation) for call in calls] == [
+        ("linear_scan", "associative"),
+        ("gated_scan", "xla"),
+    ]
+    with pytest.raises(ValueError, match=r"cannot run .* as 'associative'"):
+        jaxrnn.explain(cell, params, None, x, one_step=True, implementation="associative")
+
+
 def test_rollout_reads_inputs_of_each_step():
     cell = GRU(3, 2)
     params = draw_params(cell, dtype=np.float32)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxrnn.analysis.observe import as_real, check_cell, check_count, norm
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import inexact, select
-from jaxrnn.engines.loop import final
+from jaxrnn.engines.walk import final
 from jaxrnn.sequence import scan
 
 

@@ -62,13 +62,14 @@ class Observed(Wrapper):
         new, y = self.cell.step(params.cell, carry, x, noise)
         return new, (y, Reads(carry, x))
 
-    def scan(self, params, carry, xs, *, valid, **arguments):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         length = jax.tree.leaves(xs)[0].shape[0]
         row = jax.tree.leaves(jax.eval_shape(self.initial_carry, params))[0]
         leaf = jax.tree.leaves(carry)[0]
         batch_shape = leaf.shape[: leaf.ndim - row.ndim]
-        carry, (ys, reads) = Cell.scan(self, params, carry, (xs, params.offsets), valid=valid, **arguments)
-        valid = jnp.ones((length, *batch_shape), bool) if valid is None else valid
+        inputs = xs, params.offsets
+        carry, (ys, reads) = Cell.scan(self, params, carry, inputs, fresh=fresh, noise=noise, walk=walk)
+        valid = jnp.ones((length, *batch_shape), bool) if walk.valid is None else walk.valid
         return Observation(self.cell, params.cell, carry, reads, valid), ys
 
 

@@ -11,8 +11,8 @@ from jax import Array
 
 from jaxrnn.analysis.observe import check_cell
 from jaxrnn.cell import Cell
-from jaxrnn.engines.choose import recording
-from jaxrnn.sequence import scan
+from jaxrnn.engines.walk import Question
+from jaxrnn.sequence import scan_asked
 
 
 class TrainingMemory(NamedTuple):
@@ -78,15 +78,16 @@ def training_memory(
         raise TypeError(f"loss: expected a function of (carry, ys), got {loss!r}")
     arguments = (params, carry, xs)
 
-    def run(every, params, carry, xs):
-        return scan(cell, params, carry, xs, remat_every=every, **keywords)
+    def run(every, params, carry, xs, question=None):
+        return scan_asked(question, cell, params, carry, xs, remat_every=every, **keywords)
 
     def kept(every):
-        def backward(params, carry, xs):
-            return jax.vjp(lambda params: loss(*run(every, params, carry, xs)), params)[1]
+        here = Question(jax.default_backend())  # of which alone the residuals are counted
 
-        with recording(jax.default_backend()):  # of which alone the residuals are counted
-            return _distinct_bytes(jax.make_jaxpr(backward)(*arguments).jaxpr)
+        def backward(params, carry, xs):
+            return jax.vjp(lambda params: loss(*run(every, params, carry, xs, here)), params)[1]
+
+        return _distinct_bytes(jax.make_jaxpr(backward)(*arguments).jaxpr)
 
     def step(params, carry, xs):
         return jax.value_and_grad(lambda params: loss(*run(remat_every, params, carry, xs)))(params)

@@ -11,7 +11,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, zero_where_not
-from jaxrnn.engines.loop import in_chunks, starts
+from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.window import step_window, windows
 
 
@@ -70,17 +70,17 @@ class CausalConv(Cell):
         taps, window = step_window(carry.window, x.astype(dtype))
         return CausalConvCarry(window), _weighted(cast(params, dtype), taps)
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
 
         def run(constant, carry, inputs):
             params, fresh = constant
-            xs, valid, start = inputs
-            taps, window = windows(carry.window, fresh.window, xs.astype(dtype), valid, start, reverse)
-            return CausalConvCarry(window), zero_where_not(valid, _weighted(cast(params, dtype), taps))
+            xs, flags = inputs
+            taps, window = windows(carry.window, fresh.window, xs.astype(dtype), flags, walk.reverse)
+            return CausalConvCarry(window), zero_where_not(flags.valid, _weighted(cast(params, dtype), taps))
 
-        return in_chunks(run, (params, fresh), carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
+        return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
 
 def _weighted(params, taps):

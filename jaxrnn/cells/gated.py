@@ -44,39 +44,17 @@ class GatedCell(Cell):
         check.params(self, params)
         return gated_step(self, self.weights(params), carry, x, _mask(noise))
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
-        return gated_scan(
-            self,
-            self.weights(params),
-            carry,
-            xs,
-            fresh=fresh,
-            valid=valid,
-            reset=reset,
-            reverse=reverse,
-            mask=_mask(noise),
-            remat_every=remat_every,
-            implementation=implementation,
-        )
+        return gated_scan(self, self.weights(params), carry, xs, fresh=fresh, mask=_mask(noise), walk=walk)
 
-    def scan_both(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
-        """`scan` in one direction and in the other, of pairs: [(carry, ys), (carry, ys)]."""
+    def scan_both(self, params, carry, xs, *, fresh, noise, walk):
+        if type(self).scan is not GatedCell.scan:  # a subclass walks in a way of its own
+            return super().scan_both(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         for each in params:
             check.params(self, each)
-        return gated_scan_both(
-            self,
-            [self.weights(each) for each in params],
-            carry,
-            xs,
-            fresh=fresh,
-            valid=valid,
-            reset=reset,
-            reverse=reverse,
-            mask=[_mask(each) for each in noise],
-            remat_every=remat_every,
-            implementation=implementation,
-        )
+        weights, masks = [self.weights(each) for each in params], [_mask(each) for each in noise]
+        return gated_scan_both(self, weights, carry, xs, fresh=fresh, mask=masks, walk=walk)
 
     def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
         """A part of the initial carry, (*batch_shape, size), in the params' dtype."""

@@ -14,7 +14,8 @@ from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, select, zero_where_not
 from jaxrnn.engines.linear import linear_form, linear_recurrence
 from jaxrnn.engines.log_linear import log_linear_form, log_linear_recurrence
-from jaxrnn.engines.loop import in_chunks, starts
+from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.walk import Flags
 from jaxrnn.engines.window import step_window, windows
 
 
@@ -62,7 +63,7 @@ class LinearCell(Cell):
         y = self.output(params, h.astype(b.dtype), x).astype(dtype)
         return _replaced(carry, h.astype(carry.h.dtype), True, window), y
 
-    def scan(self, params, carry, xs, *, fresh, valid, reset, reverse, noise, remat_every, implementation):
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
@@ -71,25 +72,26 @@ class LinearCell(Cell):
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
         in_logs = getattr(self, "log_space", False)
         if in_logs:
-            form = log_linear_form(implementation, self)
+            form = log_linear_form(walk, self)
         else:
-            form = linear_form(implementation, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
+            form = linear_form(walk, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
 
         def run(constant, carry, inputs):
             params, fresh = constant
-            xs, valid, start = inputs
+            xs, flags = inputs
+            valid, start = flags
             params, window = cast(params, dtype), None
             if hasattr(carry, "window"):
-                taps, window = windows(carry.window, fresh.window, xs, valid, start, reverse)
+                taps, window = windows(carry.window, fresh.window, xs, flags, walk.reverse)
                 xs = jnp.concatenate(taps, axis=-1)
-            h, options = carry.h, {"valid": valid, "start": start, "reverse": reverse, "form": form}
+            h, options = carry.h, {"flags": flags, "reverse": walk.reverse, "form": form}
             wide = h.astype(accumulator(dtypes[1], h.dtype))
             if in_logs:
                 last, hs = log_linear_recurrence(*self.log_coefficients(params, xs), wide, fresh=fresh.h, **options)
             else:
                 a, b = self.coefficients(params, xs)
                 if hasattr(carry, "started"):
-                    a, b = self.begin(a, b, _started(carry.started, fresh.started, valid, start, reverse, xs.shape[0]))
+                    a, b = self.begin(a, b, _started(carry.started, fresh.started, flags, walk.reverse, xs.shape[0]))
                 if start is not None:
                     b = select(start, b + lifted(a, b) * lifted(fresh.h.astype(b.dtype), b), b)
                 last, hs = linear_recurrence(a, b, wide, **options)
@@ -97,7 +99,7 @@ class LinearCell(Cell):
             ys = zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
             return _replaced(carry, last.astype(h.dtype), some, window), ys
 
-        return in_chunks(run, (params, fresh), carry, (xs, valid, starts(reset, valid, reverse)), reverse, remat_every)
+        return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
     def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
         """(*batch_shape, size), in the params' dtype."""
@@ -115,8 +117,9 @@ def _replaced(carry: Any, h: Array, valid: Any, window: Array | None) -> Any:
     return carry._replace(**new)
 
 
-def _started(given: Array, fresh: Array, valid: Array | None, start: Array | None, reverse: bool, length: int) -> Array:
+def _started(given: Array, fresh: Array, flags: Flags, reverse: bool, length: int) -> Array:
     """Of every step (T, *batch), whether a valid step came before it in its sequence."""
+    valid, start = flags
     if valid is None:
         seen = (jnp.arange(length) != (length - 1 if reverse else 0)).reshape(length, *[1] * given.ndim)
     else:

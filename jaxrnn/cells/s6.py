@@ -108,10 +108,10 @@ class S6(LinearCell):
         c = dot(x, params.w_x[:, -self.hidden_size :]).astype(h.dtype)
         return jnp.einsum("...dn,...n->...d", h, c) + lifted(params.d.astype(h.dtype), x) * x.astype(h.dtype)
 
-    def scan(self, params, carry, xs, *, remat_every, **arguments):
-        if remat_every is None and xs.shape[0] > CHUNK:
-            remat_every = CHUNK
-        return super().scan(params, carry, xs, remat_every=remat_every, **arguments)
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        if walk.remat_every is None and xs.shape[0] > CHUNK:
+            walk = walk.replace(remat_every=CHUNK)
+        return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
 
 def s6_init(

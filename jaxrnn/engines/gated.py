@@ -18,13 +18,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn.engines import gated_native, native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot, lifted, varying_like
-from jaxrnn.engines.choose import Implementation, choose, record
-from jaxrnn.engines.loop import in_chunks, starts, time_loop
+from jaxrnn.engines.loop import in_chunks, time_loop
+from jaxrnn.engines.walk import Flags, Walk
 
 REFUSALS = {
     "associative": "the recurrence is not linear",
     "chunked": "the recurrence is not linear",
-    "pallas": "no kernel is written",
 }
 
 
@@ -154,12 +153,8 @@ def gated_scan(
     xs: Array,
     *,
     fresh: Any,
-    valid: Array | None,
-    reset: Array | None,
-    reverse: bool,
     mask: Array | None,
-    remat_every: int | None,
-    implementation: Implementation,
+    walk: Walk,
 ) -> tuple[Any, Array]:
     """The recurrence over the first axis of `xs`: (final carry, ys).
 
@@ -169,29 +164,23 @@ def gated_scan(
       carry: the carry before the first step, leaves (*batch, ...).
       xs: (T, *batch, D), zero at invalid steps.
       fresh: the carry that a reset starts from.
-      valid: bool (T, *batch) or None; an invalid step keeps the carry and puts out 0.
-      reset: bool (T, *batch) or None; a boundary before step t.
-      reverse: from the last step to the first.
       mask: factor on the recurrent part of the carry where the product reads it, (*batch, S), or None.
-      remat_every: store one carry every so many steps for the backward pass, or None for all.
-      implementation: see `choose`.
+      walk: how the sequence is walked.
     """
     dtype, wide = _dtypes(weights, carry, xs)
     weights, xs = cast(weights, dtype), xs.astype(dtype)
-    run = _kernel(cell, [weights], [carry], xs, [mask], implementation)
-    if run is not None:
-        (result,) = run([carry], xs, fresh=[fresh], valid=valid, reset=reset, directions=[reverse], every=remat_every)
+    kernel = _kernel(cell, [weights], [carry], xs, [mask], walk)
+    if kernel is not None:
+        (result,) = kernel([carry], xs, [fresh], [walk.reverse])
         return result
 
-    how = _How(cell, dtype, wide, reverse)
+    how = _How(cell, dtype, wide, walk.reverse, walk.platform)
 
     def scan(constant, carry, inputs):
         weights, fresh, mask = constant
-        xs, *flags = inputs
-        return _recurrence(how, weights, carry, fresh, mask, xs, tuple(flags))
+        return _recurrence(how, weights, carry, fresh, mask, *inputs)
 
-    inputs = xs, valid, starts(reset, valid, reverse)
-    return in_chunks(scan, (weights, fresh, mask), carry, inputs, reverse, remat_every)
+    return in_chunks(scan, (weights, fresh, mask), carry, (xs, walk.flags), walk)
 
 
 class _How(NamedTuple):
@@ -201,12 +190,12 @@ class _How(NamedTuple):
     dtype: Any
     wide: Any
     reverse: bool
+    platform: str | None
 
 
-def _loop(how: _How, weights, carry, fresh, mask, xs, flags, added: Added | None = None):
+def _loop(how: _How, weights, carry, fresh, mask, xs, flags: Flags, added: Added | None = None):
     """(carry, (ys, what the products read)); with `added`, θ has the axes of a row in front."""
-    cell, dtype, wide, reverse = how
-    valid, start = flags
+    cell, dtype, wide, reverse, platform = how
 
     def prepare(constant, inputs):
         weights, _ = constant
@@ -227,9 +216,9 @@ def _loop(how: _How, weights, carry, fresh, mask, xs, flags, added: Added | None
         carry,
         (xs, added),
         fresh=fresh,
-        valid=valid,
-        start=start,
+        flags=flags,
         reverse=reverse,
+        platform=platform,
         prepare=prepare,
     )
 
@@ -258,7 +247,7 @@ def _recurrence(how: _How, weights, carry, fresh, mask, xs, flags):
 
 def _recurrence_jvp(how: _How, primals, tangents):
     weights, carry, fresh, mask, xs, flags = primals
-    _, dtype, wide, _ = how
+    dtype, wide = how.dtype, how.wide
     s = getattr(carry, how.cell.recurrent_state)
     # Zeros made of arrays that are there have their sharding, and vary over the same axes of a mesh.
     step, row = jnp.zeros_like(xs[..., :1], wide), jnp.zeros_like(s[..., 0], wide)
@@ -320,55 +309,35 @@ def _instantiated(tangent: Any) -> Any:
     return jax.tree.map(instantiate, tangent)
 
 
-def gated_scan_both(
-    cell: GatedRecurrence, weights, carry, xs, *, fresh, valid, reset, reverse, mask, remat_every, implementation
-) -> list[tuple[Any, Array]]:
-    """`gated_scan` of pairs, in one direction and in the other, at once where a kernel can."""
-    directions = reverse, not reverse
-    if remat_every is None:
+def gated_scan_both(cell: GatedRecurrence, weights, carry, xs, *, fresh, mask, walk: Walk) -> list[tuple[Any, Array]]:
+    """`gated_scan` of pairs, along the walk and along the opposite one, at once where a kernel can."""
+    walks = walk, walk.opposite
+    if walk.remat_every is None:
         dtype, _ = _dtypes(weights, carry[0], xs)
-        cast_weights, inputs = [cast(each, dtype) for each in weights], xs.astype(dtype)
-        run = _kernel(cell, cast_weights, carry, inputs, mask, implementation)
-        if run is not None:
-            return run(carry, inputs, fresh=fresh, valid=valid, reset=reset, directions=directions, every=None)
-    return [
-        gated_scan(
-            cell,
-            weights[k],
-            carry[k],
-            xs,
-            fresh=fresh[k],
-            valid=valid,
-            reset=reset,
-            reverse=directions[k],
-            mask=mask[k],
-            remat_every=remat_every,
-            implementation=implementation,
-        )
-        for k in range(2)
-    ]
+        kernel = _kernel(cell, [cast(each, dtype) for each in weights], carry, xs.astype(dtype), mask, walk)
+        if kernel is not None:
+            return kernel(carry, xs.astype(dtype), fresh, [each.reverse for each in walks])
+    return [gated_scan(cell, weights[k], carry[k], xs, fresh=fresh[k], mask=mask[k], walk=walks[k]) for k in range(2)]
 
 
-def _kernel(cell, weights, carries, xs, masks, implementation):
+def _kernel(cell, weights, carries, xs, masks, walk: Walk):
     """What runs recurrences of one cell by a compiled kernel, or None if none is chosen."""
     kernels = [cell.kernel(each) for each in weights]
     refusal = _refusal(kernels[0], [xs, *(leaf for carry in carries for leaf in carry)], masks)
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
-    chosen, refusals = choose("gated_scan", implementation, refusals, cell=cell)
+    chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
     if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
         for _ in weights:
-            record("gated_scan", chosen, refusals, cell=cell)
+            walk.record("gated_scan", chosen, refusals, cell=cell)
     if chosen != "native":
         return None
 
-    def run(carry, xs, *, fresh, valid, reset, directions, every):
+    def run(carry, xs, fresh, directions):
         layers = [
             gated_native.Layer((each.w_x, each.b, kernel.w_h, kernel.b_hn), *rest)
             for each, kernel, *rest in zip(weights, kernels, carry, fresh, directions, strict=True)
         ]
-        results = gated_native.scan(
-            kernels[0].kind, layers, xs, valid=valid, reset=reset, every=every, named=implementation is not None
-        )
+        results = gated_native.scan(kernels[0].kind, layers, xs, walk)
         return [(type(old)(*new), ys) for old, (new, ys) in zip(carry, results, strict=True)]
 
     return run

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec
 from jaxrnn.engines import gated_xla, native
 from jaxrnn.engines.arrays import evaluated, varying_like
 from jaxrnn.engines.gated_xla import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
-from jaxrnn.engines.loop import in_chunks, starts
+from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.walk import Walk, starts
 
 FEW = 8  # members whose cotangents are added one by one, since XLA is slow to reduce a short axis
 KINDS = {"elman_tanh": 0, "elman_relu": 1, "lstm": 2, "gru": 3, "gru_before": 4}
@@ -261,19 +262,19 @@ def _weight(arrays, dtype):
     return _together([jnp.zeros_like(one) if array is None else array for array in arrays])
 
 
-def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: int | None, named: bool) -> list:
+def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
     """Recurrences of the same sizes over the first axis of `xs`, all at once: (carry, ys) of each.
 
     Args:
       kind: of `KINDS`.
       layers: what differs among them.
-      xs: (T, *batch, D). valid, reset: bool (T, *batch) or None.
-      every: store one carry every so many steps for the backward pass, or None for all; then all in one direction.
-      named: whether nothing else may run instead.
+      xs: (T, *batch, D).
+      walk: that of the first; with `remat_every`, of all.
     """
+    named = walk.named("gated_scan") is not None
     batch = xs.shape[1:-1]
     rows, members, size = math.prod(batch), len(layers), layers[0].weights[2].shape[0]
-    by_batch = native.is_batch_major() and bool(batch)
+    by_batch = walk.batch_major and bool(batch)
     directions = tuple(layer.reverse for layer in layers)
 
     def carries(trees, present=True):
@@ -323,7 +324,8 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, *, valid, reset, every: 
             return new, tuple(jnp.moveaxis(ys[m].reshape(*batch, length, size), len(batch), 0) for m in range(members))
         return new, tuple(ys[m].reshape(length, *batch, size) for m in range(members))
 
+    valid, reset = walk.valid, walk.reset
     start = None if reset is None else [starts(reset, valid, reverse) for reverse in directions]
     carry = tuple(tuple(layer.carry) for layer in layers)
-    state, ys = in_chunks(run, (), carry, (xs, valid, start), directions[0], every)
+    state, ys = in_chunks(run, (), carry, (xs, valid, start), walk)
     return list(zip(state, ys, strict=True))

@@ -24,38 +24,37 @@ from jax.sharding import PartitionSpec
 
 from jaxrnn.engines import native
 from jaxrnn.engines.arrays import evaluated, select, varying_like, zero_where_not
-from jaxrnn.engines.choose import Implementation, choose, is_free, record
+from jaxrnn.engines.walk import Flags, Walk
 
 ELSEWHERE = "associative"  # what None means on accelerators
 CHUNK = 128  # steps that "chunked" computes at once
-REFUSALS = {"pallas": "no kernel is written"}
 
 
-def linear_form(implementation: Implementation, *dtypes, owner: object = "linear_scan") -> str | None:
+def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
     """What runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
     refusal = native.absent()
     if any(dtype != jnp.float32 for dtype in dtypes):
         names = ", ".join(sorted({jnp.dtype(dtype).name for dtype in dtypes}))
         refusal = f"the kernel computes in float32, not in {names}"
-    refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
-    chosen, refusals = choose("linear_scan", implementation, refusals, cell=owner, elsewhere=ELSEWHERE)
-    record("linear_scan", chosen, refusals, cell=owner)
-    return None if is_free("linear_scan", implementation) else chosen
+    refusals = {} if refusal is None else {"native": refusal}
+    chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
+    walk.record("linear_scan", chosen, refusals, cell=owner)
+    return walk.form("linear_scan", chosen)
 
 
 def linear_recurrence(
-    a: Array, b: Array, h: Array, *, valid: Array | None, start: Array | None, reverse: bool, form: str | None
+    a: Array, b: Array, h: Array, *, flags: Flags, reverse: bool, form: str | None
 ) -> tuple[Array, Array]:
     """The recurrence over the first axis: (the last h, all h).
 
     Args:
       a: broadcastable to b. b: (T, ...), of the dtype of the result.
       h: the state before the first step, b's shape without time, in a dtype that sums are in.
-      valid: bool, leading axes of b, or None; an invalid step keeps the state.
-      start: bool, leading axes of b, or None; at such a step h_t = b_t.
+      flags: over leading axes of b. An invalid step keeps the state; at one that starts fresh, h_t = b_t.
       reverse: from the last step to the first.
       form: of `linear_form`.
     """
+    valid, start = flags
     if b.size == 0:
         return h, b
     a = a.reshape((1,) * (b.ndim - a.ndim) + a.shape)

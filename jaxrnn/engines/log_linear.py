@@ -12,18 +12,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import select
-from jaxrnn.engines.choose import Implementation, by_platform, choose, is_free, record
 from jaxrnn.engines.linear import CHUNK, ELSEWHERE
+from jaxrnn.engines.walk import Flags, Walk
 
 NOTHING = -1e30  # the logarithm of 0, finite, so that derivatives are
-REFUSALS = {"native": "no kernel works in log space", "pallas": "no kernel is written"}
+REFUSALS = {"native": "no kernel works in log space"}
 
 
-def log_linear_form(implementation: Implementation, owner: object) -> str | None:
+def log_linear_form(walk: Walk, owner: object) -> str | None:
     """As `linear_form`."""
-    chosen, refusals = choose("linear_scan", implementation, REFUSALS, cell=owner, elsewhere=ELSEWHERE)
-    record("linear_scan", chosen, refusals, cell=owner)
-    return None if is_free("linear_scan", implementation) else chosen
+    chosen, refusals = walk.choose("linear_scan", REFUSALS, cell=owner, elsewhere=ELSEWHERE)
+    walk.record("linear_scan", chosen, refusals, cell=owner)
+    return walk.form("linear_scan", chosen)
 
 
 def log_linear_recurrence(
@@ -32,8 +32,7 @@ def log_linear_recurrence(
     h: Array,
     *,
     fresh: Array,
-    valid: Array | None,
-    start: Array | None,
+    flags: Flags,
     reverse: bool,
     form: str | None,
 ) -> tuple[Array, Array]:
@@ -41,10 +40,11 @@ def log_linear_recurrence(
 
     Args:
       log_a, log_b: (T, ...). h: the state before the first step, and its dtype that of sums.
-      fresh: what is before a step of `start`. valid, start: bool, leading axes of b, or None.
+      fresh: what is before a step that starts fresh. flags: over leading axes of b.
       reverse: from the last step to the first.
       form: of `log_linear_form`.
     """
+    valid, start = flags
     if log_b.size == 0:
         return h, log_b
     log_a, log_b = log_a.astype(h.dtype), log_b.astype(h.dtype)
@@ -56,7 +56,7 @@ def log_linear_recurrence(
     steps = log_a, log_b, begins
     if reverse:
         steps = tuple(jnp.flip(each, 0) for each in steps)
-    run = FORMS[form] if form else functools.partial(by_platform, cpu=FORMS["xla"], default=FORMS[ELSEWHERE])
+    run = FORMS[form] if form else functools.partial(lax.platform_dependent, cpu=FORMS["xla"], default=FORMS[ELSEWHERE])
     found = run(*steps)
     if reverse:
         found = tuple(jnp.flip(each, 0) for each in found)

@@ -1,12 +1,10 @@
-"""The compiled library of kernels: whether it can run here, and how the sequences that it reads lie."""
+"""The compiled library of kernels, and whether it can run here."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 _lowerings: dict[Primitive, Callable[..., Any]] = {}
-_batch_major: ContextVar[bool] = ContextVar("batch_major", default=False)
 
 
 def register(primitive: Primitive, lowering: Callable[..., Any]) -> None:
@@ -54,18 +51,3 @@ def newer(version: str) -> str | None:
     if compiled <= own:
         return None
     return f"the kernels were compiled for jaxlib {version}, newer than the {running} that runs; build again"
-
-
-@contextmanager
-def reading(*, batch_major: bool) -> Iterator[None]:
-    """How the sequences at hand lie: where batch-major, kernels read and write them so, and nothing is copied."""
-    token = _batch_major.set(batch_major)
-    try:
-        yield
-    finally:
-        _batch_major.reset(token)
-
-
-def is_batch_major() -> bool:
-    """What `reading` says."""
-    return _batch_major.get()

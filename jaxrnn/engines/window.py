@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrnn.engines.walk import Flags
+
 
 def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
     """(the inputs of one step, oldest first, x the last; the window after it) of a window (..., K−1, D)."""
@@ -14,21 +16,20 @@ def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
     return taps, jnp.concatenate([window[..., 1:, :], x[..., None, :].astype(window.dtype)], axis=-2)
 
 
-def windows(
-    window: Array, fresh: Array, xs: Array, valid: Array | None, start: Array | None, reverse: bool
-) -> tuple[list[Array], Array]:
+def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool) -> tuple[list[Array], Array]:
     """The last K valid inputs of every step since its sequence began, oldest first, as K arrays like `xs`, the last of
     which it is; and the window after the last step.
 
     Args:
       window: the last K−1 valid inputs before, (*batch, K−1, D). fresh: those that a sequence begins with.
-      xs: (T, *batch, D). valid, start: bool (T, *batch) or None; `start` of the first step of a sequence.
+      xs: (T, *batch, D). flags: which steps are valid, and which the first of a sequence.
       reverse: from the last step to the first.
     """
     if reverse:
-        valid, start = (None if flags is None else jnp.flip(flags, 0) for flags in (valid, start))
-        taps, after = windows(window, fresh, jnp.flip(xs, 0), valid, start, False)
+        flags = Flags(*(None if each is None else jnp.flip(each, 0) for each in flags))
+        taps, after = windows(window, fresh, jnp.flip(xs, 0), flags, False)
         return [jnp.flip(tap, 0) for tap in taps], after
+    valid, start = flags
     before, length = window.shape[-2], xs.shape[0]
     if before == 0:
         return [xs], window

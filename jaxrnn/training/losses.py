@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxrnn.cell import Cell, input_size, output_size
 from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
-from jaxrnn.engines.choose import Implementation
+from jaxrnn.engines.walk import Implementation
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import Batch
 from jaxrnn.training.targets import Check, chances, classes, finite, is_chance

@@ -1,0 +1,213 @@
+"""How a sequence is walked: one value, the same for every layer of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn.engines.arrays import zero_where_not
+
+ENGINES = ("scan", "gated_scan", "linear_scan")
+IMPLEMENTATIONS = ("native", "xla", "associative", "chunked")  # the fastest that can run first
+
+Implementation = str | Mapping[str, str] | None
+
+
+class EngineCall(NamedTuple):
+    """One call of an engine: what runs it, and why the other implementations do not."""
+
+    engine: str
+    cell: str
+    implementation: str
+    refused: dict[str, str]
+
+    def __str__(self):
+        lines = [f"{self.engine}: {self.implementation}  for {self.cell}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.refused.items()])
+
+
+class Question:
+    """What would run on a platform, and the calls of engines that answer it; each question is one of its own."""
+
+    def __init__(self, platform: str):
+        self.platform = platform
+        self.calls: list[EngineCall] = []
+
+
+class Flags(NamedTuple):
+    """Of every step (T, *batch), or None for all and for none: whether it is valid, and whether it starts fresh."""
+
+    valid: Array | None
+    start: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How a sequence is walked. A pytree of its arrays, so that `jit` takes it, and traces anew for another way.
+
+    Args:
+      valid: bool (T, *batch) or None. An invalid step keeps the carry and puts out 0.
+      reset: bool (T, *batch) or None. A new sequence begins before step t.
+      reverse: From the last step to the first.
+      remat_every: Gradient checkpointing: the steps between two stored carries; None to store what every step needs.
+      implementation: A name, or pairs of engine and name; None for the fastest.
+      batch_major: Whether the caller's arrays have time after the batch. Engines may read and write them so.
+      question: What `explain` asks, or None.
+    """
+
+    valid: Array | None = None
+    reset: Array | None = None
+    reverse: bool = dataclasses.field(default=False, metadata={"static": True})
+    remat_every: int | None = dataclasses.field(default=None, metadata={"static": True})
+    implementation: str | tuple[tuple[str, str], ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    batch_major: bool = dataclasses.field(default=False, metadata={"static": True})
+    question: Question | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def replace(self, **changes: Any) -> Walk:
+        """This walk with other values in some fields."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def platform(self) -> str | None:
+        """The platform that is asked about, or None: the one that will be compiled for."""
+        return None if self.question is None else self.question.platform
+
+    @property
+    def opposite(self) -> Walk:
+        """The same steps in the other direction."""
+        return self.replace(reverse=not self.reverse)
+
+    @property
+    def one_step(self) -> Walk:
+        """The same engines over a sequence of one step."""
+        return Walk(remat_every=self.remat_every, implementation=self.implementation, question=self.question)
+
+    @property
+    def flags(self) -> Flags:
+        """What happens at every step."""
+        return Flags(self.valid, starts(self.reset, self.valid, self.reverse))
+
+    def without_padding(self, ys: Any) -> Any:
+        """`ys` with zeros at invalid steps."""
+        return zero_where_not(self.valid, ys)
+
+    def last(self, tree: Any) -> Any:
+        """The leaves (T, *batch, ...) at the valid step that is processed last; T ≥ 1."""
+        return final(tree, self.valid, self.reverse)
+
+    def named(self, engine: str) -> str | None:
+        """The implementation of `engine` that was named, or None."""
+        of = self.implementation
+        return dict(of).get(engine) if isinstance(of, tuple) else of
+
+    def choose(
+        self, engine: str, refusals: Mapping[str, str], *, cell: object, elsewhere: str | None = None
+    ) -> tuple[str, Mapping[str, str]]:
+        """The implementation of `engine` that runs, the one that was named, else the fastest; and why others do not.
+
+        Args:
+          engine: The engine's name.
+          refusals: For each implementation that cannot run this call, the reason.
+          cell: Whose recurrence it is, for messages.
+          elsewhere: The fastest where there is no CPU, if that is not the first.
+
+        Raises:
+          ValueError: If the named implementation cannot run this call, saying why and which can.
+        """
+        on_cpu = self.platform in (None, "cpu")
+        if not on_cpu:
+            refusals = {"native": "the kernels are compiled for the CPU"} | dict(refusals)
+        name = self.named(engine)
+        supported = [each for each in IMPLEMENTATIONS if each not in refusals]
+        if name is not None and name in refusals:
+            raise ValueError(
+                f"implementation: {engine} cannot run {cell!r} as {name!r}: {refusals[name]}; "
+                f"supported here: {supported}"
+            )
+        return name or (None if on_cpu else elsewhere) or supported[0], refusals
+
+    def form(self, engine: str, chosen: str) -> str | None:
+        """What is `chosen` where it is known, or None where each platform takes its own."""
+        return None if self.platform is None and self.named(engine) is None else chosen
+
+    def record(self, engine: str, implementation: str, refusals: Mapping[str, str], *, cell: object) -> None:
+        """Tells `explain` of a call."""
+        if self.question is not None:
+            self.question.calls.append(EngineCall(engine, repr(cell), implementation, dict(refusals)))
+
+
+def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:
+    """`implementation` as a hashable value; raises if it names no engine or no implementation at all."""
+    if isinstance(implementation, Mapping):
+        for engine in implementation:
+            if engine not in ENGINES:
+                raise ValueError(f"implementation: expected engines among {ENGINES}, got {engine!r}")
+        names = tuple(implementation.values())
+        implementation = tuple(implementation.items())
+    else:
+        names = () if implementation is None else (implementation,)
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} or None, got {name!r}")
+    return implementation
+
+
+def by_platform(platform: str | None, *operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """`lax.platform_dependent`; or what `platform` takes, alone, where it is known."""
+    if platform is None:
+        return lax.platform_dependent(*operands, cpu=cpu, default=default)
+    return (cpu if platform == "cpu" else default)(*operands)
+
+
+def starts(reset: Array | None, valid: Array | None, reverse: bool) -> Array | None:
+    """Which steps start from the fresh carry, (T, *batch), or None.
+
+    `reset[t]` is a boundary before the valid step t. Forward, t itself starts fresh; in reverse, the valid step before
+    the boundary does, because it is the first that is processed on its side.
+    """
+    if reset is None:
+        return None
+    if valid is not None:
+        reset = reset & valid
+    if not reverse or reset.shape[0] == 0:
+        return reset
+    length = reset.shape[0]
+    time = jnp.arange(length).reshape((length,) + (1,) * (reset.ndim - 1))
+    index = jnp.broadcast_to(time, reset.shape)
+    if valid is not None:
+        index = jnp.where(valid, index, length)
+    following = jnp.concatenate([lax.cummin(index, axis=0, reverse=True)[1:], jnp.full_like(index[:1], length)])
+    start = jnp.take_along_axis(reset, jnp.minimum(following, length - 1), axis=0) & (following < length)
+    return start if valid is None else start & valid
+
+
+def final_index(valid: Array, reverse: bool) -> Array:
+    """The index of the valid step that is processed last, (*batch,); 0 where there is none."""
+    if valid.shape[0] == 0:
+        return jnp.zeros(valid.shape[1:], int)
+    if reverse:
+        return jnp.argmax(valid, axis=0)
+    index = valid.shape[0] - 1 - jnp.argmax(valid[::-1], axis=0)
+    return jnp.where(valid.any(0), index, 0)
+
+
+def final(tree: Any, valid: Array | None, reverse: bool) -> Any:
+    """The leaves (T, *batch, ...) at the valid step that is processed last; T ≥ 1."""
+    if valid is None:
+        return jax.tree.map(lambda leaf: leaf[0 if reverse else -1], tree)
+    index = final_index(valid, reverse)
+
+    def pick(leaf, index):
+        return leaf[index]
+
+    for _ in range(index.ndim):
+        pick = jax.vmap(pick, in_axes=(1, 0))
+    return jax.tree.map(lambda leaf: pick(leaf, index), tree)
