@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 folder = Path("jaxrnn/engines/cpu")
 kernels = Extension(
-    "jaxrnn.engines._kernels",
+    "jaxrnn.engines.cpu._kernels",
     sources=[str(folder / name) for name in ("binding.cc", "linear_binding.cc", "kernels.cc")],
     depends=[str(path) for path in folder.glob("*.h")],
     include_dirs=[str(Path(jaxlib.__file__).parent / "include")],

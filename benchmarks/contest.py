@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 
 PEERS = {name: [name] for name in ("torch", "onnxruntime", "keras", "flax", "haiku", "equinox")}  # what each imports
 PEERS["onnxruntime"] += ["onnx"]

@@ -1,6 +1,5 @@
 """jaxrnn: recurrent networks for JAX, as pure functions over pytrees."""
 
-from jaxrnn.blocks import glu, griffin_block, mamba_block, residual_block, slstm_block
 from jaxrnn.cell import Cell
 from jaxrnn.cells.activations import activation
 from jaxrnn.cells.causal_conv import (
@@ -37,8 +36,15 @@ from jaxrnn.cells.s5 import S5, S5Carry, S5Params, s5_init, s5_step
 from jaxrnn.cells.s6 import S6, S6Carry, S6Params, s6_init, s6_step
 from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm_init, slstm_step
 from jaxrnn.cells.sru import SRU, SRUCarry, SRUGates, SRUParams, sru_init, sru_step
-from jaxrnn.compose import Stack
-from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.compose.blocks import glu, griffin_block, mamba_block, residual_block, slstm_block
+from jaxrnn.compose.noise import RecurrentDropout, WeightDrop, Zoneout
+from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair, Parallel
+from jaxrnn.compose.pool import Pool, PoolCarry
+from jaxrnn.compose.repeat import Repeat
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Backward, EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
+from jaxrnn.engines.gated.engine import GatedWeights
+from jaxrnn.engines.linear.engine import linear_scan
 from jaxrnn.exporting import name_types as _name_types
 from jaxrnn.layers import (
     Apply,
@@ -51,14 +57,8 @@ from jaxrnn.layers import (
     Linear,
     LinearParams,
 )
-from jaxrnn.linear import linear_scan
-from jaxrnn.parallel import Bidirectional, BidirectionalPair, Parallel
-from jaxrnn.pool import Pool, PoolCarry
-from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
-from jaxrnn.repeat import Repeat
 from jaxrnn.sequence import Explanation, explain, last, rollout, scan, step
-from jaxrnn.summary import Summary, SummaryRow, summary
-from jaxrnn.wrap import Backward, EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
+from jaxrnn.table import Summary, SummaryRow, summary
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,8 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
+from jaxrnn.compose.pool import PoolCarry
 from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
-from jaxrnn.pool import PoolCarry
 
 
 def expect_cell(cell: Any) -> None:

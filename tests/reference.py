@@ -9,7 +9,7 @@ import numpy as np
 from members import has_direction
 
 from jaxrnn import Backward, Bidirectional, LearnedCarry, Pool, Residual, Stack
-from jaxrnn.regularize import WeightDropNoise
+from jaxrnn.compose.noise import WeightDropNoise
 
 
 @functools.cache

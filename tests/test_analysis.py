@@ -51,7 +51,7 @@ from jaxrnn.analysis import (
     singular_values,
     training_memory,
 )
-from jaxrnn.analysis.observe import as_real, from_real
+from jaxrnn.analysis.observation import as_real, from_real
 
 X64 = True
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 
 pytest.importorskip("matplotlib")
 

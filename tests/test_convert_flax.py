@@ -18,9 +18,9 @@ import jaxrnn
 from jaxrnn import GRU, LSTM, Apply, Backward, Bidirectional, ConvLSTM, Dropout, Elman, Embed, LayerNorm, Linear, Stack
 from jaxrnn import linen as our_linen
 from jaxrnn import nnx as our_nnx
+from jaxrnn.compose.parallel import BidirectionalPair
 from jaxrnn.convert.flax import from_flax, to_flax
 from jaxrnn.convert.trees import leaves, nested
-from jaxrnn.parallel import BidirectionalPair
 
 X64 = True
 PROMOTION = "standard"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 
 D, H, T = 4, 8, 10_000
 CELLS = {

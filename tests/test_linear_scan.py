@@ -9,7 +9,7 @@ import pytest
 from tiers import in_full, mostly_in_full
 
 import jaxrnn
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 
 X64 = True
 NATIVE = ["native"] if native.absent() is None else []

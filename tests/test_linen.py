@@ -19,7 +19,7 @@ from tiers import in_full
 import jaxrnn
 import jaxrnn.linen
 from jaxrnn import GRU, LSTM, Bidirectional, Cell, ConvLSTM, Dropout, Elman, LearnedCarry, Linear, LSTMCarry, Stack
-from jaxrnn.flax_bridge import TAKEN, draws
+from jaxrnn.flax.bridge import TAKEN, draws
 from jaxrnn.linen import RNN, FlaxCarry, LinenCell, from_params, to_params
 from jaxrnn.nnx import from_nnx
 

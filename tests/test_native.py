@@ -19,7 +19,7 @@ from tiers import mostly_in_full
 
 import jaxrnn
 from jaxrnn import GRU, LSTM, Elman, LearnedCarry
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 
 ABSENT = native.absent()
 needed = pytest.mark.skipif(ABSENT is not None, reason=f"no compiled kernels: {ABSENT}")
@@ -243,7 +243,7 @@ def test_the_same_call_gives_the_same_bits_from_many_threads():
 PROGRAM = """
 import ctypes, json, sys
 import jax, jax.numpy as jnp, numpy as np, jaxrnn
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 assert native.absent() is None
 rng = np.random.default_rng(0)
 results = []
@@ -444,7 +444,7 @@ for cell in cells[int(sys.argv[1])::2]:
     program = mapped.lower(params, xs, reset, lengths).compile().as_text()
     kernel = {"Bidirectional": "gated_backward", "LSTM": "gated_backward", "GRU": "gated_backward",
               "MinGRU": "linear_scan", "RGLRU": "linear_scan", "QRNN": "linear_scan", "S6": "linear_scan"}
-    if jaxrnn.engines.native.absent() is None and type(cell).__name__ in kernel:
+    if jaxrnn.engines.cpu.library.absent() is None and type(cell).__name__ in kernel:
         assert kernel[type(cell).__name__] in program, cell
     value_3, ys_3, gradient_3 = mapped(params, xs, reset, lengths)
     for other in ((value_2, ys_2, gradient_2), (value_3, ys_3, gradient_3)):
@@ -526,7 +526,7 @@ def test_kernels_for_a_newer_jaxlib_are_not_registered():
     assert "compiled for jaxlib 99.1.0, newer than" in native.newer("99.1.0")
     code = """
 import jax, jax.numpy as jnp, jaxrnn
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 older = native.newer
 native.newer = lambda version: older("99.1.0")
 cell = jaxrnn.GRU(3, 4)

@@ -14,7 +14,7 @@ import jaxrnn
 import jaxrnn.linen
 import jaxrnn.nnx
 from jaxrnn import GRU, LSTM, Bidirectional, Dropout, Elman, LearnedCarry, Linear, LSTMCarry, Stack
-from jaxrnn.flax_bridge import TAKEN
+from jaxrnn.flax.bridge import TAKEN
 from jaxrnn.nnx import RNN, FlaxCarry, NNXCell, from_nnx
 
 NOISY = Stack((Dropout(0.5), Linear(D, H)))

@@ -10,7 +10,7 @@ from members import draw_carry, draw_params, draw_x
 
 import jaxrnn
 from jaxrnn import GRU, LSTM, Bidirectional, Cell, ConvLSTM, MinGRU, Stack
-from jaxrnn.engines import native
+from jaxrnn.engines.cpu import library as native
 
 needed = pytest.mark.skipif(native.absent() is not None, reason=f"no compiled kernels: {native.absent()}")
 

@@ -10,10 +10,11 @@
 | bytes of a training step | `training_memory` | `plot_training_memory` |
 """
 
+from jaxrnn.analysis.footprint import TrainingMemory, training_memory
 from jaxrnn.analysis.gates import Saturation, gate_saturation
 from jaxrnn.analysis.gradient import GradientFlow, gradient_flow
 from jaxrnn.analysis.jacobian import JacobianSpectrum, LyapunovSpectrum, lyapunov_exponents, singular_values
-from jaxrnn.analysis.memory_length import MemoryLength, memory_length
+from jaxrnn.analysis.memory import MemoryLength, memory_length
 from jaxrnn.analysis.plots import (
     plot_gate_saturation,
     plot_gradient_flow,
@@ -22,7 +23,6 @@ from jaxrnn.analysis.plots import (
     plot_singular_values,
     plot_training_memory,
 )
-from jaxrnn.analysis.training_memory import TrainingMemory, training_memory
 
 __all__ = [
     "GradientFlow",

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from jaxrnn.analysis.observe import Observation, arrange, observations, observe
+from jaxrnn.analysis.observation import Observation, arrange, observations, observe
 from jaxrnn.cell import Cell
+from jaxrnn.compose.noise import RecurrentDropout, WeightDrop, Zoneout
+from jaxrnn.compose.wrap import EmitCarry
 from jaxrnn.engines.arrays import select
-from jaxrnn.regularize import RecurrentDropout, WeightDrop, Zoneout
-from jaxrnn.wrap import EmitCarry
 
 # What runs through tanh by default; everything else is taken for a gate in (0, 1).
 CANDIDATES = {"g": (-1.0, 1.0), "n": (-1.0, 1.0), "h": (-1.0, 1.0)}

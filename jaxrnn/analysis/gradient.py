@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.analysis.observe import arrange, final_carry, norm, observations, observe
+from jaxrnn.analysis.observation import arrange, final_carry, norm, observations, observe
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import inexact
 

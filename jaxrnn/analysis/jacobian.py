@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.analysis.observe import Observation, as_real, check_count, from_real, observe_whole
+from jaxrnn.analysis.observation import Observation, as_real, check_count, from_real, observe_whole
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import cast_like, select
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jaxrnn.analysis.footprint import TrainingMemory
 from jaxrnn.analysis.gates import Saturation
 from jaxrnn.analysis.gradient import GradientFlow
 from jaxrnn.analysis.jacobian import JacobianSpectrum, LyapunovSpectrum
-from jaxrnn.analysis.memory_length import MemoryLength
-from jaxrnn.analysis.training_memory import TrainingMemory
+from jaxrnn.analysis.memory import MemoryLength
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

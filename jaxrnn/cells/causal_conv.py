@@ -10,9 +10,9 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
+from jaxrnn.cells.window import step_window, windows
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.loop import in_chunks
-from jaxrnn.engines.window import step_window, windows
 
 
 class CausalConvParams(NamedTuple):

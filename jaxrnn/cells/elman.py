@@ -13,7 +13,7 @@ from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell, clip
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.gated import GatedWeights, Kernel
+from jaxrnn.engines.gated.engine import GatedWeights, Kernel
 
 
 class ElmanParams(NamedTuple):

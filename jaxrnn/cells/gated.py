@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.engines.gated import GatedWeights, Kernel, gated_products, gated_scan, gated_scan_both, gated_step
+from jaxrnn.engines.gated.engine import GatedWeights, Kernel, gated_products, gated_scan, gated_scan_both, gated_step
 
 
 class GatedCell(Cell):

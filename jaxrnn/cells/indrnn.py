@@ -13,7 +13,7 @@ from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.engines.gated.engine import GatedWeights
 
 
 class IndRNNParams(NamedTuple):

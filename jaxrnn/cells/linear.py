@@ -11,12 +11,12 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, select, zero_where_not
-from jaxrnn.engines.linear import linear_form, linear_recurrence
-from jaxrnn.engines.log_linear import log_linear_form, log_linear_recurrence
+from jaxrnn.cells.window import step_window, windows
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, dot, lifted, select, zero_where_not
+from jaxrnn.engines.linear.engine import linear_form, linear_recurrence
+from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Flags
-from jaxrnn.engines.window import step_window, windows
 
 
 class LinearCell(Cell):
@@ -128,3 +128,27 @@ def _started(given: Array, fresh: Array, flags: Flags, reverse: bool, length: in
         seen = jnp.concatenate([seen[1:], none] if reverse else [none, seen[:-1]])[:length]
     seen = seen | given[None]
     return seen if start is None else jnp.where(start, fresh[None], seen)
+
+
+def affine(params: Any, x: Array) -> Array:
+    """x w_x + b, in at least float32."""
+    u = dot(x, params.w_x)
+    return u if params.b is None else u + lifted(params.b.astype(u.dtype), u)
+
+
+def candidate(v: Array) -> Array:
+    """A positive function that is nearly the identity: v + 1/2 for v ≥ 0, else σ(v)."""
+    return jnp.where(v >= 0, v + 0.5, jax.nn.sigmoid(v))
+
+
+def log_candidate(v: Array) -> Array:
+    """The logarithm of `candidate`."""
+    return jnp.where(v >= 0, jnp.log(jax.nn.relu(v) + 0.5), -jax.nn.softplus(-v))
+
+
+def check_log_space(cell: Any) -> None:
+    """Only what is positive has a logarithm."""
+    if cell.log_space and not cell.positive:
+        raise ValueError(
+            f"{type(cell).__name__}: log_space needs positive=True, since it takes logarithms of the state"
+        )

@@ -13,7 +13,7 @@ from jaxrnn.cells.activations import Activation, activation, check_elementwise
 from jaxrnn.cells.gated import GatedCell, clip, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
-from jaxrnn.engines.gated import GatedWeights, Kernel
+from jaxrnn.engines.gated.engine import GatedWeights, Kernel
 
 
 class LSTMNorm(NamedTuple):

@@ -11,7 +11,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.gated import GatedCell
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
-from jaxrnn.engines.gated import GatedWeights
+from jaxrnn.engines.gated.engine import GatedWeights
 
 
 class MGUParams(NamedTuple):

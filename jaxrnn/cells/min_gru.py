@@ -10,8 +10,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell
-from jaxrnn.engines.arrays import dot, lifted
+from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, log_candidate
 
 
 class MinGRUParams(NamedTuple):
@@ -96,30 +95,6 @@ class MinGRU(LinearCell):
         u = affine(params, x)
         z, n = jnp.split(u, 2, axis=-1)
         return MinGRUGates(jax.nn.sigmoid(z), candidate(n) if self.positive else n)
-
-
-def affine(params: Any, x: Array) -> Array:
-    """x w_x + b, in at least float32."""
-    u = dot(x, params.w_x)
-    return u if params.b is None else u + lifted(params.b.astype(u.dtype), u)
-
-
-def candidate(v: Array) -> Array:
-    """A positive function that is nearly the identity: v + 1/2 for v ≥ 0, else σ(v)."""
-    return jnp.where(v >= 0, v + 0.5, jax.nn.sigmoid(v))
-
-
-def log_candidate(v: Array) -> Array:
-    """The logarithm of `candidate`."""
-    return jnp.where(v >= 0, jnp.log(jax.nn.relu(v) + 0.5), -jax.nn.softplus(-v))
-
-
-def check_log_space(cell: Any) -> None:
-    """Only what is positive has a logarithm."""
-    if cell.log_space and not cell.positive:
-        raise ValueError(
-            f"{type(cell).__name__}: log_space needs positive=True, since it takes logarithms of the state"
-        )
 
 
 def min_gru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> MinGRUParams:

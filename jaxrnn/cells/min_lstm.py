@@ -10,8 +10,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell
-from jaxrnn.cells.min_gru import affine, candidate, check_log_space, log_candidate
+from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, log_candidate
 
 
 class MinLSTMParams(NamedTuple):

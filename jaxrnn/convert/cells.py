@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.compose import Stack
+from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.arrays import to_numpy
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrnn.cell import Cell
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
-from jaxrnn.compose import Stack
+from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.activations import function_of, name_of
 from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed, placed

@@ -2,10 +2,9 @@
 
 from jaxrnn.training.batches import Arrays, Batch, Source
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, restore
-from jaxrnn.training.evaluate import evaluate
-from jaxrnn.training.fit import NonFiniteError, fit
+from jaxrnn.training.evaluation import evaluate
+from jaxrnn.training.fitting import NonFiniteError, fit
 from jaxrnn.training.history import BadStep, History
-from jaxrnn.training.labels import labels
 from jaxrnn.training.losses import (
     Mean,
     Perplexity,
@@ -24,6 +23,7 @@ from jaxrnn.training.prediction import predict
 from jaxrnn.training.ragged import Bucketed, Buckets, bucket, pad, unpad
 from jaxrnn.training.saving import load, save
 from jaxrnn.training.series import Scaler, windows
+from jaxrnn.training.slow_weights import labels
 from jaxrnn.training.step import Best, TrainState, make_eval, make_step, train_state
 from jaxrnn.training.streams import Streams
 

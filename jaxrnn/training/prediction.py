@@ -14,7 +14,7 @@ from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import check_valid, host, positive
-from jaxrnn.training.evaluate import check_members, to_host
+from jaxrnn.training.evaluation import check_members, to_host
 from jaxrnn.training.losses import check_axes
 from jaxrnn.training.ragged import Bucketed, bucket, pad
 

@@ -12,13 +12,13 @@ from jaxrnn.cells.conv_lstm import ConvLSTM
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Bidirectional
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Backward
 from jaxrnn.convert.activations import function_of
 from jaxrnn.convert.cells import Placed
 from jaxrnn.convert.flax.layers import merge_function
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
-from jaxrnn.parallel import Bidirectional
-from jaxrnn.wrap import Backward
 
 
 def build(model: Placed) -> Any:

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxrnn import flax_bridge
-from jaxrnn import linen as our_linen
-from jaxrnn import nnx as our_nnx
 from jaxrnn.cell import Cell
+from jaxrnn.compose.parallel import MERGES
 from jaxrnn.convert.activations import name_of
 from jaxrnn.convert.flax import weights
 from jaxrnn.convert.flax.weights import Weighted, expect, refuse
 from jaxrnn.convert.trees import join, leaves
+from jaxrnn.flax import bridge
+from jaxrnn.flax import linen as our_linen
+from jaxrnn.flax import nnx as our_nnx
 from jaxrnn.layers import Apply, Dropout
-from jaxrnn.parallel import MERGES
 
 
 class Fixed(NamedTuple):
@@ -192,7 +192,7 @@ def _own(walk: _Walk, path: str, module: Any) -> Any:
     _once(walk, path, module)
     absent = frozenset()
     if type(module) is our_nnx.RNN:
-        tree = {name: getattr(module, name) for name in flax_bridge.top_names(module.cell)}
+        tree = {name: getattr(module, name) for name in bridge.top_names(module.cell)}
         absent = frozenset(name for name, leaf in leaves(tree).items() if leaf is None)
     layer = Own(path, module.cell, absent)
     return Reversed(path, layer) if module.reverse else layer

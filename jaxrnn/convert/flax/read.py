@@ -12,15 +12,15 @@ from flax import nnx
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Backward
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.flax.layers import Both, Fixed, Own, Reversed, Sequence, describe
 from jaxrnn.convert.flax.weights import check_dtype
 from jaxrnn.convert.trees import join, leaves, nested
 from jaxrnn.engines.arrays import on_device
-from jaxrnn.flax_bridge import from_params, to_params
-from jaxrnn.parallel import Bidirectional, BidirectionalPair
-from jaxrnn.wrap import Backward
+from jaxrnn.flax.bridge import from_params, to_params
 
 
 def read(module: Any, variables: Mapping[str, Any] | None, spatial_shape: Any) -> tuple[Cell, Any]:

@@ -11,15 +11,15 @@ from flax import nnx
 
 from jaxrnn.cell import Cell
 from jaxrnn.cells.conv_lstm import ConvLSTM
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Bidirectional
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Backward
 from jaxrnn.convert.cells import Placed
 from jaxrnn.convert.flax.layers import Both, Fixed, Own, Reversed, Sequence, describe
 from jaxrnn.convert.flax.weights import Weighted, check_dtype
 from jaxrnn.convert.trees import join, leaves, nested
 from jaxrnn.engines.arrays import on_device
-from jaxrnn.flax_bridge import from_params
-from jaxrnn.parallel import Bidirectional
-from jaxrnn.wrap import Backward
+from jaxrnn.flax.bridge import from_params
 
 
 def write(module: Any, model: Placed) -> Any:

@@ -15,17 +15,17 @@ from jaxrnn.cells.conv_lstm import ConvLSTM
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
+from jaxrnn.compose.noise import RecurrentDropout
+from jaxrnn.compose.parallel import Bidirectional
+from jaxrnn.compose.pool import Pool
+from jaxrnn.compose.repeat import Repeat
+from jaxrnn.compose.wrap import Backward
 from jaxrnn.convert.activations import canonical, there
 from jaxrnn.convert.arrays import Arrays, reorder
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.keras.config import NAMES
 from jaxrnn.convert.keras.layers import POOLINGS
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
-from jaxrnn.parallel import Bidirectional
-from jaxrnn.pool import Pool
-from jaxrnn.regularize import RecurrentDropout
-from jaxrnn.repeat import Repeat
-from jaxrnn.wrap import Backward
 
 LACKS = "Keras has no counterpart"
 MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave", "tuple": None}

@@ -13,10 +13,10 @@ from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMParams
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
+from jaxrnn.compose.noise import RecurrentDropout
 from jaxrnn.convert.arrays import Arrays, ones, reorder
 from jaxrnn.convert.keras.config import ACTIVATION_LAYERS, REQUIRED, Fields, is_size, list_of
 from jaxrnn.layers import Apply, Dropout, LayerNorm, LayerNormParams, Linear, LinearParams
-from jaxrnn.regularize import RecurrentDropout
 
 
 class Weights:

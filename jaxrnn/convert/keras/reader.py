@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cell import Cell, output_size
+from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
+from jaxrnn.compose.pool import Pool
+from jaxrnn.compose.repeat import Repeat
+from jaxrnn.compose.wrap import Backward
 from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.keras.config import Fields, is_size, list_of
 from jaxrnn.convert.keras.graph import chain
@@ -26,10 +30,6 @@ from jaxrnn.convert.keras.layers import (
     spatial_dropout,
 )
 from jaxrnn.layers import Apply, Embed, EmbedParams, Layer, LayerNorm, Linear
-from jaxrnn.parallel import Bidirectional, BidirectionalPair
-from jaxrnn.pool import Pool
-from jaxrnn.repeat import Repeat
-from jaxrnn.wrap import Backward
 
 DEEPEST = 32  # models within models
 

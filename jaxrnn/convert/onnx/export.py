@@ -12,14 +12,14 @@ from jaxrnn.cells.activations import Activation
 from jaxrnn.cells.elman import Elman
 from jaxrnn.cells.gru import GRU
 from jaxrnn.cells.lstm import LSTM
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Bidirectional
+from jaxrnn.compose.pool import Pool
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Backward, LearnedCarry, Residual
 from jaxrnn.convert.activations import there
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.onnx.recurrent import FUNCTIONS, OPERATORS, WITHOUT_DEFAULTS, rearranged
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
-from jaxrnn.parallel import Bidirectional
-from jaxrnn.pool import Pool
-from jaxrnn.wrap import Backward, LearnedCarry, Residual
 
 OPSET, IR_VERSION = 22, 10
 

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from jaxrnn.cell import Cell
+from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
+from jaxrnn.compose.wrap import Backward, LearnedCarry, LearnedCarryParams
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Constant, Dim, Size
@@ -15,8 +17,6 @@ from jaxrnn.convert.onnx.graph import Graph, Operation
 from jaxrnn.convert.onnx.read import RECURRENT, Node
 from jaxrnn.convert.onnx.recurrent import cells, reversed_directions
 from jaxrnn.convert.onnx.signals import DIRECTION, FEATURES, UNIT, Part, Signal
-from jaxrnn.parallel import Bidirectional, BidirectionalPair
-from jaxrnn.wrap import Backward, LearnedCarry, LearnedCarryParams
 
 
 def _recurrent(graph: Graph, node: Node):

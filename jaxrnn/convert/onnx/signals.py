@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrnn.cell import Cell, input_size, output_size
-from jaxrnn.compose import Stack
+from jaxrnn.compose.pool import Pool
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Residual
 from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.onnx.constants import ONE, Constant, Dim, Size, size
 from jaxrnn.convert.onnx.read import MOST_AXES, Node
 from jaxrnn.layers import Apply
-from jaxrnn.pool import Pool
-from jaxrnn.wrap import Residual
 
 MOST_ROWS = 1024
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxrnn.cell import Cell
 from jaxrnn.check import shapes_of_params
-from jaxrnn.compose import Stack
+from jaxrnn.compose.pool import Pool
+from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.activations import canonical
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.cells import Placed, layers, placed
@@ -22,7 +23,6 @@ from jaxrnn.convert.torch.tensors import is_instance, named_arrays, state_dict, 
 from jaxrnn.convert.torch.weights import Part, is_recurrent, repeated, write
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Apply, Dropout
-from jaxrnn.pool import Pool
 
 __all__ = ["carry_from_torch", "carry_to_torch", "from_torch", "to_torch"]
 

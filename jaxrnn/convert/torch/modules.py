@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from jaxrnn.cell import Cell
-from jaxrnn.compose import Stack
+from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.activations import here, names, options
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.torch.tensors import named_arrays

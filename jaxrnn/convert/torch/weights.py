@@ -13,12 +13,12 @@ from jaxrnn.cell import Cell, output_size
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
+from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.activations import there
 from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
-from jaxrnn.parallel import Bidirectional, BidirectionalPair
 
 # The blocks of rows in weight_ih and weight_hh: i f g o, and r z n.
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from jaxrnn.analysis.observe import check_cell
+from jaxrnn.analysis.observation import check_cell
 from jaxrnn.cell import Cell
 from jaxrnn.engines.walk import Question
 from jaxrnn.sequence import scan_asked

@@ -8,10 +8,10 @@ from jaxrnn.cells.causal_conv import CausalConv
 from jaxrnn.cells.rg_lru import RGLRU
 from jaxrnn.cells.s6 import S6
 from jaxrnn.cells.slstm import SLSTM
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Parallel
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Residual
 from jaxrnn.layers import Apply, LayerNorm, Linear
-from jaxrnn.parallel import Parallel
-from jaxrnn.wrap import Residual
 
 
 def gated(cell: Cell, size: int, output: int, activation: Activation) -> Cell:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn.engines import gated_native, native
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot, lifted, varying_like
+from jaxrnn.engines.cpu import library
+from jaxrnn.engines.gated import primitives
 from jaxrnn.engines.loop import in_chunks, time_loop
 from jaxrnn.engines.walk import Flags, Walk
 
@@ -334,10 +335,10 @@ def _kernel(cell, weights, carries, xs, masks, walk: Walk):
 
     def run(carry, xs, fresh, directions):
         layers = [
-            gated_native.Layer((each.w_x, each.b, kernel.w_h, kernel.b_hn), *rest)
+            primitives.Layer((each.w_x, each.b, kernel.w_h, kernel.b_hn), *rest)
             for each, kernel, *rest in zip(weights, kernels, carry, fresh, directions, strict=True)
         ]
-        results = gated_native.scan(kernels[0].kind, layers, xs, walk)
+        results = primitives.scan(kernels[0].kind, layers, xs, walk)
         return [(type(old)(*new), ys) for old, (new, ys) in zip(carry, results, strict=True)]
 
     return run
@@ -353,4 +354,4 @@ def _refusal(kernel: Kernel | str, arrays, masks) -> str | None:
         return f"the kernels take shapes of numbers, not {arrays[0].shape}"
     if any(mask is not None for mask in masks):
         return "no kernel draws recurrent dropout"
-    return native.absent()
+    return library.absent()

@@ -1,7 +1,7 @@
 """Gated recurrences by compiled kernels on the CPU: three primitives, so that every transformation has them.
 
 On the CPU `forward` and `backward` are kernels; `tangent`, what is differentiated again, and what runs elsewhere are
-the forms of `gated_xla`, where the three and their arrays are described.
+the forms of `programs`, where the three and their arrays are described.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines import gated_xla, native
 from jaxrnn.engines.arrays import evaluated, varying_like
-from jaxrnn.engines.gated_xla import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
+from jaxrnn.engines.cpu import library
+from jaxrnn.engines.gated import programs
+from jaxrnn.engines.gated.programs import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Walk, starts
 
@@ -31,7 +32,7 @@ KINDS = {"elman_tanh": 0, "elman_relu": 1, "lstm": 2, "gru": 3, "gru_before": 4}
 forward_p = Primitive("jaxrnn_gated_forward")
 tangent_p = Primitive("jaxrnn_gated_tangent")
 backward_p = Primitive("jaxrnn_gated_backward")
-_REFERENCE = {forward_p: gated_xla.forward, tangent_p: gated_xla.tangent, backward_p: gated_xla.backward}
+_REFERENCE = {forward_p: programs.forward, tangent_p: programs.tangent, backward_p: programs.backward}
 _OPTIONS = ("kind", "directions", "batch_major", "named", "save", "wrt")
 
 
@@ -238,7 +239,7 @@ ad.primitive_transposes[backward_p] = _transpose(tangent_p)
 mlir.register_lowering(tangent_p, _by_xla(tangent_p))
 for _primitive in (forward_p, backward_p):
     mlir.register_lowering(_primitive, _elsewhere(_primitive))
-    native.register(_primitive, _on_cpu(_primitive))
+    library.register(_primitive, _on_cpu(_primitive))
 
 
 class Layer(NamedTuple):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.cell import Cell, check_cell, output_size
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Bidirectional
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Backward, Wrapper
 from jaxrnn.engines.arrays import accumulator, inexact, select, zero_where_not
 from jaxrnn.engines.walk import final
-from jaxrnn.parallel import Bidirectional
-from jaxrnn.wrap import Backward, Wrapper
 
 HOWS = ("last", "mean", "max", "end")
 

@@ -1,4 +1,4 @@
-"""The engine of linear recurrences, h_t = a_t h_{t-1} + b_t, elementwise.
+"""The primitive of linear recurrences, and the programs that compute it.
 
 One primitive, so that every transformation has it. It is linear in b and in h before the first step, and its transpose
 is itself, in the other direction and shifted:
@@ -22,48 +22,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines import native
-from jaxrnn.engines.arrays import evaluated, select, varying_like, zero_where_not
-from jaxrnn.engines.walk import Flags, Walk
+from jaxrnn.engines.arrays import evaluated, varying_like
+from jaxrnn.engines.cpu import library
 
 ELSEWHERE = "associative"  # what None means on accelerators
 CHUNK = 128  # steps that "chunked" computes at once
-
-
-def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
-    """What runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
-    refusal = native.absent()
-    if any(dtype != jnp.float32 for dtype in dtypes):
-        names = ", ".join(sorted({jnp.dtype(dtype).name for dtype in dtypes}))
-        refusal = f"the kernel computes in float32, not in {names}"
-    refusals = {} if refusal is None else {"native": refusal}
-    chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
-    walk.record("linear_scan", chosen, refusals, cell=owner)
-    return walk.form("linear_scan", chosen)
-
-
-def linear_recurrence(
-    a: Array, b: Array, h: Array, *, flags: Flags, reverse: bool, form: str | None
-) -> tuple[Array, Array]:
-    """The recurrence over the first axis: (the last h, all h).
-
-    Args:
-      a: broadcastable to b. b: (T, ...), of the dtype of the result.
-      h: the state before the first step, b's shape without time, in a dtype that sums are in.
-      flags: over leading axes of b. An invalid step keeps the state; at one that starts fresh, h_t = b_t.
-      reverse: from the last step to the first.
-      form: of `linear_form`.
-    """
-    valid, start = flags
-    if b.size == 0:
-        return h, b
-    a = a.reshape((1,) * (b.ndim - a.ndim) + a.shape)
-    if valid is not None:
-        wide = jnp.broadcast_to(a, jnp.broadcast_shapes(a.shape, valid.shape + (1,) * (b.ndim - valid.ndim)))
-        a, b = select(valid, wide, jnp.ones_like(wide)), zero_where_not(valid, b)
-    cut = () if start is None else (start.reshape(start.shape + (1,) * (b.ndim - start.ndim)),)
-    hs, last = _bind(a, b, h, *cut, reverse=reverse, shifted=False, form=form)
-    return last, hs
 
 
 # The forms, of a (·), b (T, ...), h (...), cut (·) or nothing. Sums are in the dtype of h.
@@ -184,7 +147,7 @@ def _abstract(a, b, h, *cut, reverse, shifted, form):
     return [like(b, None), like(h)]
 
 
-def _bind(*arrays, **options):
+def bind(*arrays, **options):
     return linear_scan_p.bind(*varying_like(arrays), **options)
 
 
@@ -198,27 +161,27 @@ def _jvp(primals, tangents, *, reverse, shifted, form):
     a, b, h, *cut = primals
     d_a, d_b, d_h, *_ = tangents
     options = {"reverse": reverse, "shifted": shifted, "form": form}
-    hs, last = _bind(*primals, **options)
+    hs, last = bind(*primals, **options)
     d_b, d_h = ad.instantiate_zeros(d_b), ad.instantiate_zeros(d_h)
     if type(d_a) is ad.Zero:
-        return [hs, last], _bind(a, d_b, d_h, *cut, **options)
+        return [hs, last], bind(a, d_b, d_h, *cut, **options)
     state = hs.astype(h.dtype) if shifted else _previous(h, hs, reverse)
     if cut:  # also of what ȧ multiplies, since the transpose multiplies its cotangent by it
         state = jnp.where(cut[0], jnp.zeros_like(state), state)
     moved = _before(d_a, cut[0] if cut else None, state)
     if not shifted:
-        return [hs, last], _bind(a, d_b + moved.astype(d_b.dtype), d_h, *cut, **options)
+        return [hs, last], bind(a, d_b + moved.astype(d_b.dtype), d_h, *cut, **options)
     # Of the shifted recurrence, ȧ_k h_k enters after step k: with b_{k+1}, and at last with what comes out.
     moved = jnp.broadcast_to(moved, b.shape)
     zero = jnp.zeros_like(moved[:1])
     following = jnp.concatenate([moved[1:], zero] if reverse else [zero, moved[:-1]])
-    d_hs, d_last = _bind(a, d_b + following.astype(d_b.dtype), d_h, *cut, **options)
+    d_hs, d_last = bind(a, d_b + following.astype(d_b.dtype), d_h, *cut, **options)
     return [hs, last], [d_hs, d_last + moved[0 if reverse else -1]]
 
 
 def _transpose(cotangents, a, b, h, *cut, reverse, shifted, form):
     d_hs, d_last = map(ad.instantiate_zeros, cotangents)
-    found = _bind(a, d_hs, d_last, *cut, reverse=not reverse, shifted=not shifted, form=form)
+    found = bind(a, d_hs, d_last, *cut, reverse=not reverse, shifted=not shifted, form=form)
     d_b, d_h = (
         cotangent if ad.is_undefined_primal(array) else None for array, cotangent in zip((b, h), found, strict=True)
     )
@@ -237,7 +200,7 @@ def _batched(arrays, axes, **options):
         whole = (*array.shape[:place], size, *array.shape[place + 1 :])
         return jnp.broadcast_to(array, whole) if k in (1, 2) else array
 
-    results = _bind(*(moved(k, *each) for k, each in enumerate(zip(arrays, axes, strict=True))), **options)
+    results = bind(*(moved(k, *each) for k, each in enumerate(zip(arrays, axes, strict=True))), **options)
     return results, [1, 0]
 
 
@@ -276,4 +239,4 @@ ad.primitive_jvps[linear_scan_p] = _jvp
 ad.primitive_transposes[linear_scan_p] = _transpose
 batching.primitive_batchers[linear_scan_p] = _batched
 mlir.register_lowering(linear_scan_p, _elsewhere)
-native.register(linear_scan_p, _on_cpu)
+library.register(linear_scan_p, _on_cpu)

@@ -1,4 +1,4 @@
-"""The linear recurrence as a function of arrays."""
+"""The engine of linear recurrences, h_t = a_t h_{t-1} + b_t, elementwise: as a function of arrays, and for cells."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.linear import linear_form, linear_recurrence
-from jaxrnn.engines.walk import Implementation, Walk, checked
+from jaxrnn.engines.arrays import accumulator, select, zero_where_not
+from jaxrnn.engines.cpu import library
+from jaxrnn.engines.linear.primitive import ELSEWHERE, bind
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked
 
 
 def linear_scan(
@@ -89,6 +90,42 @@ def linear_scan(
         form=form,
     )
     return last, jnp.moveaxis(walk.without_padding(hs), 0, time_axis)
+
+
+def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
+    """What runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
+    refusal = library.absent()
+    if any(dtype != jnp.float32 for dtype in dtypes):
+        names = ", ".join(sorted({jnp.dtype(dtype).name for dtype in dtypes}))
+        refusal = f"the kernel computes in float32, not in {names}"
+    refusals = {} if refusal is None else {"native": refusal}
+    chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
+    walk.record("linear_scan", chosen, refusals, cell=owner)
+    return walk.form("linear_scan", chosen)
+
+
+def linear_recurrence(
+    a: Array, b: Array, h: Array, *, flags: Flags, reverse: bool, form: str | None
+) -> tuple[Array, Array]:
+    """The recurrence over the first axis: (the last h, all h).
+
+    Args:
+      a: broadcastable to b. b: (T, ...), of the dtype of the result.
+      h: the state before the first step, b's shape without time, in a dtype that sums are in.
+      flags: over leading axes of b. An invalid step keeps the state; at one that starts fresh, h_t = b_t.
+      reverse: from the last step to the first.
+      form: of `linear_form`.
+    """
+    valid, start = flags
+    if b.size == 0:
+        return h, b
+    a = a.reshape((1,) * (b.ndim - a.ndim) + a.shape)
+    if valid is not None:
+        wide = jnp.broadcast_to(a, jnp.broadcast_shapes(a.shape, valid.shape + (1,) * (b.ndim - valid.ndim)))
+        a, b = select(valid, wide, jnp.ones_like(wide)), zero_where_not(valid, b)
+    cut = () if start is None else (start.reshape(start.shape + (1,) * (b.ndim - start.ndim)),)
+    hs, last = bind(a, b, h, *cut, reverse=reverse, shifted=False, form=form)
+    return last, hs
 
 
 def _broadcastable(name: str, array: Array, shape: tuple[int, ...]) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
-from jaxrnn.compose import Several, fits, part
+from jaxrnn.compose.stack import Several, fits, part
 
 MERGES: dict[str, Callable[..., Any]] = {
     "concat": lambda *ys: jnp.concatenate(ys, axis=-1),

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cell import Cell
-from jaxrnn.compose import Stack
+from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
+from jaxrnn.compose.pool import Pool
+from jaxrnn.compose.stack import Stack
+from jaxrnn.compose.wrap import Backward, LearnedCarry, Residual, Wrapper
 from jaxrnn.engines.arrays import accumulator, inexact
-from jaxrnn.parallel import Bidirectional, BidirectionalPair
-from jaxrnn.pool import Pool
 from jaxrnn.sequence import scan
-from jaxrnn.wrap import Backward, LearnedCarry, Residual, Wrapper
 
 
 class Reads(NamedTuple):

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jaxrnn.training.batches import positive
 from jaxrnn.training.checkpoint import run_in
-from jaxrnn.training.evaluate import evaluator
+from jaxrnn.training.evaluation import evaluator
 from jaxrnn.training.feeding import Group, as_source, checked, groups
 from jaxrnn.training.history import BadStep, History, empty_history
 from jaxrnn.training.identity import identity

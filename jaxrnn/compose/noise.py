@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import check
+from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import inexact
-from jaxrnn.wrap import Wrapper
 
 
 class RecurrentDropout(Wrapper):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.analysis.observe import as_real, check_cell, check_count, norm
+from jaxrnn.analysis.observation import as_real, check_cell, check_count, norm
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import inexact, select
 from jaxrnn.engines.walk import final

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import select
-from jaxrnn.engines.linear import CHUNK, ELSEWHERE
+from jaxrnn.engines.linear.primitive import CHUNK, ELSEWHERE
 from jaxrnn.engines.walk import Flags, Walk
 
 NOTHING = -1e30  # the logarithm of 0, finite, so that derivatives are

@@ -1,0 +1,1 @@
+"""The compiled kernels, and the library that they are."""

@@ -1,0 +1,1 @@
+"""Cells as modules of Flax, and its cells as cells."""

@@ -1,0 +1,304 @@
+"""Flax NNX: every cell as a module, and any NNX cell as a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import cast
+from jaxrnn.engines.walk import Implementation
+from jaxrnn.flax import bridge
+from jaxrnn.flax.bridge import FlaxCarry, FlaxCell, from_params, to_params
+from jaxrnn.sequence import step
+
+__all__ = ["RNN", "FlaxCarry", "NNXCell", "from_nnx", "from_params", "to_params"]
+
+
+class RNN(nnx.Module):
+    """A cell, or a model made of cells, as an NNX module: xs to ys, batch-major.
+
+    Every array is an `nnx.Param` of its own, with a path like `("layer_0", "w_x")`, see `from_params`. They begin as
+    `cell.init` draws them with one key of `rngs.params`.
+
+    Unlike `flax.nnx.RNN`: ys is 0 and the carry stays at padding; a length of 0 returns the initial carry; with
+    `reverse`, ys stay aligned with xs; `scan` returns the carry, and no flag changes what `__call__` returns.
+
+    Args:
+      cell: any `jaxrnn.Cell`.
+      rngs: for the params; and, where the cell draws noise (dropout, zoneout), forked for it.
+      params: the cell's params, in place of drawing them.
+      time_major: xs and ys (T, *batch, ...) and not (*batch, T, ...).
+      reverse, remat_every, implementation: as in `jaxrnn.scan`.
+      deterministic: True for no noise; `model.eval()` and `model.train()` set it.
+      param_dtype: the dtype of the params that are drawn. Computation is in the dtype of xs.
+      rng_collection: the stream that noise is drawn from.
+
+    Raises:
+      TypeError: if there is neither `rngs` nor `params`. ValueError: if `params` are not the cell's.
+
+        >>> import jax.numpy as jnp, jaxrnn
+        >>> from flax import nnx
+        >>> from jaxrnn.nnx import RNN
+        >>> rngs = nnx.Rngs(0)
+        >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 8), jaxrnn.Dropout(0.1), jaxrnn.LSTM(8, 4)))
+        >>> model = nnx.Sequential(RNN(cell, rngs=rngs), nnx.Linear(4, 1, rngs=rngs))
+        >>> model(jnp.ones((5, 7, 3))).shape  # batch, time, features
+        (5, 7, 1)
+        >>> sorted(model.layers[0].layer_2)
+        ['b', 'w_h', 'w_x']
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        *,
+        rngs: nnx.Rngs | None = None,
+        params: Any = None,
+        time_major: bool = False,
+        reverse: bool = False,
+        remat_every: int | None = None,
+        implementation: Implementation = None,
+        deterministic: bool | None = False,
+        param_dtype: Any = jnp.float32,
+        rng_collection: str = "dropout",
+    ):
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs: expected flax.nnx.Rngs, got {type(rngs).__name__}")
+        if params is None:
+            if rngs is None:
+                raise TypeError("rngs: expected flax.nnx.Rngs to draw the params from, or params; got neither")
+            params = cell.init(rngs.params(), param_dtype)
+        self.cell = cell
+        self.time_major = time_major
+        self.reverse = reverse
+        self.remat_every = remat_every
+        self.implementation = FrozenDict(implementation) if isinstance(implementation, Mapping) else implementation
+        self.deterministic = deterministic
+        self.rng_collection = rng_collection
+        self.rngs = rngs[rng_collection].fork() if rngs is not None and bridge.draws(cell) else nnx.data(None)
+        for name, tree in from_params(cell, params).items():
+            setattr(self, name, nnx.data(jax.tree.map(lambda leaf: nnx.Param(jnp.asarray(leaf)), tree)))
+
+    def __call__(
+        self,
+        xs: Any,
+        *,
+        seq_lengths: Any = None,
+        mask: Any = None,
+        reset: Any = None,
+        initial_carry: Any = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+    ) -> Any:
+        """The outputs of a sequence: `scan` without the carry."""
+        return self.scan(
+            xs,
+            seq_lengths=seq_lengths,
+            mask=mask,
+            reset=reset,
+            initial_carry=initial_carry,
+            deterministic=deterministic,
+            rngs=rngs,
+        )[1]
+
+    def scan(
+        self,
+        xs: Any,
+        *,
+        seq_lengths: Any = None,
+        mask: Any = None,
+        reset: Any = None,
+        initial_carry: Any = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+    ) -> tuple[Any, Any]:
+        """The final carry and the outputs of a sequence, by `jaxrnn.scan`.
+
+        Args:
+          xs: (*batch, T, ...), or (T, *batch, ...) with `time_major`.
+          seq_lengths: integers (*batch): the steps that are valid.
+          mask, reset: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
+          initial_carry: leaves (*batch, ...), or None to start fresh.
+          deterministic: True for no noise; None for the attribute.
+          rngs: where noise comes from, in place of the stream that was forked at construction.
+
+        Raises:
+          ValueError, TypeError: for shapes, dtypes and values that do not fit; for a cell that draws noise where there
+            is nothing to draw it from.
+        """
+        return bridge.run(
+            self.cell,
+            self.params(),
+            xs,
+            initial_carry=initial_carry,
+            seq_lengths=seq_lengths,
+            time_major=self.time_major,
+            mask=mask,
+            reset=reset,
+            reverse=self.reverse,
+            key=self._key(deterministic, rngs),
+            remat_every=self.remat_every,
+            implementation=self.implementation,
+        )
+
+    def step(self, carry: Any, x: Any) -> tuple[Any, Any]:
+        """One step without noise: the new carry, and y. A carry of None starts fresh.
+
+        >>> import jax.numpy as jnp, jaxrnn
+        >>> from flax import nnx
+        >>> from jaxrnn.nnx import RNN
+        >>> model = RNN(jaxrnn.GRU(3, 4), rngs=nnx.Rngs(0))
+        >>> carry, y = model.step(None, jnp.ones((5, 3)))
+        >>> y.shape
+        (5, 4)
+        """
+        return step(self.cell, self.params(), carry, x, implementation=self.implementation)
+
+    def params(self) -> Any:
+        """The params as the cell takes them, for the functions of jaxrnn; `RNN(cell, params=...)` is the way back."""
+        tree = {name: getattr(self, name) for name in bridge.top_names(self.cell)}
+        return to_params(self.cell, jax.tree.map(lambda p: p[...], tree, is_leaf=lambda p: isinstance(p, nnx.Param)))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` sets."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _key(self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | Array | None) -> Array | None:
+        if not bridge.draws(self.cell):
+            return None
+        bridge.check_deterministic(self.cell, self.deterministic, deterministic)
+        if self.deterministic if deterministic is None else deterministic:
+            return None
+        match self.rngs if rngs is None else rngs:
+            case None:
+                raise ValueError(
+                    f"rngs: {self.cell!r} draws noise; give rngs to RNN or to the call, or deterministic=True"
+                )
+            case nnx.Rngs() as streams:
+                return streams[self.rng_collection]()
+            case nnx.RngStream() as stream:
+                return stream()
+            case key:
+                return key
+
+
+class NNXCell(FlaxCell):
+    """An NNX cell as a cell, as `from_nnx` makes it: with lengths, resets, both directions, remat, in compositions.
+
+    Its params are nested dicts of the module's `nnx.Param`s. Its carry gets names: (c, h) of Flax becomes
+    `LSTMCarry(h, c)`, one array `FlaxCarry(h)`; see `jaxrnn.bridge.FlaxCell`. It computes as the module does, and
+    puts out the dtype of x. It may neither print as an expression nor pickle.
+
+    Args:
+      graphdef: what `nnx.split` gives. input_size: D, or the sizes of all axes of one x.
+      shapes: path, shape and dtype of every param.
+      create: `create(rngs)` builds such a module, which is how `init` draws params; or None.
+    """
+
+    graphdef: nnx.GraphDef
+    input_size: int | tuple[int, ...]
+    shapes: tuple[tuple[tuple[Any, ...], tuple[int, ...], str], ...]
+    create: Callable[[nnx.Rngs], nnx.Module] | None = None
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> dict[Any, Any]:
+        """The params of a module that `create` builds, in `dtype`.
+
+        Raises:
+          TypeError: if the cell was made without `create`: how a module was drawn cannot be seen in the module.
+        """
+        if self.create is not None:
+            graphdef, params = _split(self.create(nnx.Rngs(key)))
+            if graphdef != self.graphdef:
+                raise ValueError("create: expected a module like the one that was given to from_nnx, got another")
+            return cast(params, dtype)
+        refusal = TypeError(
+            f"init: {self!r} was made of a module, which does not say how its params were drawn; give from_nnx "
+            "`create`, a function from nnx.Rngs to such a module"
+        )
+        if check.concrete(key):
+            raise refusal
+
+        def refuse(key):
+            raise refusal
+
+        # Shapes are known, and may be asked for; numbers are not.
+        shapes = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(own)) for path, shape, own in self.shapes}
+        shapes = jax.eval_shape(lambda tree: cast(tree, dtype), unflatten_dict(shapes))
+        return jax.pure_callback(refuse, shapes, jax.random.key_data(key))
+
+    def begin(self, params, key, shape):
+        return self._module(params).initialize_carry(shape, nnx.Rngs(key))
+
+    def run(self, params, carry, x):
+        # Flax's cells promote their inputs to one dtype.
+        with jax.numpy_dtype_promotion("standard"):
+            return self._module(params)(carry, x)
+
+    def _module(self, params: Any) -> Any:
+        return nnx.merge(self.graphdef, nnx.State(params))
+
+    def __repr__(self):
+        module = self.graphdef.nodes[0].type  # type: ignore[union-attr]
+        return f"NNXCell({module.__name__}, input_size={self.input_size!r})"
+
+
+def from_nnx(
+    module: nnx.RNNCellBase,
+    input_size: int | tuple[int, ...] | None = None,
+    *,
+    create: Callable[[nnx.Rngs], nnx.Module] | None = None,
+) -> tuple[NNXCell, dict[Any, Any]]:
+    """An NNX cell as a cell and its params: the module's graph definition, and its state.
+
+    Random streams that the module holds are left behind: a step that draws from one raises Flax's own error.
+
+    Args:
+      module: a `flax.nnx.RNNCellBase` with no state but `nnx.Param`s, which begins with a constant carry.
+      input_size: D, or the sizes of all axes of one x; None for `module.in_features`.
+      create: `create(rngs)` builds such a module. Only with it can the cell draw other params, by `init`.
+
+    Raises:
+      TypeError: for another module, for one with other state (batch statistics), for one that does not say its size.
+      ValueError: if the module draws its initial carry at random; if `create` builds another module.
+
+        >>> import jax.numpy as jnp, jaxrnn
+        >>> from flax import nnx
+        >>> from jaxrnn.nnx import from_nnx
+        >>> cell, params = from_nnx(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)))
+        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 2, 3)), lengths=jnp.array([7, 0]))
+        >>> ys.shape, carry.c.shape
+        ((7, 2, 4), (2, 4))
+    """
+    if not isinstance(module, nnx.RNNCellBase):
+        raise TypeError(f"module: expected a flax.nnx.RNNCellBase, got {type(module).__name__}")
+    size = getattr(module, "in_features", None) if input_size is None else input_size
+    if size is None:
+        raise TypeError(f"input_size: expected the size of one x, since {type(module).__name__} has no in_features")
+    graphdef, params = _split(module)
+    leaves: dict[tuple[Any, ...], Any] = flatten_dict(params)
+    shapes = tuple((path, leaf.shape, leaf.dtype.name) for path, leaf in leaves.items())
+    return NNXCell(graphdef, size, shapes, create), params
+
+
+def _split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
+    """The graph definition without random streams, and the params as nested dicts."""
+    module = nnx.clone(module)
+    for _, part in nnx.iter_modules(module):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, (nnx.Rngs, nnx.RngStream)):
+                setattr(part, name, None)
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    if rest:
+        found = ", ".join(f"{type(leaf).__name__} {path}" for path, leaf in nnx.to_flat_state(rest))
+        raise TypeError(f"module: expected no state but nnx.Param in {type(module).__name__}, got {found}")
+    return graphdef, nnx.to_pure_dict(params)
