@@ -13,7 +13,6 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
-from jaxrnn.compose.pool import PoolCarry
 from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
 
 
@@ -134,7 +133,7 @@ def carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int
         return fresh, fresh
     expected, structure = jax.tree_util.tree_flatten_with_path(fresh)
     if jax.tree.structure(carry) != structure:
-        inside = _without_pools(carry)
+        inside = _handed_on(carry)
         if jax.tree.structure(inside) != structure:
             raise ValueError(f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}")
         carry = inside
@@ -149,13 +148,13 @@ def carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int
     return carry, jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, carry)
 
 
-def _without_pools(carry: Any) -> Any:
-    """The carry of what is pooled, which a decoder goes on from."""
+def _handed_on(carry: Any) -> Any:
+    """The carry that another cell goes on from: parts that name another carry as their `handed_on` become that one."""
 
-    def is_pool(node):
-        return isinstance(node, PoolCarry)
+    def names_another(node):
+        return hasattr(node, "handed_on")
 
-    return jax.tree.map(lambda node: node.cell if is_pool(node) else node, carry, is_leaf=is_pool)
+    return jax.tree.map(lambda node: getattr(node, "handed_on", node), carry, is_leaf=names_another)
 
 
 def _widen(carry: Any, params: Any, xs: Any) -> Any:

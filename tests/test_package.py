@@ -120,35 +120,77 @@ def test_the_readme_has_its_two_commands_and_every_cell():
             assert f"`{name}" in text, name
 
 
+LAYERS = [
+    "engines",
+    "cell",
+    "check",
+    "cells",
+    "arguments",
+    "sequence",
+    "layers",
+    "compose",
+    "table",
+    "exporting",
+    "flax",
+    "linen",
+    "nnx",
+    "convert",
+    "training",
+    "analysis",
+    "",
+]
+
+
+def imports():
+    """Of every module, the modules of the package that it imports when it is imported itself."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "jaxrnn").rglob("*.py")
+    }
+    found = {}
+    for name, path in files.items():
+        found[name] = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxrnn"):
+                within = {f"{node.module}.{each.name}" for each in node.names}
+                found[name] |= within & set(files) or {node.module}
+    return found
+
+
 def test_imports_point_downwards():
     """engines first, what is built on all of them last."""
-    order = [
-        "engines",
-        "linear",
-        "check",
-        "cell",
-        "cells",
-        "layers",
-        "compose",
-        "parallel",
-        "wrap",
-        "blocks",
-        "regularize",
-        "pool",
-        "arguments",
-        "sequence",
-        "repeat",
-        "summary",
-        "flax_bridge",
-        "linen",
-        "nnx",
-        "convert",
-        "training",
-        "analysis",
-    ]
-    for path in (ROOT / "jaxrnn").rglob("*.py"):
-        name = path.relative_to(ROOT / "jaxrnn").parts[0].removesuffix(".py")
-        if name not in order:
-            continue
-        for module in re.findall(r"^from jaxrnn\.(\w+)", path.read_text(), re.M):
-            assert order.index(module) <= order.index(name), f"{path.name} imports {module}"
+
+    def layer(module):
+        return LAYERS.index([*module.split("."), ""][1])
+
+    for name, modules in imports().items():
+        for module in modules:
+            assert layer(module) <= layer(name), f"{name} imports {module}"
+
+
+def test_no_imports_go_round():
+    graph = imports()
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, " -> ".join([*open_[open_.index(name) :], name])
+        if name in done:
+            return
+        open_.append(name)
+        for module in sorted(graph[name]):
+            visit(module)
+        done.add(open_.pop())
+
+    for name in graph:
+        visit(name)
+
+
+def test_no_file_shares_its_name_with_a_function_of_its_package():
+    for folder in {path.parent for path in (ROOT / "jaxrnn").rglob("*.py")}:
+        functions = {
+            node.name
+            for path in folder.glob("*.py")
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert not functions & {path.stem for path in folder.glob("*.py")}, folder

@@ -21,36 +21,36 @@ TRAPS = {
     ),
     "outputs that are not zero in the padding": (
         "layers.py",
-        "return carry, zero_where_not(valid, ys)\n\n\nclass LinearParams",
+        "return carry, walk.without_padding(ys)\n\n\nclass LinearParams",
         "return carry, ys\n\n\nclass LinearParams",
         "test_time.py::test_outputs_are_zero_at_padding",
     ),
     "NaN in the padding reaches a gradient": (
         "sequence.py",
-        "xs = zero_where_not(valid, xs)",
-        "pass",
+        "walked(cell, params, carry, zero_where_not(valid, xs), key, walk)",
+        "walked(cell, params, carry, xs, key, walk)",
         "test_contract.py::test_padding_reaches_nothing[lstm]",
     ),
     "flags in the padding reset": (
-        "engines/loop.py",
+        "engines/walk.py",
         "reset = reset & valid",
         "pass",
         "test_time.py::test_flags_in_the_padding_do_nothing[pool-False]",
     ),
     "forward flags in the reverse direction": (
-        "engines/loop.py",
+        "engines/walk.py",
         "if not reverse or reset.shape[0] == 0:",
         "if True:",
         "test_time.py::test_packed_with_resets_is_one_by_one[bidirectional-False]",
     ),
     "resets one step early": (
-        "engines/loop.py",
+        "engines/walk.py",
         "if reset is None:\n        return None\n",
         "if reset is None:\n        return None\n    reset = jnp.roll(reset, -1, 0)\n",
         "test_time.py::test_a_reset_acts_before_its_step",
     ),
     "resets one step early in replay": (
-        "engines/loop.py",
+        "engines/walk.py",
         "if reset is None:\n        return None\n",
         "if reset is None:\n        return None\n    reset = jnp.roll(reset, -1, 0)\n",
         "test_time.py::test_stepping_an_environment_is_replaying_it",
@@ -69,8 +69,8 @@ TRAPS = {
     ),
     "a carry that takes the dtype of the computation": (
         "engines/gated/engine.py",
-        "return cast_like(new, carry, owner=type(cell).__name__), y.astype(dtype)",
-        "return cast(new, dtype), y.astype(dtype)",
+        "return cast_like(new, carry, owner=type(cell).__name__), (y.astype(dtype),",
+        "return cast(new, dtype), (y.astype(dtype),",
         "test_time.py::test_a_half_precision_carry_is_kept_and_none_starts_in_float32",
     ),
     "products summed in half precision": (
@@ -117,8 +117,8 @@ TRAPS = {
     ),
     "a backward cell pooled at the last step": (
         "compose/pool.py",
-        'case "last", Bidirectional(',
-        'case "never", Bidirectional(',
+        'case "last" | "end" as how, Bidirectional(',
+        'case "never" as how, Bidirectional(',
         "test_time.py::test_pool_last_of_both_directions_is_each_ones_own_final_output",
     ),
     "the gates of an LSTM in another order": (
@@ -129,7 +129,7 @@ TRAPS = {
     ),
     "a forget gate that is closed at first": (
         "cells/lstm.py",
-        "zeros.at[forget : forget + hidden_size].set(1)",
+        'zeros.at[forget : forget + hidden_size].set(-1 if coupled == "input" else 1)',
         "zeros",
         "test_oracles.py::test_initial_vectors_are_zero_but_for_the_forget_bias_and_gains",
     ),
@@ -147,14 +147,15 @@ TRAPS = {
     ),
     "a reset gate that forgets the recurrent bias": (
         "cells/gru.py",
-        "w = r * (v_n if theta.b_hn is None else v_n + theta.b_hn)",
-        "w = r * v_n + (0 if theta.b_hn is None else theta.b_hn)",
+        "w = r * (v_n if theta.b_hn is None else v_n + lifted(theta.b_hn, v_n))",
+        "w = r * v_n + (0 if theta.b_hn is None else lifted(theta.b_hn, v_n))",
         "test_oracles.py::test_free_function_is_the_oracle[GRU plain]",
     ),
     "a clip before the peephole": (
         "cells/lstm.py",
-        "pre = pre if theta.peephole is None else pre + theta.peephole[row] * c",
-        "p = theta.peephole; pre = clip(pre, self.gate_clip); return φ(pre if p is None else pre + p[row] * c)",
+        "pre = pre if theta.peephole is None else pre + lifted(theta.peephole[row], c) * c",
+        "p = theta.peephole; pre = clip(pre, self.gate_clip)\n"
+        "            return φ(pre if p is None else pre + lifted(p[row], c) * c)",
         "test_oracles.py::test_scan_is_the_oracle"
         "[LSTM peephole coupled projection_size layer_norm cell_clip gate_clip]",
     ),
@@ -202,15 +203,28 @@ def every_trap():
     return [pytest.param(name, marks=pytest.mark.full if k % 12 else ()) for k, name in enumerate(TRAPS)]
 
 
+def test_every_mistake_can_be_made():
+    for file, line, mistake, _ in TRAPS.values():
+        assert line in (PACKAGE / file).read_text(), f"{file} no longer holds the line {line!r}"
+        assert mistake != line
+
+
 @pytest.mark.parametrize("name", every_trap())
 def test_a_mistake_is_seen(name, tmp_path):
     file, line, mistake, test = TRAPS[name]
     copy = tmp_path / "jaxrnn"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "cpu"))
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.h", "*.cc"))
     source = (copy / file).read_text()
-    assert line in source, f"{file} no longer holds the line {line!r}"
     (copy / file).write_text(source.replace(line, mistake))
-    for each in ("conftest.py", "members.py", "reference.py", "oracles.py", "sanitize.py", test.split("::")[0]):
+    for each in (
+        "conftest.py",
+        "tiers.py",
+        "members.py",
+        "reference.py",
+        "oracles.py",
+        "sanitize.py",
+        test.split("::")[0],
+    ):
         shutil.copy(TESTS / each, tmp_path)
     command = [
         sys.executable,

@@ -25,6 +25,11 @@ class PoolCarry(NamedTuple):
     value: Any
     count: Array
 
+    @property
+    def handed_on(self) -> Any:
+        """The carry of what is pooled, which a decoder goes on from."""
+        return self.cell
+
 
 class Pool(Wrapper):
     """One y for a whole sequence: the cell's last, mean or greatest output over the valid steps; 0 without any.

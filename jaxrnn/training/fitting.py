@@ -18,7 +18,7 @@ from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluation import evaluator
 from jaxrnn.training.feeding import Group, as_source, checked, groups
 from jaxrnn.training.history import BadStep, History, empty_history
-from jaxrnn.training.identity import identity
+from jaxrnn.training.identity import run_identity
 from jaxrnn.training.progress import on_screen
 from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
 
@@ -137,7 +137,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         run = None
         if checkpoints is not None:
-            made_of = identity(
+            made_of = run_identity(
                 loss=loss,
                 optimizer=optimizer.update,
                 data=data,

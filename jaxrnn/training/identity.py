@@ -29,7 +29,7 @@ _HERE = os.path.dirname(jaxrnn.__file__)
 LIBRARIES = (_HERE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
-def identity(**parts: Any) -> dict[str, str]:
+def run_identity(**parts: Any) -> dict[str, str]:
     """Every part as lines of text by their place in it, the same in every process that runs the same program.
 
     Arrays are told by shape, dtype and checksum; cells, tuples and dicts by what they hold; a function by its name,

@@ -21,7 +21,7 @@ from jaxrnn.convert.flax.layers import merge_function
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 
 
-def build(model: Placed) -> Any:
+def build_module(model: Placed) -> Any:
     """The linen module that computes a cell, as far as there is one; what it does not compute, `_write` refuses."""
 
     cell, params = model.cell, model.params
@@ -31,7 +31,7 @@ def build(model: Placed) -> Any:
         case Stack(cells=cells, skip=False):
             inside = zip(cells, params, strict=True)
             return nn.Sequential(
-                [build(Placed(each, p, f"{model.place}.cells[{k}]")) for k, (each, p) in enumerate(inside)]
+                [build_module(Placed(each, p, f"{model.place}.cells[{k}]")) for k, (each, p) in enumerate(inside)]
             )
         case Bidirectional(merge=str(merge)):
             forward, backward = (model.part(name, getattr(params, name)) for name in ("forward", "backward"))

@@ -23,7 +23,7 @@ from jaxrnn.engines.arrays import on_device
 from jaxrnn.flax.bridge import from_params, to_params
 
 
-def read(module: Any, variables: Mapping[str, Any] | None, spatial_shape: Any) -> tuple[Cell, Any]:
+def read_module(module: Any, variables: Mapping[str, Any] | None, spatial_shape: Any) -> tuple[Cell, Any]:
     """The cell and the params; see `from_flax`."""
     layer = describe(module, spatial_shape)
     found = _flat(module, variables)

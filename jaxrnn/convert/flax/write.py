@@ -22,7 +22,7 @@ from jaxrnn.engines.arrays import on_device
 from jaxrnn.flax.bridge import from_params
 
 
-def write(module: Any, model: Placed) -> Any:
+def write_variables(module: Any, model: Placed) -> Any:
     """The variables that make the module compute what the model does; see `to_flax`."""
     return _variables(module, jax.tree.map(on_device, _write(describe(module, _spatial_shape(model.cell)), model)))
 

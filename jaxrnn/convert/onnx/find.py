@@ -95,7 +95,7 @@ def labels(found: list[Found]) -> list[str]:
     return [next((n for n in each.names if counts[n] == 1), "/".join(each.proto.output)) for each in found]
 
 
-def find(file: File, name: str) -> Found:
+def find_node(file: File, name: str) -> Found:
     """The recurrent node of this name."""
     found = recurrent_nodes(file)
     called = [each for each in found if name in each.names]

@@ -9,9 +9,9 @@ import jax
 
 from jaxrnn.cell import Cell
 from jaxrnn.convert.onnx import layers, nodes, plumbing
-from jaxrnn.convert.onnx.find import Found, alone, find, labels, recurrent_nodes
+from jaxrnn.convert.onnx.find import Found, alone, find_node, labels, recurrent_nodes
 from jaxrnn.convert.onnx.graph import Graph
-from jaxrnn.convert.onnx.read import RECURRENT, File, Model, read, single, whole
+from jaxrnn.convert.onnx.read import RECURRENT, File, Model, read_file, single, whole
 from jaxrnn.engines.arrays import on_device
 
 OPERATIONS = plumbing.OPERATIONS | layers.OPERATIONS | nodes.OPERATIONS
@@ -82,11 +82,11 @@ def from_onnx(
         return _on_device(single(model, initializers, output))
     if initializers is not None:
         raise TypeError(f"initializers: only for an onnx.NodeProto, got {type(model).__name__}")
-    file = read(model)
+    file = read_file(model)
     if node is not None:
         if output is not None:
             raise ValueError(f"output: expected None beside node={node!r}, whose output is Y, got {output!r}")
-        return _on_device(alone(file, find(file, node), plumbing.OPERATIONS))
+        return _on_device(alone(file, find_node(file, node), plumbing.OPERATIONS))
     try:
         return _on_device(whole(file, output))
     except ValueError as error:

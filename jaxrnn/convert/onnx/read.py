@@ -98,7 +98,7 @@ class File(NamedTuple):
     data: DataFiles
 
 
-def read(source: Any) -> File:
+def read_file(source: Any) -> File:
     """The model in a path, in bytes, or a ModelProto."""
     import onnx
 

@@ -12,7 +12,7 @@ from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.activations import here, names, options
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.torch.tensors import named_arrays
-from jaxrnn.convert.torch.weights import Part, read, recurrent
+from jaxrnn.convert.torch.weights import Part, read_part, recurrent
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 
 # Parts that run one after another, in sequences within sequences as modules are within modules.
@@ -36,7 +36,7 @@ def read_parts(parts: Parts, arrays: Arrays, named: Mapping[str, np.ndarray]) ->
 
 def _built(parts: Parts, arrays: Arrays, dtype: Any) -> tuple[Cell, Any]:
     if isinstance(parts, Part):
-        return parts.cell, read(parts, arrays, dtype)
+        return parts.cell, read_part(parts, arrays, dtype)
     built = [_built(part, arrays, dtype) for part in parts]
     try:
         return Stack(tuple(cell for cell, _ in built)), tuple(params for _, params in built)

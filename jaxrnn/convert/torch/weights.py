@@ -89,7 +89,7 @@ def is_recurrent(cell: Cell) -> bool:
     return type(cell) in KINDS
 
 
-def read(part: Part, arrays: Arrays, dtype: Any) -> Any:
+def read_part(part: Part, arrays: Arrays, dtype: Any) -> Any:
     """The params of `part.cell`; `dtype` is that of arrays which torch leaves out."""
 
     def vector(name, size, wanted):
@@ -155,7 +155,7 @@ def _sum(name: str, b_x: np.ndarray, b_h: np.ndarray) -> Any:
     return b
 
 
-def write(name: str, layered: bool, cells: list[Placed]) -> dict[str, np.ndarray]:
+def write_part(name: str, layered: bool, cells: list[Placed]) -> dict[str, np.ndarray]:
     """The arrays of the torch module `name`, which `cells` are: the layers of a recurrent one, or all of another.
 
     Raises:

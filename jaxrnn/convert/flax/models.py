@@ -1,0 +1,93 @@
+"""From and to Flax: the modules of linen and of NNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrnn.cell import Cell
+from jaxrnn.convert.cells import placed
+
+
+def from_flax(
+    module: Any, variables: Mapping[str, Any] | None = None, *, spatial_shape: Any = None
+) -> tuple[Cell, Any]:
+    """A module of Flax as a cell and its params: the same function.
+
+    linen and NNX: SimpleCell (also with `residual`), LSTMCell, OptimizedLSTMCell and GRUCell, by themselves or in an
+    RNN; Bidirectional around two RNNs; Dense (Linear), Embed, LayerNorm, Dropout; Sequential of these and of JAX's
+    activations, which becomes a `Stack`; of linen also ConvLSTMCell. An RNN that runs in reverse becomes `Backward`.
+    A module `jaxrnn.linen.RNN` or `jaxrnn.nnx.RNN` gives back its own cell and params. A class of your own, a subclass
+    of these too, is refused, since its `__call__` may do anything: convert the modules in it, and stack their cells.
+
+    Flax's arguments of a call are those of `jaxrnn.scan`: batch-major is `time_axis=1`, `seq_lengths` are `lengths`
+    (ys are then 0 at padding, where Flax goes on), `initial_carry` is `carry`, with Flax's (c, h) as `LSTMCarry(h, c)`
+    and an array h as `GRUCarry(h)` or `ElmanCarry(h)`. Dropout acts where `key` is given.
+
+    ConvLSTMCell has two biases that act as their sum, which is `b` here. An optimizer moves each of the two as far as
+    it moves `b`, so that training moves the sum twice as far in Flax; see `from_torch` for a way to do the same.
+
+    Args:
+      module: a linen module as it is built, or an NNX module.
+      variables: of linen `{"params": ...}`, whose arrays may be NumPy's; of NNX None, or a state or nested dict of it
+        to read in place of the module's own.
+      spatial_shape: S of x (..., *S, D), which the weights of a ConvLSTMCell do not tell.
+
+    Returns:
+      The cell and its params, in the dtype of the weights.
+
+    Raises:
+      ValueError: for a module, an option or a function without counterpart (MGUCell, a carry that begins at random,
+        `reverse` without `keep_order`, another `dtype` to compute in), and for arrays that are missing, unexpected, of
+        another shape, of several dtypes or not finite. Each names the place. TypeError: for what is no module, or no
+        array of floating numbers.
+
+        >>> import flax.linen as nn, jax.numpy as jnp, jaxrnn, numpy as np
+        >>> from jaxrnn.convert import from_flax
+        >>> ones = np.ones((4, 4), np.float32)
+        >>> tree = {"i": {"kernel": ones[:3], "bias": ones[0]}, "h": {"kernel": ones}}
+        >>> cell, params = from_flax(nn.RNN(nn.SimpleCell(4)), {"params": {"cell": tree}})
+        >>> cell
+        Elman(input_size=3, hidden_size=4)
+        >>> jaxrnn.scan(cell, params, None, jnp.ones((2, 5, 3)), time_axis=1)[1].shape
+        (2, 5, 4)
+    """
+    from jaxrnn.convert.flax.read import read_module
+
+    return read_module(module, variables, spatial_shape)
+
+
+def to_flax(cell: Cell, params: Any, *, module: Any = None) -> tuple[Any, Any]:
+    """A cell as a module of Flax, and its variables: `from_flax(*to_flax(cell, params))` gives them back.
+
+    Args:
+      cell, params: Elman, LSTM, GRU, ConvLSTM, Linear, Embed, LayerNorm, Dropout and Apply, also under Backward,
+        Bidirectional and Stack.
+      module: what the variables are for, linen or NNX: a module that computes this cell, laid out as `from_flax` reads
+        it. None builds one of linen: `nn.RNN` around SimpleCell, OptimizedLSTMCell, GRUCell or ConvLSTMCell, with
+        `reverse=True, keep_order=True` for Backward; nn.Bidirectional, nn.Dense, nn.Embed, nn.LayerNorm, nn.Dropout;
+        nn.Sequential for Stack.
+
+    Returns:
+      The module, as it came or as it was built, and its variables: of linen `{"params": ...}` for `module.apply`; of
+      NNX a nested dict for `nnx.update(module, variables)`.
+
+    Raises:
+      ValueError: if Flax, or the module, does not compute this: peepholes, a GRU that resets before the product, b_hn
+        in an NNX GRUCell. It names the place in the cell.
+
+        >>> import jax, jaxrnn
+        >>> from jaxrnn.convert import to_flax
+        >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 4), jaxrnn.Linear(4, 2)))
+        >>> module, variables = to_flax(cell, cell.init(jax.random.key(0)))
+        >>> [type(layer).__name__ for layer in module.layers], sorted(variables["params"])
+        (['RNN', 'Dense'], ['layers_0', 'layers_1'])
+        >>> module.apply(variables, jax.numpy.ones((2, 5, 3))).shape
+        (2, 5, 2)
+    """
+    from jaxrnn.convert.flax.build import build_module
+    from jaxrnn.convert.flax.write import write_variables
+
+    model = placed(cell, params)
+    module = build_module(model) if module is None else module
+    return module, write_variables(module, model)
