@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from abc import ABCMeta, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple, dataclass_transform
 
 import jax
@@ -105,6 +106,8 @@ class Cell(metaclass=CellType):
     ends_time = False
     # Whether it runs step by step, each y of the steps so far alone.
     causal = True
+    # Whether its carry holds those of its parts, whatever they are, and hands them on as they come.
+    transparent = False
 
     @abstractmethod
     def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
@@ -164,9 +167,13 @@ class Cell(metaclass=CellType):
         walks = walk, walk.opposite
         return [self.scan(params[k], carry[k], xs, fresh=fresh[k], noise=noise[k], walk=walks[k]) for k in range(2)]
 
-    def parts(self, params: Any, given: Any) -> tuple[Part, ...]:
+    def parts(self, params: Any, given: Any = None) -> tuple[Part, ...]:
         """The cells that this one is made of, where `params` are its own and x has the size `given`, if known."""
         return ()
+
+    def with_parts(self, params: Any, parts: Sequence[Part]) -> tuple[Cell, Any]:
+        """This composition, made of other parts, and its params; of `self.parts(params)`, itself and its own."""
+        return self, params
 
     def __repr__(self):
         def default(field):

@@ -464,6 +464,24 @@ def test_an_equal_cell_does_not_retrace(cell):
 
 
 @every_member_and_option()
+def test_parts_put_together_are_the_cell(cell):
+    """By code that knows no composition."""
+    params = draw_params(cell)
+
+    def again(cell, params):
+        parts = []
+        for part in cell.parts(params):
+            inside, inner = again(part.cell, part.params)
+            parts.append(part._replace(cell=inside, params=inner))
+        return cell.with_parts(params, parts)
+
+    found, arrays = again(cell, params)
+    assert found == cell
+    assert jax.tree.map(id, arrays) == jax.tree.map(id, params)
+    assert cell.parts(params) or not (hasattr(cell, "cell") or hasattr(cell, "cells"))
+
+
+@every_member_and_option()
 def test_params_can_be_trained(cell):
     """All of them are floating numbers, whatever the carry holds."""
     params = jax.eval_shape(cell.init, jax.random.key(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 from typing import Any, NamedTuple, SupportsIndex
@@ -12,10 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.cell import Cell
-from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
-from jaxrnn.compose.pool import Pool
-from jaxrnn.compose.stack import Stack
-from jaxrnn.compose.wrap import Backward, LearnedCarry, Residual, Wrapper
+from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import accumulator, inexact
 from jaxrnn.sequence import scan
 
@@ -91,9 +87,8 @@ def check_count(name: str, value: Any, *, at_least: int) -> int:
 def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, **keywords: Any) -> tuple[Any, Any]:
     """`jaxrnn.scan` with an `Observation` in place of the final carry of every recurrent cell.
 
-    `Stack`, `Bidirectional`, `Backward`, `Residual`, `LearnedCarry` and `Pool` are seen through; any other cell, also a
-    composition of a user's own, is observed as a whole, by its step. `offsets` holds one list for each observed cell,
-    in order.
+    Compositions that hand the carries of their parts on as they are (`Cell.transparent`) are seen through; any other
+    cell is observed as a whole, by its step. `offsets` holds one list for each observed cell, in order.
     """
     check_cell(cell)
     jax.eval_shape(cell.initial_carry, params)  # raises where the params are of another cell
@@ -113,25 +108,14 @@ def observe_whole(cell: Cell, params: Any, carry: Any, xs: Any, **keywords: Any)
 
 def _observed(cell, params, offsets):
     """`cell` and `params` with every recurrent cell observed."""
-
-    def inside():
-        return [_observed(part.cell, part.params, offsets) for part in cell.parts(params, None)]
-
-    match cell:
-        case Stack():
-            cells, inner = zip(*inside(), strict=True)
-            return dataclasses.replace(cell, cells=cells), inner
-        case Bidirectional():
-            (forward, a), (backward, b) = inside()
-            return dataclasses.replace(cell, forward=forward, backward=backward), BidirectionalPair(a, b)
-        case LearnedCarry():
-            ((inner_cell, inner),) = inside()
-            return dataclasses.replace(cell, cell=inner_cell), params._replace(cell=inner)
-        case Residual() | Backward() | Pool():
-            ((inner_cell, inner),) = inside()
-            return dataclasses.replace(cell, cell=inner_cell), inner
     if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)):
         return cell, params
+    if cell.transparent:
+        parts = []
+        for part in cell.parts(params):
+            inside, inner = _observed(part.cell, part.params, offsets)
+            parts.append(part._replace(cell=inside, params=inner))
+        return cell.with_parts(params, parts)
     return Observed(cell), ObservedParams(params, None if offsets is None else next(offsets))
 
 

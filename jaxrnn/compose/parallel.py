@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -114,7 +115,7 @@ class Parallel(Several):
     def _run(self, results):
         return tuple(new for new, _ in results), _merge(self.merge, [y for _, y in results])
 
-    def parts(self, params, given):
+    def parts(self, params, given=None):
         return tuple(Part(str(k), cell, params[k], given) for k, cell in enumerate(self.cells))
 
 
@@ -151,6 +152,7 @@ class Bidirectional(Cell):
     merge: str | Callable[[Any, Any], Any] = "concat"
 
     causal = False
+    transparent = True
 
     def __post_init__(self):
         check_cell(self, "forward", self.forward)
@@ -226,6 +228,11 @@ class Bidirectional(Cell):
         if not isinstance(params, BidirectionalPair):
             raise TypeError(f"params: Bidirectional takes BidirectionalPair, got {type(params).__name__}")
 
-    def parts(self, params, given):
+    def parts(self, params, given=None):
         forward = Part("forward", self.forward, params.forward, given)
         return forward, Part("backward", self.backward, params.backward, given)
+
+    def with_parts(self, params, parts):
+        forward, backward = parts
+        cell = dataclasses.replace(self, forward=forward.cell, backward=backward.cell)
+        return cell, BidirectionalPair(forward.params, backward.params)

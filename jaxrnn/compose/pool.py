@@ -67,6 +67,7 @@ class Pool(Wrapper):
     pointwise = False  # type: ignore[assignment]
     recurrent_state = None  # type: ignore[assignment]
     recurrent_weights = ()  # type: ignore[assignment]
+    transparent = True
 
     def __post_init__(self):
         check_cell(self, "cell", self.cell)

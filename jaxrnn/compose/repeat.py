@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -87,5 +88,9 @@ class Repeat(Layer):
         ys = run(x)
         return ys if self.cell.ends_time else jax.tree.map(lambda y: jnp.moveaxis(y, 0, ndim), ys)
 
-    def parts(self, params, given):
+    def parts(self, params, given=None):
         return (Part("cell", self.cell, params, given),)
+
+    def with_parts(self, params, parts):
+        (part,) = parts
+        return dataclasses.replace(self, cell=part.cell), part.params

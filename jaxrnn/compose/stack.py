@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ class Several(Cell):
     """A cell made of a tuple of `cells`, with tuples of params, carries and noise."""
 
     cells: tuple[Cell, ...]
+
+    transparent = True
 
     def __post_init__(self):
         if not isinstance(self.cells, tuple) or not self.cells:
@@ -56,6 +59,9 @@ class Several(Cell):
             drawn.append(cell.noise(each, length, batch_shape))
             length = self._length_above(cell, length)
         return tuple(sequence for sequence, _ in drawn), tuple(steps for _, steps in drawn)
+
+    def with_parts(self, params, parts):
+        return dataclasses.replace(self, cells=tuple(part.cell for part in parts)), tuple(part.params for part in parts)
 
     def _length_above(self, cell, length):
         return length
@@ -185,7 +191,7 @@ class Stack(Several):
     def _output(self, ys):
         return _concatenate(*ys) if self.skip else ys[-1]
 
-    def parts(self, params, given):
+    def parts(self, params, given=None):
         parts, below = [], None
         for k, cell in enumerate(self.cells):
             reads = given if k == 0 else self._reads(below)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -61,8 +62,12 @@ class Wrapper(Cell):
     def noise(self, key, length, batch_shape):
         return self.cell.noise(key, length, batch_shape)
 
-    def parts(self, params, given):
+    def parts(self, params, given=None):
         return (Part("cell", self.cell, params, given),)
+
+    def with_parts(self, params, parts):
+        (part,) = parts
+        return dataclasses.replace(self, cell=part.cell), part.params
 
 
 class Residual(Wrapper):
@@ -75,6 +80,7 @@ class Residual(Wrapper):
     """
 
     recurrent_state = None  # type: ignore[assignment]
+    transparent = True
 
     def __post_init__(self):
         Wrapper.__post_init__(self)
@@ -111,6 +117,7 @@ class Backward(Wrapper):
     """
 
     causal = False  # type: ignore[assignment]
+    transparent = True
 
     def __post_init__(self):
         check_cell(self, "cell", self.cell)
@@ -166,6 +173,7 @@ class LearnedCarry(Wrapper):
 
     # The weights of the recurrent product lie one level down.
     recurrent_weights = ()  # type: ignore[assignment]
+    transparent = True
 
     def step(self, params, carry, x, noise=None):
         return self.cell.step(params.cell, carry, x, noise)
@@ -173,8 +181,12 @@ class LearnedCarry(Wrapper):
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         return self.cell.scan(params.cell, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
-    def parts(self, params, given):
+    def parts(self, params, given=None):
         return (Part("cell", self.cell, params.cell, given),)
+
+    def with_parts(self, params, parts):
+        cell, inner = super().with_parts(params, parts)
+        return cell, params._replace(cell=inner)
 
 
 class Emitted(NamedTuple):
