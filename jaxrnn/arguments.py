@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -16,30 +15,9 @@ from jaxrnn.cell import Cell, input_size
 from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
 
 
-def expect_cell(cell: Any) -> None:
-    """`cell` is one."""
-    if not isinstance(cell, Cell):
-        hint = " (the class; write e.g. GRU(3, 16))" if isinstance(cell, type) else ""
-        raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}{hint}")
-
-
 def to_jax(params: Any) -> Any:
     """`params` with NumPy arrays as JAX's, so that a cell may index them by what is traced."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
-
-
-def integer(name: str, value: Any, *, at_least: int) -> int:
-    """`value` as Python's integer, which is at least so large."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, jax.core.Tracer):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if operator.index(value) < at_least:
-        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
-    return operator.index(value)
-
-
-def positive(name: str, value: Any) -> int:
-    """`value` as Python's integer, at least 1."""
-    return integer(name, value, at_least=1)
 
 
 def single_key(key: Array) -> Array:
@@ -82,7 +60,7 @@ def batch_shape_of(cell: Cell, name: str, x: Any) -> tuple[int, ...]:
 
 def time_first(cell: Cell, xs: Any, time_axis: Any) -> tuple[Any, int, tuple[int, ...], int]:
     """xs with time first, its length, the batch shape, and the time axis."""
-    time_axis = integer("time_axis", time_axis, at_least=0)
+    time_axis = check.integer("time_axis", time_axis, least=0)
     xs = jax.tree.map(jnp.asarray, xs)
     shape = batch_shape_of(cell, "xs", xs)
     if time_axis >= len(shape):
@@ -104,10 +82,22 @@ def flags_of(name: str, flags: Any, length: int, batch_shape: tuple[int, ...], t
     return jnp.moveaxis(flags, time_axis, 0)
 
 
-def valid_steps(lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ...], time_axis: int) -> Array | None:
+class Names(NamedTuple):
+    """What the caller calls two of the arguments."""
+
+    carry: str = "carry"
+    lengths: str = "lengths"
+
+
+NAMES = Names()
+
+
+def valid_steps(
+    lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ...], time_axis: int, name: str = "lengths"
+) -> Array | None:
     """The valid steps with time first, of lengths or of a mask; None for all."""
     if lengths is not None and mask is not None:
-        raise ValueError("mask: give lengths or mask, not both")
+        raise ValueError(f"mask: expected {name} or mask, got both")
     if mask is not None:
         return flags_of("mask", mask, length, batch_shape, time_axis)
     if lengths is None:
@@ -115,15 +105,17 @@ def valid_steps(lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ..
     if check.concrete(lengths):
         lengths = np.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+        raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
     if lengths.shape != batch_shape:
-        raise ValueError(f"lengths: expected the batch shape {batch_shape}, got {lengths.shape}")
+        raise ValueError(f"{name}: expected the batch shape {batch_shape}, got {lengths.shape}")
     if check.concrete(lengths) and lengths.size and (lengths.min() < 0 or lengths.max() > length):
-        raise ValueError(f"lengths: expected 0 to {length}, got {lengths.min()} to {lengths.max()}")
+        raise ValueError(f"{name}: expected 0 to {length}, got {lengths.min()} to {lengths.max()}")
     return jnp.arange(length).reshape(length, *(1,) * len(batch_shape)) < lengths[None]
 
 
-def carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int, ...], at: int = 0) -> tuple[Any, Any]:
+def carries(
+    cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int, ...], at: int = 0, name: str = "carry"
+) -> tuple[Any, Any]:
     """The carry to start from, and the fresh one in the same dtypes; batch axes begin at axis `at` of xs."""
     fresh = cell.initial_carry(params, batch_shape)
     first = jax.tree.leaves(xs)[0]
@@ -135,16 +127,16 @@ def carries(cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int
     if jax.tree.structure(carry) != structure:
         inside = _handed_on(carry)
         if jax.tree.structure(inside) != structure:
-            raise ValueError(f"carry: {cell!r} expects the structure {structure}, got {jax.tree.structure(carry)}")
+            raise ValueError(f"{name}: expected the structure {structure} of {cell!r}, got {jax.tree.structure(carry)}")
         carry = inside
     carry = with_rows_of(jax.tree.map(jnp.asarray, carry), first, at, len(batch_shape))
     for (path, want), have in zip(expected, jax.tree.leaves(carry), strict=True):
-        name = f"carry{jax.tree_util.keystr(path)}"
+        at_leaf = f"{name}{jax.tree_util.keystr(path)}"
         if have.shape != want.shape:
-            raise ValueError(f"{name}: expected shape {want.shape}, got {have.shape}")
+            raise ValueError(f"{at_leaf}: expected shape {want.shape}, got {have.shape}")
         of_a_kind = jnp.iscomplexobj(want) == jnp.iscomplexobj(have)
         if not of_a_kind or not jnp.can_cast(want.dtype, have.dtype, casting="same_kind"):
-            raise TypeError(f"{name}: expected {want.dtype} or a dtype of its kind, got {have.dtype}")
+            raise TypeError(f"{at_leaf}: expected {want.dtype} or a dtype of its kind, got {have.dtype}")
     return carry, jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, carry)
 
 
@@ -171,4 +163,4 @@ def check_feedback(following: Any, x: Any) -> None:
         return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
 
     if describe(following) != describe(x):
-        raise TypeError(f"feedback: the next x must be like x, {describe(x)}, got {describe(following)}")
+        raise TypeError(f"feedback: expected a next x like x, {describe(x)}, got {describe(following)}")

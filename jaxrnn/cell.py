@@ -34,7 +34,7 @@ class CellType(ABCMeta):
         cell = super().__call__(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
         for field in dataclasses.fields(cell):
             value = _plain(getattr(cell, field.name))
-            _check_hashable(value, f"{cls.__name__}: {field.name}")
+            _check_hashable(value, f"{cls.__name__}.{field.name}")
             object.__setattr__(cell, field.name, value)
         return cell
 
@@ -56,7 +56,7 @@ def _check_hashable(value: Any, name: str) -> None:
             hash(value)
             return
     raise TypeError(
-        f"{name} must be hashable, got {type(value).__name__}: configuration is a value, "
+        f"{name}: expected a hashable value, got {type(value).__name__}: configuration is a value, "
         "and arrays to differentiate or vmap belong in the params"
     )
 
@@ -222,9 +222,3 @@ def output_size(cell: Cell, given: Any = None) -> Any:
     size = getattr(cell, "output_size", None)
     # A layer that acts on the last axis keeps the others.
     return (*given[:-1], size) if isinstance(given, tuple) and isinstance(size, int) else size
-
-
-def check_cell(owner: object, name: str, value: Any) -> None:
-    """`value` is a cell."""
-    if not isinstance(value, Cell):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a cell, got {value!r}")

@@ -3,44 +3,65 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.core
 import numpy as np
 
-
-def size(owner: object, name: str, value: Any) -> None:
-    """`value` is an integer of at least 1."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"{type(owner).__name__}: {name} must be an integer, got {value!r}")
-    if operator.index(value) < 1:
-        raise ValueError(f"{type(owner).__name__}: {name} must be at least 1, got {value}")
+from jaxrnn.cell import Cell
 
 
-def rate(owner: object, name: str, value: Any, *, one_allowed: bool = False) -> None:
+def cell(name: str, value: Any) -> Cell:
+    """`value`, which is a cell."""
+    if not isinstance(value, Cell):
+        hint = " (the class; write e.g. GRU(3, 16))" if isinstance(value, type) else ""
+        raise TypeError(f"{name}: expected a jaxrnn.Cell, got {value!r}{hint}")
+    return value
+
+
+def integer(name: str, value: Any, *, least: int = 1) -> int:
+    """`value` as Python's integer, which is at least so large."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if operator.index(value) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return operator.index(value)
+
+
+def positive(name: str, value: Any) -> None:
+    """`value` is a positive number."""
+    _number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def rate(name: str, value: Any, *, one_allowed: bool = False) -> None:
     """`value` is a probability, below 1 unless `one_allowed`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
+    _number(name, value)
     if not (0 <= value < 1 or (one_allowed and value == 1)):
         interval = "[0, 1]" if one_allowed else "[0, 1)"
-        raise ValueError(f"{type(owner).__name__}: {name} must lie in {interval}, got {value}")
+        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
 
 
-def threshold(owner: object, name: str, value: Any) -> None:
-    """`value` is None or a positive number."""
-    if value is not None:
-        positive(owner, name, value)
-
-
-def positive(owner: object, name: str, value: Any) -> None:
-    """`value` is a positive number."""
+def _number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
-    if not value > 0 or math.isnan(value):
-        raise ValueError(f"{type(owner).__name__}: {name} must be positive, got {value}")
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def fields(owner: Cell, **checks: Callable[..., Any]) -> None:
+    """Checks fields of a cell, by functions of a name and a value; what is None by default may be None."""
+    for name, expect in checks.items():
+        value = getattr(owner, name)
+        if value is not None or getattr(type(owner), name, ...) is not None:
+            expect(f"{type(owner).__name__}.{name}", value)
+
+
+def sizes(owner: Cell, *names: str) -> None:
+    """Fields of a cell are integers of at least 1; what is None by default may be None."""
+    fields(owner, **dict.fromkeys(names, integer))
 
 
 def concrete(value: Any) -> bool:

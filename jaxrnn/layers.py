@@ -63,8 +63,7 @@ class Linear(Layer):
     output_size: int
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "output_size", self.output_size)
+        check.sizes(self, "input_size", "output_size")
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> LinearParams:
         """w LeCun normal, b zero."""
@@ -106,8 +105,7 @@ class Embed(Layer):
     input_ndim = 0
 
     def __post_init__(self):
-        check.size(self, "vocabulary", self.vocabulary)
-        check.size(self, "output_size", self.output_size)
+        check.sizes(self, "vocabulary", "output_size")
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> EmbedParams:
         """w normal of variance 1/O."""
@@ -162,11 +160,10 @@ class LayerNorm(Layer):
     pointwise = True
 
     def __post_init__(self):
-        check.size(self, "size", self.size)
-        check.positive(self, "epsilon", self.epsilon)
-        check.size(self, "groups", self.groups)
+        check.sizes(self, "size", "groups")
+        check.fields(self, epsilon=check.positive)
         if self.size % self.groups:
-            raise ValueError(f"LayerNorm: groups must divide size {self.size}, got {self.groups}")
+            raise ValueError(f"LayerNorm.groups: expected a divisor of size {self.size}, got {self.groups}")
 
     @property
     def input_size(self) -> int:
@@ -248,7 +245,7 @@ class Dropout(Layer):
     pointwise = True
 
     def __post_init__(self):
-        check.rate(self, "rate", self.rate)
+        check.fields(self, rate=check.rate)
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> tuple[()]:
         return ()

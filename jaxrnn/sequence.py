@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxrnn import check
 from jaxrnn.arguments import (
+    NAMES,
+    Names,
     batch_shape_of,
     carries,
     check_feedback,
-    expect_cell,
     flags_of,
-    integer,
-    positive,
     single_key,
     time_first,
     to_jax,
@@ -120,29 +120,32 @@ def scan_asked(
     key: Array | None = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
+    names: Names = NAMES,
 ) -> tuple[Any, Any]:
     """`scan`, as it would run where the question says; every call of an engine is added to its answers."""
-    expect_cell(cell)
+    check.cell("cell", cell)
     if remat_every is not None:
-        remat_every = positive("remat_every", remat_every)
+        remat_every = check.integer("remat_every", remat_every)
     named = checked(implementation)
     params = to_jax(params)
     xs, length, batch_shape, time_axis = time_first(cell, xs, time_axis)
-    valid = valid_steps(lengths, mask, length, batch_shape, time_axis)
+    valid = valid_steps(lengths, mask, length, batch_shape, time_axis, names.lengths)
     if reset is not None:
         reset = flags_of("reset", reset, length, batch_shape, time_axis)
     batch_major = 0 < time_axis == len(batch_shape)
     walk = Walk(valid, reset, bool(reverse), remat_every, named, batch_major, question)
-    carry, ys = walked(cell, params, carry, zero_where_not(valid, xs), key, walk)
+    carry, ys = walked(cell, params, carry, zero_where_not(valid, xs), key, walk, names.carry)
     if time_axis and not cell.ends_time:
         ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)
     return carry, ys
 
 
-def walked(cell: Cell, params: Any, carry: Any, xs: Any, key: Array | None, walk: Walk) -> tuple[Any, Any]:
+def walked(
+    cell: Cell, params: Any, carry: Any, xs: Any, key: Array | None, walk: Walk, name: str = "carry"
+) -> tuple[Any, Any]:
     """`cell` along `walk`, with the carry to start from, or None, and the noise of a key, or none; time is first."""
     length, *batch = batch_shape_of(cell, "xs", xs)
-    carry, fresh = carries(cell, params, carry, xs, tuple(batch), 1)
+    carry, fresh = carries(cell, params, carry, xs, tuple(batch), 1, name)
     noise = None if key is None else cell.noise(single_key(key), length, tuple(batch))
     carry = varying_like(carry, fresh, params, xs, walk, noise)
     return cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
@@ -190,7 +193,7 @@ def step_asked(
     implementation: Implementation = None,
 ) -> tuple[Any, Any]:
     """`step`, as `scan_asked` is `scan`."""
-    expect_cell(cell)
+    check.cell("cell", cell)
     walk = Walk(implementation=checked(implementation), question=question)
     params, x = to_jax(params), jax.tree.map(jnp.asarray, x)
     batch_shape = batch_shape_of(cell, "x", x)
@@ -240,8 +243,8 @@ def rollout(
         >>> jaxrnn.rollout(cell, params, None, jnp.ones(3), 5, feedback=lambda y, key: (y, y))[1].shape
         (5, 3)
     """
-    expect_cell(cell)
-    length = integer("length", length, at_least=0)
+    check.cell("cell", cell)
+    length = check.integer("length", length, least=0)
     params, x = to_jax(params), jax.tree.map(jnp.asarray, x)
     carry, _ = carries(cell, params, carry, x, batch_shape_of(cell, "x", x))
     keys = None if key is None else jax.random.split(single_key(key), length)
@@ -277,7 +280,7 @@ def last(ys: Any, lengths: Any = None, *, mask: Any = None, time_axis: int = 0) 
         >>> jaxrnn.last(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1, 0]))
         Array([1., 0.], dtype=float32)
     """
-    time_axis = integer("time_axis", time_axis, at_least=0)
+    time_axis = check.integer("time_axis", time_axis, least=0)
     ys = jax.tree.map(lambda y: jnp.moveaxis(jnp.asarray(y), time_axis, 0), ys)
     leaves = jax.tree.leaves(ys)
     length = leaves[0].shape[0]

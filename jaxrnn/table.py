@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrnn import check
 from jaxrnn.cell import Cell, input_size, output_size
 
 
@@ -66,8 +67,7 @@ def summary(cell: Cell, dtype: Any = jnp.float32) -> Summary:
         ─────────────────────────────────────────────────────────
         total                                        1,314  5,256
     """
-    if not isinstance(cell, Cell):
-        raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}")
+    check.cell("cell", cell)
     params = jax.eval_shape(lambda key: cell.init(key, dtype), jax.random.key(0))
     rows = tuple(_rows("", cell, params, input_size(cell)))
     return Summary(rows, sum(row.count for row in rows), sum(row.bytes for row in rows))

@@ -188,7 +188,8 @@ def test_what_runs_beside_one_another_is_seen():
     cell = jaxrnn.griffin_block(4, 3)
     params, xs = draw_params(cell), draw_x(cell, 3, 5)
     flow = gradient_flow(cell, params, None, xs, lambda *ends: weighted_sum(ends))
-    gradient = jax.grad(lambda carry: weighted_sum(jaxrnn.scan(cell, params, carry, xs)))(cell.initial_carry(params))
+    loss = jax.grad(lambda carry: weighted_sum(jaxrnn.scan(cell, params, carry, xs)), allow_int=True)
+    gradient = loss(cell.initial_carry(params))
     convolution, recurrence = flow.norms[0][0][1:]
     np.testing.assert_allclose(recurrence.h[0], np.linalg.norm(gradient[0][0][2].h), 1e-10)
     np.testing.assert_allclose(convolution.window[0], np.linalg.norm(gradient[0][0][1].window), 1e-10)

@@ -415,7 +415,7 @@ def test_a_directory_that_cannot_be_locked_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
 def test_wrong_settings_raise(tmp_path, wrong):
-    with pytest.raises(ValueError, match=f"checkpoints: {next(iter(wrong))} must be at least 1"):
+    with pytest.raises(ValueError, match=f"checkpoints.{next(iter(wrong))}: expected at least 1"):
         Saver(Checkpoints(tmp_path / "run", **wrong))
     assert not (tmp_path / "run").exists()
 

@@ -192,7 +192,7 @@ IMPORTS = {
     ),
     "scalar": (lambda eqx: eqx.nn.Linear("scalar", 3, key=KEY()), ValueError, "module: Linear of a 'scalar' has no"),
     "shape": (lambda eqx: eqx.nn.LayerNorm((3, 4)), ValueError, r"module: LayerNorm over the shape \(3, 4\) has no"),
-    "rate": (lambda eqx: eqx.nn.Dropout(1.0), ValueError, r"Dropout: rate must lie in \[0, 1\)"),
+    "rate": (lambda eqx: eqx.nn.Dropout(1.0), ValueError, r"Dropout.rate: expected a number in \[0, 1\)"),
     "sizes": (
         lambda eqx: (eqx.nn.Linear(2, 3, key=KEY()), eqx.nn.Linear(4, 2, key=KEY())),
         ValueError,

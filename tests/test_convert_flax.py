@@ -356,11 +356,11 @@ MODULES = {
         ValueError,
         r"module: Dropout: broadcast_dims=\(1,\) has no counterpart",
     ),
-    "rate": (lambda: nn.Dropout(1.0), ValueError, r"Dropout: rate must lie in \[0, 1\)"),
+    "rate": (lambda: nn.Dropout(1.0), ValueError, r"Dropout.rate: expected a number in \[0, 1\)"),
     "use_scale": (lambda: nn.LayerNorm(use_scale=False), ValueError, "module: LayerNorm: use_scale=False has no"),
     "reduction_axes": (lambda: nn.LayerNorm(reduction_axes=(1, 2)), ValueError, "LayerNorm: reduction_axes="),
     "dot_general": (lambda: nn.Dense(3, dot_general=jax.lax.dot), ValueError, "module: Dense: dot_general="),
-    "features": (lambda: lstm().clone(cell=nn.LSTMCell(0)), ValueError, "LSTMCell: features must be at least 1"),
+    "features": (lambda: lstm().clone(cell=nn.LSTMCell(0)), ValueError, "LSTMCell.features: expected at least 1"),
     "strides": (
         lambda: nn.RNN(nn.ConvLSTMCell(3, (2,), strides=(2,))),
         ValueError,

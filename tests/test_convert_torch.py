@@ -615,7 +615,7 @@ MODULES = {
     "max_norm": (lambda t: t.nn.Embedding(V, D, max_norm=2.0), "Embedding: expected max_norm=None, got 2.0"),
     "frequency": (lambda t: t.nn.Embedding(V, D, scale_grad_by_freq=True), "expected scale_grad_by_freq=False"),
     "two axes": (lambda t: t.nn.LayerNorm((2, 3)), r"LayerNorm: expected one normalised axis, got .*\(2, 3\)"),
-    "dropout": (lambda t: t.nn.Sequential(t.nn.Dropout(1.0)), r"'0' \(Dropout\): Dropout: rate must lie in"),
+    "dropout": (lambda t: t.nn.Sequential(t.nn.Dropout(1.0)), r"'0' \(Dropout\\): Dropout.rate: expected a number in"),
     "dropout2d": (lambda t: t.nn.Dropout2d(0.5), "Dropout2d: jaxrnn has no counterpart"),
     "own": (
         lambda t: changed(
@@ -731,7 +731,7 @@ STATE_DICTS = {
     "no RNN": (lstm_arrays(), {"activation": "tanh"}, ValueError, "activation='tanh': there is no RNN"),
     "eps": (NORM, {}, ValueError, "no array tells the eps of its LayerNorm: give epsilon="),
     "eps of nothing": (lstm_arrays(), {"epsilon": 1e-5}, ValueError, "there is no LayerNorm"),
-    "bad eps": (NORM, {"epsilon": -1.0}, ValueError, "epsilon must be positive"),
+    "bad eps": (NORM, {"epsilon": -1.0}, ValueError, "epsilon: expected a positive number"),
     "lone weight": (WEIGHT, {}, ValueError, "its arrays may be of Embedding or Linear: say which by parts="),
     "lone vector": ({"weight": NORM["weight"]}, {}, ValueError, "LayerNorm or RMSNorm or PReLU"),
     "norm without counterpart": (

@@ -68,66 +68,66 @@ class Unhashable(Cell):
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
-        (lambda: LSTM(0, 3), ValueError, "LSTM: input_size must be at least 1, got 0"),
-        (lambda: LSTM(2, -3), ValueError, "LSTM: hidden_size must be at least 1, got -3"),
-        (lambda: GRU(2.0, 3), TypeError, "GRU: input_size must be an integer, got 2.0"),
-        (lambda: Elman(2, True), TypeError, "Elman: hidden_size must be an integer, got True"),
-        (lambda: jaxrnn.S5(2, 3, "euler"), ValueError, "S5: discretization: expected one of"),
-        (lambda: jaxrnn.S5(1, 3, timed=True), ValueError, "S5: with timed, input_size must be at least 2"),
+        (lambda: LSTM(0, 3), ValueError, "LSTM.input_size: expected at least 1, got 0"),
+        (lambda: LSTM(2, -3), ValueError, "LSTM.hidden_size: expected at least 1, got -3"),
+        (lambda: GRU(2.0, 3), TypeError, "GRU.input_size: expected an integer, got 2.0"),
+        (lambda: Elman(2, True), TypeError, "Elman.hidden_size: expected an integer, got True"),
+        (lambda: jaxrnn.S5(2, 3, "euler"), ValueError, "S5.discretization: expected one of"),
+        (lambda: jaxrnn.S5(1, 3, timed=True), ValueError, "S5.input_size: expected at least 2 with timed"),
         (lambda: jaxrnn.S4D(2, 3, "cubic"), ValueError, "S4D: spectrum: expected one of"),
-        (lambda: jaxrnn.S4D(2, 3, step_min=0.0), ValueError, "S4D: step_min must be positive, got 0.0"),
-        (lambda: jaxrnn.S4D(2, 3, timed=1), TypeError, "S4D: timed must be a bool, got 1"),
-        (lambda: jaxrnn.S6(2, 3, rank=0), ValueError, "S6: rank must be at least 1, got 0"),
-        (lambda: jaxrnn.S6(2, step_min=0.2), ValueError, "S6: expected step_min ≤ step_max, got 0.2 and 0.1"),
-        (lambda: jaxrnn.QRNN(2, 3, 0), ValueError, "QRNN: window must be at least 1, got 0"),
-        (lambda: jaxrnn.CausalConv(2, 0), ValueError, "CausalConv: window must be at least 1, got 0"),
+        (lambda: jaxrnn.S4D(2, 3, step_min=0.0), ValueError, "S4D.step_min: expected a positive number, got 0.0"),
+        (lambda: jaxrnn.S4D(2, 3, timed=1), TypeError, "S4D.timed: expected a bool, got 1"),
+        (lambda: jaxrnn.S6(2, 3, rank=0), ValueError, "S6.rank: expected at least 1, got 0"),
+        (lambda: jaxrnn.S6(2, step_min=0.2), ValueError, "S6.step_min: expected at most step_max, 0.1, got 0.2"),
+        (lambda: jaxrnn.QRNN(2, 3, 0), ValueError, "QRNN.window: expected at least 1, got 0"),
+        (lambda: jaxrnn.CausalConv(2, 0), ValueError, "CausalConv.window: expected at least 1, got 0"),
         (lambda: jaxrnn.SRU(2, 3, "sine"), ValueError, "activation: expected one of"),
-        (lambda: jaxrnn.LayerNorm(6, groups=4), ValueError, "LayerNorm: groups must divide size 6, got 4"),
-        (lambda: jaxrnn.Parallel(()), TypeError, "Parallel: cells must be a tuple of at least one cell"),
+        (lambda: jaxrnn.LayerNorm(6, groups=4), ValueError, "LayerNorm.groups: expected a divisor of size 6, got 4"),
+        (lambda: jaxrnn.Parallel(()), TypeError, "Parallel.cells: expected a tuple of at least one cell"),
         (lambda: jaxrnn.Parallel((GRU(2, 3), GRU(4, 3))), ValueError, r"Parallel: cells\[1\] reads size 4, not 2"),
         (
             lambda: jaxrnn.Parallel((GRU(2, 3), GRU(2, 4)), "mul"),
             ValueError,
             r"Parallel: merge 'mul' needs equal sizes, got \(3, 4\)",
         ),
-        (lambda: jaxrnn.Parallel((GRU(2, 3),), "max"), ValueError, "Parallel: merge must be one of"),
+        (lambda: jaxrnn.Parallel((GRU(2, 3),), "max"), ValueError, "Parallel.merge: expected one of"),
         (
             lambda: jaxrnn.Parallel((GRU(2, 3), jaxrnn.Pool(GRU(2, 3)))),
             ValueError,
             "Parallel: either all cells or none may end the time axis",
         ),
         (lambda: jaxrnn.residual_block(jaxrnn.Dropout(0.1)), ValueError, "cell: expected one whose output is a vector"),
-        (lambda: LSTM(2, 3, projection_size=0), ValueError, "projection_size must be at least 1"),
-        (lambda: LSTM(2, 3, cell_clip=0.0), ValueError, "cell_clip must be positive, got 0.0"),
-        (lambda: LSTM(2, 3, gate_clip="x"), TypeError, "gate_clip must be a number"),
-        (lambda: GRU(2, 3, gate_clip=-1), ValueError, "gate_clip must be positive"),
+        (lambda: LSTM(2, 3, projection_size=0), ValueError, "projection_size: expected at least 1"),
+        (lambda: LSTM(2, 3, cell_clip=0.0), ValueError, "cell_clip: expected a positive number, got 0.0"),
+        (lambda: LSTM(2, 3, gate_clip="x"), TypeError, "gate_clip: expected a number"),
+        (lambda: GRU(2, 3, gate_clip=-1), ValueError, "gate_clip: expected a positive number"),
         (lambda: Elman(2, 3, activation="tanhh"), ValueError, "activation: expected one of .* got 'tanhh'"),
         (lambda: LSTM(2, 3, activation=("relu", 1.0)), ValueError, "relu takes 0 numbers, got 1"),
         (lambda: GRU(2, 3, activation=3), TypeError, "activation: expected a name"),
         (lambda: LSTM(2, 3, output_activation=("elu", "a")), TypeError, "activation: expected a name"),
-        (lambda: ConvLSTM((4,), 2, 3, padding="same"), ValueError, "padding must be 'SAME' or 'VALID', got 'same'"),
+        (lambda: ConvLSTM((4,), 2, 3, padding="same"), ValueError, "padding: expected 'SAME' or 'VALID', got 'same'"),
         (lambda: ConvLSTM((2,), 2, 3, padding="VALID"), ValueError, "smaller than the kernel"),
         (lambda: ConvLSTM((4, 4, 4, 4), 2, 3), ValueError, "one to three sizes"),
-        (lambda: ConvLSTM((4, 4), 2, 3, kernel_size=(3,)), ValueError, "kernel_size must hold 2 numbers"),
-        (lambda: ConvLSTM((4, 4), 2, 3, strides=0), ValueError, "strides must be at least 1"),
-        (lambda: Embed(0, 3), ValueError, "vocabulary must be at least 1"),
-        (lambda: Linear(3, 0), ValueError, "output_size must be at least 1"),
-        (lambda: LayerNorm("a"), TypeError, "size must be an integer"),
-        (lambda: LayerNorm(2, epsilon=None), TypeError, "epsilon must be a number"),
-        (lambda: LayerNorm(2, epsilon=0.0), ValueError, "epsilon must be positive"),
+        (lambda: ConvLSTM((4, 4), 2, 3, kernel_size=(3,)), ValueError, "kernel_size: expected 2 numbers"),
+        (lambda: ConvLSTM((4, 4), 2, 3, strides=0), ValueError, "strides: expected at least 1"),
+        (lambda: Embed(0, 3), ValueError, "vocabulary: expected at least 1"),
+        (lambda: Linear(3, 0), ValueError, "output_size: expected at least 1"),
+        (lambda: LayerNorm("a"), TypeError, "size: expected an integer"),
+        (lambda: LayerNorm(2, epsilon=None), TypeError, "epsilon: expected a number"),
+        (lambda: LayerNorm(2, epsilon=0.0), ValueError, "epsilon: expected a positive number"),
         (lambda: Apply("nothing"), ValueError, "activation: expected one of"),
-        (lambda: Dropout(1.0), ValueError, r"rate must lie in \[0, 1\), got 1.0"),
-        (lambda: Dropout(-0.1), ValueError, "rate must lie in"),
-        (lambda: Dropout("a"), TypeError, "rate must be a number"),
-        (lambda: Zoneout(CELL, 1.5), ValueError, r"rate must lie in \[0, 1\]"),
-        (lambda: Zoneout(LSTM(2, 3), (0.1, 0.2, 0.3)), ValueError, "rate must be a number or hold 2"),
-        (lambda: RecurrentDropout(Linear(2, 3), 0.1), TypeError, "must name its recurrent product"),
+        (lambda: Dropout(1.0), ValueError, r"rate: expected a number in \[0, 1\), got 1.0"),
+        (lambda: Dropout(-0.1), ValueError, "rate: expected a number in"),
+        (lambda: Dropout("a"), TypeError, "rate: expected a number"),
+        (lambda: Zoneout(CELL, 1.5), ValueError, r"rate: expected a number in \[0, 1\]"),
+        (lambda: Zoneout(LSTM(2, 3), (0.1, 0.2, 0.3)), ValueError, "rate: expected a number or 2"),
+        (lambda: RecurrentDropout(Linear(2, 3), 0.1), TypeError, "names its recurrent product"),
         (lambda: RecurrentDropout(WeightDrop(CELL, 0.1), 0.1), TypeError, "other wrappers go around RecurrentDropout"),
-        (lambda: WeightDrop(Stack((CELL,)), 0.1), TypeError, "must name its recurrent weights"),
-        (lambda: WeightDrop(LearnedCarry(CELL), 0.1), TypeError, "must name its recurrent weights"),
+        (lambda: WeightDrop(Stack((CELL,)), 0.1), TypeError, "names its recurrent weights"),
+        (lambda: WeightDrop(LearnedCarry(CELL), 0.1), TypeError, "names its recurrent weights"),
         (lambda: Stack(()), TypeError, "at least one cell"),
-        (lambda: Stack(CELL), TypeError, "cells must be a tuple"),
-        (lambda: Stack((CELL, "gru")), TypeError, r"cells\[1\] must be a cell, got 'gru'"),
+        (lambda: Stack(CELL), TypeError, "cells: expected a tuple"),
+        (lambda: Stack((CELL, "gru")), TypeError, r"cells\[1\]: expected a jaxrnn.Cell, got 'gru'"),
         (lambda: Stack((GRU(2, 3), LSTM(4, 5))), ValueError, r"cells\[1\] reads size 4 and gets 3.*LSTM.*above GRU"),
         (lambda: Stack((GRU(2, 3), Dropout(0.1), Apply("tanh"), LSTM(4, 5))), ValueError, "reads size 4 and gets 3"),
         (
@@ -137,26 +137,30 @@ class Unhashable(Cell):
         ),
         (lambda: Stack((ConvLSTM((4,), 2, 3), LSTM(3, 5))), ValueError, r"reads size 3 and gets \(4, 3\)"),
         (lambda: Stack((GRU(2, 3), GRU(3, 4)), skip=True), ValueError, "reads size 3 and gets 5"),
-        (lambda: Stack((Pool(CELL), GRU(3, 4))), ValueError, r"cells\[0\] ends the time axis, so cells\[1\]"),
+        (
+            lambda: Stack((Pool(CELL), GRU(3, 4))),
+            ValueError,
+            r"cells\[1\]: expected one without carry, since cells\[0\]",
+        ),
         (lambda: Stack((Pool(CELL), Pool(Linear(3, 2)))), ValueError, "ends the time axis"),
         (lambda: Stack((CELL, Pool(GRU(5, 3))), skip=True), ValueError, "put Pool around the Stack"),
         (lambda: Bidirectional(GRU(2, 3), GRU(4, 3)), ValueError, "forward reads size 2 and backward 4"),
         (lambda: Bidirectional(GRU(2, 3), GRU(2, 4), "sum"), ValueError, "merge 'sum' needs equal sizes"),
-        (lambda: Bidirectional(GRU(2, 3), GRU(2, 3), "add"), ValueError, "merge must be one of .* got 'add'"),
+        (lambda: Bidirectional(GRU(2, 3), GRU(2, 3), "add"), ValueError, "merge: expected one of .* got 'add'"),
         (lambda: Bidirectional(Pool(GRU(2, 3)), GRU(2, 3)), ValueError, "both cells or neither may end the time axis"),
-        (lambda: Bidirectional(GRU(2, 3), None), TypeError, "backward must be a cell"),
+        (lambda: Bidirectional(GRU(2, 3), None), TypeError, "backward: expected a jaxrnn.Cell"),
         (lambda: Residual(GRU(2, 3)), ValueError, "x has size 2 and y 3"),
         (lambda: Residual(Pool(GRU(2, 2))), ValueError, "put Residual inside the Pool"),
         (lambda: Zoneout(Pool(GRU(2, 2)), 0.1), ValueError, "put Zoneout inside the Pool"),
-        (lambda: EmitCarry(LSTM), TypeError, "cell must be a cell"),
-        (lambda: Pool(CELL, "first"), ValueError, r"how must be one of \('last', .* got 'first'"),
+        (lambda: EmitCarry(LSTM), TypeError, "cell: expected a jaxrnn.Cell"),
+        (lambda: Pool(CELL, "first"), ValueError, r"how: expected one of \('last', .* got 'first'"),
         (lambda: Pool(CELL, ("mean", 3)), ValueError, r"got \('mean', 3\)"),
         (lambda: Pool(Bidirectional(CELL, CELL), ("max", "last")), ValueError, "has no one last step"),
-        (lambda: Pool(Pool(CELL)), ValueError, "ends the time axis already"),
-        (lambda: Pool(EmitCarry(CELL)), TypeError, "cell must say its output size"),
-        (lambda: Unhashable(np.ones(3)), TypeError, "Unhashable: value must be hashable, got ndarray"),
+        (lambda: Pool(Pool(CELL)), ValueError, "does not end the time axis already"),
+        (lambda: Pool(EmitCarry(CELL)), TypeError, "cell: expected one that says its output size"),
+        (lambda: Unhashable(np.ones(3)), TypeError, "Unhashable.value: expected a hashable value, got ndarray"),
         (lambda: Unhashable(jnp.ones(3)), TypeError, "belong in the params"),
-        (lambda: Unhashable([1, (2, {})]), TypeError, "must be hashable, got dict"),
+        (lambda: Unhashable([1, (2, {})]), TypeError, "expected a hashable value, got dict"),
         (lambda: jaxrnn.irnn_init(jax.random.key(0), 0, 3) and Elman(0, 3), ValueError, "input_size"),
         (lambda: Cell(), TypeError, "abstract"),
     ],
@@ -173,7 +177,7 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
     assert Unhashable([1, [2]]).value == (1, (2,))
     assert LSTM(np.int64(2), 3) == LSTM(2, 3)
     assert repr(LSTM(np.int64(2), 3)) == "LSTM(input_size=2, hidden_size=3)"
-    with pytest.raises(TypeError, match="must be hashable"):
+    with pytest.raises(TypeError, match="expected a hashable value"):
         jax.jit(lambda x: Unhashable(x))(1.0)
 
 
@@ -201,11 +205,11 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
         ({"mask": np.ones((5, 4))}, TypeError, "mask: expected bool, got float"),
         ({"mask": np.ones((4, 5), bool)}, ValueError, r"mask: expected shape \(5, 4\).* got \(4, 5\)"),
         ({"mask": np.ones((4, 5), bool), "time_axis": 1}, ValueError, r"mask: expected shape \(5, 4\)"),
-        ({"mask": np.ones((5, 4), bool), "lengths": np.ones(4, int)}, ValueError, "lengths or mask, not both"),
+        ({"mask": np.ones((5, 4), bool), "lengths": np.ones(4, int)}, ValueError, "lengths or mask, got both"),
         ({"reset": np.zeros((5, 4), np.float32)}, TypeError, "reset: expected bool, got float32"),
         ({"reset": np.zeros((5,), bool)}, ValueError, r"reset: expected shape \(5, 4\)"),
-        ({"carry": jnp.zeros((4, 3))}, ValueError, "carry: .* expects the structure .*GRUCarry"),
-        ({"carry": (jnp.zeros((4, 3)),)}, ValueError, "carry: .* expects the structure"),
+        ({"carry": jnp.zeros((4, 3))}, ValueError, "carry: expected the structure .*GRUCarry"),
+        ({"carry": (jnp.zeros((4, 3)),)}, ValueError, "carry: expected the structure"),
         ({"carry": jaxrnn.PoolCarry(LSTMCarry(0, 0), 0, 0)}, ValueError, r"carry: .*GRUCarry.*, got .*PoolCarry"),
         ({"carry": GRUCarry(jnp.zeros(3))}, ValueError, r"carry.h: expected shape \(4, 3\), got \(3,\)"),
         ({"carry": GRUCarry(jnp.zeros((4, 3), int))}, TypeError, "carry.h: expected float32 .* got int32"),
@@ -366,7 +370,9 @@ def test_explain_where_the_default_is_another_platform(monkeypatch):
 def test_zoneout_of_a_carry_that_is_defined_up_to_a_factor():
     inner = jaxrnn.SLSTM(2, 3)
     for cell, rate in ((inner, 0.1), (inner, (0.1, 0.1, 0.0, 0.0)), (Stack((GRU(2, 2), inner)), 0.2)):
-        with pytest.raises(ValueError, match=r"Zoneout: parts of the carry .* up to a common factor .*rate=\("):
+        with pytest.raises(
+            ValueError, match=r"Zoneout.rate: expected 0 for parts of the carry .* up to a common factor .*rate=\("
+        ):
             Zoneout(cell, rate)
     cell = Zoneout(inner, (0.3, 0.0, 0.0, 0.0))
     params = jax.tree.map(lambda leaf: leaf + 0.3, cell.init(jax.random.key(0)))
@@ -401,7 +407,7 @@ def test_a_step_that_changes_its_carry():
 
 def test_rollout_checks_the_feedback():
     x = jnp.ones((4, 2))
-    with pytest.raises(TypeError, match=r"feedback: the next x must be like x, float32\[4, 2\], got float32\[4, 3\]"):
+    with pytest.raises(TypeError, match=r"feedback: expected a next x like x, float32\[4, 2\], got float32\[4, 3\]"):
         jaxrnn.rollout(CELL, PARAMS, None, x, 3, feedback=lambda y, key: (y, y))
     with pytest.raises(ValueError, match="length: expected at least 0, got -1"):
         jaxrnn.rollout(CELL, PARAMS, None, x, -1, feedback=lambda y, key: (x, y))
@@ -423,7 +429,7 @@ def test_last():
         jaxrnn.last(XS, np.full(4, 9))
     with pytest.raises(TypeError, match="mask: expected bool"):
         jaxrnn.last(XS, mask=np.ones((5, 4)))
-    with pytest.raises(ValueError, match="lengths or mask, not both"):
+    with pytest.raises(ValueError, match="lengths or mask, got both"):
         jaxrnn.last(XS, np.ones(4, int), mask=np.ones((5, 4), bool))
 
 

@@ -272,8 +272,8 @@ def fields(**values):
             lambda index: index["cell"]["fields"].pop("hidden_size") and None,
             "jaxrnn.GRU cannot have these fields: .*size",
         ),
-        (fields(hidden_size=-1), "cannot have these fields: GRU: hidden_size must be at least 1, got -1"),
-        (fields(hidden_size="3"), "cannot have these fields: GRU: hidden_size must be an integer"),
+        (fields(hidden_size=-1), "cannot have these fields: GRU.hidden_size: expected at least 1, got -1"),
+        (fields(hidden_size="3"), "cannot have these fields: GRU.hidden_size: expected an integer"),
         (fields(hidden_size=4), r"cell.json: params.w_x: expected shape \(2, 12\), got \(2, 9\)"),
         (fields(hidden_size=10**8), r"cell.json: params.w_x: expected shape \(2, 300000000\)"),
         (fields(hidden_size=10**300), "has no params"),
@@ -387,7 +387,7 @@ def test_cells_in_cells_in_cells(depth, tmp_path):
     deep = '{"cell": "jaxrnn.Residual", "fields": {"cell": ' * depth + "null" + "}}" * depth
     index = json.loads((path / "cell.json").read_text()) | {"cell": "CELL"}
     (path / "cell.json").write_text(json.dumps(index).replace('"CELL"', deep))
-    with pytest.raises(ValueError, match=r"nested too deeply|Residual: cell must be a cell, got None"):
+    with pytest.raises(ValueError, match=r"nested too deeply|Residual.cell: expected a jaxrnn.Cell, got None"):
         load(path)
 
 

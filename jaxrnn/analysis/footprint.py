@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from jaxrnn.analysis.observation import check_cell
+from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.engines.walk import Question
 from jaxrnn.sequence import scan_asked
@@ -73,7 +73,7 @@ def training_memory(
         >>> memory.residuals == 2 * 100 * 8 * 4
         True
     """
-    check_cell(cell)
+    check.cell("cell", cell)
     if not callable(loss):
         raise TypeError(f"loss: expected a function of (carry, ys), got {loss!r}")
     arguments = (params, carry, xs)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.analysis.observation import Observation, as_real, check_count, from_real, observe_whole
+from jaxrnn import check
+from jaxrnn.analysis.observation import Observation, as_real, from_real, observe_whole
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import cast_like, select
 
@@ -122,13 +123,13 @@ def lyapunov_exponents(
         >>> spectrum.exponents.round(4) + 0
         Array([ 0.    , -0.6931], dtype=float32)
     """
-    warmup = check_count("warmup", warmup, at_least=0)
+    warmup = check.integer("warmup", warmup, least=0)
     seen = observe_whole(
         cell, params, carry, xs, lengths=lengths, mask=mask, reset=reset, reverse=reverse, time_axis=time_axis
     )
     flat = jax.eval_shape(lambda carry: as_real(carry, seen.valid.ndim), seen.reads.carry)
     *rows, size = flat.shape[1:]
-    count = check_count("count", size if count is None else count, at_least=1)
+    count = check.integer("count", size if count is None else count, least=1)
     if count > size:
         raise ValueError(f"count: expected at most {size}, the size of the carry, got {count}")
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.analysis.observation import as_real, check_cell, check_count, norm
+from jaxrnn import check
+from jaxrnn.analysis.observation import as_real, norm
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import inexact, select
 from jaxrnn.engines.walk import final
@@ -64,7 +65,7 @@ def memory_length(
         >>> memory.influence[:4], memory.mean_lag.round(4)
         (Array([1.   , 0.5  , 0.25 , 0.125], dtype=float32), Array(1., dtype=float32))
     """
-    check_cell(cell)
+    check.cell("cell", cell)
     if not all(inexact(jnp.asarray(leaf)) for leaf in jax.tree.leaves(xs)):
         raise TypeError("xs: expected floating; embed tokens first, and give the cells above the Embed")
     if (samples is None) != (key is None):
@@ -87,7 +88,7 @@ def memory_length(
     if samples is None or key is None:
         directions = jnp.eye(y.shape[-1], dtype=y.dtype)
     else:
-        samples = check_count("samples", samples, at_least=1)
+        samples = check.integer("samples", samples, least=1)
         directions = jax.random.rademacher(key, (samples, y.shape[-1]), y.dtype) / samples**0.5
 
     def add(influence, direction):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import accumulator, inexact
@@ -69,28 +69,13 @@ class Observed(Wrapper):
         return Observation(self.cell, params.cell, carry, reads, valid), ys
 
 
-def check_cell(cell: Any) -> None:
-    """`cell` is one."""
-    if not isinstance(cell, Cell):
-        raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}")
-
-
-def check_count(name: str, value: Any, *, at_least: int) -> int:
-    """`value` as an integer of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if operator.index(value) < at_least:
-        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
-    return operator.index(value)
-
-
 def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, **keywords: Any) -> tuple[Any, Any]:
     """`jaxrnn.scan` with an `Observation` in place of the final carry of every recurrent cell.
 
     Compositions that hand the carries of their parts on as they are (`Cell.transparent`) are seen through; any other
     cell is observed as a whole, by its step. `offsets` holds one list for each observed cell, in order.
     """
-    check_cell(cell)
+    check.cell("cell", cell)
     jax.eval_shape(cell.initial_carry, params)  # raises where the params are of another cell
     cell, params = _observed(cell, params, None if offsets is None else iter(offsets))
     return scan(cell, params, carry, xs, **keywords)
@@ -98,7 +83,7 @@ def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, *
 
 def observe_whole(cell: Cell, params: Any, carry: Any, xs: Any, **keywords: Any) -> Observation:
     """The `Observation` of `cell`, a composition too, as one recurrence."""
-    check_cell(cell)
+    check.cell("cell", cell)
     if cell.ends_time:
         raise TypeError(f"cell: expected one that runs step by step; analyse the cell inside the Pool of {cell!r}")
     if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)):

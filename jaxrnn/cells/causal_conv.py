@@ -50,8 +50,7 @@ class CausalConv(Cell):
     window: int
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "window", self.window)
+        check.sizes(self, "input_size", "window")
 
     @property
     def output_size(self) -> int:

@@ -72,15 +72,14 @@ class ConvLSTM(Cell):
     recurrent_weights = ("w_h",)
 
     def __post_init__(self):
-        check.size(self, "input_channels", self.input_channels)
-        check.size(self, "hidden_size", self.hidden_size)
+        check.sizes(self, "input_channels", "hidden_size")
         if not isinstance(self.spatial_shape, tuple) or not 1 <= len(self.spatial_shape) <= 3:
-            raise ValueError(f"ConvLSTM: spatial_shape must hold one to three sizes, got {self.spatial_shape!r}")
+            raise ValueError(f"ConvLSTM.spatial_shape: expected one to three sizes, got {self.spatial_shape!r}")
         if self.padding not in ("SAME", "VALID"):
-            raise ValueError(f"ConvLSTM: padding must be 'SAME' or 'VALID', got {self.padding!r}")
+            raise ValueError(f"ConvLSTM.padding: expected 'SAME' or 'VALID', got {self.padding!r}")
         for name in ("spatial_shape", "kernel_size", "strides", "dilation"):
             for size in self._each(name):
-                check.size(self, name, size)
+                check.integer(f"ConvLSTM.{name}", size)
         if min(self._state_shape) < 1:
             raise ValueError(
                 f"ConvLSTM: spatial_shape {self.spatial_shape} is smaller than the kernel under padding 'VALID'"
@@ -92,7 +91,7 @@ class ConvLSTM(Cell):
         dimensions = len(self.spatial_shape)
         value = (value,) * dimensions if isinstance(value, int) else tuple(value)
         if len(value) != dimensions:
-            raise ValueError(f"ConvLSTM: {name} must hold {dimensions} numbers, one per dimension, got {value}")
+            raise ValueError(f"ConvLSTM.{name}: expected {dimensions} numbers, one per dimension, got {value}")
         return value
 
     @property

@@ -62,9 +62,8 @@ class Elman(GatedCell):
     gate_clip: float | None = None
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
-        check.threshold(self, "gate_clip", self.gate_clip)
+        check.sizes(self, "input_size", "hidden_size")
+        check.fields(self, gate_clip=check.positive)
         check_elementwise(self.activation)
 
     @property

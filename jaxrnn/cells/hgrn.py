@@ -60,9 +60,8 @@ class HGRN(LinearCell):
     lower_bound: float = 0.0
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
-        check.rate(self, "lower_bound", self.lower_bound)
+        check.sizes(self, "input_size", "hidden_size")
+        check.fields(self, lower_bound=check.rate)
 
     @property
     def output_size(self) -> int:

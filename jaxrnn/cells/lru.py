@@ -64,11 +64,10 @@ class LRU(LinearCell):
     max_phase: float = 2 * math.pi
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
+        check.sizes(self, "input_size", "hidden_size")
         if not 0 <= self.r_min < self.r_max <= 1:
-            raise ValueError(f"LRU: expected 0 ≤ r_min < r_max ≤ 1, got {self.r_min} and {self.r_max}")
-        check.positive(self, "max_phase", self.max_phase)
+            raise ValueError(f"LRU.r_min: expected 0 ≤ r_min < r_max ≤ 1, got {self.r_min} and {self.r_max}")
+        check.fields(self, max_phase=check.positive)
 
     @property
     def output_size(self) -> int:

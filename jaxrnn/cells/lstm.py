@@ -109,14 +109,10 @@ class LSTM(GatedCell):
     output_activation: Activation = "tanh"
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
+        check.sizes(self, "input_size", "hidden_size", "projection_size")
         if self.coupled not in (False, True, "input"):
-            raise ValueError(f"LSTM: coupled must be False, True or 'input', got {self.coupled!r}")
-        if self.projection_size is not None:
-            check.size(self, "projection_size", self.projection_size)
-        check.threshold(self, "cell_clip", self.cell_clip)
-        check.threshold(self, "gate_clip", self.gate_clip)
+            raise ValueError(f"LSTM.coupled: expected False, True or 'input', got {self.coupled!r}")
+        check.fields(self, cell_clip=check.positive, gate_clip=check.positive)
         check_elementwise(self.gate_activation, self.activation, self.output_activation)
 
     @property

@@ -60,8 +60,7 @@ class MGU(GatedCell):
     hidden_size: int
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
+        check.sizes(self, "input_size", "hidden_size")
 
     @property
     def output_size(self) -> int:

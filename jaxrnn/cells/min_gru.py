@@ -64,8 +64,7 @@ class MinGRU(LinearCell):
     log_space: bool = False
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
+        check.sizes(self, "input_size", "hidden_size")
         check_log_space(self)
 
     @property

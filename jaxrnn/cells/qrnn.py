@@ -51,9 +51,7 @@ class QRNN(LinearCell):
     window: int = 2
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
-        check.size(self, "window", self.window)
+        check.sizes(self, "input_size", "hidden_size", "window")
 
     @property
     def output_size(self) -> int:

@@ -68,10 +68,9 @@ class RGLRU(LinearCell):
     blocks: int = 1
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "blocks", self.blocks)
+        check.sizes(self, "input_size", "blocks")
         if self.input_size % self.blocks:
-            raise ValueError(f"RGLRU: blocks must divide input_size {self.input_size}, got {self.blocks}")
+            raise ValueError(f"RGLRU.blocks: expected a divisor of input_size {self.input_size}, got {self.blocks}")
 
     @property
     def output_size(self) -> int:

@@ -70,13 +70,10 @@ class S6(LinearCell):
     step_max: float = 1e-1
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
-        if self.rank is not None:
-            check.size(self, "rank", self.rank)
-        check.positive(self, "step_min", self.step_min)
+        check.sizes(self, "input_size", "hidden_size", "rank")
+        check.fields(self, step_min=check.positive)
         if not self.step_min <= self.step_max:
-            raise ValueError(f"S6: expected step_min ≤ step_max, got {self.step_min} and {self.step_max}")
+            raise ValueError(f"S6.step_min: expected at most step_max, {self.step_max}, got {self.step_min}")
 
     @property
     def output_size(self) -> int:

@@ -71,11 +71,9 @@ class SLSTM(GatedCell):
     heads: int = 1
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
-        check.size(self, "heads", self.heads)
+        check.sizes(self, "input_size", "hidden_size", "heads")
         if self.hidden_size % self.heads:
-            raise ValueError(f"SLSTM: heads must divide hidden_size {self.hidden_size}, got {self.heads}")
+            raise ValueError(f"SLSTM.heads: expected a divisor of hidden_size {self.hidden_size}, got {self.heads}")
 
     @property
     def output_size(self) -> int:

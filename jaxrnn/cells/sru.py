@@ -65,8 +65,7 @@ class SRU(LinearCell):
     activation: Activation = "identity"
 
     def __post_init__(self):
-        check.size(self, "input_size", self.input_size)
-        check.size(self, "hidden_size", self.hidden_size)
+        check.sizes(self, "input_size", "hidden_size")
         check_elementwise(self.activation)
 
     @property

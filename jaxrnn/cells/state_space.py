@@ -20,17 +20,16 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 def check_state_space(cell: Any) -> None:
     """The fields that the cells have in common."""
     name = type(cell).__name__
-    check.size(cell, "input_size", cell.input_size)
-    check.size(cell, "hidden_size", cell.hidden_size)
+    check.sizes(cell, "input_size", "hidden_size")
     if cell.discretization not in DISCRETIZATIONS:
-        raise ValueError(f"{name}: discretization: expected one of {DISCRETIZATIONS}, got {cell.discretization!r}")
-    check.positive(cell, "step_min", cell.step_min)
+        raise ValueError(f"{name}.discretization: expected one of {DISCRETIZATIONS}, got {cell.discretization!r}")
+    check.fields(cell, step_min=check.positive)
     if not cell.step_min <= cell.step_max:
-        raise ValueError(f"{name}: expected step_min ≤ step_max, got {cell.step_min} and {cell.step_max}")
+        raise ValueError(f"{name}.step_min: expected at most step_max, {cell.step_max}, got {cell.step_min}")
     if not isinstance(cell.timed, bool):
-        raise TypeError(f"{name}: timed must be a bool, got {cell.timed!r}")
+        raise TypeError(f"{name}.timed: expected a bool, got {cell.timed!r}")
     if cell.timed and cell.input_size < 2:
-        raise ValueError(f"{name}: with timed, input_size must be at least 2, the time included, got 1")
+        raise ValueError(f"{name}.input_size: expected at least 2 with timed, the time included, got 1")
 
 
 def elapsed(cell: Any, x: Array) -> tuple[Array, Array | None]:

@@ -37,10 +37,10 @@ class RecurrentDropout(Wrapper):
 
     def __post_init__(self):
         Wrapper.__post_init__(self)
-        check.rate(self, "rate", self.rate)
+        check.fields(self, rate=check.rate)
         if self.cell.recurrent_state is None or isinstance(self.cell, Wrapper):
             raise TypeError(
-                "RecurrentDropout: cell must name its recurrent product, as all gated cells do, "
+                "RecurrentDropout.cell: expected one that names its recurrent product, as all gated cells do, "
                 f"got {self.cell!r}; other wrappers go around RecurrentDropout"
             )
 
@@ -90,11 +90,11 @@ class WeightDrop(Wrapper):
 
     def __post_init__(self):
         Wrapper.__post_init__(self)
-        check.rate(self, "rate", self.rate)
+        check.fields(self, rate=check.rate)
         if not self.cell.recurrent_weights or isinstance(self.cell, WeightDrop):
             raise TypeError(
-                "WeightDrop: cell must name its recurrent weights, as gated cells and RecurrentDropout around one do, "
-                f"got {self.cell!r}"
+                "WeightDrop.cell: expected one that names its recurrent weights, as gated cells do, or "
+                f"RecurrentDropout around one, got {self.cell!r}"
             )
 
     def noise(self, key, length, batch_shape):
@@ -162,20 +162,20 @@ class Zoneout(Wrapper):
         Wrapper.__post_init__(self)
         rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
         for rate in rates:
-            check.rate(self, "rate", rate, one_allowed=True)
+            check.rate("Zoneout.rate", rate, one_allowed=True)
         carry = check.shapes_of_carry(self.cell)
         leaves, rates, _ = self._rates(carry)
         count = sum(map(inexact, leaves))
         if isinstance(self.rate, tuple) and len(self.rate) != count:
             raise ValueError(
-                f"Zoneout: rate must be a number or hold {count}, one per floating leaf of the carry, got {self.rate!r}"
+                f"Zoneout.rate: expected a number or {count}, one per floating leaf of the carry, got {self.rate!r}"
             )
         joint = _joint(carry)
         if any(rate for rate, together in zip(rates, joint, strict=True) if together):
             example = tuple(0.0 if together else 0.1 for together in joint)
             raise ValueError(
-                f"Zoneout: parts of the carry of {self.cell!r} are defined up to a common factor and cannot be mixed "
-                f"one by one, so their rates must be 0, as in rate={example}; got {self.rate!r}"
+                f"Zoneout.rate: expected 0 for parts of the carry of {self.cell!r} that are defined up to a common "
+                f"factor and cannot be mixed one by one, as in rate={example}; got {self.rate!r}"
             )
 
     def _rates(self, carry):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn import check
+from jaxrnn.cell import Cell, Part, input_size, output_size
 from jaxrnn.compose.stack import Several, fits, part
 
 MERGES: dict[str, Callable[..., Any]] = {
@@ -42,7 +43,7 @@ def _check_merge(cell: Any, sizes: Any) -> None:
     if callable(merge):
         return
     if merge not in MERGES:
-        raise ValueError(f"{name}: merge must be one of {sorted(MERGES)} or a callable, got {merge!r}")
+        raise ValueError(f"{name}.merge: expected one of {sorted(MERGES)} or a callable, got {merge!r}")
     if merge not in ("concat", "tuple") and not all(fits(sizes[0], size) for size in sizes):
         raise ValueError(f"{name}: merge {merge!r} needs equal sizes, got {tuple(sizes)}: {cell!r}")
 
@@ -155,8 +156,7 @@ class Bidirectional(Cell):
     transparent = True
 
     def __post_init__(self):
-        check_cell(self, "forward", self.forward)
-        check_cell(self, "backward", self.backward)
+        check.fields(self, forward=check.cell, backward=check.cell)
         if not fits(input_size(self.forward), input_size(self.backward)):
             raise ValueError(
                 f"Bidirectional: forward reads size {input_size(self.forward)} and backward "

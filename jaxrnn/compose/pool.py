@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.cell import Cell, check_cell, output_size
+from jaxrnn import check
+from jaxrnn.cell import Cell, output_size
 from jaxrnn.compose.parallel import Bidirectional
 from jaxrnn.compose.stack import Stack
 from jaxrnn.compose.wrap import Backward, Wrapper
@@ -70,17 +71,18 @@ class Pool(Wrapper):
     transparent = True
 
     def __post_init__(self):
-        check_cell(self, "cell", self.cell)
+        check.fields(self, cell=check.cell)
         hows = self.how if isinstance(self.how, tuple) else (self.how,)
         if not hows or any(how not in HOWS for how in hows):
-            raise ValueError(f"Pool: how must be one of {HOWS} or a tuple of them, got {self.how!r}")
+            raise ValueError(f"Pool.how: expected one of {HOWS} or a tuple of them, got {self.how!r}")
         if hows is self.how and _both_directions(self.cell) and not {"mean", "max"}.issuperset(hows):
             raise ValueError(f"Pool: of two directions how={self.how!r} has no one last step; pool mean and max only")
         if self.cell.ends_time:
-            raise ValueError(f"Pool: {self.cell!r} ends the time axis already")
+            raise ValueError(f"Pool.cell: expected one that does not end the time axis already, got {self.cell!r}")
         if self.output_size is None:
             raise TypeError(
-                f"Pool: cell must say its output size, by a field or property `output_size`; got {self.cell!r}"
+                f"Pool.cell: expected one that says its output size, by a field or property `output_size`, "
+                f"got {self.cell!r}"
             )
 
     @property

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn.cell import Cell, Part, input_size, output_size
 from jaxrnn.engines.walk import Walk
 from jaxrnn.layers import Layer, row_keys
 from jaxrnn.sequence import walked
@@ -40,8 +40,8 @@ class Repeat(Layer):
     length: int
 
     def __post_init__(self):
-        check_cell(self, "cell", self.cell)
-        check.size(self, "length", self.length)
+        check.fields(self, cell=check.cell)
+        check.sizes(self, "length")
 
     @property
     def input_ndim(self):  # type: ignore[override]

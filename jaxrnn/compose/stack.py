@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size, scan_one_step
+from jaxrnn.cell import Cell, Part, input_size, output_size, scan_one_step
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.layers import Layer
 
@@ -33,9 +33,9 @@ class Several(Cell):
 
     def __post_init__(self):
         if not isinstance(self.cells, tuple) or not self.cells:
-            raise TypeError(f"{self._name}: cells must be a tuple of at least one cell, got {self.cells!r}")
+            raise TypeError(f"{self._name}.cells: expected a tuple of at least one cell, got {self.cells!r}")
         for k, cell in enumerate(self.cells):
-            check_cell(self, f"cells[{k}]", cell)
+            check.cell(f"{self._name}.cells[{k}]", cell)
 
     @property
     def _name(self):
@@ -102,7 +102,8 @@ class Stack(Several):
         for k, cell in enumerate(self.cells):
             if ended is not None and (cell.ends_time or jax.tree.leaves(check.shapes_of_carry(cell))):
                 raise ValueError(
-                    f"Stack: cells[{ended}] ends the time axis, so cells[{k}] must have no carry: {cell!r}"
+                    f"Stack.cells[{k}]: expected one without carry, since cells[{ended}] ends the time axis, "
+                    f"got {cell!r}"
                 )
             if cell.ends_time:
                 ended = k

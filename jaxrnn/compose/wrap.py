@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.cell import Cell, Part, check_cell, input_size, output_size
+from jaxrnn import check
+from jaxrnn.cell import Cell, Part, input_size, output_size
 from jaxrnn.engines.arrays import inexact
 
 
@@ -19,10 +20,11 @@ class Wrapper(Cell):
     cell: Cell
 
     def __post_init__(self):
-        check_cell(self, "cell", self.cell)
+        check.fields(self, cell=check.cell)
         if self.cell.ends_time:
             raise ValueError(
-                f"{type(self).__name__}: {self.cell!r} ends the time axis; put {type(self).__name__} inside the Pool"
+                f"{type(self).__name__}.cell: expected one that does not end the time axis, got {self.cell!r}; "
+                f"put {type(self).__name__} inside the Pool"
             )
 
     @property
@@ -100,7 +102,7 @@ class Residual(Wrapper):
 
 def _add(x, y):
     if x.shape != y.shape:
-        raise ValueError(f"x: Residual adds x to y, so both must have one shape, got {x.shape} and {y.shape}")
+        raise ValueError(f"x: expected the shape of y, {y.shape}, to which Residual adds it, got {x.shape}")
     x = x if inexact(x) else x.astype(y.dtype)
     return x + y.astype(x.dtype)
 
@@ -120,7 +122,7 @@ class Backward(Wrapper):
     transparent = True
 
     def __post_init__(self):
-        check_cell(self, "cell", self.cell)
+        check.fields(self, cell=check.cell)
 
     @property
     def ends_time(self) -> bool:  # type: ignore[override]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
+from jaxrnn.arguments import Names
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.cells.lstm import LSTMCarry
 from jaxrnn.engines.arrays import accumulator, cast_like, inexact
-from jaxrnn.sequence import scan
+from jaxrnn.sequence import scan_asked
 
 # What a Flax module and the adapters use themselves; a param of such a name gets an underscore behind it.
 TAKEN = frozenset(
@@ -143,16 +144,18 @@ def run(
     **keywords: Any,
 ) -> tuple[Any, Any]:
     """`jaxrnn.scan` in Flax's layout, with Flax's names in its errors."""
-    if seq_lengths is not None and mask is not None:
-        raise ValueError("mask: give seq_lengths or mask, not both")
-    time_axis = 0 if time_major else _time_axis(cell, xs)
-    try:
-        return scan(cell, params, initial_carry, xs, lengths=seq_lengths, mask=mask, time_axis=time_axis, **keywords)
-    except (TypeError, ValueError) as error:
-        for ours, name in (("lengths", "seq_lengths"), ("carry", "initial_carry")):
-            if type(error) in (TypeError, ValueError) and str(error).startswith((f"{ours}:", f"{ours}.", f"{ours}[")):
-                raise type(error)(name + str(error).removeprefix(ours)) from error
-        raise
+    return scan_asked(
+        None,
+        cell,
+        params,
+        initial_carry,
+        xs,
+        lengths=seq_lengths,
+        mask=mask,
+        time_axis=0 if time_major else _time_axis(cell, xs),
+        names=Names("initial_carry", "seq_lengths"),
+        **keywords,
+    )
 
 
 def _time_axis(cell: Cell, xs: Any) -> int:
@@ -189,7 +192,7 @@ class FlaxCell(Cell):
     def __post_init__(self):
         sizes = input_size(self)
         for size in sizes if isinstance(sizes, tuple) else (sizes,):
-            check.size(self, "input_size", size)
+            check.integer(f"{type(self).__name__}.input_size", size)
         shapes = check.shapes_of_params(self)
         with jax.ensure_compile_time_eval():
             params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -197,8 +200,9 @@ class FlaxCell(Cell):
             constant = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
         if not constant:
             raise ValueError(
-                f"{type(self).__name__}: the carry must begin the same every time, but {self!r} draws it at random. "
-                "Give it a constant carry_init, and train its carry with LearnedCarry or pass yours as `carry` to scan"
+                f"{type(self).__name__}: expected a carry that begins the same every time, but {self!r} draws it at "
+                "random. Give it a constant carry_init, and train its carry with LearnedCarry or pass yours as `carry` "
+                "to scan"
             )
 
     @property

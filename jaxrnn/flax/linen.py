@@ -189,7 +189,7 @@ class LinenCell(FlaxCell):
 
     def __post_init__(self):
         if not isinstance(self.module, nn.RNNCellBase):
-            raise TypeError(f"LinenCell: module must be a flax.linen.RNNCellBase, got {self.module!r}")
+            raise TypeError(f"LinenCell.module: expected a flax.linen.RNNCellBase, got {self.module!r}")
         # One that was built inside another module belongs to it and has its scope.
         object.__setattr__(self, "module", self.module.clone(parent=None, name=None))
         FlaxCell.__post_init__(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxrnn import check
 
 
 class Batch(NamedTuple):
@@ -133,7 +134,7 @@ class Arrays(Epochs):
         self, data: Any, batch_size: int, *, key: Any = None, shuffle: bool = True, drop_last: bool = False
     ) -> None:
         self.data, self.size = host(data, "data")
-        self.batch_size = positive("batch_size", batch_size)
+        self.batch_size = check.integer("batch_size", batch_size)
         self.key = order_key(key, shuffle)
         self.drop_last = bool(drop_last)
         if self.size == 0:
@@ -206,16 +207,6 @@ def check_valid(lengths: Any, mask: Any, rows: int, steps: int) -> tuple[np.ndar
             raise ValueError(f"lengths: expected 0 to {steps}, got {lengths.min()} to {lengths.max()}")
         lengths = lengths.astype(np.int32)
     return lengths, mask
-
-
-def positive(name: str, value: Any, *, least: int = 1) -> int:
-    """`value` as an integer of at least 1, or `least`."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    value = operator.index(value)
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
 
 
 def order_key(key: Any, shuffle: bool) -> list[int]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn import check
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.identity import checksum, difference
@@ -58,8 +59,7 @@ class Saver:
 
     def __init__(self, where: Checkpoints, *, maximize: bool = False, identity: Mapping[str, str] | None = None):
         for name in ("every", "keep"):
-            if getattr(where, name) < 1:
-                raise ValueError(f"checkpoints: {name} must be at least 1, got {getattr(where, name)}")
+            check.integer(f"checkpoints.{name}", getattr(where, name))
         import orbax.checkpoint as ocp  # here, since it takes a second
 
         self.args = ocp.args

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from jaxrnn.training.batches import positive
+from jaxrnn import check
 from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluation import evaluator
 from jaxrnn.training.feeding import Group, as_source, checked, groups
@@ -114,9 +114,9 @@ def fit(
     """
     if nonfinite not in ("raise", "skip", "stop"):
         raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'stop', got {nonfinite!r}")
-    epochs, steps_per_call = positive("epochs", epochs, least=0), positive("steps_per_call", steps_per_call)
+    epochs, steps_per_call = check.integer("epochs", epochs, least=0), check.integer("steps_per_call", steps_per_call)
     if patience is not None:
-        patience = positive("patience", patience)
+        patience = check.integer("patience", patience)
         if validation is None:
             raise ValueError("patience: expected validation data beside it, to decide by")
     _check_state(state, optimizer)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxrnn import check
 from jaxrnn.cell import Cell, input_size, output_size
 from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
 from jaxrnn.engines.walk import Implementation
@@ -196,8 +197,7 @@ def make_truncated_loss(
     The carry in which one window ends is where the next begins, and gradients stop between them. A reset begins with
     the cell's own initial carry and its gradient: it is what trains a `LearnedCarry`. Arguments as in `make_loss`.
     """
-    if not isinstance(cell, Cell):
-        raise TypeError(f"cell: expected a jaxrnn.Cell, got {cell!r}")
+    check.cell("cell", cell)
     metrics = {} if metrics is None else dict(metrics)
     if "loss" in metrics:
         raise ValueError("metrics: the name 'loss' is that of the error itself")
@@ -245,8 +245,8 @@ class CellLoss:
         size = output_size(self.cell, input_size(self.cell))
         size = size[-1] if isinstance(size, tuple) else size
         mask = None if self.cell.ends_time else valid_steps(batch, np)
-        for check in dict.fromkeys(check for known, check in CHECKS.items() if known in self.errors):
-            check(name, batch.targets, mask, size)
+        for expect in dict.fromkeys(expect for known, expect in CHECKS.items() if known in self.errors):
+            expect(name, batch.targets, mask, size)
 
 
 CHECKS: dict[Callable, Check] = {

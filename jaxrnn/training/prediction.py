@@ -13,7 +13,7 @@ import numpy as np
 from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.sequence import scan
-from jaxrnn.training.batches import check_valid, host, positive
+from jaxrnn.training.batches import check_valid, host
 from jaxrnn.training.evaluation import check_members, to_host
 from jaxrnn.training.losses import check_axes
 from jaxrnn.training.ragged import Bucketed, bucket, pad
@@ -53,7 +53,7 @@ def predict(
         >>> [y.shape for y in ys]
         [(7, 4), (2, 4)]
     """
-    batch_size = positive("batch_size", batch_size)
+    batch_size = check.integer("batch_size", batch_size)
     for name, value in (("xs", xs), ("lengths", lengths), ("mask", mask)):
         if not all(map(check.concrete, jax.tree.leaves(value))):
             raise TypeError(f"{name}: expected arrays whose numbers are known, got traced ones; use jaxrnn.scan there")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrnn import check
 from jaxrnn.training.batches import (
     Batch,
     Epochs,
@@ -18,7 +19,6 @@ from jaxrnn.training.batches import (
     is_list,
     order_key,
     permutation,
-    positive,
 )
 
 
@@ -153,7 +153,7 @@ class Buckets(Epochs):
         self.sequences, self.lengths = _sequences(sequences, "sequences")
         self.per_step = isinstance(targets, list)
         self.targets = _targets(targets, self.lengths)
-        self.batch_size = positive("batch_size", batch_size)
+        self.batch_size = check.integer("batch_size", batch_size)
         self.key = order_key(key, shuffle)
         self.boundaries = _boundaries(buckets, self.lengths)
         """The lengths that sequences are padded to."""
@@ -274,8 +274,8 @@ def _pad(sequences: list[Any], length: int, value: float) -> Any:
 def _boundaries(buckets: int | Sequence[int], lengths: np.ndarray) -> tuple[int, ...]:
     """The lengths of the buckets: at least 1, the last at least the longest sequence's."""
     if not isinstance(buckets, Sequence):
-        return _least_padding(np.maximum(lengths, 1), positive("buckets", buckets))
-    boundaries = tuple(positive(f"buckets[{k}]", length) for k, length in enumerate(buckets))
+        return _least_padding(np.maximum(lengths, 1), check.integer("buckets", buckets))
+    boundaries = tuple(check.integer(f"buckets[{k}]", length) for k, length in enumerate(buckets))
     if not boundaries or any(a >= b for a, b in itertools.pairwise(boundaries)):
         raise ValueError(f"buckets: expected ascending lengths, got {buckets!r}")
     if boundaries[-1] < lengths.max():

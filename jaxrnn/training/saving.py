@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxrnn
+from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import on_device
 
@@ -69,8 +70,7 @@ def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
         (True, True)
     """
     path = os.path.abspath(os.fspath(path))
-    if not isinstance(cell, Cell):
-        raise TypeError(f"cell: expected a cell, got {type(cell).__name__}")
+    check.cell("cell", cell)
     index = {"format": FORMAT, "version": VERSION, "cell": _encode(cell, type(cell).__name__)}
     arrays = [None if leaf is None else _to_host(leaf, name) for name, _, leaf in _matched(cell, _shapes(cell), params)]
     index["params"] = [None if a is None else {"dtype": a.dtype.name, "shape": list(a.shape)} for a in arrays]

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrnn import check
 from jaxrnn.engines.arrays import cast, inexact, lifted
-from jaxrnn.training.batches import as_array, positive
+from jaxrnn.training.batches import as_array
 
 
 def windows(series: Any, length: int, horizon: int, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +35,11 @@ def windows(series: Any, length: int, horizon: int, *, stride: int = 1) -> tuple
         ([[0, 1, 2], [2, 3, 4]], [[3, 4], [5, 6]])
     """
     series = as_array(series, "series")
-    length, horizon, stride = positive("length", length), positive("horizon", horizon), positive("stride", stride)
+    length, horizon, stride = (
+        check.integer("length", length),
+        check.integer("horizon", horizon),
+        check.integer("stride", stride),
+    )
     if series.ndim == 0 or len(series) < length + horizon:
         raise ValueError(
             f"series: expected at least length + horizon = {length + horizon} steps, got shape {series.shape}"

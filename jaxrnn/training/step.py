@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from jaxrnn import check
 from jaxrnn.engines.arrays import accumulator, cast, inexact, select
-from jaxrnn.training.batches import Batch, positive
+from jaxrnn.training.batches import Batch
 from jaxrnn.training.losses import Mean
 
 
@@ -119,7 +120,7 @@ def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None):
 
     `bad` is −1 where all is finite, 0 for the loss itself, and 1 + k for the gradient of leaf k of the params.
     """
-    accumulate = positive("accumulate", accumulate)
+    accumulate = check.integer("accumulate", accumulate)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def value_and_gradient(params, carry, batch, key):

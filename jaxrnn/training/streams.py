@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrnn.training.batches import Batch, Epochs, as_array, host, positive
+from jaxrnn import check
+from jaxrnn.training.batches import Batch, Epochs, as_array, host
 from jaxrnn.training.ragged import concatenate
 
 
@@ -44,7 +45,7 @@ class Streams(Epochs):
     """
 
     def __init__(self, xs: Any, targets: Any = None, *, streams: int, window: int, starts: Any = None) -> None:
-        self.streams, self.window = positive("streams", streams), positive("window", window)
+        self.streams, self.window = check.integer("streams", streams), check.integer("window", window)
         self.xs, lengths = _joined(xs, "xs")
         self.starts = _starts(starts, lengths, isinstance(xs, list))
         size = int(lengths.sum())

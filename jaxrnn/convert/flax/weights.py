@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -71,8 +70,7 @@ def expect(path: str, module: Any, **expected: tuple[Any, ...]) -> None:
 
 
 def _size(module: Any, name: str) -> int:
-    check.size(module, name, getattr(module, name))
-    return operator.index(getattr(module, name))
+    return check.integer(f"{type(module).__name__}.{name}", getattr(module, name))
 
 
 def _input_size(module: Any) -> int | None:
