@@ -140,7 +140,7 @@ class Unhashable(Cell):
         (
             lambda: Stack((Pool(CELL), GRU(3, 4))),
             ValueError,
-            r"cells\[1\]: expected one without carry, since cells\[0\]",
+            r"cells\[1\]: expected one without carry, since",
         ),
         (lambda: Stack((Pool(CELL), Pool(Linear(3, 2)))), ValueError, "ends the time axis"),
         (lambda: Stack((CELL, Pool(GRU(5, 3))), skip=True), ValueError, "put Pool around the Stack"),
@@ -370,9 +370,7 @@ def test_explain_where_the_default_is_another_platform(monkeypatch):
 def test_zoneout_of_a_carry_that_is_defined_up_to_a_factor():
     inner = jaxrnn.SLSTM(2, 3)
     for cell, rate in ((inner, 0.1), (inner, (0.1, 0.1, 0.0, 0.0)), (Stack((GRU(2, 2), inner)), 0.2)):
-        with pytest.raises(
-            ValueError, match=r"Zoneout.rate: expected 0 for parts of the carry .* up to a common factor .*rate=\("
-        ):
+        with pytest.raises(ValueError, match=r"Zoneout.rate: expected 0 for parts .* up to a common factor .*rate=\("):
             Zoneout(cell, rate)
     cell = Zoneout(inner, (0.3, 0.0, 0.0, 0.0))
     params = jax.tree.map(lambda leaf: leaf + 0.3, cell.init(jax.random.key(0)))

@@ -165,7 +165,12 @@ def test_params_of_one_model_are_no_members():
         (XS, {"lengths": [1, 1]}, ValueError, r"lengths: expected integers of shape \(3,\)"),
         (XS, {"mask": np.ones((3, 4), bool)}, ValueError, r"mask: expected bool of shape \(3, 5\)"),
         (XS, {"mask": np.ones((3, 5))}, ValueError, r"mask: expected bool of shape \(3, 5\), got float64"),
-        (XS, {"mask": np.ones((3, 5), bool), "lengths": [1, 1, 1]}, ValueError, "mask: give lengths or mask, got both"),
+        (
+            XS,
+            {"mask": np.ones((3, 5), bool), "lengths": [1, 1, 1]},
+            ValueError,
+            "mask: expected lengths or mask, got both",
+        ),
         (SEQUENCES, {"mask": np.ones((3, 5), bool)}, ValueError, "mask: expected None for a list of sequences"),
         (SEQUENCES, {"lengths": [1] * 6}, ValueError, "lengths: expected None for a list of sequences"),
         (XS[0], {}, ValueError, "xs: expected batch, time and 1 more axes"),

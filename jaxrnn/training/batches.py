@@ -194,7 +194,7 @@ def is_list(node: Any) -> bool:
 def check_valid(lengths: Any, mask: Any, rows: int, steps: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Lengths, int32 (N,), or a mask, bool (N, T), of so many rows and steps, in NumPy."""
     if lengths is not None and mask is not None:
-        raise ValueError("mask: give lengths or mask, not both")
+        raise ValueError("mask: expected lengths or mask, got both")
     if mask is not None:
         mask = as_array(mask, "mask")
         if mask.dtype != bool or mask.shape != (rows, steps):
