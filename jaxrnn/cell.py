@@ -101,7 +101,7 @@ class Cell(metaclass=CellType):
     # Those that a small learning rate suits: of eigenvalues, decays, lengths of steps.
     slow_weights = ()
     # Whether y has the size of x, whatever that is.
-    pointwise = False
+    keeps_size = False
     # Whether a sequence goes in and a single y comes out.
     ends_time = False
     # Whether it runs step by step, each y of the steps so far alone.
@@ -217,7 +217,7 @@ def input_size(cell: Cell) -> Any:
 
 def output_size(cell: Cell, given: Any = None) -> Any:
     """The size of one step's output, for an input of size `given`, or None where it is not known."""
-    if cell.pointwise:
+    if cell.keeps_size:
         return given
     size = getattr(cell, "output_size", None)
     # A layer that acts on the last axis keeps the others.

@@ -157,7 +157,7 @@ class LayerNorm(Layer):
     epsilon: float = 1e-5
     groups: int = 1
 
-    pointwise = True
+    keeps_size = True
 
     def __post_init__(self):
         check.sizes(self, "size", "groups")
@@ -208,7 +208,7 @@ class Apply(Layer):
         activation(self.fn)
 
     @property
-    def pointwise(self) -> bool:  # type: ignore[override]
+    def keeps_size(self) -> bool:  # type: ignore[override]
         return not callable(self.fn)
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> tuple[()]:
@@ -242,7 +242,7 @@ class Dropout(Layer):
     rate: float
     per_sequence: bool = False
 
-    pointwise = True
+    keeps_size = True
 
     def __post_init__(self):
         check.fields(self, rate=check.rate)

@@ -124,7 +124,7 @@ class Plain(GatedCell):
     def weights(self, params):
         return jaxrnn.GatedWeights(params.w_x, None, params.w_h, None, {"gain": params.b, "mix": params.w_h})
 
-    def gate(self, theta, carry, u, v, w):
+    def update(self, theta, carry, u, v, w):
         h = jnp.tanh(u + v * theta["gain"].reshape((1,) * (v.ndim - 1) + (-1,)) + carry.h @ theta["mix"] / 4)
         return jaxrnn.ElmanCarry(h), h
 

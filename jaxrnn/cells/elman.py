@@ -90,7 +90,7 @@ class Elman(GatedCell):
         """The new state, which is all that this cell computes."""
         return self._activate(*self.products(params, carry, x, noise))
 
-    def gate(self, theta, carry, u, v, w):
+    def update(self, theta, carry, u, v, w):
         h = self._activate(theta, carry, u, v, w).h
         return ElmanCarry(h), h
 

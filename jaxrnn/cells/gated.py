@@ -15,10 +15,31 @@ from jaxrnn.engines.gated.engine import GatedWeights, Kernel, gated_products, ga
 
 
 class GatedCell(Cell):
-    """A cell of the form that `engines.gated` runs. Its noise is a mask on what the recurrent product reads.
+    """A cell with one product that reads the carry, then elementwise gates; noise is a mask on what it reads.
+
+        u, v = x w_x + b, h w_h
+        h', y = update(carry, u, v)
 
     A subclass has a field `hidden_size`, names its carry `h` and its recurrent weights `w_h`, and defines `weights` and
-    `gate`, and `mid` where a step has a second product.
+    `update`, and `second_input` where a step has a second product. Its weights' gradients are summed in at least
+    float32, over all steps at once.
+
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> class Leaky(jaxrnn.GatedCell):
+        ...     input_size: int
+        ...     hidden_size: int
+        ...     def init(self, key, dtype=jnp.float32):
+        ...         return jaxrnn.elman_init(key, self.input_size, self.hidden_size, dtype=dtype)
+        ...     def initial_carry(self, params, batch_shape=()):
+        ...         return jaxrnn.ElmanCarry(self.zeros(params, batch_shape, self.hidden_size))
+        ...     def weights(self, params):
+        ...         return jaxrnn.GatedWeights(params.w_x, params.b, params.w_h)
+        ...     def update(self, theta, carry, u, v, w):
+        ...         h = 0.9 * carry.h + 0.1 * jnp.tanh(u + v)
+        ...         return jaxrnn.ElmanCarry(h), h
+        >>> cell = Leaky(3, 16)
+        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+        (7, 5, 16)
     """
 
     recurrent_state = "h"
@@ -26,17 +47,17 @@ class GatedCell(Cell):
 
     @abstractmethod
     def weights(self, params: Any) -> GatedWeights:
-        """The arrays of one step; `theta` is what `gate` and `mid` read."""
+        """The arrays of one step; `theta` is what `update` and `second_input` read."""
 
     @abstractmethod
-    def gate(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]:
+    def update(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]:
         """(carry', y) from the input product u, the recurrent product v and the second product w, if any."""
 
     def kernel(self, weights: GatedWeights) -> Kernel | str:
         """The compiled kernel of this cell, or why there is none."""
         return f"no kernel computes a {type(self).__name__}"
 
-    def mid(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array:
+    def second_input(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array:
         """What the second product reads; s is the recurrent part of the carry under its mask."""
         raise TypeError(f"{type(self).__name__} has no second product")
 
@@ -62,7 +83,7 @@ class GatedCell(Cell):
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
 
     def products(self, params: Any, carry: Any, x: Array, noise: Any = None):
-        """What `gate` reads at one step: (θ, carry, u, v, w)."""
+        """What `update` reads at one step: (θ, carry, u, v, w)."""
         check.params(self, params)
         return gated_products(self, self.weights(params), carry, x, _mask(noise))
 

@@ -143,12 +143,12 @@ class GRU(GatedCell):
         theta, _, u, v, w = self.products(params, carry, x, noise)
         return self._activate(theta, u, v, w)
 
-    def gate(self, theta, carry, u, v, w):
+    def update(self, theta, carry, u, v, w):
         _, z, n = self._activate(theta, u, v, w)
         h = (1 - z) * n + z * carry.h
         return GRUCarry(h), h
 
-    def mid(self, theta, carry, s, u, v):
+    def second_input(self, theta, carry, s, u, v):
         u, v, _ = self._normalized(theta, u, v, None)
         return self._reset(u, v) * s
 

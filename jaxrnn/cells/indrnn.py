@@ -81,7 +81,7 @@ class IndRNN(GatedCell):
         """The new state, which is all that this cell computes."""
         return self._activate(*self.products(params, carry, x, noise))
 
-    def gate(self, theta, carry, u, v, w):
+    def update(self, theta, carry, u, v, w):
         h = self._activate(theta, carry, u, v, w).h
         return IndRNNCarry(h), h
 

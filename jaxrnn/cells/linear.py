@@ -20,15 +20,38 @@ from jaxrnn.engines.walk import Flags
 
 
 class LinearCell(Cell):
-    """A cell of the form that `engines.linear` runs: h' = a h + b, elementwise, a and b of the input alone.
+    """A cell whose recurrence is linear: h' = a h + b, elementwise, a and b of the input alone.
 
     A subclass has a carry with the field h and defines `coefficients`, and `output` where y is not h. Both take any
-    leading axes, so that a whole sequence is one call of each. Where the first step of a sequence is another one than
-    the rest, the carry has a field `started` too, and `begin` says what (a, b) are there. Where a step sees the inputs
-    before it, the carry has a field `window`, (*batch, K−1, D), and x is (..., K D), the oldest first.
+    leading axes, so that a whole sequence is one call of each, and the recurrence itself runs by `linear_scan`.
 
-    Where a field `log_space` is true, sequences run in log space, on `log_coefficients`.
+        >>> import jax, jax.numpy as jnp, jaxrnn
+        >>> from typing import NamedTuple
+        >>> class Params(NamedTuple):
+        ...     decay: jax.Array
+        >>> class Carry(NamedTuple):
+        ...     h: jax.Array
+        >>> class Average(jaxrnn.LinearCell):
+        ...     input_size: int
+        ...     def init(self, key, dtype=jnp.float32):
+        ...         return Params(jnp.full(self.input_size, 0.5, dtype))
+        ...     def initial_carry(self, params, batch_shape=()):
+        ...         return Carry(jnp.zeros((*batch_shape, self.input_size)))
+        ...     def coefficients(self, params, x):
+        ...         return params.decay, (1 - params.decay) * x
+        >>> cell = Average(2)
+        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((3, 2)))[1][:, 0]
+        Array([0.5  , 0.75 , 0.875], dtype=float32)
     """
+
+    # Whether a step sees the inputs before it: then the carry has a field `window`, (*batch, K−1, D), and the x of
+    # `coefficients` and `output` is (..., K D), the oldest first.
+    sees_window = False
+    # Whether the first step of a sequence is another one than the rest: then the carry has a field `started`, bool
+    # (*batch,), and `begin` says what (a, b) are there.
+    begins_apart = False
+    # Whether sequences run in log space, on `log_coefficients`.
+    log_space = False
 
     @abstractmethod
     def coefficients(self, params: Any, x: Array) -> tuple[Array, Array]:
@@ -51,27 +74,25 @@ class LinearCell(Cell):
         dtype = compute_dtype(x, params)
         params, x = cast(params, dtype), x.astype(dtype)
         window = None
-        if hasattr(carry, "window"):
+        if self.sees_window:
             taps, window = step_window(carry.window, x)
             x = jnp.concatenate(taps, axis=-1)
         a, b = self.coefficients(params, x)
-        started = getattr(carry, "started", None)
-        if started is not None:
-            a, b = self.begin(a, b, started)
+        if self.begins_apart:
+            a, b = self.begin(a, b, carry.started)
         wide = accumulator(b.dtype, carry.h.dtype)
         h = lifted(a, b).astype(wide) * carry.h.astype(wide) + b.astype(wide)
         y = self.output(params, h.astype(b.dtype), x).astype(dtype)
-        return _replaced(carry, h.astype(carry.h.dtype), True, window), y
+        return self._replaced(carry, h.astype(carry.h.dtype), True, window), y
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
-        widths = carry.window.shape[-2] + 1 if hasattr(carry, "window") else 1
+        widths = carry.window.shape[-2] + 1 if self.sees_window else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
-        in_logs = getattr(self, "log_space", False)
-        if in_logs:
+        if self.log_space:
             form = log_linear_form(walk, self)
         else:
             form = linear_form(walk, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
@@ -81,40 +102,39 @@ class LinearCell(Cell):
             xs, flags = inputs
             valid, start = flags
             params, window = cast(params, dtype), None
-            if hasattr(carry, "window"):
+            if self.sees_window:
                 taps, window = windows(carry.window, fresh.window, xs, flags, walk.reverse)
                 xs = jnp.concatenate(taps, axis=-1)
             h, options = carry.h, {"flags": flags, "reverse": walk.reverse, "form": form}
             wide = h.astype(accumulator(dtypes[1], h.dtype))
-            if in_logs:
+            if self.log_space:
                 last, hs = log_linear_recurrence(*self.log_coefficients(params, xs), wide, fresh=fresh.h, **options)
             else:
                 a, b = self.coefficients(params, xs)
-                if hasattr(carry, "started"):
+                if self.begins_apart:
                     a, b = self.begin(a, b, _started(carry.started, fresh.started, flags, walk.reverse, xs.shape[0]))
                 if start is not None:
                     b = select(start, b + lifted(a, b) * lifted(fresh.h.astype(b.dtype), b), b)
                 last, hs = linear_recurrence(a, b, wide, **options)
             some = xs.shape[0] > 0 if valid is None else valid.any(0)
             ys = zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
-            return _replaced(carry, last.astype(h.dtype), some, window), ys
+            return self._replaced(carry, last.astype(h.dtype), some, window), ys
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
+
+    def _replaced(self, carry: Any, h: Array, valid: Any, window: Array | None) -> Any:
+        """The carry after steps of which some were valid."""
+        new = {"h": h}
+        if self.begins_apart:
+            new["started"] = carry.started | valid
+        if window is not None:
+            new["window"] = window
+        return carry._replace(**new)
 
     def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
         """(*batch_shape, size), in the params' dtype."""
         check.params(self, params)
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
-
-
-def _replaced(carry: Any, h: Array, valid: Any, window: Array | None) -> Any:
-    """The carry after steps of which some were valid."""
-    new = {"h": h}
-    if hasattr(carry, "started"):
-        new["started"] = carry.started | valid
-    if window is not None:
-        new["window"] = window
-    return carry._replace(**new)
 
 
 def _started(given: Array, fresh: Array, flags: Flags, reverse: bool, length: int) -> Array:

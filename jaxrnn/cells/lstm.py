@@ -148,12 +148,12 @@ class LSTM(GatedCell):
         theta, carry, u, v, _ = self.products(params, carry, x, noise)
         return self._activate(theta, carry, u, v)[0]
 
-    def gate(self, theta, carry, u, v, w):
+    def update(self, theta, carry, u, v, w):
         gates, c = self._activate(theta, carry, u, v)
         h = self._output(theta, gates.o, c) if w is None else w
         return LSTMCarry(h, c), h
 
-    def mid(self, theta, carry, s, u, v):
+    def second_input(self, theta, carry, s, u, v):
         gates, c = self._activate(theta, carry, u, v)
         return self._output(theta, gates.o, c)
 

@@ -81,12 +81,12 @@ class MGU(GatedCell):
         _, _, u, v, w = self.products(params, carry, x, noise)
         return self._activate(u, v, w)
 
-    def gate(self, theta, carry, u, v, w):
+    def update(self, theta, carry, u, v, w):
         f, n = self._activate(u, v, w)
         h = (1 - f) * carry.h + f * n
         return MGUCarry(h), h
 
-    def mid(self, theta, carry, s, u, v):
+    def second_input(self, theta, carry, s, u, v):
         return jax.nn.sigmoid(u[..., : self.hidden_size] + v) * s
 
     def _activate(self, u, v, w) -> MGUGates:

@@ -46,6 +46,8 @@ class QRNN(LinearCell):
         ((1, 3), (7, 16))
     """
 
+    sees_window = True
+
     input_size: int
     hidden_size: int
     window: int = 2

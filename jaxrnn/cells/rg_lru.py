@@ -63,6 +63,7 @@ class RGLRU(LinearCell):
     """
 
     slow_weights = ("decay",)  # type: ignore[assignment]
+    begins_apart = True
 
     input_size: int
     blocks: int = 1

@@ -93,7 +93,7 @@ class SLSTM(GatedCell):
         _, carry, u, v, _ = self.products(params, carry, x, noise)
         return self._activate(carry, u, v)[0]
 
-    def gate(self, theta, carry, u, v, w):
+    def update(self, theta, carry, u, v, w):
         (i, f, z, o), m = self._activate(carry, u, v)
         c, n = f * carry.c + i * z, f * carry.n + i
         n = jnp.where(n < 1, jnp.ones_like(n), n)

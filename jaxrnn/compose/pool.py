@@ -65,7 +65,7 @@ class Pool(Wrapper):
     how: str | tuple[str, ...] = "last"
 
     ends_time = True
-    pointwise = False  # type: ignore[assignment]
+    keeps_size = False  # type: ignore[assignment]
     recurrent_state = None  # type: ignore[assignment]
     recurrent_weights = ()  # type: ignore[assignment]
     transparent = True

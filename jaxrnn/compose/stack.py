@@ -125,7 +125,7 @@ class Stack(Several):
 
     @property
     def input_ndim(self):  # type: ignore[override]
-        first = next((cell for cell in self.cells if not (cell.pointwise and input_size(cell) is None)), self.cells[0])
+        first = next((cell for cell in self.cells if not (cell.keeps_size and input_size(cell) is None)), self.cells[0])
         return first.input_ndim
 
     @property
@@ -134,7 +134,7 @@ class Stack(Several):
             return input_size(self.cells[0])
         for cell in self.cells:
             size = input_size(cell)  # once, since a Stack of Stacks asks all below it
-            if size is not None or not cell.pointwise:
+            if size is not None or not cell.keeps_size:
                 return size
         return None
 
@@ -149,8 +149,8 @@ class Stack(Several):
         return sum(sizes) if all(isinstance(size, int) for size in sizes) else None
 
     @property
-    def pointwise(self) -> bool:  # type: ignore[override]
-        return not self.skip and all(cell.pointwise for cell in self.cells)
+    def keeps_size(self) -> bool:  # type: ignore[override]
+        return not self.skip and all(cell.keeps_size for cell in self.cells)
 
     @property
     def ends_time(self) -> bool:  # type: ignore[override]

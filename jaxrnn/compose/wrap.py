@@ -40,8 +40,8 @@ class Wrapper(Cell):
         return self.cell.recurrent_weights
 
     @property
-    def pointwise(self):  # type: ignore[override]
-        return self.cell.pointwise
+    def keeps_size(self):  # type: ignore[override]
+        return self.cell.keeps_size
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
@@ -209,7 +209,7 @@ class EmitCarry(Wrapper):
     """
 
     recurrent_state = None  # type: ignore[assignment]
-    pointwise = False  # type: ignore[assignment]
+    keeps_size = False  # type: ignore[assignment]
     output_size = None  # type: ignore[assignment]
 
     def step(self, params, carry, x, noise=None):

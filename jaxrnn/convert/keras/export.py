@@ -133,7 +133,7 @@ class _Writer:
     def write(self, run: _Run) -> None:
         match run.model.cell:
             case cell if type(cell) in (Embed, Linear, LayerNorm, Apply, Dropout):
-                self.pointwise(run.model)
+                self.keeps_size(run.model)
             case Pool(how=how):
                 self.pool(run.model, how)
             case Repeat():
@@ -141,7 +141,7 @@ class _Writer:
             case _:
                 self.recurrent(run)
 
-    def pointwise(self, model: Placed) -> None:
+    def keeps_size(self, model: Placed) -> None:
         """A layer without time."""
         p, add = model.params, lambda kind, **config: self.layers.append(self.layer(kind, **config))
         match model.cell:

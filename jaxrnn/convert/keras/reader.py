@@ -96,7 +96,7 @@ class Reader:
         """Puts cells on top."""
         for cell, params in pieces:
             self.cells.append((cell, params))
-            if self.shape is None or cell.pointwise or isinstance(cell, Apply):
+            if self.shape is None or cell.keeps_size or isinstance(cell, Apply):
                 continue
             lead = 2 if self.timed and not cell.ends_time else 1
             inside = self.shape[2:] if self.timed else self.shape[1:]
@@ -133,7 +133,7 @@ class Reader:
         self.needs(fields, rank=3)
         self.mask, self.masked = KerasMask(fields.number("mask_value", 0.0)), True
 
-    def pointwise(self, fields: Fields) -> None:
+    def keeps_size(self, fields: Fields) -> None:
         """A layer without time."""
         if not self.cells and self.shape is not None and len(self.shape) == 2:
             self.timed = False
@@ -268,5 +268,5 @@ READERS: dict[str, Callable[[Reader, Fields], None]] = {
     "RepeatVector": Reader.repeat,
     **dict.fromkeys(POOLINGS, Reader.pooling),
     **dict.fromkeys(RECURRENT, Reader.recurrent),
-    **dict.fromkeys([*POINTWISE, "SpatialDropout1D"], Reader.pointwise),
+    **dict.fromkeys([*POINTWISE, "SpatialDropout1D"], Reader.keeps_size),
 }

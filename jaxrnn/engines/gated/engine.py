@@ -2,8 +2,8 @@
 
 u = x w_x + b
 v = (m s) w_h             s the recurrent part of the carry, m a noise mask
-w = mid(θ, carry, m s, u, v) w_2      where a step has a second product
-carry', y = gate(θ, carry, u, v, w)
+w = second_input(θ, carry, m s, u, v) w_2      where a step has a second product
+carry', y = update(θ, carry, u, v, w)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GatedWeights(NamedTuple):
     """The arrays of one step, G columns for all gates that the products feed.
 
     w_x: (D, G). b: (G,) or None. w_h: dense (S, G), block-diagonal (N, S/N, G/N) or diagonal (S,).
-    w_2: (S2, G2), or None without a second product. theta: the learned vectors that `gate` and `mid` read.
+    w_2: (S2, G2), or None without a second product. theta: the learned vectors that `update` and `second_input` read.
     """
 
     w_x: Array
@@ -60,9 +60,9 @@ class GatedRecurrence(Protocol):
 
     def kernel(self, weights: GatedWeights) -> Kernel | str: ...
 
-    def gate(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]: ...
+    def update(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]: ...
 
-    def mid(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array: ...
+    def second_input(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array: ...
 
 
 def recurrent_product(s: Array, w_h: Array) -> Array:
@@ -104,14 +104,14 @@ def _moved_jvp(primals, tangents):
 
 
 class Read(NamedTuple):
-    """What the two products on the carry read at a step, s and the output of `mid`, in the dtype of the products."""
+    """What the two products on the carry read at a step, in the dtype of the products."""
 
     s: Array
     mid: Array | None
 
 
 def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: Added | None = None):
-    """What `gate` takes, (θ, carry, u, v, w) in the wide dtype, and what the products read; `weights` have `dtype`."""
+    """What `update` takes, in the wide dtype, and what the products read; `weights` have `dtype`."""
     carry, theta = cast(carry, wide), cast(weights.theta, wide)
     s = getattr(carry, cell.recurrent_state)
     if mask is not None:
@@ -122,7 +122,7 @@ def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: A
         u, v = _moved(u, added.u), _moved(v, added.v)
     if weights.w_2 is None:
         return (theta, carry, u, v, None), Read(narrow, None)
-    mid = cell.mid(theta, carry, s, u, v).astype(dtype)
+    mid = cell.second_input(theta, carry, s, u, v).astype(dtype)
     w = dot(mid, weights.w_2).astype(wide)
     return (theta, carry, u, v, w if added is None else _moved(w, added.w)), Read(narrow, mid)
 
@@ -133,7 +133,7 @@ def _dtypes(weights, carry, x):
 
 
 def gated_products(cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None):
-    """What `gate` takes at one step: (θ, carry, u, v, w), in the dtype that gates compute in."""
+    """What `update` takes at one step: (θ, carry, u, v, w), in the dtype that gates compute in."""
     dtype, wide = _dtypes(weights, carry, x)
     weights = cast(weights, dtype)
     return _products(cell, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
@@ -143,7 +143,7 @@ def gated_step(
     cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None
 ) -> tuple[Any, Array]:
     """One step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation."""
-    new, y = cell.gate(*gated_products(cell, weights, carry, x, mask))
+    new, y = cell.update(*gated_products(cell, weights, carry, x, mask))
     return cast_like(new, carry, owner=type(cell).__name__), y.astype(compute_dtype(x, weights))
 
 
@@ -160,7 +160,7 @@ def gated_scan(
     """The recurrence over the first axis of `xs`: (final carry, ys).
 
     Args:
-      cell: the recurrence: `gate`, `mid`, and the name of the carry's recurrent part.
+      cell: the recurrence: `update`, `second_input`, and the name of the carry's recurrent part.
       weights: its arrays.
       carry: the carry before the first step, leaves (*batch, ...).
       xs: (T, *batch, D), zero at invalid steps.
@@ -208,7 +208,7 @@ def _loop(how: _How, weights, carry, fresh, mask, xs, flags: Flags, added: Added
         u, added = inputs
         each = cell if added is None else _ByRow(cell, xs.ndim - 2)
         reads, read = _products(each, weights, carry, u, mask, dtype, wide, added)
-        new, y = each.gate(*reads)
+        new, y = each.update(*reads)
         return cast_like(new, carry, owner=type(cell).__name__), (y.astype(dtype), None if added is None else read)
 
     return time_loop(
@@ -225,13 +225,13 @@ def _loop(how: _How, weights, carry, fresh, mask, xs, flags: Flags, added: Added
 
 
 class _ByRow:
-    """A cell whose θ has the axes of a row in front, like all else that its `gate` and `mid` take."""
+    """A cell whose θ has the axes of a row in front, like all else that its `update` and `second_input` take."""
 
     def __init__(self, cell: GatedRecurrence, ndim: int):
         self.recurrent_state = cell.recurrent_state
-        self.gate, self.mid = cell.gate, cell.mid
+        self.update, self.second_input = cell.update, cell.second_input
         for _ in range(ndim):
-            self.gate, self.mid = jax.vmap(self.gate), jax.vmap(self.mid)
+            self.update, self.second_input = jax.vmap(self.update), jax.vmap(self.second_input)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
