@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrnn import check
 from jaxrnn.cells.linear import LinearCell
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
 from jaxrnn.engines.arrays import accumulator, lifted
@@ -45,7 +46,7 @@ class S4D(LinearCell):
 
     Args:
       input_size: D, which y has too.
-      hidden_size: N, the pairs of a channel; its system has 2 N states.
+      states: N, the conjugate pairs of states of a channel.
       spectrum: which λ it starts with: "linear", −1/2 + iπn; "inverse", −1/2 + i (M/π) (M/(2n+1) − 1) with M = 2N; or
         "hippo", the eigenvalues of the normal part of HiPPO-LegS.
       discretization: "zoh" or "bilinear".
@@ -65,7 +66,7 @@ class S4D(LinearCell):
     slow_weights = ("log_decay", "frequency", "log_step")  # type: ignore[assignment]
 
     input_size: int
-    hidden_size: int
+    states: int
     spectrum: str = "linear"
     discretization: str = "zoh"
     step_min: float = 1e-3
@@ -73,9 +74,10 @@ class S4D(LinearCell):
     timed: bool = False
 
     def __post_init__(self):
+        check.sizes(self, "states")
         check_state_space(self)
         if self.spectrum not in SPECTRA:
-            raise ValueError(f"S4D: spectrum: expected one of {SPECTRA}, got {self.spectrum!r}")
+            raise ValueError(f"S4D.spectrum: expected one of {SPECTRA}, got {self.spectrum!r}")
 
     @property
     def output_size(self) -> int:
@@ -85,7 +87,7 @@ class S4D(LinearCell):
         return s4d_init(
             key,
             self.output_size,
-            self.hidden_size,
+            self.states,
             spectrum=self.spectrum,
             step_min=self.step_min,
             step_max=self.step_max,
@@ -94,7 +96,7 @@ class S4D(LinearCell):
 
     def initial_carry(self, params: S4DParams, batch_shape: tuple[int, ...] = ()) -> S4DCarry:
         dtype = accumulator(params.d.dtype, jnp.complex64)
-        return S4DCarry(jnp.zeros((*batch_shape, self.output_size, self.hidden_size), dtype))
+        return S4DCarry(jnp.zeros((*batch_shape, self.output_size, self.states), dtype))
 
     def coefficients(self, params, x):
         wide = accumulator(params.d.dtype)
@@ -117,7 +119,7 @@ class S4D(LinearCell):
 def s4d_init(
     key: Array,
     input_size: int,
-    hidden_size: int,
+    states: int,
     *,
     spectrum: str = "linear",
     step_min: float = 1e-3,
@@ -133,18 +135,18 @@ def s4d_init(
     ((3, 16), (2, 3, 16))
     """
     wide = accumulator(dtype)
-    pair, states = jnp.arange(hidden_size, dtype=wide), 2 * hidden_size
+    pair, whole = jnp.arange(states, dtype=wide), 2 * states
     match spectrum:
         case "linear":
             frequency = math.pi * pair
         case "inverse":
-            frequency = states / math.pi * (states / (2 * pair + 1) - 1)
+            frequency = whole / math.pi * (whole / (2 * pair + 1) - 1)
         case "hippo":
-            frequency = hippo(hidden_size, wide)[0][1]
+            frequency = hippo(states, wide)[0][1]
         case _:
             raise ValueError(f"spectrum: expected one of {SPECTRA}, got {spectrum!r}")
     k_step, k_c, k_d = jax.random.split(key, 3)
-    shape = input_size, hidden_size
+    shape = input_size, states
     params = S4DParams(
         log_decay=jnp.full(shape, math.log(0.5), wide),
         frequency=jnp.broadcast_to(frequency, shape),

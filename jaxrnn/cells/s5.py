@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrnn import check
 from jaxrnn.cells.linear import LinearCell
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
 from jaxrnn.engines.arrays import accumulator, dot, lifted
@@ -71,6 +72,7 @@ class S5(LinearCell):
     timed: bool = False
 
     def __post_init__(self):
+        check.sizes(self, "hidden_size")
         check_state_space(self)
 
     @property

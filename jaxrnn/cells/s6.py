@@ -48,7 +48,7 @@ class S6(LinearCell):
 
     Args:
       input_size: D, which y has too.
-      hidden_size: N, the states of a channel.
+      states: N, the states of a channel.
       rank: R, of the map from x to Δ; None for D/16, rounded up.
       step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
 
@@ -64,13 +64,13 @@ class S6(LinearCell):
     slow_weights = ("log_decay", "b_step", "d")  # type: ignore[assignment]
 
     input_size: int
-    hidden_size: int = 16
+    states: int = 16
     rank: int | None = None
     step_min: float = 1e-3
     step_max: float = 1e-1
 
     def __post_init__(self):
-        check.sizes(self, "input_size", "hidden_size", "rank")
+        check.sizes(self, "input_size", "states", "rank")
         check.fields(self, step_min=check.positive)
         if not self.step_min <= self.step_max:
             raise ValueError(f"S6.step_min: expected at most step_max, {self.step_max}, got {self.step_min}")
@@ -83,7 +83,7 @@ class S6(LinearCell):
         return s6_init(
             key,
             self.input_size,
-            self.hidden_size,
+            self.states,
             rank=self.rank,
             step_min=self.step_min,
             step_max=self.step_max,
@@ -91,18 +91,18 @@ class S6(LinearCell):
         )
 
     def initial_carry(self, params: S6Params, batch_shape: tuple[int, ...] = ()) -> S6Carry:
-        return S6Carry(self.zeros(params, (*batch_shape, self.input_size), self.hidden_size))
+        return S6Carry(self.zeros(params, (*batch_shape, self.input_size), self.states))
 
     def coefficients(self, params, x):
         wide, rank = accumulator(x.dtype), params.w_step.shape[0]
-        u = dot(x, params.w_x[:, : rank + self.hidden_size]).astype(wide)
+        u = dot(x, params.w_x[:, : rank + self.states]).astype(wide)
         step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide)
         step = jax.nn.softplus(step + lifted(params.b_step.astype(wide), step))[..., None]
         a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(wide), step)) * step)
         return a, step * x.astype(wide)[..., None] * u[..., None, rank:]
 
     def output(self, params, h, x):
-        c = dot(x, params.w_x[:, -self.hidden_size :]).astype(h.dtype)
+        c = dot(x, params.w_x[:, -self.states :]).astype(h.dtype)
         return jnp.einsum("...dn,...n->...d", h, c) + lifted(params.d.astype(h.dtype), x) * x.astype(h.dtype)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
@@ -114,7 +114,7 @@ class S6(LinearCell):
 def s6_init(
     key: Array,
     input_size: int,
-    hidden_size: int = 16,
+    states: int = 16,
     *,
     rank: int | None = None,
     step_min: float = 1e-3,
@@ -135,10 +135,10 @@ def s6_init(
     bound = rank**-0.5
     step = jnp.exp(jax.random.uniform(k_b, (input_size,), wide, math.log(step_min), math.log(step_max)))
     params = S6Params(
-        w_x=lecun_normal(k_x, input_size, rank + 2 * hidden_size, 1, wide),
+        w_x=lecun_normal(k_x, input_size, rank + 2 * states, 1, wide),
         w_step=jax.random.uniform(k_w, (rank, input_size), wide, -bound, bound),
         b_step=step + jnp.log(-jnp.expm1(-step)),  # whose softplus is the step
-        log_decay=jnp.broadcast_to(jnp.log(jnp.arange(1, hidden_size + 1, dtype=wide)), (input_size, hidden_size)),
+        log_decay=jnp.broadcast_to(jnp.log(jnp.arange(1, states + 1, dtype=wide)), (input_size, states)),
         d=jnp.ones(input_size, wide),
     )
     return S6Params(*(each.astype(dtype) for each in params))

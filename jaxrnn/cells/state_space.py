@@ -20,7 +20,7 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 def check_state_space(cell: Any) -> None:
     """The fields that the cells have in common."""
     name = type(cell).__name__
-    check.sizes(cell, "input_size", "hidden_size")
+    check.sizes(cell, "input_size")
     if cell.discretization not in DISCRETIZATIONS:
         raise ValueError(f"{name}.discretization: expected one of {DISCRETIZATIONS}, got {cell.discretization!r}")
     check.fields(cell, step_min=check.positive)
