@@ -31,7 +31,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from jaxrnn import GRU, Bidirectional, Dropout, Linear, Pool, Stack
-from jaxrnn.training import Batch, accuracy, cross_entropy, fit, make_loss, predict, train_state
+from jaxrnn.training import Batch, Validation, accuracy, cross_entropy, fit, make_loss, predict, train_state
 
 ROWS = 8
 BATCH = 120  # divides training and validation part, so that one program runs every step
@@ -91,9 +91,7 @@ def train(digits: Digits, validation: Digits, args: argparse.Namespace) -> tuple
         epochs=epochs,
         batch_size=BATCH,
         key=order,
-        validation=every_length(validation),
-        monitor="accuracy",
-        maximize=True,
+        validation=Validation(every_length(validation), "accuracy", maximize=True),
     )
     assert state.best is not None
     return model, state.best.params

@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from jaxrnn import GRU, Bidirectional, Dropout, Embed, Linear, Pool, Stack
-from jaxrnn.training import Arrays, Batch, accuracy, cross_entropy, fit, make_loss, predict, train_state
+from jaxrnn.training import Arrays, Batch, Validation, accuracy, cross_entropy, fit, make_loss, predict, train_state
 from jaxrnn.training.ragged import pad
 
 LENGTH = 48  # longer texts are cut, for all models
@@ -139,9 +139,7 @@ def network(parts: list[Part], names: list[str], args: argparse.Namespace) -> np
         source,
         optimizer=optimizer,
         epochs=epochs,
-        validation=Arrays(validation, 250, shuffle=False),
-        monitor="accuracy",
-        maximize=True,
+        validation=Validation(Arrays(validation, 250, shuffle=False), "accuracy", maximize=True),
     )
     assert state.best is not None
     return predict(model, state.best.params, test.xs, lengths=test.lengths, batch_size=250).argmax(-1)

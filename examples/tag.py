@@ -38,7 +38,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from jaxrnn import LSTM, Bidirectional, Cell, Dropout, Embed, Linear, Stack
-from jaxrnn.training import Batch, accuracy, cross_entropy, fit, make_loss, predict, train_state
+from jaxrnn.training import Batch, Validation, accuracy, cross_entropy, fit, make_loss, predict, train_state
 from jaxrnn.training.ragged import pad
 
 LENGTH = 80
@@ -122,9 +122,7 @@ def network(name: str, parts: list[Batch], args: argparse.Namespace) -> np.ndarr
         epochs=epochs,
         batch_size=50,
         key=order,
-        validation=parts[1],
-        monitor="accuracy",
-        maximize=True,
+        validation=Validation(parts[1], "accuracy", maximize=True),
     )
     assert state.best is not None
     return predict(model, state.best.params, parts[2].xs, lengths=parts[2].lengths, batch_size=100).argmax(-1)

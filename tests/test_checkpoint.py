@@ -19,7 +19,7 @@ from interrupted import ADAM, MODEL, flat, run
 
 import jaxrnn
 from jaxrnn import GRU
-from jaxrnn.training import Buckets, fit, lock, make_loss, squared_error, train_state
+from jaxrnn.training import Buckets, Validation, fit, lock, make_loss, squared_error, train_state
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Saver, _pack, _unpack, restore
 from jaxrnn.training.history import empty_history
 
@@ -336,10 +336,15 @@ BUCKETS = {"data": Buckets(list(XS), list(-XS), 4, shuffle=False), "validation":
         (OWN, OWN | {"batch_size": 2}, "batch_size was 4 and is 2"),
         (OWN, OWN | {"accumulate": 2}, "accumulate was 1 and is 2"),
         (OWN, OWN | {"compute_dtype": jnp.bfloat16}, r"compute_dtype was None and is dtype\(bfloat16\)"),
-        (OWN, OWN | {"maximize": True}, r"monitor\[1\] was False and is True"),
+        (OWN, OWN | {"validation": Validation((XS, -XS), maximize=True)}, r"monitor\[1\] was False and is True"),
         (OWN, {"loss": make_loss(GRU(2, 2), squared_error)}, r"loss was .*scaled.<locals>.loss \(code"),
         (BUCKETS | OWN, BUCKETS | OWN | {"data": Buckets(list(XS), list(XS), 4, shuffle=False)}, r"data\.targets"),
-        (OWN, OWN | {"epochs": 2, "patience": 3, "steps_per_call": 1, "nonfinite": "skip", "progress": False}, None),
+        (
+            OWN,
+            OWN
+            | {"epochs": 2, "validation": Validation((XS, -XS), patience=3), "steps_per_call": 1, "nonfinite": "skip"},
+            None,
+        ),
         (OWN | RATED, OWN | {"optimizer": optax.inject_hyperparams(optax.adam)(learning_rate=0.3)}, None),
         (OWN, {"loss": scaled(1.0), "optimizer": optax.adam(0.1)}, None),
     ],

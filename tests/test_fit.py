@@ -18,6 +18,7 @@ from jaxrnn.training import (
     Arrays,
     Batch,
     NonFiniteError,
+    Validation,
     accuracy,
     cross_entropy,
     evaluate,
@@ -117,7 +118,7 @@ def test_predict_restores_the_order_of_ragged_lists():
 def test_early_stopping_waits_for_patience():
     """Where training makes it worse, it stops after `patience` validations and has the best at hand."""
     worse = Batch(XS, 1 - CLASSES, LENGTHS)
-    state, history = train(epochs=30, validation=worse, patience=3)
+    state, history = train(epochs=30, validation=Validation(worse, patience=3))
     best = int(history.validation["loss"].argmin())
     assert len(history.validation["loss"]) == best + 1 + 3 < 30
     assert (bool(state.stopped), history.ended) == (True, "stopped")
@@ -127,7 +128,7 @@ def test_early_stopping_waits_for_patience():
 
 
 def test_more_can_be_the_better():
-    state, history = train(epochs=4, validation=DATA, monitor="accuracy", maximize=True)
+    state, history = train(epochs=4, validation=Validation(DATA, "accuracy", maximize=True))
     assert state.best.value == history.validation["accuracy"].max()
 
 
@@ -212,7 +213,7 @@ def test_every_member_is_its_own_run():
     states = jax.vmap(member)(jax.random.split(jax.random.key(7), 3), rates)
     states = wide(states)
     data = wide(DATA)
-    keywords = {"epochs": 17, "validation": data, "patience": 2, "data": data}
+    keywords = {"epochs": 17, "validation": Validation(data, patience=2), "data": data}
     many, history = train(states, **keywords)
     assert history.train["loss"].shape == (len(history.step), 3)
     ended = []
@@ -351,9 +352,11 @@ def test_progress_is_drawn_where_it_is_asked_for_and_quiet_elsewhere(capsys):
         ({"epochs": -1}, "epochs: expected at least 0"),
         ({"steps_per_call": 0}, "steps_per_call: expected at least 1"),
         ({"nonfinite": "ignore"}, "nonfinite: expected 'raise', 'skip' or 'stop'"),
-        ({"patience": 2}, "patience: expected validation data"),
-        ({"patience": 0, "validation": DATA}, "patience: expected at least 1"),
-        ({"monitor": "f1", "validation": DATA}, "monitor: expected one of .*'accuracy', 'loss'.*, got 'f1'"),
+        ({"validation": Validation(DATA, patience=0)}, "validation.patience: expected at least 1"),
+        (
+            {"validation": Validation(DATA, "f1")},
+            "validation.monitor: expected one of .*'accuracy', 'loss'.*, got 'f1'",
+        ),
         ({"batch_size": None}, "batch_size: expected a number"),
         ({"key": None}, "key: shuffle=True needs"),
         ({"data": []}, "data: expected at least one batch"),

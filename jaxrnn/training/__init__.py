@@ -2,7 +2,7 @@
 
 from jaxrnn.training.batches import Arrays, Batch, Source
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, restore
-from jaxrnn.training.evaluation import evaluate
+from jaxrnn.training.evaluation import Validation, evaluate
 from jaxrnn.training.fitting import NonFiniteError, fit
 from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.losses import (
@@ -45,6 +45,7 @@ __all__ = [
     "Source",
     "Streams",
     "TrainState",
+    "Validation",
     "absolute_error",
     "accuracy",
     "binary_accuracy",

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxrnn import check
 from jaxrnn.engines.arrays import on_device
+from jaxrnn.training.evaluation import Validation
 from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.identity import checksum, difference
 from jaxrnn.training.lock import NAME as LOCK
@@ -212,13 +213,13 @@ class Run:
 
 @contextlib.contextmanager
 def run_in(
-    checkpoints: Checkpoints | str | os.PathLike, *, monitor: str, maximize: bool, identity: Mapping[str, str]
+    checkpoints: Checkpoints | str | os.PathLike, validation: Validation, identity: Mapping[str, str]
 ) -> Iterator[Run]:
     """The run whose checkpoints lie there, which nobody else has meanwhile."""
     where = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
-    saver = Saver(where, maximize=maximize, identity=identity)
+    saver = Saver(where, maximize=validation.maximize, identity=identity)
     try:
-        yield Run(saver, where.every, monitor)
+        yield Run(saver, where.every, validation.monitor)
     finally:
         saver.close()
 

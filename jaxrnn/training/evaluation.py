@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -14,6 +14,20 @@ import numpy as np
 from jaxrnn.training.feeding import as_source, checked
 from jaxrnn.training.losses import CellLoss
 from jaxrnn.training.step import make_eval
+
+
+class Validation(NamedTuple):
+    """Held-out data for `fit`, and what decides by them which params are the best.
+
+    data: as the data of `fit`. monitor: the metric that decides. maximize: whether more of it is better.
+    patience: stop after so many validations in a row that were no better; None for never. A member of many keeps the
+    params of its stopping step while the others go on.
+    """
+
+    data: Any
+    monitor: str = "loss"
+    maximize: bool = False
+    patience: int | None = None
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.training.checkpoint import run_in
-from jaxrnn.training.evaluation import evaluator
+from jaxrnn.training.evaluation import Validation, evaluator
 from jaxrnn.training.feeding import Group, as_source, checked, groups
 from jaxrnn.training.history import BadStep, History, empty_history
 from jaxrnn.training.identity import run_identity
@@ -45,9 +45,6 @@ def fit(
     key: Array | None = None,
     shuffle: bool = True,
     validation: Any = None,
-    monitor: str = "loss",
-    maximize: bool = False,
-    patience: int | None = None,
     nonfinite: Literal["raise", "skip", "stop"] = "raise",
     accumulate: int = 1,
     compute_dtype: Any = None,
@@ -71,12 +68,10 @@ def fit(
       batch_size: of arrays; the last batch of an epoch may be smaller.
       key: of the order of arrays, a new one each epoch. (Noise is drawn from the state's key.)
       shuffle: False leaves arrays in their order and needs no key.
-      validation: data of the same kinds, gone through after every epoch without noise. The best is kept in
+      validation: data of the same kinds, gone through after every epoch without noise; or `Validation(data, monitor,
+        maximize, patience)`, which says by what metric the best is known, and when to stop. The best is kept in
         `state.best`; for a loss with a carry, validation begins with the cell's initial carry, or with zeros where the
         loss is not of `make_truncated_loss`.
-      monitor: the metric that decides which is best. maximize: whether more is better.
-      patience: stop after so many validations in a row that were no better. A member of many keeps the params of its
-        stopping step while the others go on.
       nonfinite: when a loss or gradient is not finite, "raise" `NonFiniteError`, "skip" the update and go on, or "stop"
         at the last good state. Where a validation gives NaN: "raise", count it as no better, or "stop". Each is
         reported in `history.bad`.
@@ -84,8 +79,9 @@ def fit(
       steps_per_call: so many steps run in one jitted call.
       checkpoints: a directory or `Checkpoints`: saves there, and goes on from what an interrupted run left there, to
         the same bits as if it had not been interrupted. Its loss, optimizer, data (of arrays above a GiB evenly spaced
-        rows), params to begin with, keys, `batch_size`, `accumulate`, `compute_dtype` and `monitor` must be the same;
-        `epochs` and all else may differ, as may what `optax.inject_hyperparams` holds, which the checkpoint has.
+        rows), params to begin with, keys, `batch_size`, `accumulate`, `compute_dtype` and the metric of `validation`
+        must be the same; `epochs` and all else may differ, as may what `optax.inject_hyperparams` holds, which the
+        checkpoint has.
       progress: None draws on a terminal, False never, True always, a `rich.console.Console` there.
 
     Raises:
@@ -115,10 +111,10 @@ def fit(
     if nonfinite not in ("raise", "skip", "stop"):
         raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'stop', got {nonfinite!r}")
     epochs, steps_per_call = check.integer("epochs", epochs, least=0), check.integer("steps_per_call", steps_per_call)
-    if patience is not None:
-        patience = check.integer("patience", patience)
-        if validation is None:
-            raise ValueError("patience: expected validation data beside it, to decide by")
+    if validation is not None and not isinstance(validation, Validation):
+        validation = Validation(validation)
+    if validation is not None and validation.patience is not None:
+        check.integer("validation.patience", validation.patience)
     _check_state(state, optimizer)
     source = as_source("data", data, batch_size, key, shuffle)
     take = checked(loss, source)
@@ -127,12 +123,11 @@ def fit(
     state = jax.tree.map(jnp.copy, state._replace(data=None))._replace(data=state.data)
     names = _names(state.params)
     chunk = make_chunk(loss, optimizer, accumulate, compute_dtype, members=many, halt=nonfinite != "skip")
-    validate = judge = None
+    judge = None
     if validation is not None:
-        validate = evaluator(loss, validation, batch_size, members=many, compute_dtype=compute_dtype)
-        judge = make_judge(maximize, patience, members=many)
+        judge = _judge(loss, validation, batch_size, compute_dtype, nonfinite, members=many)
         if state.best is None:
-            state = state._replace(best=_no_best(state, maximize))
+            state = state._replace(best=_no_best(state, validation.maximize))
     history = empty_history()
     with contextlib.ExitStack() as stack:
         run = None
@@ -141,7 +136,7 @@ def fit(
                 loss=loss,
                 optimizer=optimizer.update,
                 data=data,
-                validation=validation,
+                validation=validation and validation.data,
                 params=state.params,
                 carry=state.carry,
                 noise=state.key,
@@ -149,9 +144,9 @@ def fit(
                 order=key if shuffle else None,
                 accumulate=accumulate,
                 compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
-                monitor=None if validation is None else (monitor, maximize),
+                monitor=validation and (validation.monitor, validation.maximize),
             )
-            run = stack.enter_context(run_in(checkpoints, monitor=monitor, maximize=maximize, identity=made_of))
+            run = stack.enter_context(run_in(checkpoints, validation or Validation(None), made_of))
             state, history, start = run.begin(state, history, start)
         epoch = _go_to(source, state.data)
         length = len(source) if callable(getattr(source, "__len__", None)) else None
@@ -165,16 +160,15 @@ def fit(
                 before = np.array(state.stopped)  # a copy, since the call takes the memory
                 state, history, bad = _train(chunk, state, group, size, history, names)
                 state = state._replace(data={"epoch": epoch, "source": group.position})
-                report(f"epoch {epoch + 1}/{epochs}", _steps(state) - start, _latest(history, monitor))
+                report(f"epoch {epoch + 1}/{epochs}", _steps(state) - start, _latest(history, validation))
                 if bad and nonfinite == "raise":
                     raise NonFiniteError(bad[0], state._replace(data=None, stopped=jnp.asarray(before)), history)
                 if np.all(state.stopped):
                     break
             epoch += 1
-            if validate and judge and not np.all(state.stopped):
-                metrics = validate(state.params, state.carry)
-                state, history = _judged(judge, state._replace(data=None), history, metrics, monitor, nonfinite)
-                report(f"epoch {epoch}/{epochs}", _steps(state) - start, _latest(history, monitor))
+            if judge and not np.all(state.stopped):
+                state, history = judge(state._replace(data=None), history)
+                report(f"epoch {epoch}/{epochs}", _steps(state) - start, _latest(history, validation))
             state = state._replace(data={"epoch": epoch, "source": source.state()})
             history = history._replace(ended=_ended(epoch, epochs, state))
             if run and not history.ended and run.due(state):
@@ -184,19 +178,27 @@ def fit(
     return state._replace(data=None), history
 
 
-def _judged(judge, state, history, metrics, monitor, nonfinite) -> tuple[TrainState, History]:
-    """After a validation: whether it is the best, its metrics in the history, and what `nonfinite` says of NaN."""
-    if monitor not in metrics:
-        raise ValueError(f"monitor: expected one of {sorted(metrics)}, got {monitor!r}")
-    bad = _unknown(state, metrics[monitor], monitor)
-    state = judge(state, metrics[monitor])
-    rows = {name: value[None] for name, value in metrics.items()}
-    history = history.extend(validation_step=np.array([_steps(state)]), validation=rows, bad=bad)
-    if bad and nonfinite == "raise":
-        raise NonFiniteError(bad[0], state, history)
-    if nonfinite == "stop":
-        state = state._replace(stopped=state.stopped | jnp.isnan(metrics[monitor]))
-    return state, history
+def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *, members: bool) -> Callable:
+    """`judge(state, history) -> (state, history)`: a validation, whether it is the best, and what is done with NaN."""
+    monitor = validation.monitor
+    validate = evaluator(loss, validation.data, batch_size, members=members, compute_dtype=compute_dtype)
+    compare = make_compare(validation.maximize, validation.patience, members=members)
+
+    def judge(state, history):
+        metrics = validate(state.params, state.carry)
+        if monitor not in metrics:
+            raise ValueError(f"validation.monitor: expected one of {sorted(metrics)}, got {monitor!r}")
+        bad = _unknown(state, metrics[monitor], monitor)
+        state = compare(state, metrics[monitor])
+        rows = {name: value[None] for name, value in metrics.items()}
+        history = history.extend(validation_step=np.array([_steps(state)]), validation=rows, bad=bad)
+        if bad and nonfinite == "raise":
+            raise NonFiniteError(bad[0], state, history)
+        if nonfinite == "stop":
+            state = state._replace(stopped=state.stopped | jnp.isnan(metrics[monitor]))
+        return state, history
+
+    return judge
 
 
 def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
@@ -274,13 +276,10 @@ def _unknown(state: TrainState, values: np.ndarray, monitor: str) -> tuple[BadSt
 
 
 @functools.lru_cache(maxsize=16)
-def make_judge(maximize: bool, patience: int | None, *, members: bool) -> Callable:
-    """`judge(state, value) -> state` after a validation, jitted."""
-
-    def judge(state, value):
-        return better(state, value, maximize=maximize, patience=patience)
-
-    return jax.jit(jax.vmap(judge) if members else judge)
+def make_compare(maximize: bool, patience: int | None, *, members: bool) -> Callable:
+    """`compare(state, value) -> state` after a validation, jitted."""
+    compare = functools.partial(better, maximize=maximize, patience=patience)
+    return jax.jit(jax.vmap(compare) if members else compare)
 
 
 def _no_best(state: TrainState, maximize: bool) -> Best:
@@ -309,9 +308,9 @@ def _names(params: Any) -> list[str]:
     return ["the loss", *(f"the gradient of params{path}" for path in paths)]
 
 
-def _latest(history: History, monitor: str) -> dict[str, np.ndarray]:
+def _latest(history: History, validation: Validation | None) -> dict[str, np.ndarray]:
     """What is shown while training: the last step's metrics, and the last validation's."""
     shown = {name: rows[-1] for name, rows in history.train.items() if len(rows) and name != "gradient_norm"}
-    if len(history.validation_step):
-        shown[f"validation {monitor}"] = history.validation[monitor][-1]
+    if validation and len(history.validation_step):
+        shown[f"validation {validation.monitor}"] = history.validation[validation.monitor][-1]
     return shown
