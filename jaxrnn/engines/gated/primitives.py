@@ -1,7 +1,7 @@
 """Gated recurrences by compiled kernels on the CPU: three primitives, so that every transformation has them.
 
 On the CPU `forward` and `backward` are kernels; `tangent`, what is differentiated again, and what runs elsewhere are
-the forms of `programs`, where the three and their arrays are described.
+the programs of `programs`, where the three and their arrays are described.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from jax.sharding import PartitionSpec
 from jaxrnn.engines.arrays import evaluated, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated import programs
-from jaxrnn.engines.gated.programs import FIXED, FLAGS, LABELS, LINEAR, count_members, linear_shapes, zeros
+from jaxrnn.engines.gated.programs import (
+    INPUTS,
+    OUTPUTS,
+    Fixed,
+    Moving,
+    Read,
+    Written,
+    count_members,
+    linear_shapes,
+    row_axis,
+    zeros,
+)
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Walk, starts
 
@@ -41,24 +52,30 @@ def _shapes(primitive, shapes, **options):
     return jax.eval_shape(functools.partial(_REFERENCE[primitive], **options), *shapes)
 
 
+def _names(primitive):
+    """Of what it takes, and of what it gives."""
+    name = primitive.name.removeprefix("jaxrnn_gated_")
+    return INPUTS[name], OUTPUTS[name]
+
+
 def _abstract(primitive):
     """Rows are divided among devices as those that come in are."""
-    inputs, outputs = LABELS[primitive.name.removeprefix("jaxrnn_gated_")]
+    inputs, outputs = _names(primitive)
 
     def rule(*avals, **options):
         shapes = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
-        like, place = avals[0], {"r": 1, "s": 1 if options["batch_major"] else 2}
-        specs = [
-            a.sharding.spec[place[label]] for a, label in zip(avals, inputs, strict=True) if label != "w" and a.size
-        ]
+        axis_of = functools.partial(row_axis, batch_major=options["batch_major"])
+        places = [(aval, axis_of(name)) for aval, name in zip(avals, inputs, strict=True) if aval.size]
+        specs = [aval.sharding.spec[axis] for aval, axis in places if axis is not None]
         rows = next((spec for spec in specs if spec is not None), None)
 
-        def abstract(out, label):
+        def abstract(out, name):
             spec: list[Any] = [None] * len(out.shape)
-            if label != "w" and out.size:
-                spec[place[label]] = rows
-            sharding = like.sharding.update(spec=PartitionSpec(*spec))
-            return like.update(shape=out.shape, dtype=out.dtype, weak_type=False, sharding=sharding)
+            axis = axis_of(name)
+            if axis is not None and out.size:
+                spec[axis] = rows
+            sharding = avals[0].sharding.update(spec=PartitionSpec(*spec))
+            return avals[0].update(shape=out.shape, dtype=out.dtype, weak_type=False, sharding=sharding)
 
         return [abstract(*each) for each in zip(_shapes(primitive, shapes, **options), outputs, strict=True)]
 
@@ -70,19 +87,19 @@ def _bind(primitive, *arrays, **options):
 
 
 def _batched(primitive):
-    inputs, outputs = LABELS[primitive.name.removeprefix("jaxrnn_gated_")]
+    inputs, outputs = _names(primitive)
 
     def rule(arrays, axes, **options):
-        rows = {"w": None, "r": 1, "s": 1 if options["batch_major"] else 2}
+        axis_of = functools.partial(row_axis, batch_major=options["batch_major"])
         count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
         members = count_members(a.shape[1 if axis == 0 else 0] for a, axis in zip(arrays, axes, strict=True))
         by_member = (primitive is backward_p and "weights" in options["wrt"]) or any(
-            axis is not None and label == "w" for axis, label in zip(axes, inputs, strict=True)
+            axis is not None and axis_of(name) is None for axis, name in zip(axes, inputs, strict=True)
         )
 
-        def fold(array, axis, label, shared):
+        def fold(array, axis, name, shared):
             """The new axis into that of members, or of rows."""
-            place = 0 if by_member else rows[label]
+            place: Any = 0 if by_member else axis_of(name)
             if axis is None:
                 if place is None or (by_member and shared and array.shape[0] == 1):
                     return array
@@ -92,9 +109,9 @@ def _batched(primitive):
                 array = jnp.broadcast_to(array, (count, members, *array.shape[2:]))
             return array.reshape(*array.shape[:place], count * array.shape[place + 1], *array.shape[place + 2 :])
 
-        fixed = len(FIXED) if primitive is not forward_p else len(arrays)
+        fixed = len(Fixed._fields) if primitive is not forward_p else len(arrays)
         folded = [fold(*each, k < fixed) for k, each in enumerate(zip(arrays, axes, inputs, strict=True))]
-        places = [0 if by_member else rows[label] for label in outputs]
+        places = [0 if by_member else axis_of(name) for name in outputs]
         results = _bind(primitive, *folded, **options)
         unfolded = [
             array
@@ -113,7 +130,7 @@ def _instantiate(tangents):
 
 def _jvp_by_xla(reference, primals, tangents, options):
     """By differentiating XLA's form."""
-    moving = [k for k in range(len(primals)) if k not in FLAGS]
+    moving = [k for k, primal in enumerate(primals) if primal.dtype != bool]
 
     def run(*arrays):
         whole = list(primals)
@@ -127,14 +144,13 @@ def _jvp_by_xla(reference, primals, tangents, options):
 def _forward_jvp(primals, tangents, *, save, **options):
     if save:
         return _jvp_by_xla(_REFERENCE[forward_p], primals, tangents, options | {"save": True})
-    *read, b, b_hn = primals
-    results = _bind(forward_p, *primals, save=True, **options)
-    tangents = [tangent for k, tangent in enumerate(tangents) if k not in FLAGS]
-    wrt = () if type(tangents[0]) is ad.Zero else ("xs",)
-    if any(type(tangents[k]) is not ad.Zero for k, label in enumerate(LINEAR) if label == "w"):
-        wrt += ("weights", *(name for name, bias in (("b", b), ("b_hn", b_hn)) if bias.size))
-    fixed = *read, results[0], *results[3:]
-    shapes = linear_shapes(fixed, results[1].shape[0], wrt)
+    read, out = Read(*primals), Written(*_bind(forward_p, *primals, save=True, **options))
+    moving = Moving(*(tangent for name, tangent in zip(Read._fields, tangents, strict=True) if name in Moving._fields))
+    wrt = () if type(moving.xs) is ad.Zero else ("xs",)
+    if any(type(tangent) is not ad.Zero for tangent in (moving.w_x, moving.w_h, moving.b, moving.b_hn)):
+        wrt += ("weights", *(name for name in ("b", "b_hn") if getattr(read, name).size))
+    fixed = Fixed(*read[:-2], out.ys, out.kept, out.cs)
+    shapes = linear_shapes(fixed, out.h.shape[0], wrt)
 
     def whole(tangent, shape):
         """A tangent of every member; of what is absent, nothing."""
@@ -145,17 +161,17 @@ def _forward_jvp(primals, tangents, *, save, **options):
             return jnp.concatenate([tangent] * shape.shape[0])
         return jnp.broadcast_to(tangent, shape.shape)
 
-    linear = [whole(*each) for each in zip(tangents, shapes, strict=True)]
+    linear = [whole(*each) for each in zip(moving, shapes, strict=True)]
     moved = _bind(tangent_p, *fixed, *linear, wrt=wrt, **options)
-    nothing = [array[..., :0] for array in results[3:]]
-    return [*results[:3], *nothing], [*moved, *zeros(nothing)]
+    nothing = [array[..., :0] for array in (out.kept, out.cs)]
+    return [out.ys, out.h, out.c, *nothing], [*moved, *zeros(nothing)]
 
 
 def _linear_jvp(primitive):
     """Of a primitive that is linear in all but its first arguments."""
 
     def rule(primals, tangents, **options):
-        count = len(FIXED)
+        count = len(Fixed._fields)
         if all(type(tangent) is ad.Zero for tangent in tangents[:count]):
             moved = _bind(primitive, *primals[:count], *_instantiate(tangents[count:]), **options)
             return _bind(primitive, *primals, **options), moved
@@ -166,7 +182,7 @@ def _linear_jvp(primitive):
 
 def _transpose(other):
     def rule(cotangents, *arrays, **options):
-        count = len(FIXED)
+        count = len(Fixed._fields)
         fixed, linear = arrays[:count], arrays[count:]
         found = _bind(other, *fixed, *_instantiate(cotangents), **options)
         return [None] * count + [
@@ -302,17 +318,24 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
     def run(_, state, inputs):
         xs, valid, start = inputs
         length = xs.shape[0]
+        h, c = carries(state)
+        fresh_h, fresh_c = carries([layer.fresh for layer in layers], start is not None)
+        read = Read(
+            xs=sequence([xs], xs.shape[-1]),
+            w_x=w_x,
+            w_h=w_h,
+            h=h,
+            c=c,
+            fresh_h=fresh_h,
+            fresh_c=fresh_c,
+            valid=flags(None if valid is None else [valid], length),
+            start=flags(start, length),
+            b=b,
+            b_hn=b_hn,
+        )
         ys, h, c, *_ = _bind(
             forward_p,
-            sequence([xs], xs.shape[-1]),
-            w_x,
-            w_h,
-            *carries(state),
-            *carries([layer.fresh for layer in layers], start is not None),
-            flags(None if valid is None else [valid], length),
-            flags(start, length),
-            b,
-            b_hn,
+            *read,
             kind=kind,
             directions=directions,
             batch_major=by_batch,

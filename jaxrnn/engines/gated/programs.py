@@ -10,8 +10,10 @@ Every array has an axis of members M in front: weights (M, ...), rows (M, B, ...
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,24 +148,107 @@ def _tangent_one(
     return d_ys, *state
 
 
-# Where the rows of an array are: in s, a sequence, r, rows, or w, weights, nowhere. What the recurrence reads (xs, w_x,
-# w_h, h, c, fresh_h, fresh_c, valid, start) and the two biases; what is linear (the same without the flags); and what
-# `tangent` and `backward` are not linear in (ys, kept and cs beside what the recurrence reads).
-READ, BIASES, LINEAR, FIXED = "swwrrrrss", "ww", "swwrrrrww", "swwrrrrsssss"
-FLAGS = 7, 8
-LABELS = {
-    "forward": (READ + BIASES, "srrss"),
-    "tangent": (FIXED + LINEAR, "srr"),
-    "backward": (FIXED + "srr", LINEAR),
+class Read(NamedTuple):
+    """What `forward` reads: inputs, weights, the carry and the fresh one, which steps are valid, which start fresh."""
+
+    xs: Any
+    w_x: Any
+    w_h: Any
+    h: Any
+    c: Any
+    fresh_h: Any
+    fresh_c: Any
+    valid: Any
+    start: Any
+    b: Any
+    b_hn: Any
+
+
+class Written(NamedTuple):
+    """What `forward` puts out: the outputs, the last carry; and with `save` the gates and every c."""
+
+    ys: Any
+    h: Any
+    c: Any
+    kept: Any
+    cs: Any
+
+
+class Fixed(NamedTuple):
+    """What `tangent` and `backward` read beside what they are linear in."""
+
+    xs: Any
+    w_x: Any
+    w_h: Any
+    h: Any
+    c: Any
+    fresh_h: Any
+    fresh_c: Any
+    valid: Any
+    start: Any
+    ys: Any
+    kept: Any
+    cs: Any
+
+
+class Moving(NamedTuple):
+    """What `tangent` is linear in, and `backward` puts out the cotangents of."""
+
+    xs: Any
+    w_x: Any
+    w_h: Any
+    h: Any
+    c: Any
+    fresh_h: Any
+    fresh_c: Any
+    b: Any
+    b_hn: Any
+
+
+class Moved(NamedTuple):
+    """What `tangent` puts out the tangents of, and `backward` is linear in."""
+
+    ys: Any
+    h: Any
+    c: Any
+
+
+class Kind(enum.Enum):
+    """Where an array has its rows: in a weight nowhere."""
+
+    SEQUENCE = enum.auto()
+    ROWS = enum.auto()
+    WEIGHT = enum.auto()
+
+
+KINDS: dict[str, Kind] = dict.fromkeys(("xs", "ys", "valid", "start", "kept", "cs"), Kind.SEQUENCE)
+KINDS |= dict.fromkeys(("h", "c", "fresh_h", "fresh_c"), Kind.ROWS)
+KINDS |= dict.fromkeys(("w_x", "w_h", "b", "b_hn"), Kind.WEIGHT)
+INPUTS: dict[str, tuple[str, ...]] = {
+    "forward": Read._fields,
+    "tangent": Fixed._fields + Moving._fields,
+    "backward": Fixed._fields + Moved._fields,
 }
+OUTPUTS: dict[str, tuple[str, ...]] = {"forward": Written._fields, "tangent": Moved._fields, "backward": Moving._fields}
+
+
+def row_axis(name: str, batch_major: bool) -> int | None:
+    """Where the array `name` of a call has its rows, or None."""
+    match KINDS[name]:
+        case Kind.SEQUENCE:
+            return 1 if batch_major else 2
+        case Kind.ROWS:
+            return 1
+    return None
 
 
 def _members(name, function):
     """`function` of one member whose sequences are time-major, for all members."""
-    inputs, outputs = LABELS[name]
+    inputs, outputs = INPUTS[name], OUTPUTS[name]
 
-    def turn(arrays, labels):
-        return [jnp.swapaxes(a, 0, 1) if label == "s" else a for a, label in zip(arrays, labels, strict=True)]
+    def turn(arrays, names):
+        pairs = zip(arrays, names, strict=True)
+        return [jnp.swapaxes(array, 0, 1) if KINDS[name] is Kind.SEQUENCE else array for array, name in pairs]
 
     def run(*arrays, directions, batch_major, named, wrt=None, **options):
         count = count_members(array.shape[0] for array in arrays)
@@ -200,24 +285,32 @@ forward, tangent = _members("forward", _forward_one), _members("tangent", _tange
 
 def backward(*arrays, wrt, **options):
     """The transpose of `tangent`: cotangents of xs, weights and carries."""
-    fixed, cotangents = arrays[: len(FIXED)], list(arrays[len(FIXED) :])
+    count = len(Fixed._fields)
+    fixed, cotangents = Fixed(*arrays[:count]), list(arrays[count:])
     shapes = linear_shapes(fixed, count_members(array.shape[0] for array in arrays), wrt)
     run = functools.partial(tangent, *fixed, wrt=wrt, **options)
     return list(jax.linear_transpose(run, *shapes)(cotangents))
 
 
-def linear_shapes(fixed, members: int, wrt: tuple[str, ...]):
+def linear_shapes(fixed: Fixed, members: int, wrt: tuple[str, ...]) -> Moving:
     """Shapes of what `tangent` is linear in."""
-    xs, w_x, w_h, h, c, fresh_h, fresh_c = fixed[:7]
 
     def like(array, present=True):
         last = array.shape[-1] if present else 0
-        return jax.ShapeDtypeStruct((members, *array.shape[1:-1], last), xs.dtype)
+        return jax.ShapeDtypeStruct((members, *array.shape[1:-1], last), fixed.xs.dtype)
 
     def bias(name, size):
-        return jax.ShapeDtypeStruct((members, size if name in wrt else 0), xs.dtype)
+        return jax.ShapeDtypeStruct((members, size if name in wrt else 0), fixed.xs.dtype)
 
-    weights = "weights" in wrt
-    products = like(xs, "xs" in wrt), like(w_x, weights), like(w_h, weights)
-    carries = like(h), like(c), like(fresh_h), like(fresh_c)
-    return *products, *carries, bias("b", w_h.shape[2]), bias("b_hn", w_h.shape[1])
+    weights, (_, units, columns) = "weights" in wrt, fixed.w_h.shape
+    return Moving(
+        xs=like(fixed.xs, "xs" in wrt),
+        w_x=like(fixed.w_x, weights),
+        w_h=like(fixed.w_h, weights),
+        h=like(fixed.h),
+        c=like(fixed.c),
+        fresh_h=like(fixed.fresh_h),
+        fresh_c=like(fixed.fresh_c),
+        b=bias("b", columns),
+        b_hn=bias("b_hn", units),
+    )
