@@ -71,23 +71,24 @@ class Cell(metaclass=CellType):
     A step keeps the structure and shapes of the carry. Numbers to differentiate or vmap belong in the params; what is
     constant over a sequence (an image vector, encoder states) can be passed in them too.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from typing import NamedTuple
-        >>> class Params(NamedTuple):
-        ...     decay: jax.Array
-        >>> class Leaky(jaxrnn.Cell):
-        ...     size: int
-        ...     def init(self, key, dtype=jnp.float32):
-        ...         return Params(jnp.full(self.size, 0.5, dtype))
-        ...     def initial_carry(self, params, batch_shape=()):
-        ...         return jnp.zeros((*batch_shape, self.size), params.decay.dtype)
-        ...     def step(self, params, carry, x, noise=None):
-        ...         carry = params.decay * carry + (1 - params.decay) * x
-        ...         return carry, carry
-        >>> cell = Leaky(2)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((3, 2)))
-        >>> carry
-        Array([0.875, 0.875], dtype=float32)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from typing import NamedTuple
+      >>> class Params(NamedTuple):
+      ...     decay: jax.Array
+      >>> class Leaky(jaxrnn.Cell):
+      ...     size: int
+      ...     def init(self, key, dtype=jnp.float32):
+      ...         return Params(jnp.full(self.size, 0.5, dtype))
+      ...     def initial_carry(self, params, batch_shape=()):
+      ...         return jnp.zeros((*batch_shape, self.size), params.decay.dtype)
+      ...     def step(self, params, carry, x, noise=None):
+      ...         carry = params.decay * carry + (1 - params.decay) * x
+      ...         return carry, carry
+      >>> cell = Leaky(2)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((3, 2)))
+      >>> carry
+      Array([0.875, 0.875], dtype=float32)
     """
 
     # Trailing axes of x that belong to one step; for a pytree x, a pytree of that structure.

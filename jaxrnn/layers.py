@@ -51,12 +51,14 @@ class Linear(Layer):
     """y = x w + b.
 
     Args:
-      input_size: D. output_size: O.
+      input_size: D.
+      output_size: O.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> layer = jaxrnn.Linear(3, 2)
-        >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
-        (7, 5, 2)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> layer = jaxrnn.Linear(3, 2)
+      >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+      (7, 5, 2)
     """
 
     input_size: int
@@ -91,12 +93,14 @@ class Embed(Layer):
     A token outside [0, V) raises where its value is known, and gives NaN where it is traced.
 
     Args:
-      vocabulary: V. output_size: O.
+      vocabulary: V.
+      output_size: O.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> layer = jaxrnn.Embed(10, 4)
-        >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.array([[3, 1], [4, 1]]))[1].shape
-        (2, 2, 4)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> layer = jaxrnn.Embed(10, 4)
+      >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.array([[3, 1], [4, 1]]))[1].shape
+      (2, 2, 4)
     """
 
     vocabulary: int
@@ -142,15 +146,19 @@ class LayerNorm(Layer):
     """y = (x − mean) / √(variance + ε) · scale + b over the last axis, or each of its groups.
 
     Args:
-      size: D. epsilon: ε.
-      groups: parts of the last axis that are normalised by themselves; it divides D.
+      size: D.
+      epsilon: Ε.
+      groups: Parts of the last axis that are normalised by themselves; it divides D.
 
-    Reference: Ba, Kiros & Hinton 2016, Layer normalization; Wu & He 2018, Group normalization.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> layer = jaxrnn.LayerNorm(2)
+      >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.array([[0.0, 2.0]]))[1].round(3)
+      Array([[-1.,  1.]], dtype=float32)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> layer = jaxrnn.LayerNorm(2)
-        >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.array([[0.0, 2.0]]))[1].round(3)
-        Array([[-1.,  1.]], dtype=float32)
+    References:
+      Ba, Kiros & Hinton 2016, Layer normalization, arXiv 1607.06450; Wu & He 2018, Group normalization, arXiv
+      1803.08494.
     """
 
     size: int
@@ -194,12 +202,13 @@ class Apply(Layer):
     """y = fn(x), for an activation by name or a function of one step's x with any leading axes.
 
     Args:
-      fn: a name or `(name, alpha, beta)`, see `jaxrnn.activation`, or a callable. A callable is compared by identity
+      fn: A name or `(name, alpha, beta)`, see `jaxrnn.activation`, or a callable. A callable is compared by identity
         and may neither print as an expression nor pickle.
 
-        >>> import jax.numpy as jnp, jaxrnn
-        >>> jaxrnn.scan(jaxrnn.Apply("relu"), (), None, jnp.array([[-1.0, 2.0]]))[1]
-        Array([[0., 2.]], dtype=float32)
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn
+      >>> jaxrnn.scan(jaxrnn.Apply("relu"), (), None, jnp.array([[-1.0, 2.0]]))[1]
+      Array([[0., 2.]], dtype=float32)
     """
 
     fn: Activation
@@ -228,15 +237,18 @@ class Dropout(Layer):
     """y = m x / (1 − rate), m Bernoulli(1 − rate), where a key is given; else y = x.
 
     Args:
-      rate: the probability that an entry becomes 0, in [0, 1).
-      per_sequence: draw one m per sequence (variational) and not one per step.
+      rate: The probability that an entry becomes 0, in [0, 1).
+      per_sequence: Draw one m per sequence (variational) and not one per step.
 
-    Reference: Srivastava et al. 2014; per sequence: Gal & Ghahramani 2016.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> ys = jaxrnn.scan(jaxrnn.Dropout(0.5), (), None, jnp.ones((1, 8)), key=jax.random.key(0))[1]
+      >>> sorted(set(ys.ravel().tolist()))
+      [0.0, 2.0]
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> ys = jaxrnn.scan(jaxrnn.Dropout(0.5), (), None, jnp.ones((1, 8)), key=jax.random.key(0))[1]
-        >>> sorted(set(ys.ravel().tolist()))
-        [0.0, 2.0]
+    References:
+      Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html; per sequence: Gal & Ghahramani 2016, arXiv
+      1512.05287.
     """
 
     rate: float

@@ -57,36 +57,39 @@ def scan(
     Shapes: T time, `*batch` any number of axes, none included; xs (T, *batch, D), or with `time_axis=1` (B, T, D).
 
     Args:
-      cell: any cell or composition.
-      params: its parameters, as `cell.init` gives them.
-      carry: the carry to start from, leaves (*batch, ...), or None for `cell.initial_carry`. A given carry keeps its
+      cell: Any cell or composition.
+      params: Its parameters, as `cell.init` gives them.
+      carry: The carry to start from, leaves (*batch, ...), or None for `cell.initial_carry`. A given carry keeps its
         dtypes; None starts in the widest of float32, the params' and floating xs' dtype.
-      xs: the inputs.
-      lengths: integers (*batch): the steps that are valid, from the first. Beyond T they act as T, below 0 as 0, where
+      xs: The inputs.
+      lengths: Integers (*batch): the steps that are valid, from the first. Beyond T they act as T, below 0 as 0, where
         their values are not known at trace time; else they raise.
       mask: bool, time and batch axes as in xs: the valid steps, in any pattern. An invalid step does nothing at all: no
         input, no reset, the carry stays, ys is 0; NaN in it reaches no number and no gradient.
       reset: bool, time and batch axes as in xs: a new sequence begins at step t. Forward, t starts fresh; in reverse,
         the valid step before t does. Nothing crosses the boundary, in values or in gradients.
-      reverse: run from the last valid step to the first; ys stay aligned with xs.
-      time_axis: where time lies among time and batch axes, for xs, ys, mask and reset.
-      key: a PRNG key: noise (dropout, zoneout) is drawn; None: deterministic.
-      remat_every: store one carry every so many steps for the backward pass and compute the rest again, in every layer.
+      reverse: Run from the last valid step to the first; ys stay aligned with xs.
+      time_axis: Where time lies among time and batch axes, for xs, ys, mask and reset.
+      key: A PRNG key: noise (dropout, zoneout) is drawn; None: deterministic.
+      remat_every: Gradient checkpointing: keep the carry only every so many steps and recompute the steps between
+        during the backward pass, in every layer.
       implementation: None for the fastest correct one; a name for exactly that one; a mapping from engine to name.
 
     Returns:
       The final carry, and ys (T, *batch, O) with time at `time_axis`, or (*batch, O) from a cell that ends time.
 
     Raises:
-      ValueError, TypeError: for shapes, dtypes, values and names that do not fit, at trace time.
+      ValueError: For shapes, dtypes, values and names that do not fit, at trace time.
+      TypeError: For shapes, dtypes, values and names that do not fit, at trace time.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.GRU(3, 16)
-        >>> params = cell.init(jax.random.key(0))
-        >>> xs = jnp.ones((5, 7, 3))  # batch, time, features
-        >>> carry, ys = jaxrnn.scan(cell, params, None, xs, lengths=jnp.array([7, 0, 3, 2, 1]), time_axis=1)
-        >>> carry.h.shape, ys.shape
-        ((5, 16), (5, 7, 16))
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.GRU(3, 16)
+      >>> params = cell.init(jax.random.key(0))
+      >>> xs = jnp.ones((5, 7, 3))  # batch, time, features
+      >>> carry, ys = jaxrnn.scan(cell, params, None, xs, lengths=jnp.array([7, 0, 3, 2, 1]), time_axis=1)
+      >>> carry.h.shape, ys.shape
+      ((5, 16), (5, 7, 16))
     """
     return scan_asked(
         None,
@@ -156,28 +159,31 @@ def step(
 ) -> tuple[Any, Any]:
     """One step of `cell`, by the fastest engine: (carry', y).
 
-    Args:
-      cell, params: as in `scan`.
-      carry: leaves (*batch, ...), or None to start fresh.
-      x: (*batch, D).
-      noise: None (deterministic), or `(sequence, steps[t])` of `cell.noise(key, length, batch_shape)`.
-      implementation: as in `scan`.
-
     For the least delay jit it, and hand back the carry as it comes. On the CPU the environment variable
     JAXRNN_NUM_THREADS bounds the threads of the kernels, and, before the first computation,
     `jax.config.update("jax_cpu_enable_async_dispatch", False)` spares what is no single kernel (a stack of layers) the
     way to another thread: only the program as a whole can decide on either.
 
-    Raises:
-      ValueError, TypeError: for what does not fit, and for cells that cannot run step by step.
+    Args:
+      cell: As in `scan`.
+      params: As in `scan`.
+      carry: Leaves (*batch, ...), or None to start fresh.
+      x: (*batch, D).
+      noise: None (deterministic), or `(sequence, steps[t])` of `cell.noise(key, length, batch_shape)`.
+      implementation: As in `scan`.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.LSTM(3, 4)
-        >>> params = cell.init(jax.random.key(0))
-        >>> carry, y = jaxrnn.step(cell, params, None, jnp.ones(3))
-        >>> carry, y = jaxrnn.step(cell, params, carry, jnp.ones(3))
-        >>> y.shape
-        (4,)
+    Raises:
+      ValueError: For what does not fit, and for cells that cannot run step by step.
+      TypeError: For what does not fit, and for cells that cannot run step by step.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.LSTM(3, 4)
+      >>> params = cell.init(jax.random.key(0))
+      >>> carry, y = jaxrnn.step(cell, params, None, jnp.ones(3))
+      >>> carry, y = jaxrnn.step(cell, params, carry, jnp.ones(3))
+      >>> y.shape
+      (4,)
     """
     return step_asked(None, cell, params, carry, x, noise=noise, implementation=implementation)
 
@@ -225,23 +231,25 @@ def rollout(
             kept.append(keep)
 
     Args:
-      cell, params: as in `scan`.
-      carry: leaves (*batch, ...), or None to start fresh.
-      x: the first input, (*batch, D).
-      length: the number of steps.
+      cell: As in `scan`.
+      params: As in `scan`.
+      carry: Leaves (*batch, ...), or None to start fresh.
+      x: The first input, (*batch, D).
+      length: The number of steps.
       feedback: `(y, key) -> (next x, what to keep)`, the next x with the shape and dtype of x.
-      inputs: a tree of arrays (length, ...), or None. Entry t is the third argument of `feedback` at step t: what is
+      inputs: A tree of arrays (length, ...), or None. Entry t is the third argument of `feedback` at step t: what is
         known beforehand of the step that follows (covariates, a schedule, targets to feed now and then).
-      key: split into one key per step for `feedback`; None hands it None.
+      key: Split into one key per step for `feedback`; None hands it None.
 
     Returns:
-      The final carry, and what was kept, stacked, (length, ...).
+      The final carry, and what was kept, stacked, (length, ...)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.GRU(3, 3)
-        >>> params = cell.init(jax.random.key(0))
-        >>> jaxrnn.rollout(cell, params, None, jnp.ones(3), 5, feedback=lambda y, key: (y, y))[1].shape
-        (5, 3)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.GRU(3, 3)
+      >>> params = cell.init(jax.random.key(0))
+      >>> jaxrnn.rollout(cell, params, None, jnp.ones(3), 5, feedback=lambda y, key: (y, y))[1].shape
+      (5, 3)
     """
     check.cell("cell", cell)
     length = check.integer("length", length, least=0)
@@ -272,13 +280,15 @@ def last(ys: Any, lengths: Any = None, *, mask: Any = None, time_axis: int = 0) 
     """The outputs of the last valid step, zeros where there is none.
 
     Args:
-      ys: leaves with time and batch axes first, (T, *batch, ...) for `time_axis` 0.
-      lengths: integers (*batch), or None for all steps. mask: bool, time and batch axes as in ys.
-      time_axis: where time lies.
+      ys: Leaves with time and batch axes first, (T, *batch, ...) for `time_axis` 0.
+      lengths: Integers (*batch), or None for all steps.
+      mask: bool, time and batch axes as in ys.
+      time_axis: Where time lies.
 
-        >>> import jax.numpy as jnp, jaxrnn
-        >>> jaxrnn.last(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1, 0]))
-        Array([1., 0.], dtype=float32)
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn
+      >>> jaxrnn.last(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1, 0]))
+      Array([1., 0.], dtype=float32)
     """
     time_axis = check.integer("time_axis", time_axis, least=0)
     ys = jax.tree.map(lambda y: jnp.moveaxis(jnp.asarray(y), time_axis, 0), ys)
@@ -316,21 +326,26 @@ def explain(
     """Which implementation `scan` with the same arguments runs for each call of an engine, and why not the others.
 
     Args:
-      cell, params, carry, xs, keywords: as in `scan`. Nothing is computed.
+      cell: As in `scan`.
+      params: As in `scan`.
+      carry: As in `scan`.
+      xs: As in `scan`.
       platform: "cpu", "gpu" or "tpu"; None for the default one.
-      one_step: whether to explain `step` in place of `scan`; then xs is the x of one step, and keywords are `step`'s.
+      one_step: Whether to explain `step` in place of `scan`; then xs is the x of one step, and keywords are `step`'s.
+      keywords: As in `scan`. Nothing is computed.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.GRU(3, 4)
-        >>> params = cell.init(jax.random.key(0))
-        >>> jaxrnn.explain(cell, params, None, jnp.ones((7, 3)), platform="gpu").calls[0].implementation
-        'xla'
-        >>> print(jaxrnn.explain(cell, params, None, jnp.ones(3), platform="gpu", one_step=True))
-        on gpu:
-        gated_scan: xla  for GRU(input_size=3, hidden_size=4)
-          not native: the kernels are compiled for the CPU
-          not associative: the recurrence is not linear
-          not chunked: the recurrence is not linear
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.GRU(3, 4)
+      >>> params = cell.init(jax.random.key(0))
+      >>> jaxrnn.explain(cell, params, None, jnp.ones((7, 3)), platform="gpu").calls[0].implementation
+      'xla'
+      >>> print(jaxrnn.explain(cell, params, None, jnp.ones(3), platform="gpu", one_step=True))
+      on gpu:
+      gated_scan: xla  for GRU(input_size=3, hidden_size=4)
+        not native: the kernels are compiled for the CPU
+        not associative: the recurrence is not linear
+        not chunked: the recurrence is not linear
     """
     if platform not in ("cpu", "gpu", "tpu", None):
         raise ValueError(f"platform: expected 'cpu', 'gpu', 'tpu' or None, got {platform!r}")

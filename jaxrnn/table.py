@@ -54,18 +54,19 @@ def summary(cell: Cell, dtype: Any = jnp.float32) -> Summary:
     """The layers of `cell` with output size, parameter shapes, numbers and bytes. Allocates no parameters.
 
     Args:
-      cell: any cell.
-      dtype: of the parameters.
+      cell: Any cell.
+      dtype: Of the parameters.
 
-        >>> import jaxrnn
-        >>> print(jaxrnn.summary(jaxrnn.Stack((jaxrnn.LSTM(3, 16), jaxrnn.Linear(16, 2)))))
-        layer     output  parameters                 count  bytes
-        ─────────────────────────────────────────────────────────
-        Stack     2
-        0 LSTM    16      w_x 3×64, w_h 16×64, b 64  1,280  5,120
-        1 Linear  2       w 16×2, b 2                   34    136
-        ─────────────────────────────────────────────────────────
-        total                                        1,314  5,256
+    Examples:
+      >>> import jaxrnn
+      >>> print(jaxrnn.summary(jaxrnn.Stack((jaxrnn.LSTM(3, 16), jaxrnn.Linear(16, 2)))))
+      layer     output  parameters                 count  bytes
+      ─────────────────────────────────────────────────────────
+      Stack     2
+      0 LSTM    16      w_x 3×64, w_h 16×64, b 64  1,280  5,120
+      1 Linear  2       w 16×2, b 2                   34    136
+      ─────────────────────────────────────────────────────────
+      total                                        1,314  5,256
     """
     check.cell("cell", cell)
     params = jax.eval_shape(lambda key: cell.init(key, dtype), jax.random.key(0))

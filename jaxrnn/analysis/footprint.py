@@ -53,25 +53,30 @@ def training_memory(
     With φ = identity an `Elman` keeps of each step h_{t−1}, for w_h, and where the loss is Σ y², y_t: r = 2 H numbers.
 
     Args:
-      cell: any cell or composition.
-      params, carry, xs: as in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
+      cell: Any cell or composition.
+      params: As in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
+      carry: As in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
+      xs: As in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
       loss: `(carry, ys) -> scalar` of what `jaxrnn.scan` returns.
-      remat_every, keywords: as in `jaxrnn.scan`.
+      remat_every: As in `jaxrnn.scan`.
+      keywords: As in `jaxrnn.scan`.
 
     Returns:
       `TrainingMemory`; for several k, `{k: training_memory(..., remat_every=k) for k in (None, 8, 32)}`.
 
-    Reference: Chen et al. 2016, Training deep nets with sublinear memory cost; Gruslys et al. 2016, Memory-efficient
-    backpropagation through time.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.analysis import training_memory
+      >>> cell = jaxrnn.Elman(2, 8, activation="identity")
+      >>> params = cell.init(jax.random.key(0))
+      >>> xs = jax.ShapeDtypeStruct((100, 2), jnp.float32)
+      >>> memory = training_memory(cell, params, None, xs, lambda carry, ys: jnp.sum(ys**2))
+      >>> memory.residuals == 2 * 100 * 8 * 4
+      True
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.analysis import training_memory
-        >>> cell = jaxrnn.Elman(2, 8, activation="identity")
-        >>> params = cell.init(jax.random.key(0))
-        >>> xs = jax.ShapeDtypeStruct((100, 2), jnp.float32)
-        >>> memory = training_memory(cell, params, None, xs, lambda carry, ys: jnp.sum(ys**2))
-        >>> memory.residuals == 2 * 100 * 8 * 4
-        True
+    References:
+      Chen et al. 2016, Training deep nets with sublinear memory cost, arXiv 1604.06174; Gruslys et al. 2016,
+      Memory-efficient backpropagation through time, arXiv 1606.03401.
     """
     check.cell("cell", cell)
     if not callable(loss):

@@ -58,27 +58,37 @@ def gate_saturation(
     everywhere for β > log 9, at the default margin.
 
     Args:
-      cell, params, carry, xs: as in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
-      margin: the part of the range at either end that counts as saturated, in (0, 0.5).
-      ranges: the range (a, b) of gates by name, where it is not (−1, 1) for g, n and h and (0, 1) for the rest.
-      lengths, mask, reset, reverse, time_axis: as in `jaxrnn.scan`.
+      cell: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
+      params: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
+      carry: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
+      xs: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
+      margin: The part of the range at either end that counts as saturated, in (0, 0.5).
+      ranges: The range (a, b) of gates by name, where it is not (−1, 1) for g, n and h and (0, 1) for the rest.
+      lengths: As in `jaxrnn.scan`.
+      mask: As in `jaxrnn.scan`.
+      reset: As in `jaxrnn.scan`.
+      reverse: As in `jaxrnn.scan`.
+      time_axis: As in `jaxrnn.scan`.
 
     Returns:
       `Saturation`, of a composition one for each cell in the structure of the carry, None for a cell without gates.
 
     Raises:
-      TypeError: if no cell has gates. ValueError: for a margin or range that is none.
+      TypeError: If no cell has gates.
+      ValueError: For a margin or range that is none.
 
-    Reference: Karpathy et al. 2015, Visualizing and understanding recurrent networks, section 4.3.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.analysis import gate_saturation
+      >>> cell = jaxrnn.LSTM(3, 2)
+      >>> params = cell.init(jax.random.key(0))
+      >>> params = params._replace(b=jnp.array([-9.0, 9, 9, 0, 0, 0, 0, 0]))
+      >>> saturation = gate_saturation(cell, params, None, jnp.zeros((7, 3)))
+      >>> saturation.low.i, saturation.high.i, saturation.high.f
+      (Array([1., 0.], dtype=float32), Array([0., 1.], dtype=float32), Array([1., 0.], dtype=float32))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.analysis import gate_saturation
-        >>> cell = jaxrnn.LSTM(3, 2)
-        >>> params = cell.init(jax.random.key(0))
-        >>> params = params._replace(b=jnp.array([-9.0, 9, 9, 0, 0, 0, 0, 0]))
-        >>> saturation = gate_saturation(cell, params, None, jnp.zeros((7, 3)))
-        >>> saturation.low.i, saturation.high.i, saturation.high.f
-        (Array([1., 0.], dtype=float32), Array([0., 1.], dtype=float32), Array([1., 0.], dtype=float32))
+    References:
+      Karpathy et al. 2015, Visualizing and understanding recurrent networks, arXiv 1506.02078, section 4.3.
     """
     if not isinstance(margin, (int, float)) or not 0 < margin < 0.5:
         raise ValueError(f"margin: expected a number between 0 and 0.5, got {margin!r}")

@@ -52,25 +52,37 @@ def gradient_flow(
     backward cell's step t reads the carry that comes from step t + 1.
 
     Args:
-      cell, params, carry, xs: as in `jaxrnn.scan`; any composition.
+      cell: As in `jaxrnn.scan`; any composition.
+      params: As in `jaxrnn.scan`; any composition.
+      carry: As in `jaxrnn.scan`; any composition.
+      xs: As in `jaxrnn.scan`; any composition.
       loss: `(carry, ys) -> scalar` of what `jaxrnn.scan` returns. Summed over rows, each row has its own gradient.
-      lengths, mask, reset, reverse, time_axis, key: as in `jaxrnn.scan`.
+      lengths: As in `jaxrnn.scan`.
+      mask: As in `jaxrnn.scan`.
+      reset: As in `jaxrnn.scan`.
+      reverse: As in `jaxrnn.scan`.
+      time_axis: As in `jaxrnn.scan`.
+      key: As in `jaxrnn.scan`.
 
     Returns:
       `GradientFlow`, time first whatever `time_axis` is.
 
     Raises:
-      ValueError, TypeError: as `jaxrnn.scan`, and where the loss is no real scalar.
+      ValueError: As `jaxrnn.scan`, and where the loss is no real scalar.
+      TypeError: As `jaxrnn.scan`, and where the loss is no real scalar.
 
-    Reference: Hochreiter 1991; Pascanu et al. 2013, On the difficulty of training recurrent neural networks.
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxrnn import IndRNN, IndRNNParams
+      >>> from jaxrnn.analysis import gradient_flow
+      >>> halves = IndRNNParams(w_x=jnp.ones((1, 1)), w_h=jnp.array([0.5]), b=None)
+      >>> xs = jnp.ones((4, 1))
+      >>> gradient_flow(IndRNN(1, 1), halves, None, xs, lambda carry, ys: carry.h.sum()).total
+      Array([0.0625, 0.125 , 0.25  , 0.5   ], dtype=float32)
 
-        >>> import jax, jax.numpy as jnp
-        >>> from jaxrnn import IndRNN, IndRNNParams
-        >>> from jaxrnn.analysis import gradient_flow
-        >>> halves = IndRNNParams(w_x=jnp.ones((1, 1)), w_h=jnp.array([0.5]), b=None)
-        >>> xs = jnp.ones((4, 1))
-        >>> gradient_flow(IndRNN(1, 1), halves, None, xs, lambda carry, ys: carry.h.sum()).total
-        Array([0.0625, 0.125 , 0.25  , 0.5   ], dtype=float32)
+    References:
+      Pascanu et al. 2013, On the difficulty of training recurrent neural networks, arXiv 1211.5063; first: Hochreiter
+      1991.
     """
     if not callable(loss):
         raise TypeError(f"loss: expected a function of (carry, ys), got {loss!r}")

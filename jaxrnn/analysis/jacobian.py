@@ -52,21 +52,30 @@ def singular_values(
     The cost is one N × N decomposition for each step and row.
 
     Args:
-      cell, params, carry, xs: as in `jaxrnn.scan`, for a cell that runs step by step.
-      lengths, mask, reset, reverse, time_axis: as in `jaxrnn.scan`.
+      cell: As in `jaxrnn.scan`, for a cell that runs step by step.
+      params: As in `jaxrnn.scan`, for a cell that runs step by step.
+      carry: As in `jaxrnn.scan`, for a cell that runs step by step.
+      xs: As in `jaxrnn.scan`, for a cell that runs step by step.
+      lengths: As in `jaxrnn.scan`.
+      mask: As in `jaxrnn.scan`.
+      reset: As in `jaxrnn.scan`.
+      reverse: As in `jaxrnn.scan`.
+      time_axis: As in `jaxrnn.scan`.
 
     Returns:
       `JacobianSpectrum`, time first whatever `time_axis` is.
 
-    Reference: Pascanu et al. 2013, On the difficulty of training recurrent neural networks; Pennington et al. 2017,
-    Resurrecting the sigmoid in deep learning through dynamical isometry.
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxrnn import IndRNN, IndRNNParams
+      >>> from jaxrnn.analysis import singular_values
+      >>> params = IndRNNParams(w_x=jnp.ones((1, 2)), w_h=jnp.array([0.5, 2.0]), b=None)
+      >>> singular_values(IndRNN(1, 2), params, None, jnp.ones((3, 1))).singular_values[0]
+      Array([2. , 0.5], dtype=float32)
 
-        >>> import jax.numpy as jnp
-        >>> from jaxrnn import IndRNN, IndRNNParams
-        >>> from jaxrnn.analysis import singular_values
-        >>> params = IndRNNParams(w_x=jnp.ones((1, 2)), w_h=jnp.array([0.5, 2.0]), b=None)
-        >>> singular_values(IndRNN(1, 2), params, None, jnp.ones((3, 1))).singular_values[0]
-        Array([2. , 0.5], dtype=float32)
+    References:
+      Pascanu et al. 2013, On the difficulty of training recurrent neural networks, arXiv 1211.5063; Pennington et al.
+      2017, Resurrecting the sigmoid in deep learning through dynamical isometry, arXiv 1711.04735.
     """
     seen = observe_whole(
         cell, params, carry, xs, lengths=lengths, mask=mask, reset=reset, reverse=reverse, time_axis=time_axis
@@ -104,24 +113,34 @@ def lyapunov_exponents(
     N × N matrix is made. Of h' = h A + x they are the logarithms of the moduli of A's eigenvalues.
 
     Args:
-      cell, params, carry, xs: as in `jaxrnn.scan`, for a cell that runs step by step.
+      cell: As in `jaxrnn.scan`, for a cell that runs step by step.
+      params: As in `jaxrnn.scan`, for a cell that runs step by step.
+      carry: As in `jaxrnn.scan`, for a cell that runs step by step.
+      xs: As in `jaxrnn.scan`, for a cell that runs step by step.
       count: K, the number of exponents, the greatest ones; None for all N.
-      warmup: how many valid steps go before the mean.
-      lengths, mask, reset, reverse, time_axis: as in `jaxrnn.scan`.
+      warmup: How many valid steps go before the mean.
+      lengths: As in `jaxrnn.scan`.
+      mask: As in `jaxrnn.scan`.
+      reset: As in `jaxrnn.scan`.
+      reverse: As in `jaxrnn.scan`.
+      time_axis: As in `jaxrnn.scan`.
 
     Returns:
       `LyapunovSpectrum`, the exponents about in descending order.
 
-    Reference: Benettin et al. 1980; for recurrent networks: Engelken et al. 2023, Lyapunov spectra of chaotic recurrent
-    neural networks; Vogt et al. 2022, On Lyapunov exponents for RNNs.
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxrnn import IndRNN, IndRNNParams
+      >>> from jaxrnn.analysis import lyapunov_exponents
+      >>> params = IndRNNParams(w_x=jnp.ones((1, 2)), w_h=jnp.array([0.5, 1.0]), b=None)
+      >>> spectrum = lyapunov_exponents(IndRNN(1, 2), params, None, jnp.ones((40, 1)), warmup=20)
+      >>> spectrum.exponents.round(4) + 0
+      Array([ 0.    , -0.6931], dtype=float32)
 
-        >>> import jax.numpy as jnp
-        >>> from jaxrnn import IndRNN, IndRNNParams
-        >>> from jaxrnn.analysis import lyapunov_exponents
-        >>> params = IndRNNParams(w_x=jnp.ones((1, 2)), w_h=jnp.array([0.5, 1.0]), b=None)
-        >>> spectrum = lyapunov_exponents(IndRNN(1, 2), params, None, jnp.ones((40, 1)), warmup=20)
-        >>> spectrum.exponents.round(4) + 0
-        Array([ 0.    , -0.6931], dtype=float32)
+    References:
+      Benettin et al. 1980, https://doi.org/10.1007/BF02128236; for recurrent networks: Engelken et al. 2023, Lyapunov
+      spectra of chaotic recurrent neural networks, arXiv 2006.02427; Vogt et al. 2022, On Lyapunov exponents for RNNs,
+      arXiv 2006.14123.
     """
     warmup = check.integer("warmup", warmup, least=0)
     seen = observe_whole(

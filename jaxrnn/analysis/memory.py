@@ -42,28 +42,34 @@ def memory_length(
         I_k      = ‖∂y_T/∂x_{T−k}‖_F,    y_T the output of the last valid step, k valid steps later than x_{T−k}
         mean_lag = Σ_k k I_k / Σ_k I_k
 
-    Of h' = a h + x, I_k = |a|^k, and the mean lag of a long sequence |a|/(1 − |a|): 1 step for a = 0.5, 99 for 0.99.
+    The mean lag is that of a distributed lag (Koyck 1954). Of h' = a h + x, I_k = |a|^k, and the mean lag of a long
+    sequence |a|/(1 − |a|): 1 step for a = 0.5, 99 for 0.99.
 
     Args:
-      cell, params, carry: as in `jaxrnn.scan`; any composition. Of one that ends the time axis, y_T is its output.
-      xs: floating inputs. Of tokens, embed them first and give the cells above.
+      cell: As in `jaxrnn.scan`; any composition. Of one that ends the time axis, y_T is its output.
+      params: As in `jaxrnn.scan`.
+      carry: As in `jaxrnn.scan`.
+      xs: Floating inputs. Of tokens, embed them first and give the cells above.
       samples: None for all entries of y_T, one backward pass each; or this many random directions v ∈ {±1}, whose mean
         of ‖vᵀ ∂y_T/∂x‖² is I_k² (Hutchinson), for large outputs.
-      key: a `jax.random` key for the directions.
-      lengths, mask, reset, reverse, time_axis: as in `jaxrnn.scan`. Beyond a reset the influence is 0.
+      key: A `jax.random` key for the directions.
+      lengths: As in `jaxrnn.scan`.
+      mask: As in `jaxrnn.scan`.
+      reset: As in `jaxrnn.scan`.
+      reverse: As in `jaxrnn.scan`.
+      time_axis: As in `jaxrnn.scan`. Beyond a reset the influence is 0.
 
     Returns:
       `MemoryLength`, lag first whatever `time_axis` is; 0 where the last output depends on no input.
 
-    Reference: the mean lag of a distributed lag: Koyck 1954, Distributed lags and investment analysis.
-
-        >>> import jax.numpy as jnp
-        >>> from jaxrnn import IndRNN, IndRNNParams
-        >>> from jaxrnn.analysis import memory_length
-        >>> params = IndRNNParams(w_x=jnp.ones((1, 1)), w_h=jnp.array([0.5]), b=None)
-        >>> memory = memory_length(IndRNN(1, 1), params, None, jnp.ones((30, 1)))
-        >>> memory.influence[:4], memory.mean_lag.round(4)
-        (Array([1.   , 0.5  , 0.25 , 0.125], dtype=float32), Array(1., dtype=float32))
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxrnn import IndRNN, IndRNNParams
+      >>> from jaxrnn.analysis import memory_length
+      >>> params = IndRNNParams(w_x=jnp.ones((1, 1)), w_h=jnp.array([0.5]), b=None)
+      >>> memory = memory_length(IndRNN(1, 1), params, None, jnp.ones((30, 1)))
+      >>> memory.influence[:4], memory.mean_lag.round(4)
+      (Array([1.   , 0.5  , 0.25 , 0.125], dtype=float32), Array(1., dtype=float32))
     """
     check.cell("cell", cell)
     if not all(inexact(jnp.asarray(leaf)) for leaf in jax.tree.leaves(xs)):

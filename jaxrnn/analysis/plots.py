@@ -36,14 +36,15 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[Any, GradientFlow]) -> Figu
 
     Of a dict, one line for each total; of one result, one for each leaf of the carry. What is 0 is left out.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.analysis import gradient_flow, plot_gradient_flow
-        >>> cell = jaxrnn.MGU(3, 4)
-        >>> params = cell.init(jax.random.key(0))
-        >>> flow = gradient_flow(cell, params, None, jnp.ones((20, 3)), lambda carry, ys: ys[-1].sum())
-        >>> figure = plot_gradient_flow({"before training": flow})
-        >>> [line.get_label() for line in figure.axes[0].lines]
-        ['before training']
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.analysis import gradient_flow, plot_gradient_flow
+      >>> cell = jaxrnn.MGU(3, 4)
+      >>> params = cell.init(jax.random.key(0))
+      >>> flow = gradient_flow(cell, params, None, jnp.ones((20, 3)), lambda carry, ys: ys[-1].sum())
+      >>> figure = plot_gradient_flow({"before training": flow})
+      >>> [line.get_label() for line in figure.axes[0].lines]
+      ['before training']
     """
     if isinstance(flows, GradientFlow):
         norms = jax.tree_util.tree_leaves_with_path(flows.norms)
@@ -62,11 +63,12 @@ def plot_singular_values(spectra: JacobianSpectrum | Mapping[Any, JacobianSpectr
 
     The dark band holds the middle half of them. Above the dashed line, at 1, a step stretches.
 
-        >>> import numpy as np
-        >>> from jaxrnn.analysis import JacobianSpectrum, plot_singular_values
-        >>> spectrum = JacobianSpectrum(singular_values=np.ones((9, 4)), valid=np.ones(9, bool))
-        >>> plot_singular_values({"GRU": spectrum}).axes[0].get_title()
-        'GRU'
+    Examples:
+      >>> import numpy as np
+      >>> from jaxrnn.analysis import JacobianSpectrum, plot_singular_values
+      >>> spectrum = JacobianSpectrum(singular_values=np.ones((9, 4)), valid=np.ones(9, bool))
+      >>> plot_singular_values({"GRU": spectrum}).axes[0].get_title()
+      'GRU'
     """
     results = _several("spectra", spectra, JacobianSpectrum)
     figure, axes = _figure(COLUMN if len(results) == 1 else PAGE, 2.4, len(results), sharey=True)
@@ -93,11 +95,12 @@ def plot_singular_values(spectra: JacobianSpectrum | Mapping[Any, JacobianSpectr
 def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[Any, LyapunovSpectrum]) -> Figure:
     """The Lyapunov exponents in their order: the mean of the rows, and their standard deviation as bars.
 
-    >>> import numpy as np
-    >>> from jaxrnn.analysis import LyapunovSpectrum, plot_lyapunov_exponents
-    >>> spectrum = LyapunovSpectrum(exponents=np.array([-0.1, -0.5]), steps=np.array(9))
-    >>> plot_lyapunov_exponents(spectrum).axes[0].get_xlabel()
-    'index $k$'
+    Examples:
+      >>> import numpy as np
+      >>> from jaxrnn.analysis import LyapunovSpectrum, plot_lyapunov_exponents
+      >>> spectrum = LyapunovSpectrum(exponents=np.array([-0.1, -0.5]), steps=np.array(9))
+      >>> plot_lyapunov_exponents(spectrum).axes[0].get_xlabel()
+      'index $k$'
     """
     results = _several("spectra", spectra, LyapunovSpectrum)
     figure, (ax,) = _figure(COLUMN, 2.5)
@@ -120,14 +123,15 @@ def plot_gate_saturation(saturations: Any) -> Figure:
     Near the origin a unit is in its linear range, near the diagonal a switch, at its ends stuck.
 
     Args:
-      saturations: what `gate_saturation` returns, of a composition too, or a dict of label to such.
+      saturations: What `gate_saturation` returns, of a composition too, or a dict of label to such.
 
-        >>> import numpy as np, jaxrnn
-        >>> from jaxrnn.analysis import Saturation, plot_gate_saturation
-        >>> gates = jaxrnn.MGUGates(f=np.array([0.1, 0.3]), n=np.array([0.0, 0.5]))
-        >>> figure = plot_gate_saturation(Saturation(low=gates, high=gates))
-        >>> [ax.get_title() for ax in figure.axes]
-        ['f', 'n']
+    Examples:
+      >>> import numpy as np, jaxrnn
+      >>> from jaxrnn.analysis import Saturation, plot_gate_saturation
+      >>> gates = jaxrnn.MGUGates(f=np.array([0.1, 0.3]), n=np.array([0.0, 0.5]))
+      >>> figure = plot_gate_saturation(Saturation(low=gates, high=gates))
+      >>> [ax.get_title() for ax in figure.axes]
+      ['f', 'n']
     """
     series = {}
     for label, tree in (saturations if isinstance(saturations, Mapping) else {"": saturations}).items():
@@ -157,11 +161,12 @@ def plot_gate_saturation(saturations: Any) -> Figure:
 def plot_memory_length(memories: MemoryLength | Mapping[Any, MemoryLength]) -> Figure:
     """The influence of the input k steps back on a logarithmic axis, as `plot_gradient_flow`; the mean lag as a mark.
 
-    >>> import numpy as np
-    >>> from jaxrnn.analysis import MemoryLength, plot_memory_length
-    >>> figure = plot_memory_length({"GRU": MemoryLength(0.5 ** np.arange(20), np.array(1.0))})
-    >>> figure.axes[0].get_yscale()
-    'log'
+    Examples:
+      >>> import numpy as np
+      >>> from jaxrnn.analysis import MemoryLength, plot_memory_length
+      >>> figure = plot_memory_length({"GRU": MemoryLength(0.5 ** np.arange(20), np.array(1.0))})
+      >>> figure.axes[0].get_yscale()
+      'log'
     """
     results = _several("memories", memories, MemoryLength)
     figure, (ax,) = _figure(COLUMN, 2.5)
@@ -179,10 +184,11 @@ def plot_training_memory(memories: TrainingMemory | Mapping[Any, TrainingMemory]
 
     Of a dict, a group for each; keys that are integers or None are values of `remat_every`.
 
-        >>> from jaxrnn.analysis import TrainingMemory, plot_training_memory
-        >>> figure = plot_training_memory({None: TrainingMemory(64, 8192, 0, 8192, 9000)})
-        >>> figure.axes[0].get_ylabel()
-        'memory (KiB)'
+    Examples:
+      >>> from jaxrnn.analysis import TrainingMemory, plot_training_memory
+      >>> figure = plot_training_memory({None: TrainingMemory(64, 8192, 0, 8192, 9000)})
+      >>> figure.axes[0].get_ylabel()
+      'memory (KiB)'
     """
     results = _several("memories", memories, TrainingMemory)
     figure, (ax,) = _figure(COLUMN, 2.5)

@@ -88,20 +88,21 @@ def activation(spec: Activation) -> Callable[[Array], Array]:
         softmax             eˣ / Σ eˣ over the last axis, the features
         log_softmax         x − log Σ eˣ over the last axis, the features
 
+    `jax.nn`, `torch.nn`, Keras 3 and ONNX have most of them under similar names.
+
     Args:
-      spec: a name, `(name, alpha)` or `(name, alpha, beta)`, or an elementwise callable. A callable is compared by
+      spec: A name, `(name, alpha)` or `(name, alpha, beta)`, or an elementwise callable. A callable is compared by
         identity, and a cell that holds one may neither print as an expression nor pickle. softmax and log_softmax are
         for `jaxrnn.Apply`; within a cell an activation acts on each unit by itself.
 
     Raises:
-      ValueError: for a name that is not known, or more numbers than it takes.
-      TypeError: for anything else.
+      ValueError: For a name that is not known, or more numbers than it takes.
+      TypeError: For anything else.
 
-    Reference: `jax.nn`, `torch.nn`, Keras 3 and ONNX, which have most of them under similar names.
-
-        >>> import jaxrnn
-        >>> float(jaxrnn.activation(("leaky_relu", 0.5))(-2.0))
-        -1.0
+    Examples:
+      >>> import jaxrnn
+      >>> float(jaxrnn.activation(("leaky_relu", 0.5))(-2.0))
+      -1.0
     """
     if callable(spec):
         return spec

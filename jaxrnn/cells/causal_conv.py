@@ -37,13 +37,18 @@ class CausalConv(Cell):
     parts give the same.
 
     Args:
-      input_size: D, which y has too. window: K.
+      input_size: D, which y has too.
+      window: K.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.CausalConv(3, 4)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> carry.window.shape, ys.shape
-        ((3, 3), (7, 3))
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.CausalConv(3, 4)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> carry.window.shape, ys.shape
+      ((3, 3), (7, 3))
+
+    References:
+      In front of a recurrence: Gu & Dao 2023, Mamba, arXiv 2312.00752; De et al. 2024, Griffin, arXiv 2402.19427.
     """
 
     input_size: int
@@ -93,9 +98,10 @@ def _weighted(params, taps):
 def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: Any = jnp.float32) -> CausalConvParams:
     """Parameters of `causal_conv_step`: w normal of variance 1/K, b zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.causal_conv_init(jax.random.key(0), 3, 4).w.shape
-    (4, 3)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.causal_conv_init(jax.random.key(0), 3, 4).w.shape
+      (4, 3)
     """
     w = jax.random.normal(key, (window, input_size), accumulator(dtype)) / window**0.5
     return CausalConvParams(w.astype(dtype), jnp.zeros(input_size, dtype))
@@ -111,20 +117,22 @@ def causal_conv_step(
     Args:
       params: `CausalConvParams` with w (K, D), b (D,) or None.
       carry: `CausalConvCarry(window)`, (..., K−1, D), the oldest input first.
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None.
 
     Returns:
       The new carry, and the output, (..., D).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.causal_conv_init(jax.random.key(0), 3, 4)
-        >>> carry, y = jaxrnn.causal_conv_step(params, jaxrnn.CausalConvCarry(jnp.zeros((3, 3))), jnp.ones(3))
-        >>> y.shape
-        (3,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.causal_conv_init(jax.random.key(0), 3, 4)
+      >>> carry, y = jaxrnn.causal_conv_step(params, jaxrnn.CausalConvCarry(jnp.zeros((3, 3))), jnp.ones(3))
+      >>> y.shape
+      (3,)
     """
     window, size = params.w.shape
     return CausalConv(size, window).step(params, carry, x, noise)

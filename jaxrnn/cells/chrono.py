@@ -21,20 +21,23 @@ def chrono_init(key: Array, params: P, max_steps: int) -> P:
         LSTM: b_f = log u, b_i = −b_f (none with i = 1 − f);  GRU: b_z = log u;  u ~ U(1, max_steps − 1) per unit
 
     Args:
-      key: a PRNG key.
+      key: A PRNG key.
       params: `LSTMParams`, but not of `LSTM(coupled="input")`, or `GRUParams`, with a bias; only the bias changes.
-      max_steps: the longest dependency expected, at least 3.
+      max_steps: The longest dependency expected, at least 3.
 
     Raises:
-      TypeError: for params of another cell. ValueError: without a bias, or for `max_steps` below 3.
+      TypeError: For params of another cell.
+      ValueError: Without a bias, or for `max_steps` below 3.
 
-    Reference: Tallec & Ollivier 2018, Can recurrent neural networks warp time?
+    Examples:
+      >>> import jax, jaxrnn
+      >>> params = jaxrnn.LSTM(3, 4).init(jax.random.key(0))
+      >>> params = jaxrnn.chrono_init(jax.random.key(1), params, max_steps=100)
+      >>> bool((params.b[4:8] == -params.b[:4]).all())
+      True
 
-        >>> import jax, jaxrnn
-        >>> params = jaxrnn.LSTM(3, 4).init(jax.random.key(0))
-        >>> params = jaxrnn.chrono_init(jax.random.key(1), params, max_steps=100)
-        >>> bool((params.b[4:8] == -params.b[:4]).all())
-        True
+    References:
+      Tallec & Ollivier 2018, Can recurrent neural networks warp time?, arXiv 1804.11188.
     """
     if not isinstance(params, (LSTMParams, GRUParams)):
         raise TypeError(f"params: expected LSTMParams or GRUParams, got {type(params).__name__}")

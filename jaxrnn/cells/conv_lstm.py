@@ -43,19 +43,24 @@ class ConvLSTM(Cell):
 
     Args:
       spatial_shape: S, one to three sizes.
-      input_channels: D. hidden_size: H, channels out.
+      input_channels: D.
+      hidden_size: H, channels out.
       kernel_size: K, a number or one for each spatial dimension.
-      strides, dilation: of the input convolution, a number or one for each dimension.
-      padding: of the input convolution, "SAME" or "VALID".
-      gate_activation, activation: of i, f, o; of g and c'.
+      strides: Of the input convolution, a number or one for each dimension.
+      dilation: Of the input convolution, a number or one for each dimension.
+      padding: Of the input convolution, "SAME" or "VALID".
+      gate_activation: Of i, f and o; see `jaxrnn.activation`.
+      activation: Of g and c'.
 
-    Reference: Shi et al. 2015, Convolutional LSTM network.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.ConvLSTM((8, 6), 3, 4, strides=2)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 8, 6, 3)))
+      >>> ys.shape
+      (7, 5, 4, 3, 4)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.ConvLSTM((8, 6), 3, 4, strides=2)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 8, 6, 3)))
-        >>> ys.shape
-        (7, 5, 4, 3, 4)
+    References:
+      Shi et al. 2015, Convolutional LSTM network, arXiv 1506.04214.
     """
 
     spatial_shape: tuple[int, ...]
@@ -171,9 +176,10 @@ def conv_lstm_init(
 ) -> ConvLSTMParams:
     """Parameters of `conv_lstm_step`: kernels normal of variance 1/(fan in) per gate, forget bias 1, other biases 0.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.conv_lstm_init(jax.random.key(0), 3, 4, (5,)).w_x.shape
-    (5, 3, 16)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.conv_lstm_init(jax.random.key(0), 3, 4, (5,)).w_x.shape
+      (5, 3, 16)
     """
     k_x, k_h = jax.random.split(key)
     wide = accumulator(dtype)
@@ -197,7 +203,7 @@ def conv_lstm_step(
     Args:
       params: `ConvLSTMParams` with w_x (*K, D, 4H), w_h (*K, H, 4H), b (4H,) or None; gates i f g o.
       carry: `ConvLSTMCarry(h, c)`, each (..., *S', H).
-      x: input, (..., *S, D).
+      x: Input, (..., *S, D).
       noise: None, or `(mask, None)` with a factor on h in h ∗ w_h.
       options: `strides`, `dilation`, `padding`, `gate_activation`, `activation`, as of `ConvLSTM`.
 
@@ -205,16 +211,19 @@ def conv_lstm_step(
       The new carry, and the output h', (..., *S', H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-    Reference: Shi et al. 2015, Convolutional LSTM network.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.conv_lstm_init(jax.random.key(0), 3, 4, (5,))
+      >>> carry = jaxrnn.ConvLSTMCarry(jnp.zeros((8, 4)), jnp.zeros((8, 4)))
+      >>> carry, y = jaxrnn.conv_lstm_step(params, carry, jnp.ones((8, 3)))
+      >>> y.shape
+      (8, 4)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.conv_lstm_init(jax.random.key(0), 3, 4, (5,))
-        >>> carry = jaxrnn.ConvLSTMCarry(jnp.zeros((8, 4)), jnp.zeros((8, 4)))
-        >>> carry, y = jaxrnn.conv_lstm_step(params, carry, jnp.ones((8, 3)))
-        >>> y.shape
-        (8, 4)
+    References:
+      Shi et al. 2015, Convolutional LSTM network, arXiv 1506.04214.
     """
     *kernel_size, channels, _ = params.w_x.shape
     spatial_shape = x.shape[x.ndim - len(kernel_size) - 1 : -1]

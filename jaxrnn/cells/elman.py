@@ -42,18 +42,22 @@ class Elman(GatedCell):
         h' = φ(x w_x + h w_h + b),  y = h'
 
     Args:
-      input_size: D. hidden_size: H.
+      input_size: D.
+      hidden_size: H.
       activation: φ, "tanh" by default; see `jaxrnn.activation`.
-      gate_clip: what φ reads within ±gate_clip (ONNX's `clip`).
+      gate_clip: What φ reads within ±gate_clip (ONNX's `clip`).
 
-    Reference: Elman 1990, Finding structure in time. Keras' SimpleRNN, torch's RNN, Flax's SimpleCell.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Elman(3, 16)
+      >>> params = cell.init(jax.random.key(0))
+      >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 5, 3)))
+      >>> carry.h.shape, ys.shape
+      ((5, 16), (7, 5, 16))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Elman(3, 16)
-        >>> params = cell.init(jax.random.key(0))
-        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 5, 3)))
-        >>> carry.h.shape, ys.shape
-        ((5, 16), (7, 5, 16))
+    References:
+      Elman 1990, Finding structure in time, https://doi.org/10.1207/s15516709cog1402_1. Keras' SimpleRNN, torch's RNN,
+      Flax's SimpleCell.
     """
 
     input_size: int
@@ -101,9 +105,10 @@ class Elman(GatedCell):
 def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> ElmanParams:
     """Parameters of `elman_step`: w_x LeCun normal, w_h orthogonal, b zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.elman_init(jax.random.key(0), 3, 16).w_x.shape
-    (3, 16)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.elman_init(jax.random.key(0), 3, 16).w_x.shape
+      (3, 16)
     """
     k_x, k_h = jax.random.split(key)
     return ElmanParams(
@@ -118,12 +123,15 @@ def irnn_init(
 ) -> ElmanParams:
     """Parameters for `Elman(activation="relu")` that remember: w_h = scale · I, w_x normal of deviation 0.001, b zero.
 
-    Reference: Le, Jaitly & Hinton 2015, A simple way to initialize recurrent networks of rectified linear units.
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.irnn_init(jax.random.key(0), 3, 2).w_h
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
 
-        >>> import jax, jaxrnn
-        >>> jaxrnn.irnn_init(jax.random.key(0), 3, 2).w_h
-        Array([[1., 0.],
-               [0., 1.]], dtype=float32)
+    References:
+      Le, Jaitly & Hinton 2015, A simple way to initialize recurrent networks of rectified linear units, arXiv
+      1504.00941.
     """
     wide = accumulator(dtype)
     w_x = 1e-3 * jax.random.normal(key, (input_size, hidden_size), wide)
@@ -141,7 +149,7 @@ def elman_step(
     Args:
       params: `ElmanParams` with w_x (D, H), w_h (H, H), b (H,) or None.
       carry: `ElmanCarry(h)`, (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
       options: `activation`, which is φ, and `gate_clip`, as of `Elman`.
 
@@ -149,13 +157,15 @@ def elman_step(
       The new carry, and the output h', (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.elman_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.elman_step(params, jaxrnn.ElmanCarry(jnp.zeros(16)), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.elman_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.elman_step(params, jaxrnn.ElmanCarry(jnp.zeros(16)), jnp.ones(3))
+      >>> y.shape
+      (16,)
     """
     input_size, hidden_size = params.w_x.shape
     return Elman(input_size, hidden_size, **options).step(params, carry, x, noise)

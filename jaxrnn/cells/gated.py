@@ -24,22 +24,23 @@ class GatedCell(Cell):
     `update`, and `second_input` where a step has a second product. Its weights' gradients are summed in at least
     float32, over all steps at once.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> class Leaky(jaxrnn.GatedCell):
-        ...     input_size: int
-        ...     hidden_size: int
-        ...     def init(self, key, dtype=jnp.float32):
-        ...         return jaxrnn.elman_init(key, self.input_size, self.hidden_size, dtype=dtype)
-        ...     def initial_carry(self, params, batch_shape=()):
-        ...         return jaxrnn.ElmanCarry(self.zeros(params, batch_shape, self.hidden_size))
-        ...     def weights(self, params):
-        ...         return jaxrnn.GatedWeights(params.w_x, params.b, params.w_h)
-        ...     def update(self, theta, carry, u, v, w):
-        ...         h = 0.9 * carry.h + 0.1 * jnp.tanh(u + v)
-        ...         return jaxrnn.ElmanCarry(h), h
-        >>> cell = Leaky(3, 16)
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
-        (7, 5, 16)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> class Leaky(jaxrnn.GatedCell):
+      ...     input_size: int
+      ...     hidden_size: int
+      ...     def init(self, key, dtype=jnp.float32):
+      ...         return jaxrnn.elman_init(key, self.input_size, self.hidden_size, dtype=dtype)
+      ...     def initial_carry(self, params, batch_shape=()):
+      ...         return jaxrnn.ElmanCarry(self.zeros(params, batch_shape, self.hidden_size))
+      ...     def weights(self, params):
+      ...         return jaxrnn.GatedWeights(params.w_x, params.b, params.w_h)
+      ...     def update(self, theta, carry, u, v, w):
+      ...         h = 0.9 * carry.h + 0.1 * jnp.tanh(u + v)
+      ...         return jaxrnn.ElmanCarry(h), h
+      >>> cell = Leaky(3, 16)
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+      (7, 5, 16)
     """
 
     recurrent_state = "h"

@@ -73,22 +73,26 @@ class GRU(GatedCell):
     The two forms are different functions: no map of weights leads from one to the other.
 
     Args:
-      input_size: D. hidden_size: H.
-      reset_after: the reset gate acts after the recurrent product (PyTorch, cuDNN, Keras 3, Flax) or before it (the
+      input_size: D.
+      hidden_size: H.
+      reset_after: The reset gate acts after the recurrent product (PyTorch, cuDNN, Keras 3, Flax) or before it (the
         published equations, Haiku, ONNX by default).
       layer_norm: LN(x w_x) γ_x + b and LN(h w_h) γ_h in place of the products, each over all the gates that one product
         feeds: r z n, or in the second form r z and then n.
-      gate_clip: what every gate's activation reads within ±gate_clip (ONNX's `clip`).
-      gate_activation, activation: of r and z; of n. See `jaxrnn.activation`.
+      gate_clip: What every gate's activation reads within ±gate_clip (ONNX's `clip`).
+      gate_activation: Of r and z; see `jaxrnn.activation`.
+      activation: Of n.
 
-    Reference: Cho et al. 2014, arXiv 1406.1078 (v1 resets after the product, v3 before).
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.GRU(3, 16)
+      >>> params = cell.init(jax.random.key(0))
+      >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((5, 7, 3)), time_axis=1)
+      >>> carry.h.shape, ys.shape
+      ((5, 16), (5, 7, 16))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.GRU(3, 16)
-        >>> params = cell.init(jax.random.key(0))
-        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((5, 7, 3)), time_axis=1)
-        >>> carry.h.shape, ys.shape
-        ((5, 16), (5, 7, 16))
+    References:
+      Cho et al. 2014, arXiv 1406.1078 (v1 resets after the product, v3 before).
     """
 
     input_size: int
@@ -187,10 +191,11 @@ def gru_init(
 ) -> GRUParams:
     """Parameters of `gru_step`: per gate w_x LeCun normal and w_h orthogonal, biases zero, gains one.
 
-    >>> import jax, jaxrnn
-    >>> params = jaxrnn.gru_init(jax.random.key(0), 3, 16)
-    >>> params.w_h.shape, params.b_hn.shape
-    ((16, 48), (16,))
+    Examples:
+      >>> import jax, jaxrnn
+      >>> params = jaxrnn.gru_init(jax.random.key(0), 3, 16)
+      >>> params.w_h.shape, params.b_hn.shape
+      ((16, 48), (16,))
     """
     k_x, k_h = jax.random.split(key)
     ones = jnp.ones(3 * hidden_size, dtype)
@@ -214,7 +219,7 @@ def gru_step(params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None, **
       params: `GRUParams` with w_x (D, 3H), w_h (H, 3H), b (3H,) or None, b_hn (H,) or None; gates in the order r, z, n.
         Layer normalisation follows from the arrays that are there; `reset_after` does not, and is True unless given.
       carry: `GRUCarry(h)`, (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in its products, (..., H).
       options: `reset_after`, `gate_clip`, `gate_activation`, `activation`, as of `GRU`.
 
@@ -222,15 +227,18 @@ def gru_step(params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None, **
       The new carry, and the output h', (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-    Reference: Cho et al. 2014. The form of PyTorch, cuDNN, Keras 3 and Flax.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.gru_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.gru_step(params, jaxrnn.GRUCarry(jnp.zeros(16)), jnp.ones(3))
+      >>> y.shape
+      (16,)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.gru_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.gru_step(params, jaxrnn.GRUCarry(jnp.zeros(16)), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    References:
+      Cho et al. 2014, arXiv 1406.1078. The form of PyTorch, cuDNN, Keras 3 and Flax.
     """
     cell = GRU(params.w_x.shape[0], params.hidden_size, layer_norm=params.norm is not None, **options)
     return cell.step(params, carry, x, noise)

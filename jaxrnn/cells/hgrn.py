@@ -43,16 +43,19 @@ class HGRN(LinearCell):
     γ is a lower bound on what is kept: let it grow from layer to layer, and upper ones remember for longer.
 
     Args:
-      input_size: D. hidden_size: H.
-      lower_bound: γ, at least 0 and below 1.
+      input_size: D.
+      hidden_size: H.
+      lower_bound: Γ, at least 0 and below 1.
 
-    Reference: Qin et al. 2023, Hierarchically gated recurrent neural network, arXiv 2311.04823; with a real state.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Stack([jaxrnn.HGRN(3, 8), jaxrnn.HGRN(8, 8, lower_bound=0.9)])
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> ys.shape
+      (7, 8)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Stack([jaxrnn.HGRN(3, 8), jaxrnn.HGRN(8, 8, lower_bound=0.9)])
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> ys.shape
-        (7, 8)
+    References:
+      Qin et al. 2023, Hierarchically gated recurrent neural network, arXiv 2311.04823; with a real state.
     """
 
     input_size: int
@@ -90,9 +93,10 @@ class HGRN(LinearCell):
 def hgrn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> HGRNParams:
     """Parameters of `hgrn_step`: w_x LeCun normal, b zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.hgrn_init(jax.random.key(0), 3, 16).w_x.shape
-    (3, 32)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.hgrn_init(jax.random.key(0), 3, 16).w_x.shape
+      (3, 32)
     """
     return HGRNParams(lecun_normal(key, input_size, hidden_size, 2, dtype), jnp.zeros(2 * hidden_size, dtype))
 
@@ -108,21 +112,23 @@ def hgrn_step(
     Args:
       params: `HGRNParams` with w_x (D, 2H), b (2H,) or None.
       carry: `HGRNCarry(h)`, (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None.
-      lower_bound: γ, as of `HGRN`.
+      lower_bound: Γ, as of `HGRN`.
 
     Returns:
       The new carry, and the output h', (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.hgrn_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.hgrn_step(params, jaxrnn.HGRNCarry(jnp.zeros(16)), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.hgrn_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.hgrn_step(params, jaxrnn.HGRNCarry(jnp.zeros(16)), jnp.ones(3))
+      >>> y.shape
+      (16,)
     """
     rows, columns = params.w_x.shape
     return HGRN(rows, columns // 2, lower_bound).step(params, carry, x, noise)

@@ -44,16 +44,19 @@ class IndRNN(GatedCell):
     With "relu", |w_h| ≤ 2^(1/T) keeps the state within a factor of 2 over T steps; clip w_h to it while training.
 
     Args:
-      input_size: D. hidden_size: H.
+      input_size: D.
+      hidden_size: H.
       activation: φ, "relu" by default; see `jaxrnn.activation`.
 
-    Reference: Li et al. 2018, Independently recurrent neural network (IndRNN).
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.IndRNN(3, 16)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> ys.shape
+      (7, 16)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.IndRNN(3, 16)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> ys.shape
-        (7, 16)
+    References:
+      Li et al. 2018, Independently recurrent neural network (IndRNN), arXiv 1803.04831.
     """
 
     input_size: int
@@ -92,9 +95,10 @@ class IndRNN(GatedCell):
 def indrnn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> IndRNNParams:
     """Parameters of `indrnn_step`: w_x LeCun normal, w_h uniform in [0, 1), b zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.indrnn_init(jax.random.key(0), 3, 16).w_h.shape
-    (16,)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.indrnn_init(jax.random.key(0), 3, 16).w_h.shape
+      (16,)
     """
     k_x, k_h = jax.random.split(key)
     return IndRNNParams(
@@ -114,7 +118,7 @@ def indrnn_step(
     Args:
       params: `IndRNNParams` with w_x (D, H), w_h (H,), b (H,) or None.
       carry: `IndRNNCarry(h)`, (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in w_h h, (..., H).
       activation: φ.
 
@@ -122,12 +126,14 @@ def indrnn_step(
       The new carry, and the output h', (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.indrnn_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.indrnn_step(params, jaxrnn.IndRNNCarry(jnp.zeros(16)), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.indrnn_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.indrnn_step(params, jaxrnn.IndRNNCarry(jnp.zeros(16)), jnp.ones(3))
+      >>> y.shape
+      (16,)
     """
     return IndRNN(*params.w_x.shape, activation=activation).step(params, carry, x, noise)

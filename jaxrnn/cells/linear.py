@@ -25,23 +25,24 @@ class LinearCell(Cell):
     A subclass has a carry with the field h and defines `coefficients`, and `output` where y is not h. Both take any
     leading axes, so that a whole sequence is one call of each, and the recurrence itself runs by `linear_scan`.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from typing import NamedTuple
-        >>> class Params(NamedTuple):
-        ...     decay: jax.Array
-        >>> class Carry(NamedTuple):
-        ...     h: jax.Array
-        >>> class Average(jaxrnn.LinearCell):
-        ...     input_size: int
-        ...     def init(self, key, dtype=jnp.float32):
-        ...         return Params(jnp.full(self.input_size, 0.5, dtype))
-        ...     def initial_carry(self, params, batch_shape=()):
-        ...         return Carry(jnp.zeros((*batch_shape, self.input_size)))
-        ...     def coefficients(self, params, x):
-        ...         return params.decay, (1 - params.decay) * x
-        >>> cell = Average(2)
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((3, 2)))[1][:, 0]
-        Array([0.5  , 0.75 , 0.875], dtype=float32)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from typing import NamedTuple
+      >>> class Params(NamedTuple):
+      ...     decay: jax.Array
+      >>> class Carry(NamedTuple):
+      ...     h: jax.Array
+      >>> class Average(jaxrnn.LinearCell):
+      ...     input_size: int
+      ...     def init(self, key, dtype=jnp.float32):
+      ...         return Params(jnp.full(self.input_size, 0.5, dtype))
+      ...     def initial_carry(self, params, batch_shape=()):
+      ...         return Carry(jnp.zeros((*batch_shape, self.input_size)))
+      ...     def coefficients(self, params, x):
+      ...         return params.decay, (1 - params.decay) * x
+      >>> cell = Average(2)
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((3, 2)))[1][:, 0]
+      Array([0.5  , 0.75 , 0.875], dtype=float32)
     """
 
     # Whether a step sees the inputs before it: then the carry has a field `window`, (*batch, K−1, D), and the x of

@@ -43,16 +43,21 @@ class LRU(LinearCell):
     |λ| < 1 for every ν. There is no nonlinearity: stack it with layers that have one.
 
     Args:
-      input_size: D, which y has too. hidden_size: H, complex.
-      r_min, r_max, max_phase: λ is drawn uniformly by area from the ring of these radii, with phases up to the last.
+      input_size: D, which y has too.
+      hidden_size: H, complex.
+      r_min: The inner radius of the ring that Λ is drawn from, uniformly by area.
+      r_max: The outer radius.
+      max_phase: The largest phase of Λ, in radians.
 
-    Reference: Orvieto et al. 2023, Resurrecting recurrent neural networks for long sequences, arXiv 2303.06349.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.LRU(3, 16)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> carry.h.dtype, ys.shape
+      (dtype('complex64'), (7, 3))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.LRU(3, 16)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> carry.h.dtype, ys.shape
-        (dtype('complex64'), (7, 3))
+    References:
+      Orvieto et al. 2023, Resurrecting recurrent neural networks for long sequences, arXiv 2303.06349.
     """
 
     slow_weights = ("nu", "theta", "gamma")  # type: ignore[assignment]
@@ -116,10 +121,11 @@ def lru_init(
     """Parameters of `lru_step`: λ uniform by area on a ring, exp(γ) = √(1 − |λ|²), so that h has the scale of x; w_x of
     variance 1/(2 D), w_y of 1/H, d of 1.
 
-    >>> import jax, jax.numpy as jnp, jaxrnn
-    >>> params = jaxrnn.lru_init(jax.random.key(0), 3, 16, r_min=0.9, r_max=0.99)
-    >>> bool(jnp.all((jnp.exp(-jnp.exp(params.nu)) > 0.9) & (jnp.exp(-jnp.exp(params.nu)) < 0.99)))
-    True
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.lru_init(jax.random.key(0), 3, 16, r_min=0.9, r_max=0.99)
+      >>> bool(jnp.all((jnp.exp(-jnp.exp(params.nu)) > 0.9) & (jnp.exp(-jnp.exp(params.nu)) < 0.99)))
+      True
     """
     wide = accumulator(dtype)
     k_r, k_phase, k_x, k_y, k_d = jax.random.split(key, 5)
@@ -144,20 +150,22 @@ def lru_step(params: LRUParams, carry: LRUCarry, x: Array, noise: Any = None) ->
     Args:
       params: `LRUParams` with nu, theta, gamma (H,), w_x (D, 2H), w_y (2H, D), d (D,).
       carry: `LRUCarry(h)`, (..., H), complex.
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None.
 
     Returns:
       The new carry, and the output, (..., D).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.lru_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.lru_step(params, jaxrnn.LRUCarry(jnp.zeros(16, jnp.complex64)), jnp.ones(3))
-        >>> y.shape
-        (3,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.lru_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.lru_step(params, jaxrnn.LRUCarry(jnp.zeros(16, jnp.complex64)), jnp.ones(3))
+      >>> y.shape
+      (3,)
     """
     rows, columns = params.w_x.shape
     return LRU(rows, columns // 2).step(params, carry, x, noise)

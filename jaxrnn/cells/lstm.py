@@ -75,25 +75,31 @@ class LSTM(GatedCell):
         h' = o tanh(c'),  y = h'
 
     Args:
-      input_size: D. hidden_size: H.
+      input_size: D.
+      hidden_size: H.
       peephole: i and f also see p c, o sees p c' (Gers & Schmidhuber 2000).
       coupled: i = 1 − f; three gates f g o (Greff et al. 2017, CIFG). With "input", f = 1 − i; three gates i g o
         (ONNX's `input_forget`).
       projection_size: P; h' = (o tanh(c')) w_p (Sak et al. 2014). The carry h, the output and w_h have P rows.
       layer_norm: LN(x w_x) γ_x + LN(h w_h) γ_h + b before the gates, each over all of them, and tanh(LN(c') γ_c + b_c)
         (Ba et al. 2016, in the form of haste).
-      cell_clip: c' within ±cell_clip. gate_clip: what every gate's activation reads within ±gate_clip, peepholes
-        included (ONNX's `clip`).
-      gate_activation, activation, output_activation: of i, f, o; of g; of c'. See `jaxrnn.activation`.
+      cell_clip: c' within ±cell_clip.
+      gate_clip: What every gate's activation reads within ±gate_clip, peepholes included (ONNX's `clip`).
+      gate_activation: Of i, f and o; see `jaxrnn.activation`.
+      activation: Of g.
+      output_activation: Of c'.
 
-    Reference: Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.LSTM(3, 16)
+      >>> params = cell.init(jax.random.key(0))
+      >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 5, 3)), lengths=jnp.array([7, 0, 3, 2, 1]))
+      >>> carry.c.shape, ys.shape
+      ((5, 16), (7, 5, 16))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.LSTM(3, 16)
-        >>> params = cell.init(jax.random.key(0))
-        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 5, 3)), lengths=jnp.array([7, 0, 3, 2, 1]))
-        >>> carry.c.shape, ys.shape
-        ((5, 16), (7, 5, 16))
+    References:
+      Hochreiter & Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; forget gate: Gers et al. 2000,
+      https://doi.org/10.1162/089976600300015015.
     """
 
     input_size: int
@@ -199,9 +205,10 @@ def lstm_init(
 
     Where f = 1 − i, the input bias is −1. w_p is LeCun normal, peepholes are zero, gains one.
 
-        >>> import jax, jaxrnn
-        >>> jaxrnn.lstm_init(jax.random.key(0), 3, 2).b
-        Array([0., 0., 1., 1., 0., 0., 0., 0.], dtype=float32)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.lstm_init(jax.random.key(0), 3, 2).b
+      Array([0., 0., 1., 1., 0., 0., 0., 0.], dtype=float32)
     """
     k_x, k_h, k_p = jax.random.split(key, 3)
     gates = 3 if coupled else 4
@@ -232,7 +239,7 @@ def lstm_step(
       params: `LSTMParams` with w_x (D, 4H), w_h (H, 4H), b (4H,) or None; gates in the order i, f, g, o. Peepholes,
         projection, layer normalisation and coupled gates follow from the arrays that are there.
       carry: `LSTMCarry(h, c)`, each (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
       options: `coupled="input"`, `cell_clip`, `gate_clip`, `gate_activation`, `activation`, `output_activation`, as of
         `LSTM`.
@@ -241,16 +248,20 @@ def lstm_step(
       The new carry, and the output h', (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-    Reference: Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000. The form of PyTorch, cuDNN, Keras and Flax.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.lstm_init(jax.random.key(0), 3, 16)
+      >>> carry = jaxrnn.LSTMCarry(h=jnp.zeros(16), c=jnp.zeros(16))
+      >>> carry, y = jaxrnn.lstm_step(params, carry, jnp.ones(3))
+      >>> y.shape
+      (16,)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.lstm_init(jax.random.key(0), 3, 16)
-        >>> carry = jaxrnn.LSTMCarry(h=jnp.zeros(16), c=jnp.zeros(16))
-        >>> carry, y = jaxrnn.lstm_step(params, carry, jnp.ones(3))
-        >>> y.shape
-        (16,)
+    References:
+      Hochreiter & Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; forget gate: Gers et al. 2000,
+      https://doi.org/10.1162/089976600300015015. The form of PyTorch, cuDNN, Keras and Flax.
     """
     options.setdefault("coupled", params.w_x.shape[1] == 3 * params.hidden_size)
     cell = LSTM(

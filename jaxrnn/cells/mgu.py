@@ -45,15 +45,18 @@ class MGU(GatedCell):
     Flax's `MGUCell` is another function: it keeps h with f and resets after the product.
 
     Args:
-      input_size: D. hidden_size: H.
+      input_size: D.
+      hidden_size: H.
 
-    Reference: Zhou et al. 2016, Minimal gated unit for recurrent neural networks.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.MGU(3, 16)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> ys.shape
+      (7, 16)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.MGU(3, 16)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> ys.shape
-        (7, 16)
+    References:
+      Zhou et al. 2016, Minimal gated unit for recurrent neural networks, arXiv 1603.09420.
     """
 
     input_size: int
@@ -97,9 +100,10 @@ class MGU(GatedCell):
 def mgu_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> MGUParams:
     """Parameters of `mgu_step`: per gate w_x LeCun normal and w_h orthogonal, biases zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.mgu_init(jax.random.key(0), 3, 16).w_h.shape
-    (16, 32)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.mgu_init(jax.random.key(0), 3, 16).w_h.shape
+      (16, 32)
     """
     k_x, k_h = jax.random.split(key)
     return MGUParams(
@@ -119,19 +123,21 @@ def mgu_step(params: MGUParams, carry: MGUCarry, x: Array, noise: Any = None) ->
     Args:
       params: `MGUParams` with w_x (D, 2H), w_h (H, 2H), b (2H,) or None; f, then n.
       carry: `MGUCarry(h)`, (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in its products, (..., H).
 
     Returns:
       The new carry, and the output h', (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.mgu_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.mgu_step(params, jaxrnn.MGUCarry(jnp.zeros(16)), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.mgu_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.mgu_step(params, jaxrnn.MGUCarry(jnp.zeros(16)), jnp.ones(3))
+      >>> y.shape
+      (16,)
     """
     return MGU(params.w_x.shape[0], params.w_h.shape[0]).step(params, carry, x, noise)

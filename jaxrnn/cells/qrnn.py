@@ -35,15 +35,19 @@ class QRNN(LinearCell):
         h' = f h + (1 − f) z,  y = o h'
 
     Args:
-      input_size: D. hidden_size: H. window: K.
+      input_size: D.
+      hidden_size: H.
+      window: K.
 
-    Reference: Bradbury et al. 2016, Quasi-recurrent neural networks, arXiv 1611.01576.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.QRNN(3, 16)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> carry.window.shape, ys.shape
+      ((1, 3), (7, 16))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.QRNN(3, 16)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> carry.window.shape, ys.shape
-        ((1, 3), (7, 16))
+    References:
+      Bradbury et al. 2016, Quasi-recurrent neural networks, arXiv 1611.01576.
     """
 
     sees_window = True
@@ -81,9 +85,10 @@ def qrnn_init(
 ) -> QRNNParams:
     """Parameters of `qrnn_step`: w_x LeCun normal, b zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.qrnn_init(jax.random.key(0), 3, 16).w_x.shape
-    (6, 48)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.qrnn_init(jax.random.key(0), 3, 16).w_x.shape
+      (6, 48)
     """
     w_x = lecun_normal(key, window * input_size, hidden_size, 3, dtype)
     return QRNNParams(w_x, jnp.zeros(3 * hidden_size, dtype))
@@ -98,20 +103,22 @@ def qrnn_step(params: QRNNParams, carry: QRNNCarry, x: Array, noise: Any = None)
     Args:
       params: `QRNNParams` with w_x (K D, 3H), b (3H,) or None.
       carry: `QRNNCarry(h, window)`, (..., H) and (..., K−1, D).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None.
 
     Returns:
       The new carry, and the output, (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.qrnn_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.qrnn_step(params, jaxrnn.QRNNCarry(jnp.zeros(16), jnp.zeros((1, 3))), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.qrnn_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.qrnn_step(params, jaxrnn.QRNNCarry(jnp.zeros(16), jnp.zeros((1, 3))), jnp.ones(3))
+      >>> y.shape
+      (16,)
     """
     before, size = carry.window.shape[-2:]
     return QRNN(size, params.w_x.shape[1] // 3, before + 1).step(params, carry, x, noise)

@@ -53,13 +53,15 @@ class RGLRU(LinearCell):
       input_size: D, which h and y have too.
       blocks: N, of which w_r and w_i are block-diagonal; it divides D.
 
-    Reference: De et al. 2024, Griffin, arXiv 2402.19427.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.RGLRU(16, blocks=4)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 16)))
+      >>> bool(carry.started), ys.shape
+      (True, (7, 16))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.RGLRU(16, blocks=4)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 16)))
-        >>> bool(carry.started), ys.shape
-        (True, (7, 16))
+    References:
+      De et al. 2024, Griffin, arXiv 2402.19427.
     """
 
     slow_weights = ("decay",)  # type: ignore[assignment]
@@ -124,9 +126,10 @@ def rg_lru_init(key: Array, input_size: int, *, blocks: int = 1, dtype: Any = jn
     """Parameters of `rg_lru_step`: Λ such that a lies in [0.9, 0.999] where r = 1, its square uniform; w_x LeCun normal
     per block, b zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.rg_lru_init(jax.random.key(0), 16, blocks=4).w_x.shape
-    (4, 4, 8)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.rg_lru_init(jax.random.key(0), 16, blocks=4).w_x.shape
+      (4, 4, 8)
     """
     wide, size = accumulator(dtype), input_size // blocks
     k_decay, k_x = jax.random.split(key)
@@ -147,21 +150,23 @@ def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Any = N
 
     Args:
       params: `RGLRUParams` with decay (D,), w_x (N, D/N, 2 D/N), b (2, D) or None.
-      carry: `RGLRUCarry(h, started)`, (..., D) and bool (...).
-      x: input, (..., D).
+      carry: `RGLRUCarry(h, started)`, (..., D) and bool (...)
+      x: Input, (..., D).
       noise: None.
 
     Returns:
       The new carry, and the output h', (..., D).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.rg_lru_init(jax.random.key(0), 16)
-        >>> carry, y = jaxrnn.rg_lru_step(params, jaxrnn.RGLRUCarry(jnp.zeros(16), jnp.array(False)), jnp.ones(16))
-        >>> bool(carry.started)
-        True
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.rg_lru_init(jax.random.key(0), 16)
+      >>> carry, y = jaxrnn.rg_lru_step(params, jaxrnn.RGLRUCarry(jnp.zeros(16), jnp.array(False)), jnp.ones(16))
+      >>> bool(carry.started)
+      True
     """
     blocks, rows, _ = params.w_x.shape
     return RGLRU(blocks * rows, blocks).step(params, carry, x, noise)

@@ -47,20 +47,22 @@ class S4D(LinearCell):
     Args:
       input_size: D, which y has too.
       states: N, the conjugate pairs of states of a channel.
-      spectrum: which λ it starts with: "linear", −1/2 + iπn; "inverse", −1/2 + i (M/π) (M/(2n+1) − 1) with M = 2N; or
+      spectrum: Which λ it starts with: "linear", −1/2 + iπn; "inverse", −1/2 + i (M/π) (M/(2n+1) − 1) with M = 2N; or
         "hippo", the eigenvalues of the normal part of HiPPO-LegS.
       discretization: "zoh" or "bilinear".
-      step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
-      timed: irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
+      step_min: The least Δ that is drawn, uniformly in its logarithm.
+      step_max: The largest.
+      timed: Irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
 
-    Reference: Gu et al. 2022, On the parameterization and initialization of diagonal state space models,
-    arXiv 2206.11893.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.S4D(3, 16)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> carry.h.shape, ys.shape
+      ((3, 16), (7, 3))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.S4D(3, 16)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> carry.h.shape, ys.shape
-        ((3, 16), (7, 3))
+    References:
+      Gu et al. 2022, On the parameterization and initialization of diagonal state space models, arXiv 2206.11893.
     """
 
     slow_weights = ("log_decay", "frequency", "log_step")  # type: ignore[assignment]
@@ -129,10 +131,11 @@ def s4d_init(
     """Parameters of `s4d_step`: λ as of `S4D`, the same for all channels; c complex normal of variance 1; log Δ
     uniform; d normal.
 
-    >>> import jax, jaxrnn
-    >>> params = jaxrnn.s4d_init(jax.random.key(0), 3, 16)
-    >>> params.frequency.shape, params.c.shape
-    ((3, 16), (2, 3, 16))
+    Examples:
+      >>> import jax, jaxrnn
+      >>> params = jaxrnn.s4d_init(jax.random.key(0), 3, 16)
+      >>> params.frequency.shape, params.c.shape
+      ((3, 16), (2, 3, 16))
     """
     wide = accumulator(dtype)
     pair, whole = jnp.arange(states, dtype=wide), 2 * states
@@ -174,21 +177,24 @@ def s4d_step(
     Args:
       params: `S4DParams` with log_decay, frequency (D, N), log_step (D,), c (2, D, N), d (D,).
       carry: `S4DCarry(h)`, (..., D, N), complex.
-      x: input, (..., D), or (..., D + 1) with the time of the step.
+      x: Input, (..., D), or (..., D + 1) with the time of the step.
       noise: None.
-      discretization, timed: as of `S4D`.
+      discretization: As of `S4D`.
+      timed: As of `S4D`.
 
     Returns:
       The new carry, and the output, (..., D).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.s4d_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.s4d_step(params, jaxrnn.S4DCarry(jnp.zeros((3, 16), jnp.complex64)), jnp.ones(3))
-        >>> y.shape
-        (3,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.s4d_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.s4d_step(params, jaxrnn.S4DCarry(jnp.zeros((3, 16), jnp.complex64)), jnp.ones(3))
+      >>> y.shape
+      (3,)
     """
     size, states = params.frequency.shape
     return S4D(size + timed, states, discretization=discretization, timed=timed).step(params, carry, x, noise)

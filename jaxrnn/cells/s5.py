@@ -50,16 +50,19 @@ class S5(LinearCell):
       input_size: D, which y has too.
       hidden_size: P, the pairs; the system has 2 P states.
       discretization: "zoh" or "bilinear".
-      step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
-      timed: irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
+      step_min: The least Δ that is drawn, uniformly in its logarithm.
+      step_max: The largest.
+      timed: Irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
 
-    Reference: Smith et al. 2022, Simplified state space layers for sequence modeling, arXiv 2208.04933.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.S5(3, 16)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> carry.h.dtype, ys.shape
+      (dtype('complex64'), (7, 3))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.S5(3, 16)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> carry.h.dtype, ys.shape
-        (dtype('complex64'), (7, 3))
+    References:
+      Smith et al. 2022, Simplified state space layers for sequence modeling, arXiv 2208.04933.
     """
 
     slow_weights = ("log_decay", "frequency", "log_step")  # type: ignore[assignment]
@@ -119,10 +122,11 @@ def s5_init(
     """Parameters of `s5_step`: λ the eigenvalues of the normal part of HiPPO-LegS; w_x of variance 1/D and w_y of
     1/(2P) in the coordinates of HiPPO, turned into those of its eigenvectors; log Δ uniform; d normal.
 
-    >>> import jax, jaxrnn
-    >>> params = jaxrnn.s5_init(jax.random.key(0), 3, 16)
-    >>> params.w_x.shape, params.w_y.shape
-    ((3, 32), (32, 3))
+    Examples:
+      >>> import jax, jaxrnn
+      >>> params = jaxrnn.s5_init(jax.random.key(0), 3, 16)
+      >>> params.w_x.shape, params.w_y.shape
+      ((3, 32), (32, 3))
     """
     wide = accumulator(dtype)
     (real, imag), turn = hippo(hidden_size, wide)
@@ -158,21 +162,24 @@ def s5_step(
     Args:
       params: `S5Params` with log_decay, frequency, log_step (P,), w_x (D, 2P), w_y (2P, D), d (D,).
       carry: `S5Carry(h)`, (..., P), complex.
-      x: input, (..., D), or (..., D + 1) with the time of the step.
+      x: Input, (..., D), or (..., D + 1) with the time of the step.
       noise: None.
-      discretization, timed: as of `S5`.
+      discretization: As of `S5`.
+      timed: As of `S5`.
 
     Returns:
       The new carry, and the output, (..., D).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.s5_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.s5_step(params, jaxrnn.S5Carry(jnp.zeros(16, jnp.complex64)), jnp.ones(3))
-        >>> y.shape
-        (3,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.s5_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.s5_step(params, jaxrnn.S5Carry(jnp.zeros(16, jnp.complex64)), jnp.ones(3))
+      >>> y.shape
+      (3,)
     """
     rows, columns = params.w_x.shape
     return S5(rows + timed, columns // 2, discretization, timed=timed).step(params, carry, x, noise)

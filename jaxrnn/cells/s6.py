@@ -50,15 +50,18 @@ class S6(LinearCell):
       input_size: D, which y has too.
       states: N, the states of a channel.
       rank: R, of the map from x to Δ; None for D/16, rounded up.
-      step_min, step_max: between which Δ is drawn, uniformly in its logarithm.
+      step_min: The least Δ that is drawn, uniformly in its logarithm.
+      step_max: The largest.
 
-    Reference: Gu & Dao 2023, Mamba, arXiv 2312.00752.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.S6(8, 4)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))
+      >>> carry.h.shape, ys.shape
+      ((8, 4), (7, 8))
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.S6(8, 4)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))
-        >>> carry.h.shape, ys.shape
-        ((8, 4), (7, 8))
+    References:
+      Gu & Dao 2023, Mamba, arXiv 2312.00752.
     """
 
     slow_weights = ("log_decay", "b_step", "d")  # type: ignore[assignment]
@@ -124,10 +127,11 @@ def s6_init(
     """Parameters of `s6_step`: λ = −1, …, −N in every channel; w_x LeCun normal; w_step uniform up to 1/√R; b_step such
     that Δ without input is log-uniform; d one.
 
-    >>> import jax, jaxrnn
-    >>> params = jaxrnn.s6_init(jax.random.key(0), 32, 4)
-    >>> params.w_x.shape, params.w_step.shape
-    ((32, 10), (2, 32))
+    Examples:
+      >>> import jax, jaxrnn
+      >>> params = jaxrnn.s6_init(jax.random.key(0), 32, 4)
+      >>> params.w_x.shape, params.w_step.shape
+      ((32, 10), (2, 32))
     """
     wide = accumulator(dtype)
     rank = math.ceil(input_size / 16) if rank is None else rank
@@ -155,20 +159,22 @@ def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Any = None) -> tu
     Args:
       params: `S6Params` with w_x (D, R + 2N), w_step (R, D), b_step (D,), log_decay (D, N), d (D,).
       carry: `S6Carry(h)`, (..., D, N).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None.
 
     Returns:
       The new carry, and the output, (..., D).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.s6_init(jax.random.key(0), 8, 4)
-        >>> carry, y = jaxrnn.s6_step(params, jaxrnn.S6Carry(jnp.zeros((8, 4))), jnp.ones(8))
-        >>> y.shape
-        (8,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.s6_init(jax.random.key(0), 8, 4)
+      >>> carry, y = jaxrnn.s6_step(params, jaxrnn.S6Carry(jnp.zeros((8, 4))), jnp.ones(8))
+      >>> y.shape
+      (8,)
     """
     size, states = params.log_decay.shape
     return S6(size, states, params.w_step.shape[0]).step(params, carry, x, noise)

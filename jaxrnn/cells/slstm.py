@@ -54,16 +54,19 @@ class SLSTM(GatedCell):
     m keeps the exponentials within range and cancels in h'.
 
     Args:
-      input_size: D. hidden_size: H.
+      input_size: D.
+      hidden_size: H.
       heads: N, of which w_h is block-diagonal: units see the past of their own head only. It divides H.
 
-    Reference: Beck et al. 2024, xLSTM: extended long short-term memory, arXiv 2405.04517.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.SLSTM(3, 16, heads=4)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> ys.shape
+      (7, 16)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.SLSTM(3, 16, heads=4)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> ys.shape
-        (7, 16)
+    References:
+      Beck et al. 2024, xLSTM: extended long short-term memory, arXiv 2405.04517.
     """
 
     input_size: int
@@ -117,9 +120,10 @@ def slstm_init(
 ) -> SLSTMParams:
     """Parameters of `slstm_step`: w_x LeCun normal, w_h zero, b zero but for f, where it goes from 3 to 6 over a head.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.slstm_init(jax.random.key(0), 3, 16, heads=4).w_h.shape
-    (4, 4, 16)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.slstm_init(jax.random.key(0), 3, 16, heads=4).w_h.shape
+      (4, 4, 16)
     """
     size = hidden_size // heads
     b = jnp.zeros((4, hidden_size), dtype).at[1].set(jnp.tile(jnp.linspace(3, 6, size), heads).astype(dtype))
@@ -139,20 +143,22 @@ def slstm_step(params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Any = No
     Args:
       params: `SLSTMParams` with w_x (D, 4H), w_h (N, H/N, 4 H/N), b (4H,) or None.
       carry: `SLSTMCarry(h, c, n, m)`, each (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in its product, (..., H).
 
     Returns:
       The new carry, and the output h', (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.slstm_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.slstm_step(params, jaxrnn.SLSTMCarry(*[jnp.zeros(16)] * 4), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.slstm_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.slstm_step(params, jaxrnn.SLSTMCarry(*[jnp.zeros(16)] * 4), jnp.ones(3))
+      >>> y.shape
+      (16,)
     """
     heads, rows, _ = params.w_h.shape
     return SLSTM(params.w_x.shape[0], heads * rows, heads).step(params, carry, x, noise)

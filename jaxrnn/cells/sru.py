@@ -48,16 +48,19 @@ class SRU(LinearCell):
     Its gates see the input alone, as in the first form of the paper, so that a sequence trains in parallel over time.
 
     Args:
-      input_size: D. hidden_size: H.
+      input_size: D.
+      hidden_size: H.
       activation: φ, see `jaxrnn.activation`.
 
-    Reference: Lei et al. 2017, Simple recurrent units for highly parallelizable recurrence, arXiv 1709.02755.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.SRU(3, 16)
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
+      >>> ys.shape
+      (7, 16)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.SRU(3, 16)
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))
-        >>> ys.shape
-        (7, 16)
+    References:
+      Lei et al. 2017, Simple recurrent units for highly parallelizable recurrence, arXiv 1709.02755.
     """
 
     input_size: int
@@ -105,9 +108,10 @@ class SRU(LinearCell):
 def sru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> SRUParams:
     """Parameters of `sru_step`: w_x LeCun normal, b zero.
 
-    >>> import jax, jaxrnn
-    >>> jaxrnn.sru_init(jax.random.key(0), 3, 16).w_x.shape, jaxrnn.sru_init(jax.random.key(0), 3, 3).w_x.shape
-    ((3, 64), (3, 9))
+    Examples:
+      >>> import jax, jaxrnn
+      >>> jaxrnn.sru_init(jax.random.key(0), 3, 16).w_x.shape, jaxrnn.sru_init(jax.random.key(0), 3, 3).w_x.shape
+      ((3, 64), (3, 9))
     """
     parts = 3 if input_size == hidden_size else 4
     return SRUParams(lecun_normal(key, input_size, hidden_size, parts, dtype), jnp.zeros(2 * hidden_size, dtype))
@@ -125,20 +129,22 @@ def sru_step(
     Args:
       params: `SRUParams` with w_x (D, 3H) or (D, 4H), b (2H,) or None.
       carry: `SRUCarry(h)`, (..., H).
-      x: input, (..., D).
+      x: Input, (..., D).
       noise: None.
-      activation: as of `SRU`.
+      activation: As of `SRU`.
 
     Returns:
       The new carry, and the output, (..., H).
 
     Raises:
-      ValueError: if a shape does not fit. TypeError: if params are of another cell.
+      ValueError: If a shape does not fit.
+      TypeError: If params are of another cell.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> params = jaxrnn.sru_init(jax.random.key(0), 3, 16)
-        >>> carry, y = jaxrnn.sru_step(params, jaxrnn.SRUCarry(jnp.zeros(16)), jnp.ones(3))
-        >>> y.shape
-        (16,)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> params = jaxrnn.sru_init(jax.random.key(0), 3, 16)
+      >>> carry, y = jaxrnn.sru_step(params, jaxrnn.SRUCarry(jnp.zeros(16)), jnp.ones(3))
+      >>> y.shape
+      (16,)
     """
     return SRU(params.w_x.shape[0], carry.h.shape[-1], activation).step(params, carry, x, noise)

@@ -21,9 +21,11 @@ def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool)
     which it is; and the window after the last step.
 
     Args:
-      window: the last K−1 valid inputs before, (*batch, K−1, D). fresh: those that a sequence begins with.
-      xs: (T, *batch, D). flags: which steps are valid, and which the first of a sequence.
-      reverse: from the last step to the first.
+      window: The last K−1 valid inputs before, (*batch, K−1, D).
+      fresh: Those that a sequence begins with.
+      xs: (T, *batch, D).
+      flags: Which steps are valid, and which the first of a sequence.
+      reverse: From the last step to the first.
     """
     if reverse:
         flags = Flags(*(None if each is None else jnp.flip(each, 0) for each in flags))

@@ -25,14 +25,17 @@ def glu(size: int, hidden_size: int, activation: Activation = "gelu") -> Cell:
     """The feed-forward layer with a gated linear unit: y = ((x w_1) · φ(x w_2)) w_3.
 
     Args:
-      size: D, of x and y. hidden_size: of the inner layer.
+      size: D, of x and y.
+      hidden_size: Of the inner layer.
       activation: φ: "gelu" for GeGLU, "silu" for SwiGLU, "sigmoid" for GLU.
 
-    Reference: Shazeer 2020, GLU variants improve transformer, arXiv 2002.05202.
+    Examples:
+      >>> import jaxrnn
+      >>> jaxrnn.glu(8, 16).output_size
+      8
 
-        >>> import jaxrnn
-        >>> jaxrnn.glu(8, 16).output_size
-        8
+    References:
+      Shazeer 2020, GLU variants improve transformer, arXiv 2002.05202.
     """
     return gated(Linear(size, hidden_size), size, size, activation)
 
@@ -44,16 +47,18 @@ def residual_block(cell: Cell, hidden_size: int | None = None, activation: Activ
         y = x + glu(norm(x))
 
     Args:
-      cell: of equal input and output size D.
-      hidden_size: of the feed-forward layer; None for 3 D, which has the parameters of an ordinary one of 4.5 D.
-      activation: of `glu`.
+      cell: Of equal input and output size D.
+      hidden_size: Of the feed-forward layer; None for 3 D, which has the parameters of an ordinary one of 4.5 D.
+      activation: Of `glu`.
 
-    Reference: De et al. 2024, Griffin, arXiv 2402.19427, section 2.1 (with layer normalisation for its RMSNorm).
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.residual_block(jaxrnn.LRU(8, 16))
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
+      (7, 8)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.residual_block(jaxrnn.LRU(8, 16))
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
-        (7, 8)
+    References:
+      De et al. 2024, Griffin, arXiv 2402.19427, section 2.1 (with layer normalisation for its RMSNorm).
     """
     size = output_size(cell)
     if not isinstance(size, int):
@@ -73,15 +78,19 @@ def griffin_block(size: int, hidden_size: int | None = None, *, blocks: int = 1,
         y = (RGLRU(conv(x w_1)) · gelu(x w_2)) w_3
 
     Args:
-      size: D, of x and y. hidden_size: of the recurrence; None for D.
-      blocks: of the gates of `RGLRU`. window: of the convolution.
+      size: D, of x and y.
+      hidden_size: Of the recurrence; None for D.
+      blocks: Of the gates of `RGLRU`.
+      window: Of the convolution.
 
-    Reference: De et al. 2024, Griffin, arXiv 2402.19427, section 2.2.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.residual_block(jaxrnn.griffin_block(8, 12, blocks=3))
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
+      (7, 8)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.residual_block(jaxrnn.griffin_block(8, 12, blocks=3))
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
-        (7, 8)
+    References:
+      De et al. 2024, Griffin, arXiv 2402.19427, section 2.2.
     """
     inner = size if hidden_size is None else hidden_size
     branch = Stack((Linear(size, inner), CausalConv(inner, window), RGLRU(inner, blocks)))
@@ -96,15 +105,20 @@ def mamba_block(
         y = (S6(silu(conv(x w_1))) · silu(x w_2)) w_3
 
     Args:
-      size: D, of x and y. hidden_size: of the recurrence; None for 2 D.
-      states, rank: of `S6`; the rank is D/16, rounded up, where it is None. window: of the convolution.
+      size: D, of x and y.
+      hidden_size: Of the recurrence; None for 2 D.
+      states: As of `S6`.
+      rank: As of `S6`; None for D/16, rounded up.
+      window: Of the convolution.
 
-    Reference: Gu & Dao 2023, Mamba, arXiv 2312.00752, section 3.4.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.mamba_block(8, states=4)
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
+      (7, 8)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.mamba_block(8, states=4)
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
-        (7, 8)
+    References:
+      Gu & Dao 2023, Mamba, arXiv 2312.00752, section 3.4.
     """
     inner = 2 * size if hidden_size is None else hidden_size
     branch = Stack(
@@ -127,14 +141,18 @@ def slstm_block(size: int, *, heads: int = 4, window: int | None = 4) -> Cell:
     Here the convolution feeds all gates, in the paper those of input and forgetting.
 
     Args:
-      size: D, of x and y. heads: of `SLSTM`. window: of the convolution; None for none.
+      size: D, of x and y.
+      heads: Of `SLSTM`.
+      window: Of the convolution; None for none.
 
-    Reference: Beck et al. 2024, xLSTM, arXiv 2405.04517, figure 10.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.slstm_block(8, heads=2)
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
+      (7, 8)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.slstm_block(8, heads=2)
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 8)))[1].shape
-        (7, 8)
+    References:
+      Beck et al. 2024, xLSTM, arXiv 2405.04517, figure 10.
     """
     before = () if window is None else (CausalConv(size, window), Apply("silu"))
     recurrence = Stack((*before, SLSTM(size, size, heads=heads), LayerNorm(size, groups=heads)))

@@ -18,19 +18,22 @@ class RecurrentDropout(Wrapper):
     The carry itself is not masked. Without a key it is the cell.
 
     Args:
-      cell: a cell that names its recurrent product, as all gated cells do.
-      rate: the probability that an entry of m is 0, in [0, 1).
+      cell: A cell that names its recurrent product, as all gated cells do.
+      rate: The probability that an entry of m is 0, in [0, 1).
 
     Raises:
-      TypeError: for any other cell; other wrappers go around this one.
+      TypeError: For any other cell; other wrappers go around this one.
 
-    Reference: Gal & Ghahramani 2016, A theoretically grounded application of dropout in recurrent neural networks.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.RecurrentDropout(jaxrnn.GRU(3, 4), 0.25)
+      >>> params = cell.init(jax.random.key(0))
+      >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
+      (7, 4)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.RecurrentDropout(jaxrnn.GRU(3, 4), 0.25)
-        >>> params = cell.init(jax.random.key(0))
-        >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
-        (7, 4)
+    References:
+      Gal & Ghahramani 2016, A theoretically grounded application of dropout in recurrent neural networks, arXiv
+      1512.05287.
     """
 
     rate: float
@@ -70,20 +73,22 @@ class WeightDrop(Wrapper):
     key it is the cell.
 
     Args:
-      cell: a cell that names its recurrent weights, or `RecurrentDropout` around one.
-      rate: the probability that a weight is dropped, in [0, 1).
+      cell: A cell that names its recurrent weights, or `RecurrentDropout` around one.
+      rate: The probability that a weight is dropped, in [0, 1).
 
     Raises:
-      TypeError: for any other cell.
+      TypeError: For any other cell.
 
-    Reference: Wan et al. 2013; on recurrent weights: Merity et al. 2018, Regularizing and optimizing LSTM language
-    models.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.WeightDrop(jaxrnn.LSTM(3, 4), 0.5)
+      >>> params = cell.init(jax.random.key(0))
+      >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
+      (7, 4)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.WeightDrop(jaxrnn.LSTM(3, 4), 0.5)
-        >>> params = cell.init(jax.random.key(0))
-        >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
-        (7, 4)
+    References:
+      Wan et al. 2013, https://proceedings.mlr.press/v28/wan13.html; on recurrent weights: Merity et al. 2018,
+      Regularizing and optimizing LSTM language models, arXiv 1708.02182.
     """
 
     rate: float
@@ -139,21 +144,23 @@ class Zoneout(Wrapper):
     is that part after zoneout; the y of any other cell is its own.
 
     Args:
-      cell: any cell that runs step by step.
-      rate: the probability that an entry stays, in [0, 1]; or a tuple of one for each floating leaf of the carry, in
+      cell: Any cell that runs step by step.
+      rate: The probability that an entry stays, in [0, 1]; or a tuple of one for each floating leaf of the carry, in
         order: `(rate_h, rate_c)` for an LSTM. For `SLSTM` it is `(rate_h, 0, 0, 0)`, since c, n and m are defined up to
         a common factor and cannot be mixed one by one.
 
     Raises:
-      ValueError: if the rates do not fit the carry.
+      ValueError: If the rates do not fit the carry.
 
-    Reference: Krueger et al. 2017, Zoneout: regularizing RNNs by randomly preserving hidden activations.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Zoneout(jaxrnn.LSTM(3, 4), (0.05, 0.5))
+      >>> params = cell.init(jax.random.key(0))
+      >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
+      (7, 4)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Zoneout(jaxrnn.LSTM(3, 4), (0.05, 0.5))
-        >>> params = cell.init(jax.random.key(0))
-        >>> jaxrnn.scan(cell, params, None, jnp.ones((7, 3)), key=jax.random.key(1))[1].shape
-        (7, 4)
+    References:
+      Krueger et al. 2017, Zoneout: regularizing RNNs by randomly preserving hidden activations, arXiv 1606.01305.
     """
 
     rate: float | tuple[float, ...]

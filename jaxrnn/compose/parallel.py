@@ -54,18 +54,19 @@ class Parallel(Several):
     Params and carry are tuples, one entry per cell.
 
     Args:
-      cells: cells of equal input.
+      cells: Cells of equal input.
       merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of the outputs as they are), or a callable of all
         outputs, compared by identity.
 
     Raises:
-      ValueError: if sizes do not fit.
+      ValueError: If sizes do not fit.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> gate = jaxrnn.Stack((jaxrnn.Linear(3, 4), jaxrnn.Apply("sigmoid")))
-        >>> cell = jaxrnn.Parallel((jaxrnn.GRU(3, 4), gate), "mul")
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
-        (7, 5, 4)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> gate = jaxrnn.Stack((jaxrnn.Linear(3, 4), jaxrnn.Apply("sigmoid")))
+      >>> cell = jaxrnn.Parallel((jaxrnn.GRU(3, 4), gate), "mul")
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+      (7, 5, 4)
     """
 
     merge: str | Callable[..., Any] = "concat"
@@ -132,20 +133,24 @@ class Bidirectional(Cell):
 
     The backward cell begins at the last valid step, and a reset begins a new sequence for both.
 
-    Args:
-      forward, backward: cells of equal input.
-      merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of both outputs as they are), or a callable of both
-        outputs, compared by identity.
 
     It cannot run step by step, since the backward cell needs the end of the sequence first.
 
-    Reference: Schuster & Paliwal 1997, Bidirectional recurrent neural networks.
+    Args:
+      forward: The cell that runs from the first step to the last.
+      backward: The cell that runs from the last valid step to the first; both read the same input.
+      merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of both outputs as they are), or a callable of both
+        outputs, compared by identity.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Bidirectional(jaxrnn.GRU(3, 4), jaxrnn.GRU(3, 6))
-        >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))
-        >>> ys.shape, carry.backward.h.shape
-        ((7, 5, 10), (5, 6))
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Bidirectional(jaxrnn.GRU(3, 4), jaxrnn.GRU(3, 6))
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))
+      >>> ys.shape, carry.backward.h.shape
+      ((7, 5, 10), (5, 6))
+
+    References:
+      Schuster & Paliwal 1997, Bidirectional recurrent neural networks, https://doi.org/10.1109/78.650093.
     """
 
     forward: Cell

@@ -40,26 +40,27 @@ class Pool(Wrapper):
     direction's own final output: the forward cell's at the last valid step, the backward cell's at the first.
 
     Args:
-      cell: a cell that says its output size.
+      cell: A cell that says its output size.
       how: "last", "mean" or "max"; or "end", the last output, but 0 where the sequence ends with a step that is not
         valid (Keras' `zero_output_for_mask`); or a tuple of these, whose outputs are concatenated.
 
     Raises:
-      ValueError: for another `how`, and for a cell that ends the time axis already.
-      TypeError: for a cell that does not say its output size.
+      ValueError: For another `how`, and for a cell that ends the time axis already.
+      TypeError: For a cell that does not say its output size.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Pool(jaxrnn.GRU(3, 4), ("mean", "max"))
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
-        (5, 8)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Pool(jaxrnn.GRU(3, 4), ("mean", "max"))
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+      (5, 8)
 
-    Its carry is a `PoolCarry`, whose field `cell` is the final carry of the cell itself. A decoder goes on from it:
+      Its carry is a `PoolCarry`, whose field `cell` is the final carry of the cell itself. A decoder goes on from it:
 
-        >>> encoder, decoder = jaxrnn.Pool(jaxrnn.LSTM(3, 4)), jaxrnn.LSTM(2, 4)
-        >>> params = encoder.init(jax.random.key(0)), decoder.init(jax.random.key(1))
-        >>> carry, _ = jaxrnn.scan(encoder, params[0], None, jnp.ones((7, 5, 3)))
-        >>> jaxrnn.scan(decoder, params[1], carry, jnp.ones((6, 5, 2)))[1].shape
-        (6, 5, 4)
+      >>> encoder, decoder = jaxrnn.Pool(jaxrnn.LSTM(3, 4)), jaxrnn.LSTM(2, 4)
+      >>> params = encoder.init(jax.random.key(0)), decoder.init(jax.random.key(1))
+      >>> carry, _ = jaxrnn.scan(encoder, params[0], None, jnp.ones((7, 5, 3)))
+      >>> jaxrnn.scan(decoder, params[1], carry, jnp.ones((6, 5, 2)))[1].shape
+      (6, 5, 4)
     """
 
     how: str | tuple[str, ...] = "last"

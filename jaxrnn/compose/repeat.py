@@ -26,14 +26,15 @@ class Repeat(Layer):
     y is that cell's.
 
     Args:
-      cell: any cell, also one that runs backward.
-      length: the number of steps, n.
+      cell: Any cell, also one that runs backward.
+      length: The number of steps, n.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn import LSTM, Linear, Pool, Repeat, Stack
-        >>> model = Stack((Pool(LSTM(3, 16)), Repeat(Stack((LSTM(16, 8), Linear(8, 2))), 4)))
-        >>> jaxrnn.scan(model, model.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape  # batch, n, features
-        (5, 4, 2)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn import LSTM, Linear, Pool, Repeat, Stack
+      >>> model = Stack((Pool(LSTM(3, 16)), Repeat(Stack((LSTM(16, 8), Linear(8, 2))), 4)))
+      >>> jaxrnn.scan(model, model.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape  # batch, n, features
+      (5, 4, 2)
     """
 
     cell: Cell

@@ -79,19 +79,21 @@ class Stack(Several):
     A sequence runs layer by layer; a step runs through all of them. Params and carry are tuples, one entry per cell.
 
     Args:
-      cells: cells of any sizes and kinds. After a `Pool` only layers without time may follow.
-      skip: every cell reads (x, output below), and the output is that of all cells, concatenated (Graves 2013).
+      cells: Cells of any sizes and kinds. After a `Pool` only layers without time may follow.
+      skip: Every cell reads (x, output below), and the output is that of all cells, concatenated (Graves 2013).
 
     Raises:
-      ValueError: if sizes do not fit, naming the two cells.
+      ValueError: If sizes do not fit, naming the two cells.
 
-    Reference: skip connections: Graves 2013, Generating sequences with recurrent neural networks.
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 4), jaxrnn.Pool(jaxrnn.LSTM(4, 8)), jaxrnn.Linear(8, 2)))
+      >>> carry, y = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.zeros((7, 5), int))
+      >>> y.shape
+      (5, 2)
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 4), jaxrnn.Pool(jaxrnn.LSTM(4, 8)), jaxrnn.Linear(8, 2)))
-        >>> carry, y = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.zeros((7, 5), int))
-        >>> y.shape
-        (5, 2)
+    References:
+      Skip connections: Graves 2013, Generating sequences with recurrent neural networks, arXiv 1308.0850.
     """
 
     skip: bool = False

@@ -75,10 +75,11 @@ class Wrapper(Cell):
 class Residual(Wrapper):
     """y = x + (the cell's y), for a cell whose output has the shape of its input.
 
-    >>> import jax, jax.numpy as jnp, jaxrnn
-    >>> cell = jaxrnn.Residual(jaxrnn.GRU(3, 3))
-    >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))[1].shape
-    (7, 3)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Residual(jaxrnn.GRU(3, 3))
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 3)))[1].shape
+      (7, 3)
     """
 
     recurrent_state = None  # type: ignore[assignment]
@@ -112,10 +113,11 @@ class Backward(Wrapper):
 
     As the backward cell of a `Bidirectional`, it cannot run step by step.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 4), jaxrnn.Backward(jaxrnn.GRU(4, 2))))
-        >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
-        (7, 5, 2)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 4), jaxrnn.Backward(jaxrnn.GRU(4, 2))))
+      >>> jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))[1].shape
+      (7, 5, 2)
     """
 
     causal = False  # type: ignore[assignment]
@@ -152,10 +154,11 @@ class LearnedCarry(Wrapper):
     truncated backpropagation, where each window is given the carry of the one before, set `reset` at the first step of
     every sequence, as `jaxrnn.training.Streams` does.
 
-        >>> import jax, jaxrnn
-        >>> cell = jaxrnn.LearnedCarry(jaxrnn.GRU(3, 4))
-        >>> cell.init(jax.random.key(0)).carry.h.shape
-        (4,)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> cell = jaxrnn.LearnedCarry(jaxrnn.GRU(3, 4))
+      >>> cell.init(jax.random.key(0)).carry.h.shape
+      (4,)
     """
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> LearnedCarryParams:
@@ -201,11 +204,12 @@ class Emitted(NamedTuple):
 class EmitCarry(Wrapper):
     """The cell with the carry after every step among its outputs: y becomes `Emitted(y, carry)`.
 
-    >>> import jax, jax.numpy as jnp, jaxrnn
-    >>> cell = jaxrnn.EmitCarry(jaxrnn.LSTM(3, 4))
-    >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))
-    >>> ys.carry.c.shape
-    (7, 5, 4)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.EmitCarry(jaxrnn.LSTM(3, 4))
+      >>> carry, ys = jaxrnn.scan(cell, cell.init(jax.random.key(0)), None, jnp.ones((7, 5, 3)))
+      >>> ys.carry.c.shape
+      (7, 5, 4)
     """
 
     recurrent_state = None  # type: ignore[assignment]

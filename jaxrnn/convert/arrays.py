@@ -18,12 +18,12 @@ class Arrays:
     """Named arrays of one floating dtype, without NaN or infinity, each to be taken once and none to be left over.
 
     Args:
-      source: what they are of, for messages.
-      arrays: by name, whatever NumPy can read.
+      source: What they are of, for messages.
+      arrays: By name, whatever NumPy can read.
 
     Raises:
-      TypeError: for what is no array of floating numbers. ValueError: for dtypes that differ, numbers that are not
-        finite, and float64 where `jax.enable_x64` is off.
+      TypeError: For what is no array of floating numbers.
+      ValueError: For dtypes that differ, numbers that are not finite, and float64 where `jax.enable_x64` is off.
     """
 
     def __init__(self, source: str, arrays: Mapping[str, Any]):
@@ -87,9 +87,10 @@ def _floating(name: str, value: Any) -> np.ndarray:
 def reorder(array: np.ndarray, given: str, wanted: str) -> Any:
     """The gates of the last axis, one letter each, from one order in another.
 
-    >>> import numpy as np
-    >>> reorder(np.arange(6), "zrn", "rzn")
-    array([2, 3, 0, 1, 4, 5])
+    Examples:
+      >>> import numpy as np
+      >>> reorder(np.arange(6), "zrn", "rzn")
+      array([2, 3, 0, 1, 4, 5])
     """
     if sorted(given) != sorted(wanted) or array.shape[-1] % len(given):
         raise ValueError(f"gates: expected {len(wanted)} blocks {wanted!r} of one size, got {given!r} in {array.shape}")

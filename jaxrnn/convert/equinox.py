@@ -45,15 +45,16 @@ def from_equinox(module: Any) -> tuple[Cell, Any]:
       The cell and its params, in the dtype of the weights. A LayerNorm without weight gets one of ones.
 
     Raises:
-      ValueError: for a module or function without counterpart, arrays of other shapes or dtypes, or not finite.
-      TypeError: for what is no module, or has no arrays of floating numbers. Each names the place.
+      ValueError: For a module or function without counterpart, arrays of other shapes or dtypes, or not finite.
+      TypeError: For what is no module, or has no arrays of floating numbers. Each names the place.
 
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.convert import from_equinox, to_equinox
-        >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.Linear(4, 2)))
-        >>> modules = to_equinox(cell, cell.init(jax.random.key(0)))  # doctest: +SKIP
-        >>> from_equinox(modules)[0] == cell  # doctest: +SKIP
-        True
+    Examples:
+      >>> import jax, jaxrnn
+      >>> from jaxrnn.convert import from_equinox, to_equinox
+      >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.Linear(4, 2)))
+      >>> modules = to_equinox(cell, cell.init(jax.random.key(0)))  # doctest: +SKIP
+      >>> from_equinox(modules)[0] == cell  # doctest: +SKIP
+      True
     """
     weights: dict[str, Any] = {}
     read = _read("module", module, weights, frozenset())
@@ -163,19 +164,21 @@ def to_equinox(cell: Cell, params: Any) -> Any:
     """A cell as Equinox's module with these weights: the same function. `from_equinox` is the way back.
 
     Args:
-      cell, params: LSTM, GRU (reset after the product), Linear, Embed, LayerNorm, Dropout, Apply of a name, or a Stack.
+      cell: LSTM, GRU (reset after the product), Linear, Embed, LayerNorm, Dropout, Apply of a name, or a Stack.
+      params: Its params, as `cell.init` gives them.
 
     Returns:
       The module of `equinox.nn`, whose `use_bias` says whether there are biases; of a Stack a tuple, one per cell.
 
     Raises:
-      ValueError: for a cell or an option that Equinox lacks, naming the place.
+      ValueError: For a cell or an option that Equinox lacks, naming the place.
 
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.convert import to_equinox
-        >>> cell = jaxrnn.LSTM(3, 4)
-        >>> to_equinox(cell, cell.init(jax.random.key(0))).weight_ih.shape  # doctest: +SKIP
-        (16, 3)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> from jaxrnn.convert import to_equinox
+      >>> cell = jaxrnn.LSTM(3, 4)
+      >>> to_equinox(cell, cell.init(jax.random.key(0))).weight_ih.shape  # doctest: +SKIP
+      (16, 3)
     """
     return _module(placed(cell, params))
 

@@ -44,10 +44,10 @@ def from_haiku(
     twice as far in Haiku as `b` moves here; see `from_torch` for a way to do the same.
 
     Args:
-      params: as `init` returns them: module names to dicts of arrays, which may be NumPy's.
-      modules: the names of the modules in the order in which they run, "lstm" and not "lstm/linear". A mapping also
-        says the kind of each: "lstm", "gru", "vanilla_rnn", "conv1_dlstm" (2, 3), "linear", "embed", "layer_norm".
-        None takes the order of `params`, unless it is alphabetical: `jax.tree.map` sorts, so it may not be theirs.
+      params: As `init` returns them: module names to dicts of arrays, which may be NumPy's.
+      modules: The names of the modules in the order in which they run, "lstm" and not "lstm/linear". A mapping also
+        says the kind of each: "lstm", "gru", "vanilla_rnn", "conv1_dlstm" (2, 3), "linear", "embed", "layer_norm". None
+        takes the order of `params`, unless it is alphabetical: `jax.tree.map` sorts, so it may not be theirs.
       spatial_shape: S of x (..., *S, D), which the weights of a Conv*LSTM do not tell.
       epsilon: `eps` of the LayerNorms.
 
@@ -55,19 +55,21 @@ def from_haiku(
       The cell and its params, in the dtype of the weights.
 
     Raises:
-      ValueError: for modules of unknown kind or order, and arrays that are missing, unexpected, of another shape, of
-        several dtypes or not finite, by name. TypeError: for what are no dicts of arrays of floating numbers.
+      ValueError: For modules of unknown kind or order, and arrays that are missing, unexpected, of another shape, of
+        several dtypes or not finite, by name.
+      TypeError: For what are no dicts of arrays of floating numbers.
 
-        >>> import jax.numpy as jnp, jaxrnn, numpy as np
-        >>> from jaxrnn.convert import from_haiku
-        >>> weights = {"my_model/lstm/linear": {"w": np.ones((3 + 4, 16), "f"), "b": np.zeros(16, "f")}}
-        >>> cell, params = from_haiku(weights)
-        >>> cell
-        LSTM(input_size=3, hidden_size=4)
-        >>> params.b[4:8]  # Haiku adds 1 to the forget gate as it runs
-        Array([1., 1., 1., 1.], dtype=float32)
-        >>> jaxrnn.scan(cell, params, None, jnp.ones((5, 2, 3)))[1].shape
-        (5, 2, 4)
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn, numpy as np
+      >>> from jaxrnn.convert import from_haiku
+      >>> weights = {"my_model/lstm/linear": {"w": np.ones((3 + 4, 16), "f"), "b": np.zeros(16, "f")}}
+      >>> cell, params = from_haiku(weights)
+      >>> cell
+      LSTM(input_size=3, hidden_size=4)
+      >>> params.b[4:8]  # Haiku adds 1 to the forget gate as it runs
+      Array([1., 1., 1., 1.], dtype=float32)
+      >>> jaxrnn.scan(cell, params, None, jnp.ones((5, 2, 3)))[1].shape
+      (5, 2, 4)
     """
     given = _flat(params)
     kinds, ordered = dict(modules) if isinstance(modules, Mapping) else {}, None
@@ -92,9 +94,10 @@ def to_haiku(
     """A cell's params as Haiku's, for modules that compute the same; `from_haiku` is the way back.
 
     Args:
-      cell, params: LSTM, GRU(reset_after=False), Elman(activation="relu"), ConvLSTM, Linear, Embed, LayerNorm, or a
-        Stack of them.
-      modules: the name of each module in order; None for those that Haiku gives: "lstm", "lstm_1", "linear".
+      cell: LSTM, GRU(reset_after=False), Elman(activation="relu"), ConvLSTM, Linear, Embed, LayerNorm, or a Stack of
+        them.
+      params: Its params, as `cell.init` gives them.
+      modules: The name of each module in order; None for those that Haiku gives: "lstm", "lstm_1", "linear".
       epsilon: `eps` of the LayerNorms that will read them.
 
     Returns:
@@ -102,15 +105,16 @@ def to_haiku(
       `with_bias=False`) and a LayerNorm (with `create_offset=False`).
 
     Raises:
-      ValueError: for a cell or an option that Haiku lacks (peepholes, a GRU that resets after the product), naming the
+      ValueError: For a cell or an option that Haiku lacks (peepholes, a GRU that resets after the product), naming the
         place; for layers without params, which Haiku's dict cannot hold.
 
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.convert import to_haiku
-        >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.Linear(4, 2)))
-        >>> weights = to_haiku(cell, cell.init(jax.random.key(0)))
-        >>> {name: weights[name]["w"].shape for name in weights}
-        {'lstm/linear': (7, 16), 'linear': (4, 2)}
+    Examples:
+      >>> import jax, jaxrnn
+      >>> from jaxrnn.convert import to_haiku
+      >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.Linear(4, 2)))
+      >>> weights = to_haiku(cell, cell.init(jax.random.key(0)))
+      >>> {name: weights[name]["w"].shape for name in weights}
+      {'lstm/linear': (7, 16), 'linear': (4, 2)}
     """
     model = placed(cell, params)
     each = [_written(part, epsilon) for part in layers(model)]

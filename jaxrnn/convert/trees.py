@@ -17,10 +17,11 @@ def leaves(tree: Any) -> dict[str, Any]:
     """What nested dicts hold, by path.
 
     Raises:
-      ValueError: if they are nested deeper than any model is.
+      ValueError: If they are nested deeper than any model is.
 
-        >>> leaves({"cell": {"i": {"kernel": 1}, "h": 2}})
-        {'cell/i/kernel': 1, 'cell/h': 2}
+    Examples:
+      >>> leaves({"cell": {"i": {"kernel": 1}, "h": 2}})
+      {'cell/i/kernel': 1, 'cell/h': 2}
     """
     found, todo = {}, [("", 0, tree)]
     while todo:
@@ -37,8 +38,9 @@ def leaves(tree: Any) -> dict[str, Any]:
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dicts that hold these leaves.
 
-    >>> nested({"cell/i/kernel": 1, "cell/h": 2})
-    {'cell': {'i': {'kernel': 1}, 'h': 2}}
+    Examples:
+      >>> nested({"cell/i/kernel": 1, "cell/h": 2})
+      {'cell': {'i': {'kernel': 1}, 'h': 2}}
     """
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():

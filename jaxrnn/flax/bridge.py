@@ -35,17 +35,18 @@ def from_params(cell: Cell, params: Any) -> dict[str, Any]:
     `cell_`. What the cell's options leave out is absent; an array that was replaced by None stays None.
 
     Raises:
-      ValueError: if the params are not those of the cell.
+      ValueError: If the params are not those of the cell.
 
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.linen import from_params, to_params
-        >>> cell = jaxrnn.LearnedCarry(jaxrnn.Elman(2, 3))
-        >>> params = cell.init(jax.random.key(0))
-        >>> tree = from_params(cell, params)
-        >>> jax.tree.map(lambda leaf: leaf.shape, tree)
-        {'carry': {'h': (3,)}, 'cell_': {'b': (3,), 'w_h': (3, 3), 'w_x': (2, 3)}}
-        >>> jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), to_params(cell, tree), params))
-        True
+    Examples:
+      >>> import jax, jaxrnn
+      >>> from jaxrnn.linen import from_params, to_params
+      >>> cell = jaxrnn.LearnedCarry(jaxrnn.Elman(2, 3))
+      >>> params = cell.init(jax.random.key(0))
+      >>> tree = from_params(cell, params)
+      >>> jax.tree.map(lambda leaf: leaf.shape, tree)
+      {'carry': {'h': (3,)}, 'cell_': {'b': (3,), 'w_h': (3, 3), 'w_x': (2, 3)}}
+      >>> jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), to_params(cell, tree), params))
+      True
     """
     found = {path: leaf for path, leaf in _with_none(params) if leaf is not None}
     tree: dict[str, Any] = {}
@@ -61,7 +62,13 @@ def to_params(cell: Cell, tree: Mapping[str, Any]) -> Any:
     """The params of `cell` from nested dicts of arrays, as `from_params` makes them and a Flax module holds them.
 
     Raises:
-      ValueError: for a name that is missing or that the cell does not have. None stands for an absent bias.
+      ValueError: For a name that is missing or that the cell does not have. None stands for an absent bias.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.linen import to_params
+      >>> to_params(jaxrnn.Linear(3, 2), {"w": jnp.ones((3, 2)), "b": None}).w.shape
+      (3, 2)
     """
     layout = _layout(cell)
     unknown = sorted(set(_flat(tree)) - {names for _, names in layout})

@@ -32,23 +32,26 @@ class RNN(nn.Module):
     `reverse`, ys stay aligned with xs; `scan` returns the carry, and no flag changes what `__call__` returns.
 
     Attributes:
-      cell: any `jaxrnn.Cell`.
-      time_major: xs and ys (T, *batch, ...) and not (*batch, T, ...).
-      reverse, remat_every, implementation: as in `jaxrnn.scan`.
+      cell: Any `jaxrnn.Cell`.
+      time_major: xs and ys (T, *batch, ...) and not (*batch, T, ...)
+      reverse: As in `jaxrnn.scan`.
+      remat_every: As in `jaxrnn.scan`.
+      implementation: As in `jaxrnn.scan`.
       deterministic: True for no noise (dropout, zoneout); here or in the call, needed where the cell draws noise.
-      param_dtype: the dtype of the params. Computation is in the dtype of xs.
-      rng_collection: the stream that noise is drawn from.
+      param_dtype: The dtype of the params. Computation is in the dtype of xs.
+      rng_collection: The stream that noise is drawn from.
 
-        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.linen import RNN
-        >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 8), jaxrnn.Dropout(0.1), jaxrnn.LSTM(8, 4)))
-        >>> model = nn.Sequential([RNN(cell, deterministic=True), nn.Dense(1)])
-        >>> xs = jnp.ones((5, 7, 3))  # batch, time, features
-        >>> variables = model.init(jax.random.key(0), xs)
-        >>> model.apply(variables, xs).shape
-        (5, 7, 1)
-        >>> sorted(variables["params"]["layers_0"]["layer_2"])
-        ['b', 'w_h', 'w_x']
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.linen import RNN
+      >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 8), jaxrnn.Dropout(0.1), jaxrnn.LSTM(8, 4)))
+      >>> model = nn.Sequential([RNN(cell, deterministic=True), nn.Dense(1)])
+      >>> xs = jnp.ones((5, 7, 3))  # batch, time, features
+      >>> variables = model.init(jax.random.key(0), xs)
+      >>> model.apply(variables, xs).shape
+      (5, 7, 1)
+      >>> sorted(variables["params"]["layers_0"]["layer_2"])
+      ['b', 'w_h', 'w_x']
     """
 
     cell: Cell
@@ -110,14 +113,17 @@ class RNN(nn.Module):
 
         Args:
           xs: (*batch, T, ...), or (T, *batch, ...) with `time_major`.
-          seq_lengths: integers (*batch): the steps that are valid.
-          mask, reset: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
-          initial_carry: leaves (*batch, ...), or None to start fresh.
+          seq_lengths: Integers (*batch): the steps that are valid.
+          mask: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
+          reset: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
+          initial_carry: Leaves (*batch, ...), or None to start fresh.
           deterministic: True for no noise.
 
         Raises:
-          ValueError, TypeError: for shapes, dtypes and values that do not fit; for a cell that draws noise where
-            nobody said whether to.
+          ValueError: For shapes, dtypes and values that do not fit; for a cell that draws noise where nobody said
+            whether to.
+          TypeError: For shapes, dtypes and values that do not fit; for a cell that draws noise where nobody said
+            whether to.
         """
         return bridge.run(
             self.cell,
@@ -137,13 +143,14 @@ class RNN(nn.Module):
     def step(self, carry: Any, x: Any) -> tuple[Any, Any]:
         """One step without noise: the new carry, and y. A carry of None starts fresh.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.linen import RNN
-        >>> model = RNN(jaxrnn.GRU(3, 4))
-        >>> variables = model.init(jax.random.key(0), jnp.ones((5, 7, 3)))
-        >>> carry, y = model.apply(variables, None, jnp.ones((5, 3)), method="step")
-        >>> y.shape
-        (5, 4)
+        Examples:
+          >>> import jax, jax.numpy as jnp, jaxrnn
+          >>> from jaxrnn.linen import RNN
+          >>> model = RNN(jaxrnn.GRU(3, 4))
+          >>> variables = model.init(jax.random.key(0), jnp.ones((5, 7, 3)))
+          >>> carry, y = model.apply(variables, None, jnp.ones((5, 3)), method="step")
+          >>> y.shape
+          (5, 4)
         """
         return step(self.cell, self.params(), carry, x, implementation=self.implementation)
 
@@ -168,20 +175,21 @@ class LinenCell(FlaxCell):
     x. It hashes and compares as the module does; it may neither print as an expression nor pickle.
 
     Args:
-      module: a `flax.linen.RNNCellBase` that holds params alone and begins with a constant carry.
+      module: A `flax.linen.RNNCellBase` that holds params alone and begins with a constant carry.
       input_size: D, or the sizes of all axes of one x.
 
     Raises:
-      TypeError: for another module, and on `init` for one with other state (batch statistics).
-      ValueError: if the module draws its initial carry at random.
+      TypeError: For another module, and on `init` for one with other state (batch statistics).
+      ValueError: If the module draws its initial carry at random.
 
-        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.linen import LinenCell
-        >>> cell = jaxrnn.Bidirectional(LinenCell(nn.OptimizedLSTMCell(4), 3), jaxrnn.GRU(3, 4))
-        >>> params = cell.init(jax.random.key(0))
-        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 2, 3)), lengths=jnp.array([7, 0]))
-        >>> ys.shape, carry.forward.c.shape
-        ((7, 2, 8), (2, 4))
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.linen import LinenCell
+      >>> cell = jaxrnn.Bidirectional(LinenCell(nn.OptimizedLSTMCell(4), 3), jaxrnn.GRU(3, 4))
+      >>> params = cell.init(jax.random.key(0))
+      >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 2, 3)), lengths=jnp.array([7, 0]))
+      >>> ys.shape, carry.forward.c.shape
+      ((7, 2, 8), (2, 4))
     """
 
     module: nn.RNNCellBase

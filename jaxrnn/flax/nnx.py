@@ -33,28 +33,32 @@ class RNN(nnx.Module):
     `reverse`, ys stay aligned with xs; `scan` returns the carry, and no flag changes what `__call__` returns.
 
     Args:
-      cell: any `jaxrnn.Cell`.
-      rngs: for the params; and, where the cell draws noise (dropout, zoneout), forked for it.
-      params: the cell's params, in place of drawing them.
-      time_major: xs and ys (T, *batch, ...) and not (*batch, T, ...).
-      reverse, remat_every, implementation: as in `jaxrnn.scan`.
+      cell: Any `jaxrnn.Cell`.
+      rngs: For the params; and, where the cell draws noise (dropout, zoneout), forked for it.
+      params: The cell's params, in place of drawing them.
+      time_major: xs and ys (T, *batch, ...) and not (*batch, T, ...)
+      reverse: As in `jaxrnn.scan`.
+      remat_every: As in `jaxrnn.scan`.
+      implementation: As in `jaxrnn.scan`.
       deterministic: True for no noise; `model.eval()` and `model.train()` set it.
-      param_dtype: the dtype of the params that are drawn. Computation is in the dtype of xs.
-      rng_collection: the stream that noise is drawn from.
+      param_dtype: The dtype of the params that are drawn. Computation is in the dtype of xs.
+      rng_collection: The stream that noise is drawn from.
 
     Raises:
-      TypeError: if there is neither `rngs` nor `params`. ValueError: if `params` are not the cell's.
+      TypeError: If there is neither `rngs` nor `params`.
+      ValueError: If `params` are not the cell's.
 
-        >>> import jax.numpy as jnp, jaxrnn
-        >>> from flax import nnx
-        >>> from jaxrnn.nnx import RNN
-        >>> rngs = nnx.Rngs(0)
-        >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 8), jaxrnn.Dropout(0.1), jaxrnn.LSTM(8, 4)))
-        >>> model = nnx.Sequential(RNN(cell, rngs=rngs), nnx.Linear(4, 1, rngs=rngs))
-        >>> model(jnp.ones((5, 7, 3))).shape  # batch, time, features
-        (5, 7, 1)
-        >>> sorted(model.layers[0].layer_2)
-        ['b', 'w_h', 'w_x']
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn
+      >>> from flax import nnx
+      >>> from jaxrnn.nnx import RNN
+      >>> rngs = nnx.Rngs(0)
+      >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 8), jaxrnn.Dropout(0.1), jaxrnn.LSTM(8, 4)))
+      >>> model = nnx.Sequential(RNN(cell, rngs=rngs), nnx.Linear(4, 1, rngs=rngs))
+      >>> model(jnp.ones((5, 7, 3))).shape  # batch, time, features
+      (5, 7, 1)
+      >>> sorted(model.layers[0].layer_2)
+      ['b', 'w_h', 'w_x']
     """
 
     def __init__(
@@ -125,15 +129,18 @@ class RNN(nnx.Module):
 
         Args:
           xs: (*batch, T, ...), or (T, *batch, ...) with `time_major`.
-          seq_lengths: integers (*batch): the steps that are valid.
-          mask, reset: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
-          initial_carry: leaves (*batch, ...), or None to start fresh.
+          seq_lengths: Integers (*batch): the steps that are valid.
+          mask: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
+          reset: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
+          initial_carry: Leaves (*batch, ...), or None to start fresh.
           deterministic: True for no noise; None for the attribute.
-          rngs: where noise comes from, in place of the stream that was forked at construction.
+          rngs: Where noise comes from, in place of the stream that was forked at construction.
 
         Raises:
-          ValueError, TypeError: for shapes, dtypes and values that do not fit; for a cell that draws noise where there
-            is nothing to draw it from.
+          ValueError: For shapes, dtypes and values that do not fit; for a cell that draws noise where there is nothing
+            to draw it from.
+          TypeError: For shapes, dtypes and values that do not fit; for a cell that draws noise where there is nothing
+            to draw it from.
         """
         return bridge.run(
             self.cell,
@@ -153,13 +160,14 @@ class RNN(nnx.Module):
     def step(self, carry: Any, x: Any) -> tuple[Any, Any]:
         """One step without noise: the new carry, and y. A carry of None starts fresh.
 
-        >>> import jax.numpy as jnp, jaxrnn
-        >>> from flax import nnx
-        >>> from jaxrnn.nnx import RNN
-        >>> model = RNN(jaxrnn.GRU(3, 4), rngs=nnx.Rngs(0))
-        >>> carry, y = model.step(None, jnp.ones((5, 3)))
-        >>> y.shape
-        (5, 4)
+        Examples:
+          >>> import jax.numpy as jnp, jaxrnn
+          >>> from flax import nnx
+          >>> from jaxrnn.nnx import RNN
+          >>> model = RNN(jaxrnn.GRU(3, 4), rngs=nnx.Rngs(0))
+          >>> carry, y = model.step(None, jnp.ones((5, 3)))
+          >>> y.shape
+          (5, 4)
         """
         return step(self.cell, self.params(), carry, x, implementation=self.implementation)
 
@@ -200,8 +208,9 @@ class NNXCell(FlaxCell):
     puts out the dtype of x. It may neither print as an expression nor pickle.
 
     Args:
-      graphdef: what `nnx.split` gives. input_size: D, or the sizes of all axes of one x.
-      shapes: path, shape and dtype of every param.
+      graphdef: What `nnx.split` gives.
+      input_size: D, or the sizes of all axes of one x.
+      shapes: Path, shape and dtype of every param.
       create: `create(rngs)` builds such a module, which is how `init` draws params; or None.
     """
 
@@ -214,7 +223,7 @@ class NNXCell(FlaxCell):
         """The params of a module that `create` builds, in `dtype`.
 
         Raises:
-          TypeError: if the cell was made without `create`: how a module was drawn cannot be seen in the module.
+          TypeError: If the cell was made without `create`: how a module was drawn cannot be seen in the module.
         """
         if self.create is not None:
             graphdef, params = _split(self.create(nnx.Rngs(key)))
@@ -263,21 +272,22 @@ def from_nnx(
     Random streams that the module holds are left behind: a step that draws from one raises Flax's own error.
 
     Args:
-      module: a `flax.nnx.RNNCellBase` with no state but `nnx.Param`s, which begins with a constant carry.
+      module: A `flax.nnx.RNNCellBase` with no state but `nnx.Param`s, which begins with a constant carry.
       input_size: D, or the sizes of all axes of one x; None for `module.in_features`.
       create: `create(rngs)` builds such a module. Only with it can the cell draw other params, by `init`.
 
     Raises:
-      TypeError: for another module, for one with other state (batch statistics), for one that does not say its size.
-      ValueError: if the module draws its initial carry at random; if `create` builds another module.
+      TypeError: For another module, for one with other state (batch statistics), for one that does not say its size.
+      ValueError: If the module draws its initial carry at random; if `create` builds another module.
 
-        >>> import jax.numpy as jnp, jaxrnn
-        >>> from flax import nnx
-        >>> from jaxrnn.nnx import from_nnx
-        >>> cell, params = from_nnx(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)))
-        >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 2, 3)), lengths=jnp.array([7, 0]))
-        >>> ys.shape, carry.c.shape
-        ((7, 2, 4), (2, 4))
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn
+      >>> from flax import nnx
+      >>> from jaxrnn.nnx import from_nnx
+      >>> cell, params = from_nnx(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)))
+      >>> carry, ys = jaxrnn.scan(cell, params, None, jnp.ones((7, 2, 3)), lengths=jnp.array([7, 0]))
+      >>> ys.shape, carry.c.shape
+      ((7, 2, 4), (2, 4))
     """
     if not isinstance(module, nnx.RNNCellBase):
         raise TypeError(f"module: expected a flax.nnx.RNNCellBase, got {type(module).__name__}")

@@ -111,23 +111,25 @@ class Arrays(Epochs):
     """Batches of a pytree of arrays with a common leading axis, in a new order each epoch.
 
     Args:
-      data: a pytree, leaves (N, ...): a `Batch`, a tuple, a dict, an array. Kept as NumPy and gathered on the host. A
+      data: A pytree, leaves (N, ...): a `Batch`, a tuple, a dict, an array. Kept as NumPy and gathered on the host. A
         tuple is one pytree: `Arrays((xs, targets), 32)` gives tuples.
       batch_size: B. The last batch of an epoch holds what is left, unless `drop_last`.
-      key: the order of an epoch is a pure function of the key and of the epoch.
+      key: The order of an epoch is a pure function of the key and of the epoch.
       shuffle: False for the order given, in every epoch; `key` is then not needed.
+      drop_last: Whether to leave out the last batch of an epoch where it is smaller.
 
     Raises:
-      ValueError: for leaves without a common leading axis, for no data, where no whole batch exists but `drop_last` is
+      ValueError: For leaves without a common leading axis, for no data, where no whole batch exists but `drop_last` is
         set, and where `shuffle` has no key.
 
-        >>> import jax, numpy as np
-        >>> from jaxrnn.training.batches import Arrays, Batch
-        >>> source = Arrays(Batch(np.zeros((5, 7, 3)), targets=np.arange(5)), 2, key=jax.random.key(0))
-        >>> [batch.targets.tolist() for batch in source]
-        [[3, 2], [1, 0], [4]]
-        >>> [batch.targets.tolist() for batch in source]
-        [[4, 3], [1, 0], [2]]
+    Examples:
+      >>> import jax, numpy as np
+      >>> from jaxrnn.training.batches import Arrays, Batch
+      >>> source = Arrays(Batch(np.zeros((5, 7, 3)), targets=np.arange(5)), 2, key=jax.random.key(0))
+      >>> [batch.targets.tolist() for batch in source]
+      [[3, 2], [1, 0], [4]]
+      >>> [batch.targets.tolist() for batch in source]
+      [[4, 3], [1, 0], [2]]
     """
 
     def __init__(

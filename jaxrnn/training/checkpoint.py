@@ -228,12 +228,24 @@ def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None 
     """The run that `fit` saved in `directory`, as it was at `step`, or at the last.
 
     Args:
-      directory: as in `Checkpoints`.
-      like: a state of the same structure and shapes, for instance the one that training began with, or
-        `jax.eval_shape` of what makes it.
+      directory: As in `Checkpoints`.
+      like: A state of the same structure and shapes, for instance the one that training began with, or `jax.eval_shape`
+        of what makes it.
+      step: Of which step; None for the last.
 
     Raises:
-      CheckpointError: if there is none, or it is damaged, or of another model.
+      CheckpointError: If there is none, or it is damaged, or of another model.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn, optax, tempfile
+      >>> from jaxrnn.training import fit, make_loss, restore, squared_error, train_state
+      >>> model, optimizer, xs = jaxrnn.GRU(1, 1), optax.adam(1e-2), jnp.ones((6, 3, 1))
+      >>> state = train_state(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+      >>> run = {"optimizer": optimizer, "epochs": 1, "batch_size": 2, "shuffle": False, "progress": False}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = fit(make_loss(model, squared_error), state, (xs, xs), checkpoints=f"{folder}/run", **run)
+      ...     int(restore(f"{folder}/run", state).state.step)
+      3
     """
     directory = Path(directory).absolute()
     if not (directory / MARK).is_file():

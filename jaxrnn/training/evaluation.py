@@ -43,24 +43,27 @@ def evaluate(
     """The metrics of `loss` over all of `data`, without noise, every batch counting by its weight.
 
     Args:
-      loss: as in `fit`. params: the model's.
-      data, batch_size: as in `fit`; arrays stay in their order, and their last batch may be smaller.
-      carry: for a loss that takes one, what the first window starts from.
-      compute_dtype: as in `make_step`.
-      members: whether params and carry have an axis of members in front, as `fit` leaves them for many models.
+      loss: As in `fit`.
+      params: The model's.
+      data: As in `fit`; arrays stay in their order, and their last batch may be smaller.
+      batch_size: As in `fit`; arrays stay in their order, and their last batch may be smaller.
+      carry: For a loss that takes one, what the first window starts from.
+      compute_dtype: As in `make_step`.
+      members: Whether params and carry have an axis of members in front, as `fit` leaves them for many models.
 
     Returns:
       Every metric as a float; with members as an array (members,).
 
     Raises:
-      ValueError: for targets that the errors of `make_loss` cannot be taken of, a class that there is not for instance.
+      ValueError: For targets that the errors of `make_loss` cannot be taken of, a class that there is not for instance.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> from jaxrnn.training import evaluate, make_loss, squared_error
-        >>> model = jaxrnn.GRU(1, 1)
-        >>> xs = jnp.ones((5, 3, 1))
-        >>> sorted(evaluate(make_loss(model, squared_error), model.init(jax.random.key(0)), (xs, xs), batch_size=2))
-        ['loss']
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.training import evaluate, make_loss, squared_error
+      >>> model = jaxrnn.GRU(1, 1)
+      >>> xs = jnp.ones((5, 3, 1))
+      >>> sorted(evaluate(make_loss(model, squared_error), model.init(jax.random.key(0)), (xs, xs), batch_size=2))
+      ['loss']
     """
     if members:
         check_members(params)

@@ -55,58 +55,60 @@ def fit(
     """Trains for `epochs` passes over `data`: (state, history).
 
     Args:
-      loss: `(params, batch, key) -> (scalar, metrics)`, see `make_step`; where the state has a carry,
-        `(params, carry, batch, key) -> (scalar, (carry, metrics))`.
-      state: from `train_state`. **Many models at once:** a state with an axis of members first on every leaf, as
+      loss: `(params, batch, key) -> (scalar, metrics)`, see `make_step`; where the state has a carry, `(params, carry,
+        batch, key) -> (scalar, (carry, metrics))`.
+      state: From `train_state`. **Many models at once:** a state with an axis of members first on every leaf, as
         `jax.vmap` of a function that makes one gives it, trains all in one compiled program, on the same batches in the
-        same order. Members may differ in what is an array: the key, the params, what `optax.inject_hyperparams`
-        holds. What is a field of a cell (sizes, dropout rates) is part of the program: each value needs its own `fit`.
-      data: arrays with a common first axis, or a tuple, `Batch` or dict of such; or batches: a list, an iterable, a
+        same order. Members may differ in what is an array: the key, the params, what `optax.inject_hyperparams` holds.
+        What is a field of a cell (sizes, dropout rates) is part of the program: each value needs its own `fit`.
+      data: Arrays with a common first axis, or a tuple, `Batch` or dict of such; or batches: a list, an iterable, a
         source (see `Source`) such as `Buckets` or `Streams`.
-      optimizer: of Optax, the one that the state was made with.
-      epochs: how many passes.
-      batch_size: of arrays; the last batch of an epoch may be smaller.
-      key: of the order of arrays, a new one each epoch. (Noise is drawn from the state's key.)
+      optimizer: The Optax optimizer that `state` was made with.
+      epochs: How many passes.
+      batch_size: Of arrays; the last batch of an epoch may be smaller.
+      key: Of the order of arrays, a new one each epoch. (Noise is drawn from the state's key.)
       shuffle: False leaves arrays in their order and needs no key.
-      validation: data of the same kinds, gone through after every epoch without noise; or `Validation(data, monitor,
+      validation: Data of the same kinds, gone through after every epoch without noise; or `Validation(data, monitor,
         maximize, patience)`, which says by what metric the best is known, and when to stop. The best is kept in
         `state.best`; for a loss with a carry, validation begins with the cell's initial carry, or with zeros where the
         loss is not of `make_truncated_loss`.
-      nonfinite: when a loss or gradient is not finite, "raise" `NonFiniteError`, "skip" the update and go on, or "stop"
+      nonfinite: When a loss or gradient is not finite, "raise" `NonFiniteError`, "skip" the update and go on, or "stop"
         at the last good state. Where a validation gives NaN: "raise", count it as no better, or "stop". Each is
         reported in `history.bad`.
-      accumulate, compute_dtype: as in `make_step`.
-      steps_per_call: so many steps run in one jitted call.
-      checkpoints: a directory or `Checkpoints`: saves there, and goes on from what an interrupted run left there, to
+      accumulate: As in `make_step`.
+      compute_dtype: As in `make_step`.
+      steps_per_call: So many steps run in one jitted call.
+      checkpoints: A directory or `Checkpoints`: saves there, and goes on from what an interrupted run left there, to
         the same bits as if it had not been interrupted. Its loss, optimizer, data (of arrays above a GiB evenly spaced
         rows), params to begin with, keys, `batch_size`, `accumulate`, `compute_dtype` and the metric of `validation`
         must be the same; `epochs` and all else may differ, as may what `optax.inject_hyperparams` holds, which the
         checkpoint has.
       progress: None draws on a terminal, False never, True always, a `rich.console.Console` there.
 
-    Raises:
-      ValueError: for targets that the errors of `make_loss` cannot be taken of, such as a class that there is not:
-        before the first step in arrays and lists of batches, else as the batches come.
-
     Returns:
       The last state (the best one's params are `state.best.params`), and the `History`.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn, optax
-        >>> from jaxrnn.training import fit, make_loss, squared_error, train_state
-        >>> model, optimizer = jaxrnn.GRU(1, 1), optax.adam(1e-2)
-        >>> state = train_state(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
-        >>> xs = jnp.ones((6, 3, 1))
-        >>> state, history = fit(
-        ...     make_loss(model, squared_error),
-        ...     state,
-        ...     (xs, xs),
-        ...     optimizer=optimizer,
-        ...     epochs=2,
-        ...     batch_size=2,
-        ...     key=jax.random.key(2),
-        ... )
-        >>> history.train["loss"].shape
-        (6,)
+    Raises:
+      ValueError: For targets that the errors of `make_loss` cannot be taken of, such as a class that there is not:
+        before the first step in arrays and lists of batches, else as the batches come.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn, optax
+      >>> from jaxrnn.training import fit, make_loss, squared_error, train_state
+      >>> model, optimizer = jaxrnn.GRU(1, 1), optax.adam(1e-2)
+      >>> state = train_state(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+      >>> xs = jnp.ones((6, 3, 1))
+      >>> state, history = fit(
+      ...     make_loss(model, squared_error),
+      ...     state,
+      ...     (xs, xs),
+      ...     optimizer=optimizer,
+      ...     epochs=2,
+      ...     batch_size=2,
+      ...     key=jax.random.key(2),
+      ... )
+      >>> history.train["loss"].shape
+      (6,)
     """
     if nonfinite not in ("raise", "skip", "stop"):
         raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'stop', got {nonfinite!r}")

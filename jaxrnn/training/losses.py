@@ -26,8 +26,9 @@ class Mean(NamedTuple):
 
     A metric is any NamedTuple of sums with a `value`; those of several batches are added field by field.
 
-    >>> float(Mean(6.0, 3.0).value)
-    2.0
+    Examples:
+      >>> float(Mean(6.0, 3.0).value)
+      2.0
     """
 
     total: Any
@@ -56,9 +57,10 @@ Error = Callable[[Array, Array, Array | None], Mean]
 def mean(values: Array, mask: Array | None = None) -> Mean:
     """The mean over all entries of `values`, or those where `mask`, a prefix of its axes, is true.
 
-    >>> import jax.numpy as jnp
-    >>> mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([True, False])).value
-    Array(2., dtype=float32)
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([True, False])).value
+      Array(2., dtype=float32)
     """
     wide = accumulator(values.dtype) if inexact(values) else accumulator()
     if mask is None:
@@ -74,13 +76,14 @@ def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> M
 
     Args:
       logits: (..., C).
-      targets: classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows
-        (..., C).
+      targets: Classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows (...,
+        C).
       mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
 
-        >>> import jax.numpy as jnp
-        >>> cross_entropy(jnp.zeros((5, 4)), jnp.array([0, 1, 2, 3, 0])).value.round(4)
-        Array(1.3863, dtype=float32)
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> cross_entropy(jnp.zeros((5, 4)), jnp.array([0, 1, 2, 3, 0])).value.round(4)
+      Array(1.3863, dtype=float32)
     """
     logits, targets, mask = _masked(logits, targets, mask)
     if inexact(targets):
@@ -97,8 +100,13 @@ def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = Non
 
     Args:
       logits: (...) or (..., 1) for targets (...).
-      targets: in [0, 1], bool, integers or floating. Others, such as −1, give NaN.
-      mask: as in `cross_entropy`.
+      targets: In [0, 1], bool, integers or floating. Others, such as −1, give NaN.
+      mask: As in `cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> binary_cross_entropy(jnp.array([0.0, 0.0]), jnp.array([1, 0])).value.round(4)
+      Array(0.6931, dtype=float32)
     """
     logits, targets, mask = _masked(logits, targets, mask)
     logits = _match(logits, targets)
@@ -112,11 +120,12 @@ def squared_error(predictions: Array, targets: Array, mask: Array | None = None)
     Args:
       predictions: (...) or (..., 1) for targets (...).
       targets: (...).
-      mask: as in `cross_entropy`.
+      mask: As in `cross_entropy`.
 
-        >>> import jax.numpy as jnp
-        >>> squared_error(jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0])).value
-        Array(2., dtype=float32)
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> squared_error(jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0])).value
+      Array(2., dtype=float32)
     """
     predictions, targets, mask = _masked(predictions, targets, mask)
     predictions = _match(predictions, targets)
@@ -124,14 +133,26 @@ def squared_error(predictions: Array, targets: Array, mask: Array | None = None)
 
 
 def absolute_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """|prediction − target|, averaged; arguments as in `squared_error`."""
+    """|prediction − target|, averaged; arguments as in `squared_error`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> absolute_error(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])).value
+      Array(1., dtype=float32)
+    """
     predictions, targets, mask = _masked(predictions, targets, mask)
     predictions = _match(predictions, targets)
     return mean(jnp.abs(predictions - targets.astype(predictions.dtype)), mask)
 
 
 def accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`."""
+    """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> accuracy(jnp.array([[0.0, 1.0], [2.0, 1.0]]), jnp.array([1, 1])).value
+      Array(0.5, dtype=float32)
+    """
     logits, targets, mask = _masked(logits, targets, mask)
     if inexact(targets):
         _probability_shape(logits, targets)
@@ -140,13 +161,25 @@ def accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
 
 
 def binary_accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """The share of logits on the target's side of 0; arguments as in `binary_cross_entropy`."""
+    """The share of logits on the target's side of 0; arguments as in `binary_cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> binary_accuracy(jnp.array([0.3, 2.0]), jnp.array([1, 0])).value
+      Array(0.5, dtype=float32)
+    """
     logits, targets, mask = _masked(logits, targets, mask)
     return mean((_match(logits, targets) > 0) == (targets.astype(logits.dtype) > 0.5), mask)
 
 
 def perplexity(logits: Array, targets: Array, mask: Array | None = None) -> Perplexity:
-    """exp of the mean cross-entropy; arguments as in `cross_entropy`."""
+    """exp of the mean cross-entropy; arguments as in `cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> perplexity(jnp.zeros((3, 8)), jnp.array([1, 5, 7])).value.round(4)
+      Array(8., dtype=float32)
+    """
     return Perplexity(*cross_entropy(logits, targets, mask))
 
 
@@ -164,16 +197,18 @@ def make_loss(
     and gradients.
 
     Args:
-      cell: the model.
+      cell: The model.
       error: `(ys, targets, mask) -> Mean`, for instance `cross_entropy`.
-      metrics: by name, more of the kind.
-      remat_every, implementation: as in `jaxrnn.scan`.
+      metrics: By name, more of the kind.
+      remat_every: As in `jaxrnn.scan`.
+      implementation: As in `jaxrnn.scan`.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn
-        >>> model = jaxrnn.Stack((jaxrnn.Pool(jaxrnn.GRU(3, 8)), jaxrnn.Linear(8, 2)))
-        >>> loss = make_loss(model, cross_entropy, metrics={"accuracy": accuracy})
-        >>> batch = Batch(jnp.ones((5, 7, 3)), jnp.zeros(5, int), lengths=jnp.array([7, 2, 3, 0, 1]))
-        >>> value, metrics = loss(model.init(jax.random.key(0)), batch, None)
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> model = jaxrnn.Stack((jaxrnn.Pool(jaxrnn.GRU(3, 8)), jaxrnn.Linear(8, 2)))
+      >>> loss = make_loss(model, cross_entropy, metrics={"accuracy": accuracy})
+      >>> batch = Batch(jnp.ones((5, 7, 3)), jnp.zeros(5, int), lengths=jnp.array([7, 2, 3, 0, 1]))
+      >>> value, metrics = loss(model.init(jax.random.key(0)), batch, None)
     """
     run = make_truncated_loss(cell, error, metrics=metrics, remat_every=remat_every, implementation=implementation)
 
@@ -196,6 +231,17 @@ def make_truncated_loss(
 
     The carry in which one window ends is where the next begins, and gradients stop between them. A reset begins with
     the cell's own initial carry and its gradient: it is what trains a `LearnedCarry`. Arguments as in `make_loss`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> cell = jaxrnn.GRU(1, 1)
+      >>> loss, params = make_truncated_loss(cell, squared_error), cell.init(jax.random.key(0))
+      >>> windows = jnp.ones((2, 5, 3, 1))  # of five sequences, one after the other
+      >>> carry = cell.initial_carry(params, (5,))
+      >>> for xs in windows:
+      ...     value, (carry, metrics) = loss(params, carry, (xs, xs), None)
+      >>> carry.h.shape
+      (5, 1)
     """
     check.cell("cell", cell)
     metrics = {} if metrics is None else dict(metrics)

@@ -32,26 +32,30 @@ def predict(
     """What `cell` puts out for every row of `xs`, without noise.
 
     Args:
-      cell, params: the model. `jax.vmap` may go over params, whose predictions are then JAX's arrays.
+      cell: The model.
+      params: Its params. `jax.vmap` may go over them; the predictions are then JAX's arrays.
       xs: (N, T, ...), or a pytree of such; or a list of N sequences (T_i, ...) of any lengths, which are padded to few
         shapes.
-      lengths, mask: for arrays, the valid steps: integers (N,), or bool (N, T), in any pattern.
-      batch_size: rows per jitted call. The last call is filled up, and what needs a single call has its rows and steps
+      lengths: For arrays, the number of valid steps, integers (N,).
+      mask: For arrays, the valid steps in any pattern, bool (N, T), in place of lengths.
+      batch_size: Rows per jitted call. The last call is filled up, and what needs a single call has its rows and steps
         rounded up by at most a quarter, so that requests of any size run by few programs.
-      members: whether params have an axis of members in front, as `fit` leaves them for many models.
+      members: Whether params have an axis of members in front, as `fit` leaves them for many models.
 
     Returns:
       NumPy arrays (N, T, ...), or (N, ...) from a cell that ends time; for a list and a cell that does not, a list of N
       arrays (T_i, ...). In the order of xs. With members every array has their axis in front.
 
     Raises:
-      ValueError, TypeError: for what does not fit.
+      ValueError: For what does not fit.
+      TypeError: For what does not fit.
 
-        >>> import jax, numpy as np, jaxrnn
-        >>> model = jaxrnn.GRU(3, 4)
-        >>> ys = predict(model, model.init(jax.random.key(0)), [np.ones((7, 3)), np.ones((2, 3))])
-        >>> [y.shape for y in ys]
-        [(7, 4), (2, 4)]
+    Examples:
+      >>> import jax, numpy as np, jaxrnn
+      >>> model = jaxrnn.GRU(3, 4)
+      >>> ys = predict(model, model.init(jax.random.key(0)), [np.ones((7, 3)), np.ones((2, 3))])
+      >>> [y.shape for y in ys]
+      [(7, 4), (2, 4)]
     """
     batch_size = check.integer("batch_size", batch_size)
     for name, value in (("xs", xs), ("lengths", lengths), ("mask", mask)):

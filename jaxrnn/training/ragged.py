@@ -29,19 +29,21 @@ def pad(sequences: Sequence[Any], *, length: int | None = None, value: float = 0
       sequences: N arrays (T_i, ...) of one dtype that agree in all other axes; T_i may be 0. Or pytrees of such, whose
         leaves agree in T_i; a list is taken for an array.
       length: T; None for the longest.
-      value: what fills the rest.
+      value: What fills the rest.
 
     Returns:
       The padded (N, T, ...), in NumPy, and the lengths, int32 (N,).
 
     Raises:
-      ValueError, TypeError: for what does not fit, naming the sequence.
+      ValueError: For what does not fit, naming the sequence.
+      TypeError: For what does not fit, naming the sequence.
 
-        >>> from jaxrnn.training.ragged import pad
-        >>> pad([[3, 1, 4], [], [1, 5]])
-        (array([[3, 1, 4],
-               [0, 0, 0],
-               [1, 5, 0]]), array([3, 0, 2], dtype=int32))
+    Examples:
+      >>> from jaxrnn.training.ragged import pad
+      >>> pad([[3, 1, 4], [], [1, 5]])
+      (array([[3, 1, 4],
+             [0, 0, 0],
+             [1, 5, 0]]), array([3, 0, 2], dtype=int32))
     """
     sequences, lengths = _sequences(sequences, "sequences")
     longest = int(lengths.max())
@@ -59,14 +61,16 @@ def unpad(padded: Any, lengths: Any = None, *, mask: Any = None) -> list:
 
     Args:
       padded: (N, T, ...), or a pytree of such, as NumPy or JAX arrays.
-      lengths: integers (N,). mask: in their place bool (N, T), the steps to keep, in any pattern.
+      lengths: Integers (N,).
+      mask: In their place bool (N, T), the steps to keep, in any pattern.
 
     Returns:
       N arrays (T_i, ...), or pytrees of such, in NumPy: of lengths views where `padded` is NumPy.
 
-        >>> from jaxrnn.training.ragged import pad, unpad
-        >>> [row.tolist() for row in unpad(*pad([[3, 1, 4], [], [1, 5]]))]
-        [[3, 1, 4], [], [1, 5]]
+    Examples:
+      >>> from jaxrnn.training.ragged import pad, unpad
+      >>> [row.tolist() for row in unpad(*pad([[3, 1, 4], [], [1, 5]]))]
+      [[3, 1, 4], [], [1, 5]]
     """
     padded, size = host(padded, "padded")
     leaves = jax.tree_util.tree_leaves_with_path(padded)
@@ -93,18 +97,21 @@ def bucket(sequences: Sequence[Any], batch_size: int, *, buckets: int | Sequence
     """All sequences in padded batches of few shapes, the shortest first, each with its place in `sequences`.
 
     Args:
-      sequences, batch_size, buckets: as of `Buckets`.
+      sequences: As of `Buckets`.
+      batch_size: As of `Buckets`.
+      buckets: As of `Buckets`.
 
-    Results go back to the order given by the indices:
+    Examples:
+      Results go back to the order given by the indices:
 
-        >>> import numpy as np
-        >>> from jaxrnn.training.ragged import bucket
-        >>> sequences = [np.ones(5), np.ones(2), np.ones(4), np.ones(1)]
-        >>> total = np.zeros(4)
-        >>> for indices, xs, lengths in bucket(sequences, 2, buckets=2):
-        ...     total[indices] = xs.sum(1)
-        >>> total
-        array([5., 2., 4., 1.])
+      >>> import numpy as np
+      >>> from jaxrnn.training.ragged import bucket
+      >>> sequences = [np.ones(5), np.ones(2), np.ones(4), np.ones(1)]
+      >>> total = np.zeros(4)
+      >>> for indices, xs, lengths in bucket(sequences, 2, buckets=2):
+      ...     total[indices] = xs.sum(1)
+      >>> total
+      array([5., 2., 4., 1.])
     """
     source = Buckets(sequences, None, batch_size, shuffle=False, buckets=buckets)
     batches = [(rows, source.batch((rows, length))) for rows, length in source.plan(0)]
@@ -118,26 +125,28 @@ class Buckets(Epochs):
     sequences of every bucket and cuts them into batches; those that fill no batch move on to the next bucket, so that
     only one batch of an epoch can be smaller than the others. Then the batches are shuffled.
 
-    Args:
-      sequences: a list of N arrays (T_i, ...), or pytrees, as of `pad`.
-      targets: a list of N arrays (T_i, ...), one per step, which are padded too; or arrays (N, ...), or a pytree of
-        such, one per sequence; or None.
-      batch_size: B.
-      key: the order of an epoch is a pure function of the key and of the epoch.
-      shuffle: False for the order of the lengths, in every epoch; `key` is then not needed.
-      buckets: how many lengths to pad to, or these lengths themselves, ascending. A number gives the lengths, all among
-        the T_i, of the least Σ_i (length of the bucket of i − T_i).
 
     There are at most so many shapes, and one more for the smaller batch. `Batch.lengths` says which steps are valid.
 
-        >>> import jax, numpy as np
-        >>> from jaxrnn.training.ragged import Buckets
-        >>> sequences = [np.ones((length, 3)) for length in (2, 9, 3, 8, 3)]
-        >>> source = Buckets(sequences, np.arange(5), 2, key=jax.random.key(0), buckets=2)
-        >>> source.boundaries
-        (3, 9)
-        >>> [(batch.xs.shape, batch.targets.tolist()) for batch in source]
-        [((1, 9, 3), [1]), ((2, 3, 3), [2, 0]), ((2, 9, 3), [4, 3])]
+    Args:
+      sequences: A list of N arrays (T_i, ...), or pytrees, as of `pad`.
+      targets: A list of N arrays (T_i, ...), one per step, which are padded too; or arrays (N, ...), or a pytree of
+        such, one per sequence; or None.
+      batch_size: B.
+      key: The order of an epoch is a pure function of the key and of the epoch.
+      shuffle: False for the order of the lengths, in every epoch; `key` is then not needed.
+      buckets: How many lengths to pad to, or these lengths themselves, ascending. A number gives the lengths, all among
+        the T_i, of the least Σ_i (length of the bucket of i − T_i).
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from jaxrnn.training.ragged import Buckets
+      >>> sequences = [np.ones((length, 3)) for length in (2, 9, 3, 8, 3)]
+      >>> source = Buckets(sequences, np.arange(5), 2, key=jax.random.key(0), buckets=2)
+      >>> source.boundaries
+      (3, 9)
+      >>> [(batch.xs.shape, batch.targets.tolist()) for batch in source]
+      [((1, 9, 3), [1]), ((2, 3, 3), [2, 0]), ((2, 9, 3), [4, 3])]
     """
 
     def __init__(

@@ -49,25 +49,27 @@ def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
     interrupted leaves the model that was there before, or none.
 
     Args:
-      path: a directory that is not there yet or empty, or one that `save` wrote, whose model is replaced.
-      cell: any cell or composition. Its fields are None, booleans, numbers, strings, cells and tuples of these.
-      params: of the shapes of `cell.init`, in any dtype of the same kind; None may stand for an array. Or those of many
+      path: A directory that is not there yet or empty, or one that `save` wrote, whose model is replaced.
+      cell: Any cell or composition. Its fields are None, booleans, numbers, strings, cells and tuples of these.
+      params: Of the shapes of `cell.init`, in any dtype of the same kind; None may stand for an array. Or those of many
         models, with an axis of members in front of every array.
 
     Raises:
-      TypeError: for a field that is something else, like a function, naming it; use an activation's name.
-      TypeError, ValueError: for params that are not the cell's, naming the leaf.
-      FileExistsError: if there is something else at `path`. It is left as it is.
+      TypeError: For a field that is something else, like a function, naming it; use an activation's name.
+      TypeError: For params that are not the cell's, naming the leaf.
+      ValueError: For params that are not the cell's, naming the leaf.
+      FileExistsError: If there is something else at `path`. It is left as it is.
 
-        >>> import jax, jaxrnn, tempfile
-        >>> from jaxrnn.training.saving import load, save
-        >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.Linear(4, 2)))
-        >>> params = cell.init(jax.random.key(0))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(f"{folder}/model", cell, params)
-        ...     again, loaded = load(f"{folder}/model")
-        >>> again == cell, bool((loaded[0].w_x == params[0].w_x).all())
-        (True, True)
+    Examples:
+      >>> import jax, jaxrnn, tempfile
+      >>> from jaxrnn.training.saving import load, save
+      >>> cell = jaxrnn.Stack((jaxrnn.LSTM(3, 4), jaxrnn.Linear(4, 2)))
+      >>> params = cell.init(jax.random.key(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model", cell, params)
+      ...     again, loaded = load(f"{folder}/model")
+      >>> again == cell, bool((loaded[0].w_x == params[0].w_x).all())
+      (True, True)
     """
     path = os.path.abspath(os.fspath(path))
     check.cell("cell", cell)
@@ -110,16 +112,25 @@ def load(path: str | os.PathLike, *, cells: Sequence[type[Cell]] = ()) -> tuple[
     can neither run code nor take more memory than its own size.
 
     Args:
-      path: the directory.
-      cells: the classes of your own that the model is made of. They are known by their names alone.
+      path: The directory.
+      cells: The classes of your own that the model is made of. They are known by their names alone.
 
     Returns:
       The cell, equal to that which was saved, and its params: JAX arrays of the dtypes and bits that were saved.
 
     Raises:
-      FileNotFoundError: if nothing is there.
-      ValueError: if it is no model, is damaged, or names a cell that is not known, saying what is wrong; if it holds
+      FileNotFoundError: If nothing is there.
+      ValueError: If it is no model, is damaged, or names a cell that is not known, saying what is wrong; if it holds
         64-bit numbers and `jax.enable_x64` is off.
+
+    Examples:
+      >>> import jax, jaxrnn, tempfile
+      >>> from jaxrnn.training import load, save
+      >>> cell = jaxrnn.GRU(3, 4)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model", cell, cell.init(jax.random.key(0)))
+      ...     load(f"{folder}/model")[0]
+      GRU(input_size=3, hidden_size=4)
     """
     path = os.path.abspath(os.fspath(path))
     if not os.path.lexists(path):

@@ -18,21 +18,24 @@ def windows(series: Any, length: int, horizon: int, *, stride: int = 1) -> tuple
         targets[n] = series[n stride + length : n stride + length + horizon]
 
     Args:
-      series: (L, ...).
-      length, horizon: how many steps to see, and to foresee. stride: how far the next window begins.
+      series: (L, ...)
+      length: The number of steps that a model sees.
+      horizon: The number of steps that it foresees.
+      stride: How far the next window begins.
 
     Returns:
       xs (N, length, ...) and targets (N, horizon, ...), N = (L − length − horizon) // stride + 1: read-only views,
       which take no memory of their own; `Arrays` copies only what a batch holds.
 
     Raises:
-      ValueError: if the series is shorter than length + horizon.
+      ValueError: If the series is shorter than length + horizon.
 
-        >>> import numpy as np
-        >>> from jaxrnn.training.series import windows
-        >>> xs, targets = windows(np.arange(7), 3, 2, stride=2)
-        >>> xs.tolist(), targets.tolist()
-        ([[0, 1, 2], [2, 3, 4]], [[3, 4], [5, 6]])
+    Examples:
+      >>> import numpy as np
+      >>> from jaxrnn.training.series import windows
+      >>> xs, targets = windows(np.arange(7), 3, 2, stride=2)
+      >>> xs.tolist(), targets.tolist()
+      ([[0, 1, 2], [2, 3, 4]], [[3, 4], [5, 6]])
     """
     series = as_array(series, "series")
     length, horizon, stride = (
@@ -54,14 +57,15 @@ class Scaler(NamedTuple):
 
     A pytree of two arrays. As JSON: `[a.tolist() for a in scaler]`, and back: `Scaler(*map(np.asarray, value))`.
 
-        >>> import numpy as np
-        >>> from jaxrnn.training.series import Scaler
-        >>> series = np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 5.0], [9.0, 6.0]])
-        >>> scaler = Scaler.fit(series[:3])
-        >>> scaler.mean.tolist(), scaler.scale.tolist()
-        ([2.0, 5.0], [1.0, 1.0])
-        >>> scaler.transform(series).tolist()
-        [[-1.0, 0.0], [1.0, 0.0], [nan, 0.0], [7.0, 1.0]]
+    Examples:
+      >>> import numpy as np
+      >>> from jaxrnn.training.series import Scaler
+      >>> series = np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 5.0], [9.0, 6.0]])
+      >>> scaler = Scaler.fit(series[:3])
+      >>> scaler.mean.tolist(), scaler.scale.tolist()
+      ([2.0, 5.0], [1.0, 1.0])
+      >>> scaler.transform(series).tolist()
+      [[-1.0, 0.0], [1.0, 0.0], [nan, 0.0], [7.0, 1.0]]
     """
 
     mean: Any
@@ -81,7 +85,7 @@ class Scaler(NamedTuple):
           A scaler of float32, or of float64 for a series of float64 or of integers.
 
         Raises:
-          ValueError: for a feature without a finite number, or with an infinite one.
+          ValueError: For a feature without a finite number, or with an infinite one.
         """
         series = as_array(series, "series")
         axes = tuple(range(max(series.ndim - 1, 1)))

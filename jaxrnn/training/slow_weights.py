@@ -16,15 +16,16 @@ def labels(cell: Cell, params: Any) -> Any:
     small change of one moves a memory by many steps, so that they are trained with a smaller learning rate and without
     weight decay.
 
-        >>> import jax, jaxrnn, optax
-        >>> from jaxrnn import training
-        >>> cell = jaxrnn.Stack([jaxrnn.Linear(3, 8), jaxrnn.LRU(8, 16)])
-        >>> params = cell.init(jax.random.key(0))
-        >>> kinds = training.labels(cell, params)
-        >>> kinds[1].nu, kinds[1].w_x
-        ('slow', 'regular')
-        >>> optimizer = optax.multi_transform({"slow": optax.adam(1e-4), "regular": optax.adamw(1e-3)}, kinds)
-        >>> state = optimizer.init(params)
+    Examples:
+      >>> import jax, jaxrnn, optax
+      >>> from jaxrnn import training
+      >>> cell = jaxrnn.Stack([jaxrnn.Linear(3, 8), jaxrnn.LRU(8, 16)])
+      >>> params = cell.init(jax.random.key(0))
+      >>> kinds = training.labels(cell, params)
+      >>> kinds[1].nu, kinds[1].w_x
+      ('slow', 'regular')
+      >>> optimizer = optax.multi_transform({"slow": optax.adam(1e-4), "regular": optax.adamw(1e-3)}, kinds)
+      >>> state = optimizer.init(params)
     """
     leaves, structure = jax.tree.flatten(params)
     numbers = structure.unflatten(range(len(leaves)))

@@ -53,16 +53,17 @@ def train_state(params: Any, optimizer: optax.GradientTransformation, key: Array
     """The state before the first step.
 
     Args:
-      params: the model's.
-      optimizer: of Optax.
-      key: for the noise of all steps.
-      carry: for truncated backpropagation, the first window's, `cell.initial_carry(params, (B,))`.
+      params: The model's.
+      optimizer: Any optimizer of Optax.
+      key: For the noise of all steps.
+      carry: For truncated backpropagation, the first window's, `cell.initial_carry(params, (B,))`.
 
-        >>> import jax, jaxrnn, optax
-        >>> model = jaxrnn.GRU(3, 4)
-        >>> state = train_state(model.init(jax.random.key(0)), optax.adam(1e-3), jax.random.key(1))
-        >>> state.step
-        Array(0, dtype=int32)
+    Examples:
+      >>> import jax, jaxrnn, optax
+      >>> model = jaxrnn.GRU(3, 4)
+      >>> state = train_state(model.init(jax.random.key(0)), optax.adam(1e-3), jax.random.key(1))
+      >>> state.step
+      Array(0, dtype=int32)
     """
     step, stopped = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     return TrainState(params, optimizer.init(params), carry, step, key, stopped=stopped)
@@ -73,27 +74,27 @@ def make_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """`step(state, batch) -> (state, metrics)`, pure, to be jitted, vmapped or sharded by the caller.
 
-    Args:
-      loss: `(params, batch, key) -> (scalar, metrics)`; where the state has a carry,
-        `(params, carry, batch, key) -> (scalar, (carry, metrics))`. Metrics are a dict of `Mean`s, of other NamedTuples
-        of sums with a `value`, or of scalars. The entry "loss", if there, says by its weight what the scalar is the
-        mean of.
-      optimizer: of Optax.
-      accumulate: compute the gradient in so many parts of the batch, one after the other. The parts count by the weight
-        of their loss, so the gradient is that of the whole batch, padding included.
-      compute_dtype: for instance `jnp.bfloat16`: params and floating leaves of the batch (of a `Batch` its xs) are cast
-        to it for the forward and the backward pass; params, carry and optimizer state stay as they are.
-
     The metrics hold "gradient_norm" beside those of the loss.
 
-        >>> import jax, jax.numpy as jnp, jaxrnn, optax
-        >>> from jaxrnn.training import make_loss, squared_error
-        >>> model, optimizer = jaxrnn.GRU(3, 4), optax.adam(1e-3)
-        >>> step = jax.jit(make_step(make_loss(model, squared_error), optimizer))
-        >>> state = train_state(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
-        >>> state, metrics = step(state, (jnp.ones((5, 7, 3)), jnp.ones((5, 7, 4))))
-        >>> sorted(metrics)
-        ['gradient_norm', 'loss']
+    Args:
+      loss: `(params, batch, key) -> (scalar, metrics)`; where the state has a carry, `(params, carry, batch, key) ->
+        (scalar, (carry, metrics))`. Metrics are a dict of `Mean`s, of other NamedTuples of sums with a `value`, or of
+        scalars. The entry "loss", if there, says by its weight what the scalar is the mean of.
+      optimizer: Any optimizer of Optax.
+      accumulate: Compute the gradient in so many parts of the batch, one after the other. The parts count by the weight
+        of their loss, so the gradient is that of the whole batch, padding included.
+      compute_dtype: For instance `jnp.bfloat16`: params and floating leaves of the batch (of a `Batch` its xs) are cast
+        to it for the forward and the backward pass; params, carry and optimizer state stay as they are.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn, optax
+      >>> from jaxrnn.training import make_loss, squared_error
+      >>> model, optimizer = jaxrnn.GRU(3, 4), optax.adam(1e-3)
+      >>> step = jax.jit(make_step(make_loss(model, squared_error), optimizer))
+      >>> state = train_state(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+      >>> state, metrics = step(state, (jnp.ones((5, 7, 3)), jnp.ones((5, 7, 4))))
+      >>> sorted(metrics)
+      ['gradient_norm', 'loss']
     """
     update = make_update(loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype)
 
@@ -105,7 +106,17 @@ def make_step(
 
 
 def make_eval(loss: Callable, *, compute_dtype: Any = None) -> Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]:
-    """`evaluate(params, carry, batch) -> (carry, metrics)` without noise; carry None for a loss that takes none."""
+    """`evaluate(params, carry, batch) -> (carry, metrics)` without noise; carry None for a loss that takes none.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> from jaxrnn.training import make_eval, make_loss, squared_error
+      >>> model, xs = jaxrnn.GRU(1, 1), jnp.ones((2, 3, 1))
+      >>> evaluate = jax.jit(make_eval(make_loss(model, squared_error)))
+      >>> carry, metrics = evaluate(model.init(jax.random.key(0)), None, (xs, xs))
+      >>> sorted(metrics)
+      ['loss']
+    """
 
     def evaluate(params, carry, batch):
         params, batch = _narrow(params, batch, compute_dtype)

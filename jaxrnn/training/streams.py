@@ -22,26 +22,30 @@ class Streams(Epochs):
 
     `Batch.reset` is set at the first step of every document, and at the first step of every row in the first batch of
     an epoch: a carry handed on from the epoch before does not leak into the next. `Batch.mask` is False where the last
-    window is filled up; it is always there, so that all batches have one shape, (streams, window, ...).
+    window is filled up; it is always there, so that all batches have one shape, (streams, window, ...)
 
     Args:
-      xs: one sequence, leaves (L, ...); or a list of documents, arrays (L_i, ...) or pytrees of such.
-      targets: as `xs`, one per step. None for language modelling: the target is the next element of the document, and
-        a document's last element is a target only.
-      streams: B, the rows of a batch. window: T, the steps that a gradient reaches back.
+      xs: One sequence, leaves (L, ...); or a list of documents, arrays (L_i, ...) or pytrees of such.
+      targets: As `xs`, one per step. None for language modelling: the target is the next element of the document, and a
+        document's last element is a target only.
+      streams: B, the rows of a batch.
+      window: T, the steps that a gradient reaches back.
       starts: bool (L,), where a document begins in one sequence; a list of documents says so itself.
 
-    Reference: Williams & Peng 1990, An efficient gradient-based algorithm for on-line training of recurrent networks.
+    Examples:
+      >>> import numpy as np
+      >>> from jaxrnn.training.streams import Streams
+      >>> source = Streams([np.arange(5), np.arange(10, 16)], streams=2, window=3)
+      >>> for batch in source:
+      ...     print(batch.xs.tolist(), batch.targets.tolist())
+      [[0, 1, 2], [10, 11, 12]] [[1, 2, 3], [11, 12, 13]]
+      [[3, 0, 0], [13, 14, 0]] [[4, 0, 0], [14, 15, 0]]
+      >>> batch.mask.tolist()
+      [[True, False, False], [True, True, False]]
 
-        >>> import numpy as np
-        >>> from jaxrnn.training.streams import Streams
-        >>> source = Streams([np.arange(5), np.arange(10, 16)], streams=2, window=3)
-        >>> for batch in source:
-        ...     print(batch.xs.tolist(), batch.targets.tolist())
-        [[0, 1, 2], [10, 11, 12]] [[1, 2, 3], [11, 12, 13]]
-        [[3, 0, 0], [13, 14, 0]] [[4, 0, 0], [14, 15, 0]]
-        >>> batch.mask.tolist()
-        [[True, False, False], [True, True, False]]
+    References:
+      Williams & Peng 1990, An efficient gradient-based algorithm for on-line training of recurrent networks,
+      https://doi.org/10.1162/neco.1990.2.4.490.
     """
 
     def __init__(self, xs: Any, targets: Any = None, *, streams: int, window: int, starts: Any = None) -> None:

@@ -73,7 +73,8 @@ def describe(module: Any, spatial_shape: Any = None) -> Any:
     """The layers of a module.
 
     Raises:
-      TypeError: for what is no Flax module. ValueError: for a module or an option without counterpart.
+      TypeError: For what is no Flax module.
+      ValueError: For a module or an option without counterpart.
     """
     if not isinstance(module, (nn.Module, nnx.Module)):
         raise TypeError(f"module: expected a module of flax.linen or flax.nnx, got {type(module).__name__}")

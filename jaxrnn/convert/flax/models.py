@@ -28,8 +28,8 @@ def from_flax(
     it moves `b`, so that training moves the sum twice as far in Flax; see `from_torch` for a way to do the same.
 
     Args:
-      module: a linen module as it is built, or an NNX module.
-      variables: of linen `{"params": ...}`, whose arrays may be NumPy's; of NNX None, or a state or nested dict of it
+      module: A linen module as it is built, or an NNX module.
+      variables: Of linen `{"params": ...}`, whose arrays may be NumPy's; of NNX None, or a state or nested dict of it
         to read in place of the module's own.
       spatial_shape: S of x (..., *S, D), which the weights of a ConvLSTMCell do not tell.
 
@@ -37,20 +37,21 @@ def from_flax(
       The cell and its params, in the dtype of the weights.
 
     Raises:
-      ValueError: for a module, an option or a function without counterpart (MGUCell, a carry that begins at random,
+      ValueError: For a module, an option or a function without counterpart (MGUCell, a carry that begins at random,
         `reverse` without `keep_order`, another `dtype` to compute in), and for arrays that are missing, unexpected, of
-        another shape, of several dtypes or not finite. Each names the place. TypeError: for what is no module, or no
-        array of floating numbers.
+        another shape, of several dtypes or not finite. Each names the place.
+      TypeError: For what is no module, or no array of floating numbers.
 
-        >>> import flax.linen as nn, jax.numpy as jnp, jaxrnn, numpy as np
-        >>> from jaxrnn.convert import from_flax
-        >>> ones = np.ones((4, 4), np.float32)
-        >>> tree = {"i": {"kernel": ones[:3], "bias": ones[0]}, "h": {"kernel": ones}}
-        >>> cell, params = from_flax(nn.RNN(nn.SimpleCell(4)), {"params": {"cell": tree}})
-        >>> cell
-        Elman(input_size=3, hidden_size=4)
-        >>> jaxrnn.scan(cell, params, None, jnp.ones((2, 5, 3)), time_axis=1)[1].shape
-        (2, 5, 4)
+    Examples:
+      >>> import flax.linen as nn, jax.numpy as jnp, jaxrnn, numpy as np
+      >>> from jaxrnn.convert import from_flax
+      >>> ones = np.ones((4, 4), np.float32)
+      >>> tree = {"i": {"kernel": ones[:3], "bias": ones[0]}, "h": {"kernel": ones}}
+      >>> cell, params = from_flax(nn.RNN(nn.SimpleCell(4)), {"params": {"cell": tree}})
+      >>> cell
+      Elman(input_size=3, hidden_size=4)
+      >>> jaxrnn.scan(cell, params, None, jnp.ones((2, 5, 3)), time_axis=1)[1].shape
+      (2, 5, 4)
     """
     from jaxrnn.convert.flax.read import read_module
 
@@ -61,9 +62,10 @@ def to_flax(cell: Cell, params: Any, *, module: Any = None) -> tuple[Any, Any]:
     """A cell as a module of Flax, and its variables: `from_flax(*to_flax(cell, params))` gives them back.
 
     Args:
-      cell, params: Elman, LSTM, GRU, ConvLSTM, Linear, Embed, LayerNorm, Dropout and Apply, also under Backward,
-        Bidirectional and Stack.
-      module: what the variables are for, linen or NNX: a module that computes this cell, laid out as `from_flax` reads
+      cell: Elman, LSTM, GRU, ConvLSTM, Linear, Embed, LayerNorm, Dropout and Apply, also under Backward, Bidirectional
+        and Stack.
+      params: Its params, as `cell.init` gives them.
+      module: What the variables are for, linen or NNX: a module that computes this cell, laid out as `from_flax` reads
         it. None builds one of linen: `nn.RNN` around SimpleCell, OptimizedLSTMCell, GRUCell or ConvLSTMCell, with
         `reverse=True, keep_order=True` for Backward; nn.Bidirectional, nn.Dense, nn.Embed, nn.LayerNorm, nn.Dropout;
         nn.Sequential for Stack.
@@ -73,17 +75,18 @@ def to_flax(cell: Cell, params: Any, *, module: Any = None) -> tuple[Any, Any]:
       NNX a nested dict for `nnx.update(module, variables)`.
 
     Raises:
-      ValueError: if Flax, or the module, does not compute this: peepholes, a GRU that resets before the product, b_hn
+      ValueError: If Flax, or the module, does not compute this: peepholes, a GRU that resets before the product, b_hn
         in an NNX GRUCell. It names the place in the cell.
 
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.convert import to_flax
-        >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 4), jaxrnn.Linear(4, 2)))
-        >>> module, variables = to_flax(cell, cell.init(jax.random.key(0)))
-        >>> [type(layer).__name__ for layer in module.layers], sorted(variables["params"])
-        (['RNN', 'Dense'], ['layers_0', 'layers_1'])
-        >>> module.apply(variables, jax.numpy.ones((2, 5, 3))).shape
-        (2, 5, 2)
+    Examples:
+      >>> import jax, jaxrnn
+      >>> from jaxrnn.convert import to_flax
+      >>> cell = jaxrnn.Stack((jaxrnn.GRU(3, 4), jaxrnn.Linear(4, 2)))
+      >>> module, variables = to_flax(cell, cell.init(jax.random.key(0)))
+      >>> [type(layer).__name__ for layer in module.layers], sorted(variables["params"])
+      (['RNN', 'Dense'], ['layers_0', 'layers_1'])
+      >>> module.apply(variables, jax.numpy.ones((2, 5, 3))).shape
+      (2, 5, 2)
     """
     from jaxrnn.convert.flax.build import build_module
     from jaxrnn.convert.flax.write import write_variables

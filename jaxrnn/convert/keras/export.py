@@ -39,22 +39,25 @@ def to_keras(cell: Cell, params: Any, *, mask_value: float | None = None) -> tup
     turns is odd (`Backward` at the end), its outputs are in the opposite order of time.
 
     Args:
-      cell, params: Embed, Linear, LayerNorm, Apply, Dropout, Elman, LSTM, GRU, ConvLSTM, RecurrentDropout around them,
+      cell: Embed, Linear, LayerNorm, Apply, Dropout, Elman, LSTM, GRU, ConvLSTM, RecurrentDropout around them,
         Backward, Bidirectional, Pool, and Stacks of these.
-      mask_value: steps of xs that hold only this are masked: the model begins with Masking, or its Embedding has
+      params: Its params, as `cell.init` gives them.
+      mask_value: Steps of xs that hold only this are masked: the model begins with Masking, or its Embedding has
         `mask_zero=True` (for 0). `model.mask.value` of `from_keras`.
 
     Returns:
       The config, a dict that JSON can hold, and the weights, in the dtype of the params.
 
     Raises:
-      ValueError, TypeError: for what Keras lacks, naming the place in the cell.
+      ValueError: For what Keras lacks, naming the place in the cell.
+      TypeError: For what Keras lacks, naming the place in the cell.
 
-        >>> import jax, jaxrnn
-        >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 3), jaxrnn.Pool(jaxrnn.LSTM(3, 4)), jaxrnn.Linear(4, 2)))
-        >>> config, weights = to_keras(cell, cell.init(jax.random.key(0)), mask_value=0)
-        >>> [layer["class_name"] for layer in config["layers"]], [w.shape for w in weights]
-        (['InputLayer', 'Embedding', 'LSTM', 'Dense'], [(10, 3), (3, 16), (4, 16), (16,), (4, 2), (2,)])
+    Examples:
+      >>> import jax, jaxrnn
+      >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 3), jaxrnn.Pool(jaxrnn.LSTM(3, 4)), jaxrnn.Linear(4, 2)))
+      >>> config, weights = to_keras(cell, cell.init(jax.random.key(0)), mask_value=0)
+      >>> [layer["class_name"] for layer in config["layers"]], [w.shape for w in weights]
+      (['InputLayer', 'Embedding', 'LSTM', 'Dense'], [(10, 3), (3, 16), (4, 16), (16,), (4, 2), (2,)])
     """
     model = placed(cell, params)
     named = jax.tree_util.tree_leaves_with_path(model.params)

@@ -26,8 +26,9 @@ RENAMED_SINCE_2 = {"LeakyReLU": {"alpha": "negative_slope"}, "ThresholdedReLU": 
 def version_of(source: Mapping[Any, Any]) -> Version:
     """The `keras_version` of a model's JSON: major and minor number; that of Keras 3 where there is none.
 
-    >>> version_of({"class_name": "Sequential", "keras_version": "2.2.4"})
-    (2, 2)
+    Examples:
+      >>> version_of({"class_name": "Sequential", "keras_version": "2.2.4"})
+      (2, 2)
     """
     version = source.get("keras_version", "3.0")
     found = re.match(r"([1-9]\d?)\.(\d{1,3})", version) if isinstance(version, str) else None
@@ -41,8 +42,9 @@ def version_of(source: Mapping[Any, Any]) -> Version:
 def renewed(kind: str, config: Mapping[Any, Any], version: Version) -> tuple[str, dict[Any, Any]]:
     """The class and the config of a layer of this version as Keras 3 would write them.
 
-    >>> renewed("LSTM", {"output_dim": 4, "inner_activation": "sigmoid"}, (1, 2))
-    ('LSTM', {'units': 4, 'recurrent_activation': 'sigmoid'})
+    Examples:
+      >>> renewed("LSTM", {"output_dim": 4, "inner_activation": "sigmoid"}, (1, 2))
+      ('LSTM', {'units': 4, 'recurrent_activation': 'sigmoid'})
     """
     if version >= KERAS_3:
         return kind, dict(config)

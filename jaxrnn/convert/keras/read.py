@@ -61,56 +61,58 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     - A model computes in the dtype of xs: cast xs where the policy is a mixed one. Embedding takes integers.
 
     Args:
-      source: a built layer or model of Keras 3; or a config, of any version: the dict of
+      source: A built layer or model of Keras 3; or a config, of any version: the dict of
         `keras.saving.serialize_keras_object`, of the `get_config` of a model, or of its JSON. With a config Keras need
         not be installed.
-      weights: with a config, what `get_weights` gives: a list of arrays.
+      weights: With a config, what `get_weights` gives: a list of arrays.
 
     Returns:
       `KerasModel(cell, params, mask)`: params in the dtype of the weights.
 
     Raises:
-      ValueError, TypeError: for what has no counterpart here, or does not fit, naming the layer and the field.
+      ValueError: For what has no counterpart here, or does not fit, naming the layer and the field.
+      TypeError: For what has no counterpart here, or does not fit, naming the layer and the field.
 
-        >>> import jaxrnn, numpy as np
-        >>> layers = [
-        ...     {"class_name": "Embedding", "config": {"input_dim": 9, "output_dim": 3, "mask_zero": True}},
-        ...     {"class_name": "LSTM", "config": {"units": 4}},
-        ...     {"class_name": "Dense", "config": {"units": 2, "activation": "softmax"}},
-        ... ]
-        >>> shapes = [(9, 3), (3, 16), (4, 16), (16,), (4, 2), (2,)]
-        >>> weights = [np.full(shape, 0.1, "float32") for shape in shapes]
-        >>> model = from_keras({"class_name": "Sequential", "config": {"layers": layers}}, weights)
+    Examples:
+      >>> import jaxrnn, numpy as np
+      >>> layers = [
+      ...     {"class_name": "Embedding", "config": {"input_dim": 9, "output_dim": 3, "mask_zero": True}},
+      ...     {"class_name": "LSTM", "config": {"units": 4}},
+      ...     {"class_name": "Dense", "config": {"units": 2, "activation": "softmax"}},
+      ... ]
+      >>> shapes = [(9, 3), (3, 16), (4, 16), (16,), (4, 2), (2,)]
+      >>> weights = [np.full(shape, 0.1, "float32") for shape in shapes]
+      >>> model = from_keras({"class_name": "Sequential", "config": {"layers": layers}}, weights)
 
-    A model with Masking, or with an Embedding of `mask_zero=True`, has a `mask`, the function that says which steps its
-    layers see. Its result is handed to `scan`, or to `jaxrnn.training.predict`; rows may be padded in front, as Keras'
-    `pad_sequences` does it, or behind:
+      A model with Masking, or with an Embedding of `mask_zero=True`, has a `mask`, the function that says which steps
+      its layers see. Its result is handed to `scan`, or to `jaxrnn.training.predict`; rows may be padded in front, as
+      Keras' `pad_sequences` does it, or behind:
 
-        >>> tokens = np.array([[0, 0, 5, 3], [2, 7, 0, 0]])
-        >>> mask = model.mask(tokens)
-        >>> mask.tolist()
-        [[False, False, True, True], [True, True, False, False]]
-        >>> carry, ys = jaxrnn.scan(model.cell, model.params, None, tokens, mask=mask, time_axis=1)
-        >>> ys.shape
-        (2, 2)
+      >>> tokens = np.array([[0, 0, 5, 3], [2, 7, 0, 0]])
+      >>> mask = model.mask(tokens)
+      >>> mask.tolist()
+      [[False, False, True, True], [True, True, False, False]]
+      >>> carry, ys = jaxrnn.scan(model.cell, model.params, None, tokens, mask=mask, time_axis=1)
+      >>> ys.shape
+      (2, 2)
 
-    The losses here take logits: to train it on, take off the sigmoid or softmax at its end.
+      The losses here take logits: to train it on, take off the sigmoid or softmax at its end.
 
-        >>> from jaxrnn.training import cross_entropy, make_loss
-        >>> logits, params = jaxrnn.Stack(model.cell.cells[:-1]), model.params[:-1]
-        >>> loss = make_loss(logits, cross_entropy)
+      >>> from jaxrnn.training import cross_entropy, make_loss
+      >>> logits, params = jaxrnn.Stack(model.cell.cells[:-1]), model.params[:-1]
+      >>> loss = make_loss(logits, cross_entropy)
 
-    An encoder's final states are the carry that its decoder starts from, each layer converted by itself; with one
-    output for the whole sequence they are in the carry's field `cell`, of a Bidirectional in those of its `forward` and
-    `backward`:
+      An encoder's final states are the carry that its decoder starts from, each layer converted by itself; with one
+      output for the whole sequence they are in the carry's field `cell`, of a Bidirectional in those of its `forward`
+      and `backward`:
 
-        >>> encoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_state": True}}, weights[1:4])
-        >>> decoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_sequences": True}}, weights[1:4])
-        >>> carry, _ = jaxrnn.scan(encoder.cell, encoder.params, None, np.ones((2, 7, 3), "float32"), time_axis=1)
-        >>> targets = np.ones((2, 5, 3), "float32")
-        >>> carry, ys = jaxrnn.scan(decoder.cell, decoder.params, carry, targets, time_axis=1)
-        >>> ys.shape
-        (2, 5, 4)
+      >>> encoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_state": True}}, weights[1:4])
+      >>> decoder = from_keras({"class_name": "LSTM", "config": {"units": 4, "return_sequences": True}}, weights[1:4])
+      >>> carry, _ = jaxrnn.scan(encoder.cell, encoder.params, None, np.ones((2, 7, 3), "float32"), time_axis=1)
+      >>> targets = np.ones((2, 5, 3), "float32")
+      >>> carry, ys = jaxrnn.scan(decoder.cell, decoder.params, carry, targets, time_axis=1)
+      >>> ys.shape
+      (2, 5, 4)
     """
     if not isinstance(source, Mapping):
         source, weights = _read(source, weights)

@@ -37,9 +37,10 @@ DEEPEST = 32  # models within models
 class KerasMask(NamedTuple):
     """A function of xs: the mask for `jaxrnn.scan`, true where x ≠ value; of tokens, or of any feature of the step.
 
-    >>> import numpy as np
-    >>> KerasMask(0.0)(np.array([[[1.0, 0.0], [0.0, 0.0]]]))
-    Array([[ True, False]], dtype=bool)
+    Examples:
+      >>> import numpy as np
+      >>> KerasMask(0.0)(np.array([[[1.0, 0.0], [0.0, 0.0]]]))
+      Array([[ True, False]], dtype=bool)
     """
 
     value: float = 0.0

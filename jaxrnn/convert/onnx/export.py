@@ -40,25 +40,28 @@ def to_onnx(cell: Cell, params: Any, *, lengths: bool = False, initial_states: b
     of 0 at the padding, where `jaxrnn.scan` has 0; and onnxruntime ends a sequence of length 0 with states 0.
 
     Args:
-      cell, params: `Elman`, `LSTM`, `GRU`, `Backward`, `Bidirectional` (of two alike, side by side), `Stack`,
-        `Residual`, `LearnedCarry`, `Pool`, `Embed`, `Linear`, `LayerNorm`, `Dropout`, `Apply`.
-      lengths: whether the lengths of the sequences are an input.
-      initial_states: whether the initial states are inputs.
+      cell: `Elman`, `LSTM`, `GRU`, `Backward`, `Bidirectional` (of two alike, side by side), `Stack`, `Residual`,
+        `LearnedCarry`, `Pool`, `Embed`, `Linear`, `LayerNorm`, `Dropout`, `Apply`.
+      params: Its params, as `cell.init` gives them.
+      lengths: Whether the lengths of the sequences are an input.
+      initial_states: Whether the initial states are inputs.
 
     Returns:
       The bytes of a checked ModelProto.
 
     Raises:
-      ValueError: for what ONNX lacks, naming the place. TypeError: for what is no cell, or params of another.
+      ValueError: For what ONNX lacks, naming the place.
+      TypeError: For what is no cell, or params of another.
 
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.convert.onnx import to_onnx
-        >>> cell = jaxrnn.MGU(3, 4)
-        >>> try:
-        ...     to_onnx(cell, cell.init(jax.random.key(0)))
-        ... except (ValueError, ImportError) as error:
-        ...     print(error)
-        cell: MGU(input_size=3, hidden_size=4): ONNX has no operator for this cell here
+    Examples:
+      >>> import jax, jaxrnn
+      >>> from jaxrnn.convert.onnx import to_onnx
+      >>> cell = jaxrnn.MGU(3, 4)
+      >>> try:
+      ...     to_onnx(cell, cell.init(jax.random.key(0)))
+      ... except (ValueError, ImportError) as error:
+      ...     print(error)
+      cell: MGU(input_size=3, hidden_size=4): ONNX has no operator for this cell here
     """
     model = placed(cell, params)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(model.params)}

@@ -15,7 +15,7 @@ class DataFiles:
     """What is read of the files in the folder of a model, and nowhere else. `bytes` counts it.
 
     Args:
-      folder: that of the model, or None for a model that was given without its path.
+      folder: That of the model, or None for a model that was given without its path.
     """
 
     def __init__(self, folder: str | None):

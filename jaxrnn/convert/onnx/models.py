@@ -46,33 +46,34 @@ def from_onnx(
     `squeeze(-1)` does, ys keep it.
 
     Args:
-      model: a path, the bytes of a file, an `onnx.ModelProto`; or an `onnx.NodeProto` of a recurrent operator.
-      initializers: for a NodeProto, the arrays by name; other inputs of the node are inputs of the model.
-      output: the name of the output that the cell puts out, where the model has several. By default it is the only one
+      model: A path, the bytes of a file, an `onnx.ModelProto`; or an `onnx.NodeProto` of a recurrent operator.
+      initializers: For a NodeProto, the arrays by name; other inputs of the node are inputs of the model.
+      output: The name of the output that the cell puts out, where the model has several. By default it is the only one
         that is no final state; or, of final states only, the only one.
-      node: the name of a recurrent node, or that of one of its outputs. In a subgraph the names of the nodes around it,
+      node: The name of a recurrent node, or that of one of its outputs. In a subgraph the names of the nodes around it,
         each with a slash, may stand before it. An initial state that is no constant is an argument of `jaxrnn.scan`.
 
     Returns:
       The cell (a `Stack`, where there are several layers), and its params, in the dtype of the model.
 
     Raises:
-      ValueError: for what cannot be converted, naming the node, and the recurrent nodes that `node` can take; for a
+      ValueError: For what cannot be converted, naming the node, and the recurrent nodes that `node` can take; for a
         `node` that there is not, with the names that there are; and for damaged files.
-      TypeError: for what is no model.
+      TypeError: For what is no model.
 
-        >>> import jax, jaxrnn
-        >>> from jaxrnn.convert.onnx import from_onnx, to_onnx
-        >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 3), jaxrnn.Pool(jaxrnn.GRU(3, 4)), jaxrnn.Linear(4, 2)))
-        >>> params = cell.init(jax.random.key(0))
-        >>> try:
-        ...     import onnx
-        ... except ImportError:
-        ...     same = cell
-        ... else:
-        ...     same, _ = from_onnx(to_onnx(cell, params))
-        >>> same == cell
-        True
+    Examples:
+      >>> import jax, jaxrnn
+      >>> from jaxrnn.convert.onnx import from_onnx, to_onnx
+      >>> cell = jaxrnn.Stack((jaxrnn.Embed(10, 3), jaxrnn.Pool(jaxrnn.GRU(3, 4)), jaxrnn.Linear(4, 2)))
+      >>> params = cell.init(jax.random.key(0))
+      >>> try:
+      ...     import onnx
+      ... except ImportError:
+      ...     same = cell
+      ... else:
+      ...     same, _ = from_onnx(to_onnx(cell, params))
+      >>> same == cell
+      True
     """
     import onnx
 

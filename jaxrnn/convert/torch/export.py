@@ -30,23 +30,25 @@ def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
     RNN, the eps of a LayerNorm) is for the module to say.
 
     Args:
-      cell, params: a cell of those that `from_torch` makes.
-      module: the torch module that is to load the result. It gives the names, and is checked to have the same cells
-        and shapes. Its `forward` is not run: `Pool` counts as what is in it, since reading one output is up to the code
-        of the module, and Dropout is not compared.
+      cell: A cell of those that `from_torch` makes.
+      params: Its params, as `cell.init` gives them.
+      module: The torch module that is to load the result. It gives the names, and is checked to have the same cells and
+        shapes. Its `forward` is not run: `Pool` counts as what is in it, since reading one output is up to the code of
+        the module, and Dropout is not compared.
 
     Returns:
       Names to CPU tensors of the params' dtype.
 
     Raises:
-      ValueError: naming the place of what torch, or the module, does not have.
-      TypeError: for params of another cell.
+      ValueError: Naming the place of what torch, or the module, does not have.
+      TypeError: For params of another cell.
 
-        >>> import jax, jaxrnn
-        >>> cell = jaxrnn.LSTM(3, 4)
-        >>> state_dict = to_torch(cell, cell.init(jax.random.key(0)))  # doctest: +SKIP
-        >>> torch.nn.LSTM(3, 4).load_state_dict(state_dict)  # doctest: +SKIP
-        <All keys matched successfully>
+    Examples:
+      >>> import jax, jaxrnn
+      >>> cell = jaxrnn.LSTM(3, 4)
+      >>> state_dict = to_torch(cell, cell.init(jax.random.key(0)))  # doctest: +SKIP
+      >>> torch.nn.LSTM(3, 4).load_state_dict(state_dict)  # doctest: +SKIP
+      <All keys matched successfully>
     """
     model = placed(cell, params)
     arrays = _numbered(model, "") if module is None else _in_module(model, module)

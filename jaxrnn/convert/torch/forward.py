@@ -29,7 +29,7 @@ def check_forwards(module: Any) -> None:
     on time-major, batch-major and single sequences, of which it may take one only.
 
     Raises:
-      ValueError: if `forward` cannot be run on any of them, or returns no tensor that the cell puts out.
+      ValueError: If `forward` cannot be run on any of them, or returns no tensor that the cell puts out.
     """
     for name, part in _with_own_forward(module, ""):
         if why := _difference(part):

@@ -26,7 +26,7 @@ def from_torch(
     """The cell that computes what a torch model does, and its params, in the model's dtype.
 
     Args:
-      source: one of
+      source: One of
 
         A module: RNN, LSTM, GRU and their cells, Embedding, Linear, LayerNorm, Dropout, an activation; or one whose
         children are such modules and run in the order in which they are defined, like `nn.Sequential`. A `forward` of
@@ -38,11 +38,11 @@ def from_torch(
         nor is whatever else a `forward` does; so this is the way to read a module whose `forward` is refused.
 
         The path of a .safetensors file, which holds a state_dict. It needs `safetensors`, and no torch.
-      parts: of a state_dict, the name of each part ("" for one without a prefix) in the order in which they run, with
+      parts: Of a state_dict, the name of each part ("" for one without a prefix) in the order in which they run, with
         its torch class, or None where the shapes tell it. Needed for a lone `weight`, which may be of an Embedding, of
         a Linear, or of a norm, and where names that are no numbers are not in torch's order, as in a file.
-      activation: of a state_dict, "tanh" or "relu", the nonlinearity of every RNN in it.
-      epsilon: of a state_dict, the eps of every LayerNorm in it.
+      activation: Of a state_dict, "tanh" or "relu", the nonlinearity of every RNN in it.
+      epsilon: Of a state_dict, the eps of every LayerNorm in it.
 
     Returns:
       (cell, params). Layers of one module are a `Stack`, two directions a `Bidirectional`, dropout between layers
@@ -61,25 +61,28 @@ def from_torch(
       gradient is so with SGD only, since Adam's steps do not depend on its size.
 
     Raises:
-      ValueError, TypeError: naming the module or array that has no counterpart, does not fit, or is damaged. Modules
-        used twice, tied, parametrized or with hooks raise as well, and those whose `forward` computes something else.
+      ValueError: Naming the module or array that has no counterpart, does not fit, or is damaged. Modules used twice,
+        tied, parametrized or with hooks raise as well, and those whose `forward` computes something else.
+      TypeError: Naming the module or array that has no counterpart, does not fit, or is damaged. Modules used twice,
+        tied, parametrized or with hooks raise as well, and those whose `forward` computes something else.
 
-        >>> import numpy as np
-        >>> rng = np.random.default_rng(0)
-        >>> state_dict = {
-        ...     "lstm.weight_ih_l0": rng.normal(size=(16, 3)).astype("float32"),
-        ...     "lstm.weight_hh_l0": rng.normal(size=(16, 4)).astype("float32"),
-        ...     "head.weight": rng.normal(size=(2, 4)).astype("float32"),
-        ...     "head.bias": np.zeros(2, "float32"),
-        ... }
-        >>> cell, params = from_torch(state_dict)
-        >>> cell.cells
-        (LSTM(input_size=3, hidden_size=4), Linear(input_size=4, output_size=2))
+    Examples:
+      >>> import numpy as np
+      >>> rng = np.random.default_rng(0)
+      >>> state_dict = {
+      ...     "lstm.weight_ih_l0": rng.normal(size=(16, 3)).astype("float32"),
+      ...     "lstm.weight_hh_l0": rng.normal(size=(16, 4)).astype("float32"),
+      ...     "head.weight": rng.normal(size=(2, 4)).astype("float32"),
+      ...     "head.bias": np.zeros(2, "float32"),
+      ... }
+      >>> cell, params = from_torch(state_dict)
+      >>> cell.cells
+      (LSTM(input_size=3, hidden_size=4), Linear(input_size=4, output_size=2))
 
-        >>> import jax, optax
-        >>> lstm, head = jax.tree.map(lambda _: False, params)
-        >>> doubled = optax.masked(optax.scale(2.0), (lstm._replace(b=True), head))
-        >>> optimizer = optax.chain(optax.adam(1e-3), doubled)  # b moves as fast as torch's two
+      >>> import jax, optax
+      >>> lstm, head = jax.tree.map(lambda _: False, params)
+      >>> doubled = optax.masked(optax.scale(2.0), (lstm._replace(b=True), head))
+      >>> optimizer = optax.chain(optax.adam(1e-3), doubled)  # b moves as fast as torch's two
     """
     if is_instance(source, "nn", "Module"):
         told = {"parts": parts, "activation": activation, "epsilon": epsilon}

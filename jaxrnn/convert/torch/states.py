@@ -20,17 +20,18 @@ def carry_from_torch(cell: Cell, states: Any) -> Any:
     """torch's initial or final states as the carry of a recurrent cell, or of a model with one recurrent module.
 
     Args:
-      cell: whose carry it is.
-      states: h_0, or (h_0, c_0) of LSTMs, tensors or arrays (L · directions, *batch, H): a row per
-        layer and direction.
+      cell: Whose carry it is.
+      states: h_0, or (h_0, c_0) of LSTMs, tensors or arrays (L · directions, *batch, H): a row per layer and direction.
 
     Raises:
-      ValueError: if rows or sizes are not those of the cell. TypeError: if it has other states than torch's modules.
+      ValueError: If rows or sizes are not those of the cell.
+      TypeError: If it has other states than torch's modules.
 
-        >>> import jaxrnn, numpy as np
-        >>> cell = jaxrnn.Bidirectional(jaxrnn.GRU(3, 4), jaxrnn.GRU(3, 4))
-        >>> carry_from_torch(cell, np.zeros((2, 5, 4), "float32")).backward.h.shape
-        (5, 4)
+    Examples:
+      >>> import jaxrnn, numpy as np
+      >>> cell = jaxrnn.Bidirectional(jaxrnn.GRU(3, 4), jaxrnn.GRU(3, 4))
+      >>> carry_from_torch(cell, np.zeros((2, 5, 4), "float32")).backward.h.shape
+      (5, 4)
     """
     rows, structure = _rows(cell)
     given = tuple(states) if isinstance(states, (tuple, list)) else (states,)
@@ -49,14 +50,16 @@ def carry_to_torch(cell: Cell, carry: Any) -> Any:
     """The carry as torch has it: the tensor h_n, or (h_n, c_n) of LSTMs, with a row per layer and direction.
 
     Raises:
-      ValueError, TypeError: if it is no carry of the cell, or that has other states than torch's modules.
+      ValueError: If it is no carry of the cell, or that has other states than torch's modules.
+      TypeError: If it is no carry of the cell, or that has other states than torch's modules.
 
-        >>> import jax, jaxrnn
-        >>> cell = jaxrnn.LSTM(3, 4)
-        >>> carry = cell.initial_carry(cell.init(jax.random.key(0)), (5,))
-        >>> h_n, c_n = carry_to_torch(cell, carry)  # doctest: +SKIP
-        >>> h_n.shape  # doctest: +SKIP
-        torch.Size([1, 5, 4])
+    Examples:
+      >>> import jax, jaxrnn
+      >>> cell = jaxrnn.LSTM(3, 4)
+      >>> carry = cell.initial_carry(cell.init(jax.random.key(0)), (5,))
+      >>> h_n, c_n = carry_to_torch(cell, carry)  # doctest: +SKIP
+      >>> h_n.shape  # doctest: +SKIP
+      torch.Size([1, 5, 4])
     """
     wanted, structure = _rows(cell)
     rows, given = jax.tree.flatten(carry, is_leaf=_is_state)

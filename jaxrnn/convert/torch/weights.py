@@ -159,7 +159,7 @@ def write_part(name: str, layered: bool, cells: list[Placed]) -> dict[str, np.nd
     """The arrays of the torch module `name`, which `cells` are: the layers of a recurrent one, or all of another.
 
     Raises:
-      ValueError: naming the place of what torch lacks.
+      ValueError: Naming the place of what torch lacks.
     """
     found = [
         (suffix, _arrays(each))

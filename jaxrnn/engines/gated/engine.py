@@ -160,13 +160,13 @@ def gated_scan(
     """The recurrence over the first axis of `xs`: (final carry, ys).
 
     Args:
-      cell: the recurrence: `update`, `second_input`, and the name of the carry's recurrent part.
-      weights: its arrays.
-      carry: the carry before the first step, leaves (*batch, ...).
+      cell: The recurrence: `update`, `second_input`, and the name of the carry's recurrent part.
+      weights: Its arrays.
+      carry: The carry before the first step, leaves (*batch, ...)
       xs: (T, *batch, D), zero at invalid steps.
-      fresh: the carry that a reset starts from.
-      mask: factor on the recurrent part of the carry where the product reads it, (*batch, S), or None.
-      walk: how the sequence is walked.
+      fresh: The carry that a reset starts from.
+      mask: Factor on the recurrent part of the carry where the product reads it, (*batch, S), or None.
+      walk: How the sequence is walked.
     """
     dtype, wide = _dtypes(weights, carry, xs)
     weights, xs = cast(weights, dtype), xs.astype(dtype)

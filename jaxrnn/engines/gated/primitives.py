@@ -283,10 +283,10 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
     """Recurrences of the same sizes over the first axis of `xs`, all at once: (carry, ys) of each.
 
     Args:
-      kind: of `KINDS`.
-      layers: what differs among them.
+      kind: Of `KINDS`.
+      layers: What differs among them.
       xs: (T, *batch, D).
-      walk: that of the first; with `remat_every`, of all.
+      walk: That of the first; with `remat_every`, of all.
     """
     named = walk.named("gated_scan") is not None
     batch = xs.shape[1:-1]

@@ -31,15 +31,15 @@ def linear_scan(
     one such recurrence in the other direction; forward mode and second derivatives are exact too.
 
     Args:
-      a: the coefficients, broadcastable to b: constant over time, over a batch or over channels where an axis is 1 or
+      a: The coefficients, broadcastable to b: constant over time, over a batch or over channels where an axis is 1 or
         missing.
-      b: what is added, (T, ...), or with time at `time_axis`.
-      h0: the state before the first step, broadcastable to b without its time axis; None for zeros.
-      reverse: from the last step to the first: h_t = a_t h_{t+1} + b_t.
+      b: What is added, (T, ...), or with time at `time_axis`.
+      h0: The state before the first step, broadcastable to b without its time axis; None for zeros.
+      reverse: From the last step to the first: h_t = a_t h_{t+1} + b_t.
       reset: bool, the shape of b's leading axes, time among them: a new sequence begins at step t. Forward h_t = b_t
         there; in reverse that is so at the valid step before. By selection: nothing non-finite crosses the boundary.
       mask: bool like `reset`: the valid steps. An invalid one keeps the state, and its hs is 0.
-      time_axis: the axis of time in b, and in `reset` and `mask`; in a too, where a has as many axes as b.
+      time_axis: The axis of time in b, and in `reset` and `mask`; in a too, where a has as many axes as b.
       implementation: None for the fastest; "native" is one pass of a compiled kernel (float32, on the CPU), "xla" goes
         step by step, "associative" takes logarithmically many parallel passes, "chunked" does so in chunks, in turn.
 
@@ -47,16 +47,19 @@ def linear_scan(
       The last state, b's shape without time, and all states, like b.
 
     Raises:
-      ValueError, TypeError: for shapes, dtypes and names that do not fit, at trace time.
+      ValueError: For shapes, dtypes and names that do not fit, at trace time.
+      TypeError: For shapes, dtypes and names that do not fit, at trace time.
 
-    Reference: Martin and Cundy 2018, arXiv 1709.04057 (in parallel over time).
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn
+      >>> last, hs = jaxrnn.linear_scan(0.5, jnp.ones(4))
+      >>> hs
+      Array([1.   , 1.5  , 1.75 , 1.875], dtype=float32)
+      >>> jaxrnn.linear_scan(0.5, jnp.ones(4), reset=jnp.array([False, False, True, False]))[1]
+      Array([1. , 1.5, 1. , 1.5], dtype=float32)
 
-        >>> import jax.numpy as jnp, jaxrnn
-        >>> last, hs = jaxrnn.linear_scan(0.5, jnp.ones(4))
-        >>> hs
-        Array([1.   , 1.5  , 1.75 , 1.875], dtype=float32)
-        >>> jaxrnn.linear_scan(0.5, jnp.ones(4), reset=jnp.array([False, False, True, False]))[1]
-        Array([1. , 1.5, 1. , 1.5], dtype=float32)
+    References:
+      Martin and Cundy 2018, arXiv 1709.04057 (in parallel over time).
     """
     b = jnp.asarray(b)
     with jax.numpy_dtype_promotion("standard"):
@@ -110,11 +113,12 @@ def linear_recurrence(
     """The recurrence over the first axis: (the last h, all h).
 
     Args:
-      a: broadcastable to b. b: (T, ...), of the dtype of the result.
-      h: the state before the first step, b's shape without time, in a dtype that sums are in.
-      flags: over leading axes of b. An invalid step keeps the state; at one that starts fresh, h_t = b_t.
-      reverse: from the last step to the first.
-      form: of `linear_form`.
+      a: Broadcastable to b.
+      b: (T, ...), of the dtype of the result.
+      h: The state before the first step, b's shape without time, in a dtype that sums are in.
+      flags: Over leading axes of b. An invalid step keeps the state; at one that starts fresh, h_t = b_t.
+      reverse: From the last step to the first.
+      form: Of `linear_form`.
     """
     valid, start = flags
     if b.size == 0:

@@ -39,10 +39,13 @@ def log_linear_recurrence(
     """h_t = exp(log_a_t) h_{t-1} + exp(log_b_t) over the first axis: (the last h, all h); h itself of any sign.
 
     Args:
-      log_a, log_b: (T, ...). h: the state before the first step, and its dtype that of sums.
-      fresh: what is before a step that starts fresh. flags: over leading axes of b.
-      reverse: from the last step to the first.
-      form: of `log_linear_form`.
+      log_a: (T, ...)
+      log_b: (T, ...)
+      h: The state before the first step, and its dtype that of sums.
+      fresh: What is before a step that starts fresh.
+      flags: Over leading axes of b.
+      reverse: From the last step to the first.
+      form: Of `log_linear_form`.
     """
     valid, start = flags
     if log_b.size == 0:
