@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, Generic, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,10 @@ from jaxrnn.engines.walk import IMPLEMENTATIONS, Walk
 
 _XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
 REFUSALS: dict[str, str] = {name: _XLA_ONLY for name in IMPLEMENTATIONS if name != "xla"}
+
+
+Params = TypeVar("Params")
+Carry = TypeVar("Carry")
 
 
 @dataclass_transform(frozen_default=True)
@@ -61,7 +65,7 @@ def _check_hashable(value: Any, name: str) -> None:
     )
 
 
-class Cell(metaclass=CellType):
+class Cell(Generic[Params, Carry], metaclass=CellType):
     """A recurrence as a frozen value: `step(params, carry, x) -> (carry, y)`, and how to begin.
 
     A subclass lists its configuration as annotated fields and defines `init`, `initial_carry` and `step`; it is then a
@@ -111,31 +115,22 @@ class Cell(metaclass=CellType):
     transparent = False
 
     @abstractmethod
-    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Params:
         """Parameters drawn at random, a pytree of arrays."""
 
     @abstractmethod
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
+    def initial_carry(self, params: Params, batch_shape: tuple[int, ...] = ()) -> Carry:
         """The carry that a sequence starts from, leaves (*batch_shape, ...)."""
 
     @abstractmethod
-    def step(self, params: Any, carry: Any, x: Any, noise: Any = None) -> tuple[Any, Any]:
+    def step(self, params: Params, carry: Carry, x: Any, noise: Any = None) -> tuple[Carry, Any]:
         """One step: (carry', y). `noise` is None (deterministic) or `(sequence, steps[t])`, drawn by `self.noise`."""
 
     def noise(self, key: Array, length: int, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
         """Noise of one call: what is drawn once per sequence, and what per step, with a leading axis `length`."""
         return None, None
 
-    def scan(
-        self,
-        params: Any,
-        carry: Any,
-        xs: Any,
-        *,
-        fresh: Any,
-        noise: Any,
-        walk: Walk,
-    ) -> tuple[Any, Any]:
+    def scan(self, params: Params, carry: Carry, xs: Any, *, fresh: Carry, noise: Any, walk: Walk) -> tuple[Carry, Any]:
         """`step` over the first axis of `xs`: (final carry, ys). Call `jaxrnn.scan` instead, which prepares all this.
 
         An override honours every argument: `carry` and `fresh` are given, `xs` is zero at invalid steps and `ys` must
@@ -159,8 +154,15 @@ class Cell(metaclass=CellType):
         return in_chunks(run, (params, fresh), carry, ((xs, steps), walk.flags), walk)
 
     def scan_both(
-        self, params: tuple[Any, Any], carry: tuple[Any, Any], xs: Any, *, fresh: Any, noise: Any, walk: Walk
-    ) -> list[tuple[Any, Any]]:
+        self,
+        params: tuple[Params, Params],
+        carry: tuple[Carry, Carry],
+        xs: Any,
+        *,
+        fresh: tuple[Carry, Carry],
+        noise: Any,
+        walk: Walk,
+    ) -> list[tuple[Carry, Any]]:
         """`scan` along the walk and along the opposite one, of pairs of params, carries and noise.
 
         An override runs both at once where it can.

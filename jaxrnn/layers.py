@@ -11,14 +11,14 @@ import numpy as np
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell
+from jaxrnn.cell import Cell, Params
 from jaxrnn.cells.activations import Activation, activation
 from jaxrnn.cells.gated import normalize
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, lifted
 
 
-class Layer(Cell):
+class Layer(Cell[Params, tuple[()]]):
     """A cell that remembers nothing: y = apply(params, x). It accepts every implementation name."""
 
     @abstractmethod
@@ -47,7 +47,7 @@ class LinearParams(NamedTuple):
     b: Array | None
 
 
-class Linear(Layer):
+class Linear(Layer[LinearParams]):
     """y = x w + b.
 
     Args:
@@ -87,7 +87,7 @@ class EmbedParams(NamedTuple):
     w: Array
 
 
-class Embed(Layer):
+class Embed(Layer[EmbedParams]):
     """y = w[x] for integers x: one row per token.
 
     A token outside [0, V) raises where its value is known, and gives NaN where it is traced.
@@ -142,7 +142,7 @@ class LayerNormParams(NamedTuple):
     b: Array | None
 
 
-class LayerNorm(Layer):
+class LayerNorm(Layer[LayerNormParams]):
     """y = (x − mean) / √(variance + ε) · scale + b over the last axis, or each of its groups.
 
     Args:
@@ -198,7 +198,7 @@ class LayerNorm(Layer):
         return y.astype(dtype)
 
 
-class Apply(Layer):
+class Apply(Layer[tuple[()]]):
     """y = fn(x), for an activation by name or a function of one step's x with any leading axes.
 
     Args:
@@ -233,7 +233,7 @@ def row_keys(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.random.split(key, shape)
 
 
-class Dropout(Layer):
+class Dropout(Layer[tuple[()]]):
     """y = m x / (1 − rate), m Bernoulli(1 − rate), where a key is given; else y = x.
 
     Args:

@@ -24,15 +24,15 @@ from jaxrnn.arguments import (
     to_jax,
     valid_steps,
 )
-from jaxrnn.cell import Cell, scan_one_step
+from jaxrnn.cell import Carry, Cell, Params, scan_one_step
 from jaxrnn.engines.arrays import cast_like, varying_like, widened, zero_where_not
 from jaxrnn.engines.walk import EngineCall, Implementation, Question, Walk, checked, final
 
 
 def scan(
-    cell: Cell,
-    params: Any,
-    carry: Any,
+    cell: Cell[Params, Carry],
+    params: Params,
+    carry: Carry | None,
     xs: Any,
     *,
     lengths: Any = None,
@@ -43,7 +43,7 @@ def scan(
     key: Array | None = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
-) -> tuple[Any, Any]:
+) -> tuple[Carry, Any]:
     """`lax.scan` for cells: runs `cell` over a sequence, or a batch of them.
 
     Without options it is
@@ -155,8 +155,14 @@ def walked(
 
 
 def step(
-    cell: Cell, params: Any, carry: Any, x: Any, *, noise: Any = None, implementation: Implementation = None
-) -> tuple[Any, Any]:
+    cell: Cell[Params, Carry],
+    params: Params,
+    carry: Carry | None,
+    x: Any,
+    *,
+    noise: Any = None,
+    implementation: Implementation = None,
+) -> tuple[Carry, Any]:
     """One step of `cell`, by the fastest engine: (carry', y).
 
     For the least delay jit it, and hand back the carry as it comes. On the CPU the environment variable
@@ -213,9 +219,9 @@ def step_asked(
 
 
 def rollout(
-    cell: Cell,
-    params: Any,
-    carry: Any,
+    cell: Cell[Params, Carry],
+    params: Params,
+    carry: Carry | None,
     x: Any,
     length: int,
     *,

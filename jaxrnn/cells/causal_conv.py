@@ -28,7 +28,7 @@ class CausalConvCarry(NamedTuple):
     window: Array
 
 
-class CausalConv(Cell):
+class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
     """A depthwise causal convolution over time: `causal_conv_step` as a cell.
 
         y_t = b + Σ_k w[k] x_{t−(K−1)+k}

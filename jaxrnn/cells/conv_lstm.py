@@ -31,7 +31,7 @@ class ConvLSTMCarry(NamedTuple):
     c: Array
 
 
-class ConvLSTM(Cell):
+class ConvLSTM(Cell[ConvLSTMParams, ConvLSTMCarry]):
     """The LSTM whose products are convolutions (∗), over images, volumes or series of features: `conv_lstm_step`.
 
         i, f, g, o = split(x ∗ w_x + h ∗ w_h + b)

@@ -36,7 +36,7 @@ class ElmanGates(NamedTuple):
     h: Array
 
 
-class Elman(GatedCell):
+class Elman(GatedCell[ElmanParams, ElmanCarry]):
     """The simple recurrent network: `elman_step` as a cell.
 
         h' = φ(x w_x + h w_h + b),  y = h'

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cell import Cell
+from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.engines.gated.engine import GatedWeights, Kernel, gated_products, gated_scan, gated_scan_both, gated_step
 
 
-class GatedCell(Cell):
+class GatedCell(Cell[Params, Carry]):
     """A cell with one product that reads the carry, then elementwise gates; noise is a mask on what it reads.
 
         u, v = x w_x + b, h w_h

@@ -62,7 +62,7 @@ class _Theta(NamedTuple):
     norm: GRUNorm | None
 
 
-class GRU(GatedCell):
+class GRU(GatedCell[GRUParams, GRUCarry]):
     """The gated recurrent unit: `gru_step` as a cell.
 
         r, z = σ(x w_xr + h w_hr + b_r), σ(x w_xz + h w_hz + b_z)

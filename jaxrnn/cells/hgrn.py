@@ -33,7 +33,7 @@ class HGRNGates(NamedTuple):
     n: Array
 
 
-class HGRN(LinearCell):
+class HGRN(LinearCell[HGRNParams, HGRNCarry]):
     """The real unit of the hierarchically gated recurrent network: `hgrn_step` as a cell.
 
         f = γ + (1 − γ) σ(x w_f + b_f)

@@ -36,7 +36,7 @@ class IndRNNGates(NamedTuple):
     h: Array
 
 
-class IndRNN(GatedCell):
+class IndRNN(GatedCell[IndRNNParams, IndRNNCarry]):
     """The independently recurrent network, each unit seeing its own past only: `indrnn_step` as a cell.
 
         h' = φ(x w_x + w_h h + b),  y = h'

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cell import Cell
+from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.cells.window import step_window, windows
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, dot, lifted, select, zero_where_not
 from jaxrnn.engines.linear.engine import linear_form, linear_recurrence
@@ -19,7 +19,7 @@ from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Flags
 
 
-class LinearCell(Cell):
+class LinearCell(Cell[Params, Carry]):
     """A cell whose recurrence is linear: h' = a h + b, elementwise, a and b of the input alone.
 
     A subclass has a carry with the field h and defines `coefficients`, and `output` where y is not h. Both take any
@@ -70,7 +70,7 @@ class LinearCell(Cell):
         """(a, b) as they are where a sequence has started, and as they are at its first step."""
         return a, b
 
-    def step(self, params, carry, x, noise=None):
+    def step(self, params, carry: Any, x, noise=None):
         check.params(self, params)
         dtype = compute_dtype(x, params)
         params, x = cast(params, dtype), x.astype(dtype)
@@ -86,7 +86,7 @@ class LinearCell(Cell):
         y = self.output(params, h.astype(b.dtype), x).astype(dtype)
         return self._replaced(carry, h.astype(carry.h.dtype), True, window), y
 
-    def scan(self, params, carry, xs, *, fresh, noise, walk):
+    def scan(self, params, carry: Any, xs, *, fresh: Any, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)

@@ -33,7 +33,7 @@ class LRUCarry(NamedTuple):
     h: Array
 
 
-class LRU(LinearCell):
+class LRU(LinearCell[LRUParams, LRUCarry]):
     """The linear recurrent unit: `lru_step` as a cell.
 
         λ = exp(−exp(ν) + i exp(θ))

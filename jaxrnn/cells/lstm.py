@@ -67,7 +67,7 @@ class _Theta(NamedTuple):
     norm: LSTMNorm | None
 
 
-class LSTM(GatedCell):
+class LSTM(GatedCell[LSTMParams, LSTMCarry]):
     """Long short-term memory: `lstm_step` as a cell.
 
         i, f, g, o = σ(i), σ(f), tanh(g), σ(o)  of  i, f, g, o = split(x w_x + h w_h + b)

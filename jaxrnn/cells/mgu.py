@@ -35,7 +35,7 @@ class MGUGates(NamedTuple):
     n: Array
 
 
-class MGU(GatedCell):
+class MGU(GatedCell[MGUParams, MGUCarry]):
     """The minimal gated unit: `mgu_step` as a cell.
 
         f = σ(x w_xf + h w_hf + b_f)

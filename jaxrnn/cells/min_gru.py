@@ -33,7 +33,7 @@ class MinGRUGates(NamedTuple):
     n: Array
 
 
-class MinGRU(LinearCell):
+class MinGRU(LinearCell[MinGRUParams, MinGRUCarry]):
     """The minimal gated recurrent unit: `min_gru_step` as a cell.
 
         z = σ(x w_xz + b_z)

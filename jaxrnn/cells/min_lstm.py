@@ -34,7 +34,7 @@ class MinLSTMGates(NamedTuple):
     n: Array
 
 
-class MinLSTM(LinearCell):
+class MinLSTM(LinearCell[MinLSTMParams, MinLSTMCarry]):
     """The minimal LSTM: `min_lstm_step` as a cell.
 
         f, i = σ(x w_xf + b_f), σ(x w_xi + b_i)

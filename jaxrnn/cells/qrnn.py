@@ -27,7 +27,7 @@ class QRNNCarry(NamedTuple):
     window: Array
 
 
-class QRNN(LinearCell):
+class QRNN(LinearCell[QRNNParams, QRNNCarry]):
     """The quasi-recurrent network with fo-pooling: `qrnn_step` as a cell.
 
         X = [x_{t−K+1}, …, x_t]          the last K valid inputs since the sequence began, 0 before that

@@ -39,7 +39,7 @@ class RGLRUGates(NamedTuple):
     i: Array
 
 
-class RGLRU(LinearCell):
+class RGLRU(LinearCell[RGLRUParams, RGLRUCarry]):
     """The real-gated linear recurrent unit of Griffin: `rg_lru_step` as a cell.
 
         r, i = σ(x w_r + b_r), σ(x w_i + b_i)

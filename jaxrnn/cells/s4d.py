@@ -35,7 +35,7 @@ class S4DCarry(NamedTuple):
     h: Array
 
 
-class S4D(LinearCell):
+class S4D(LinearCell[S4DParams, S4DCarry]):
     """The diagonal structured state space layer: `s4d_step` as a cell.
 
         s' = λ s + x,  λ = −exp(decay) + i frequency     the continuous system, N pairs of states for each channel

@@ -34,7 +34,7 @@ class S5Carry(NamedTuple):
     h: Array
 
 
-class S5(LinearCell):
+class S5(LinearCell[S5Params, S5Carry]):
     """The simplified state space layer: `s5_step` as a cell.
 
         s' = λ s + x B,  λ = −exp(decay) + i frequency        the continuous system, B = w_re + i w_im

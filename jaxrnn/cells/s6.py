@@ -35,7 +35,7 @@ class S6Carry(NamedTuple):
     h: Array
 
 
-class S6(LinearCell):
+class S6(LinearCell[S6Params, S6Carry]):
     """The selective state space layer of Mamba: `s6_step` as a cell.
 
         r, B, C = x w_x

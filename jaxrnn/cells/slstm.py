@@ -42,7 +42,7 @@ class SLSTMGates(NamedTuple):
     o: Array
 
 
-class SLSTM(GatedCell):
+class SLSTM(GatedCell[SLSTMParams, SLSTMCarry]):
     """The scalar LSTM of xLSTM: `slstm_step` as a cell.
 
         i, f, z, o = x w_x + h w_h + b, w_h block-diagonal

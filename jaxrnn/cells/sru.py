@@ -38,7 +38,7 @@ class SRUGates(NamedTuple):
     r: Array
 
 
-class SRU(LinearCell):
+class SRU(LinearCell[SRUParams, SRUCarry]):
     """The simple recurrent unit: `sru_step` as a cell.
 
         n = x w_n;  f, r = σ(x w_f + b_f), σ(x w_r + b_r)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import check
+from jaxrnn.cell import Carry, Params
 from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import inexact
 
 
-class RecurrentDropout(Wrapper):
+class RecurrentDropout(Wrapper[Params, Carry]):
     """Variational dropout on the recurrent product: (m h) w_h, m one mask per sequence, entries 0 or 1/(1 − rate).
 
     The carry itself is not masked. Without a key it is the cell.
@@ -66,7 +67,7 @@ class WeightDropNoise(NamedTuple):
     cell: Any
 
 
-class WeightDrop(Wrapper):
+class WeightDrop(Wrapper[Params, Carry]):
     """DropConnect on the recurrent weights: w_h becomes k w_h / (1 − rate), k Bernoulli(1 − rate).
 
     One k per call, for all rows, which keeps the product a matrix product; vmap over keys for one per row. Without a
@@ -121,7 +122,7 @@ class WeightDrop(Wrapper):
         params, noise = self._drop(params, noise)
         return self.cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
-    def _drop(self, params, noise):
+    def _drop(self, params: Any, noise: Any) -> tuple[Any, Any]:
         if noise is None:
             return params, None
         (keep, inner), steps = noise
@@ -137,7 +138,7 @@ class ZoneoutNoise(NamedTuple):
     cell: Any
 
 
-class Zoneout(Wrapper):
+class Zoneout(Wrapper[Params, Carry]):
     """Entries of the carry keep their old value: carry' = z carry + (1 − z) step(carry), z Bernoulli(rate) per step.
 
     Without a key the expectation, z = rate. Where the cell puts out a part of its carry (h of the gated cells), y

@@ -128,7 +128,7 @@ class BidirectionalPair(NamedTuple):
     backward: Any
 
 
-class Bidirectional(Cell):
+class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
     """Two cells over the same sequence in opposite directions; y[t] = merge(forward y[t], backward y[t]).
 
     The backward cell begins at the last valid step, and a reset begins a new sequence for both.

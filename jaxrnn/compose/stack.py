@@ -24,7 +24,7 @@ def _concatenate(*ys: Any) -> Any:
     return jax.tree.map(join, *ys)
 
 
-class Several(Cell):
+class Several(Cell[tuple, tuple]):
     """A cell made of a tuple of `cells`, with tuples of params, carries and noise."""
 
     cells: tuple[Cell, ...]

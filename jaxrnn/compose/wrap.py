@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell, Part, input_size, output_size
+from jaxrnn.cell import Carry, Cell, Params, Part, input_size, output_size
 from jaxrnn.engines.arrays import inexact
 
 
-class Wrapper(Cell):
+class Wrapper(Cell[Params, Carry]):
     """A cell around one other, whose params, carry, sizes and noise are that cell's unless it says otherwise."""
 
-    cell: Cell
+    cell: Cell[Params, Carry]
 
     def __post_init__(self):
         check.fields(self, cell=check.cell)
@@ -55,10 +55,10 @@ class Wrapper(Cell):
     def output_size(self) -> Any:
         return output_size(self.cell, self.input_size)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Params:
         return self.cell.init(key, dtype)
 
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
+    def initial_carry(self, params: Params, batch_shape: tuple[int, ...] = ()) -> Carry:
         return self.cell.initial_carry(params, batch_shape)
 
     def noise(self, key, length, batch_shape):
@@ -72,7 +72,7 @@ class Wrapper(Cell):
         return dataclasses.replace(self, cell=part.cell), part.params
 
 
-class Residual(Wrapper):
+class Residual(Wrapper[Params, Carry]):
     """y = x + (the cell's y), for a cell whose output has the shape of its input.
 
     Examples:
@@ -108,7 +108,7 @@ def _add(x, y):
     return x + y.astype(x.dtype)
 
 
-class Backward(Wrapper):
+class Backward(Wrapper[Params, Carry]):
     """The cell over the sequence in the opposite direction: from the last valid step to the first, ys aligned with xs.
 
     As the backward cell of a `Bidirectional`, it cannot run step by step.
@@ -147,7 +147,7 @@ class LearnedCarryParams(NamedTuple):
     carry: Any
 
 
-class LearnedCarry(Wrapper):
+class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
     """The cell with a trainable initial carry, which every fresh start and every reset reads.
 
     A carry that is given takes its place: `scan` trains the learned one only with `carry=None` and at resets. In
@@ -160,6 +160,8 @@ class LearnedCarry(Wrapper):
       >>> cell.init(jax.random.key(0)).carry.h.shape
       (4,)
     """
+
+    cell: Cell[Any, Carry]
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> LearnedCarryParams:
         """The cell's params, and the carry that it starts from by itself."""
@@ -201,7 +203,7 @@ class Emitted(NamedTuple):
     carry: Any
 
 
-class EmitCarry(Wrapper):
+class EmitCarry(Wrapper[Params, Carry]):
     """The cell with the carry after every step among its outputs: y becomes `Emitted(y, carry)`.
 
     Examples:
