@@ -217,7 +217,7 @@ class Apply(Layer[tuple[()]]):
         activation(self.fn)
 
     @property
-    def keeps_size(self) -> bool:  # type: ignore[override]
+    def keeps_size(self) -> bool:
         return not callable(self.fn)
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> tuple[()]:

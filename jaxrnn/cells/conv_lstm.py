@@ -108,7 +108,7 @@ class ConvLSTM(Cell[ConvLSTMParams, ConvLSTMCarry]):
         return tuple(map(size, *(self._each(name) for name in names)))
 
     @property
-    def input_ndim(self) -> int:  # type: ignore[override]
+    def input_ndim(self) -> int:
         return len(self.spatial_shape) + 1
 
     @property

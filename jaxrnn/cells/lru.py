@@ -60,7 +60,7 @@ class LRU(LinearCell[LRUParams, LRUCarry]):
       Orvieto et al. 2023, Resurrecting recurrent neural networks for long sequences, arXiv 2303.06349.
     """
 
-    slow_weights = ("nu", "theta", "gamma")  # type: ignore[assignment]
+    slow_weights = ("nu", "theta", "gamma")
 
     input_size: int
     hidden_size: int

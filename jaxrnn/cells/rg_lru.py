@@ -64,7 +64,7 @@ class RGLRU(LinearCell[RGLRUParams, RGLRUCarry]):
       De et al. 2024, Griffin, arXiv 2402.19427.
     """
 
-    slow_weights = ("decay",)  # type: ignore[assignment]
+    slow_weights = ("decay",)
     begins_apart = True
 
     input_size: int

@@ -65,7 +65,7 @@ class S4D(LinearCell[S4DParams, S4DCarry]):
       Gu et al. 2022, On the parameterization and initialization of diagonal state space models, arXiv 2206.11893.
     """
 
-    slow_weights = ("log_decay", "frequency", "log_step")  # type: ignore[assignment]
+    slow_weights = ("log_decay", "frequency", "log_step")
 
     input_size: int
     states: int

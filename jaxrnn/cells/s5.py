@@ -65,7 +65,7 @@ class S5(LinearCell[S5Params, S5Carry]):
       Smith et al. 2022, Simplified state space layers for sequence modeling, arXiv 2208.04933.
     """
 
-    slow_weights = ("log_decay", "frequency", "log_step")  # type: ignore[assignment]
+    slow_weights = ("log_decay", "frequency", "log_step")
 
     input_size: int
     hidden_size: int

@@ -64,7 +64,7 @@ class S6(LinearCell[S6Params, S6Carry]):
       Gu & Dao 2023, Mamba, arXiv 2312.00752.
     """
 
-    slow_weights = ("log_decay", "b_step", "d")  # type: ignore[assignment]
+    slow_weights = ("log_decay", "b_step", "d")
 
     input_size: int
     states: int = 16

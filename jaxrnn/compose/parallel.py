@@ -85,7 +85,7 @@ class Parallel(Several):
         return [output_size(cell, self.input_size) for cell in self.cells]
 
     @property
-    def input_ndim(self):  # type: ignore[override]
+    def input_ndim(self):
         return next((cell for cell in self.cells if input_size(cell) is not None), self.cells[0]).input_ndim
 
     @property
@@ -97,7 +97,7 @@ class Parallel(Several):
         return _merged_size(self.merge, self._sizes)
 
     @property
-    def ends_time(self) -> bool:  # type: ignore[override]
+    def ends_time(self) -> bool:
         return self.cells[0].ends_time
 
     def step(self, params, carry, x, noise=None):
@@ -176,7 +176,7 @@ class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
         return output_size(self.forward, self.input_size), output_size(self.backward, self.input_size)
 
     @property
-    def input_ndim(self):  # type: ignore[override]
+    def input_ndim(self):
         return self.forward.input_ndim
 
     @property
@@ -188,7 +188,7 @@ class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
         return _merged_size(self.merge, self._output_sizes)
 
     @property
-    def ends_time(self) -> bool:  # type: ignore[override]
+    def ends_time(self) -> bool:
         return self.forward.ends_time
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> BidirectionalPair:

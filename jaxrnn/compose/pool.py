@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,9 @@ class Pool(Wrapper):
     how: str | tuple[str, ...] = "last"
 
     ends_time = True
-    keeps_size = False  # type: ignore[assignment]
-    recurrent_state = None  # type: ignore[assignment]
-    recurrent_weights = ()  # type: ignore[assignment]
+    keeps_size: ClassVar[bool] = False
+    recurrent_state: ClassVar[str | None] = None
+    recurrent_weights: ClassVar[tuple[str, ...]] = ()
     transparent = True
 
     def __post_init__(self):

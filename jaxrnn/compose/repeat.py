@@ -45,7 +45,7 @@ class Repeat(Layer):
         check.sizes(self, "length")
 
     @property
-    def input_ndim(self):  # type: ignore[override]
+    def input_ndim(self):
         return self.cell.input_ndim
 
     @property

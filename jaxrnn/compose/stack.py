@@ -42,7 +42,7 @@ class Several(Cell[tuple, tuple]):
         return type(self).__name__
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return all(cell.causal for cell in self.cells)
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> tuple:
@@ -126,7 +126,7 @@ class Stack(Several):
         return first + below if isinstance(first, int) and isinstance(below, int) else None
 
     @property
-    def input_ndim(self):  # type: ignore[override]
+    def input_ndim(self):
         first = next((cell for cell in self.cells if not (cell.keeps_size and input_size(cell) is None)), self.cells[0])
         return first.input_ndim
 
@@ -151,11 +151,11 @@ class Stack(Several):
         return sum(sizes) if all(isinstance(size, int) for size in sizes) else None
 
     @property
-    def keeps_size(self) -> bool:  # type: ignore[override]
+    def keeps_size(self) -> bool:
         return not self.skip and all(cell.keeps_size for cell in self.cells)
 
     @property
-    def ends_time(self) -> bool:  # type: ignore[override]
+    def ends_time(self) -> bool:
         return any(cell.ends_time for cell in self.cells)
 
     def _length_above(self, cell, length):

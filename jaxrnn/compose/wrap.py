@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +28,23 @@ class Wrapper(Cell[Params, Carry]):
             )
 
     @property
-    def input_ndim(self):  # type: ignore[override]
+    def input_ndim(self):
         return self.cell.input_ndim
 
     @property
-    def recurrent_state(self):  # type: ignore[override]
+    def recurrent_state(self):
         return self.cell.recurrent_state
 
     @property
-    def recurrent_weights(self):  # type: ignore[override]
+    def recurrent_weights(self):
         return self.cell.recurrent_weights
 
     @property
-    def keeps_size(self):  # type: ignore[override]
+    def keeps_size(self):
         return self.cell.keeps_size
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return self.cell.causal
 
     @property
@@ -82,7 +82,7 @@ class Residual(Wrapper[Params, Carry]):
       (7, 3)
     """
 
-    recurrent_state = None  # type: ignore[assignment]
+    recurrent_state: ClassVar[str | None] = None
     transparent = True
 
     def __post_init__(self):
@@ -120,14 +120,14 @@ class Backward(Wrapper[Params, Carry]):
       (7, 5, 2)
     """
 
-    causal = False  # type: ignore[assignment]
+    causal: ClassVar[bool] = False
     transparent = True
 
     def __post_init__(self):
         check.fields(self, cell=check.cell)
 
     @property
-    def ends_time(self) -> bool:  # type: ignore[override]
+    def ends_time(self) -> bool:
         return self.cell.ends_time
 
     def step(self, params, carry, x, noise=None):
@@ -179,7 +179,7 @@ class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
         return jax.tree.map(start, self.cell.initial_carry(params.cell, batch_shape), params.carry)
 
     # The weights of the recurrent product lie one level down.
-    recurrent_weights = ()  # type: ignore[assignment]
+    recurrent_weights: ClassVar[tuple[str, ...]] = ()
     transparent = True
 
     def step(self, params, carry, x, noise=None):
@@ -214,9 +214,9 @@ class EmitCarry(Wrapper[Params, Carry]):
       (7, 5, 4)
     """
 
-    recurrent_state = None  # type: ignore[assignment]
-    keeps_size = False  # type: ignore[assignment]
-    output_size = None  # type: ignore[assignment]
+    recurrent_state: ClassVar[str | None] = None
+    keeps_size: ClassVar[bool] = False
+    output_size: ClassVar[Any] = None
 
     def step(self, params, carry, x, noise=None):
         carry, y = self.cell.step(params, carry, x, noise)

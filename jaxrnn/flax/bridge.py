@@ -213,7 +213,7 @@ class FlaxCell(Cell):
             )
 
     @property
-    def input_ndim(self) -> int:  # type: ignore[override]
+    def input_ndim(self) -> int:
         return len(self.x_shape())
 
     @property
@@ -221,7 +221,7 @@ class FlaxCell(Cell):
         return _traced(self).output_size
 
     @property
-    def recurrent_state(self) -> str | None:  # type: ignore[override]
+    def recurrent_state(self) -> str | None:
         return _traced(self).state
 
     def x_shape(self, batch_shape: tuple[int, ...] = ()) -> tuple[int, ...]:
