@@ -14,7 +14,7 @@ from jaxrnn.convert.arrays import to_numpy
 class Placed(NamedTuple):
     """A cell of a model with its params, and where it is: `cell`, `cell.cells[2]`, `cell.cells[2].forward`."""
 
-    cell: Cell
+    cell: Any  # a Cell, whose fields converters ask for by its class
     params: Any
     place: str = "cell"
 

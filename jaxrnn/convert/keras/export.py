@@ -190,7 +190,7 @@ class _Writer:
 
     def repeat(self, model: Placed) -> None:
         """A new sequence of steps that all read one vector; what follows acts on its last axis alone."""
-        cell: Any = model.cell
+        cell = model.cell
         size = input_size(cell)
         if self.step is not None or isinstance(size, tuple):
             model.refuse("Keras' RepeatVector takes one vector for each sequence")
@@ -246,7 +246,7 @@ class _Writer:
         return self.layer("RNN", cell=self.layer("StackedRNNCells", cells=inner), **options), weights
 
     def bidirectional(self, model: Placed, *, return_sequences: bool, go_backwards: bool) -> tuple[dict, list[Any]]:
-        cell: Any = model.cell
+        cell = model.cell
         if callable(cell.merge):
             model.refuse("Keras merges by concat, sum, mul and ave only")
         if output_size(cell.forward) != output_size(cell.backward):
@@ -282,21 +282,21 @@ def _write(model: Placed, dropout: float) -> _Written:
 
 
 def _simple(model: Placed) -> _Written:
-    cell: Any = model.cell
+    cell = model.cell
     model.only("activation", why=LACKS)
     config = {"units": cell.hidden_size, "activation": _activation(model, cell.activation)}
     return _Written("SimpleRNN", config | {"use_bias": model.params.b is not None}, list(model.params))
 
 
 def _lstm(model: Placed) -> _Written:
-    cell: Any = model.cell
+    cell = model.cell
     p = model.params
     model.only("gate_activation", "activation", "output_activation", why=LACKS)
     return _Written("LSTM", {"units": cell.hidden_size, **_gates(model)}, [p.w_x, p.w_h, p.b])
 
 
 def _conv_lstm(model: Placed) -> _Written:
-    cell: Any = model.cell
+    cell = model.cell
     if max(cell._each("strides")) > 1 and max(cell._each("dilation")) > 1:
         model.refuse("Keras takes strides or dilation, not both")
     config = {
@@ -311,7 +311,7 @@ def _conv_lstm(model: Placed) -> _Written:
 
 
 def _gru(model: Placed) -> _Written:
-    cell: Any = model.cell
+    cell = model.cell
     p = model.params
     model.only("reset_after", "gate_activation", "activation", why=LACKS)
     if cell.reset_after and (p.b is None) != (p.b_hn is None):
@@ -325,7 +325,7 @@ def _gru(model: Placed) -> _Written:
 
 def _gates(model: Placed) -> dict[str, Any]:
     """The fields that all gated cells have."""
-    cell: Any = model.cell
+    cell = model.cell
     if getattr(cell, "output_activation", cell.activation) != cell.activation:
         model.refuse("Keras has one activation for both the candidate and the output")
     return {

@@ -183,7 +183,7 @@ class _Export:
 
     def pool(self, each: Placed, x: str) -> str:
         *below, top = layers(each.part("cell", each.params))
-        how = each.cell.how  # type: ignore[attr-defined]
+        how = each.cell.how
         if how not in ("last", "mean", "max"):
             each.refuse(f"how={how!r}: expected 'last', 'mean' or 'max'")
         for inside in below:
@@ -219,7 +219,7 @@ class _Export:
         if alike[-1] != alike[0]:
             each.refuse("the two directions of one ONNX node must be alike, but for their activations and weights")
         k, self.recurrent = self.recurrent, self.recurrent + 1
-        (op, common, *_), hidden = found[0], cells[0].cell.hidden_size  # type: ignore[attr-defined]
+        (op, common, *_), hidden = found[0], cells[0].cell.hidden_size
         arrays = self._arrays([each[3] for each in found])
         sequence = "sequence_lens" if self.lengths else ""
         states = self._states(k, ways, cells, x)
@@ -265,7 +265,7 @@ class _Export:
         fields = cells[0].cell.initial_carry(cells[0].params)._fields
         if self.initial_states:
             names = [f"initial_{field}_{k}" for field in fields]
-            shape = (len(ways), "batch", cells[0].cell.hidden_size)  # type: ignore[attr-defined]
+            shape = (len(ways), "batch", cells[0].cell.hidden_size)
             self.inputs += [(name, self.dtype, shape) for name in names]
             return names
         if not any(isinstance(way.cell, LearnedCarry) for way in ways):
@@ -275,7 +275,7 @@ class _Export:
             for way, inner in zip(ways, cells, strict=True)
         ]
         batch = self.add("Gather", self.add("Shape", x), self.integers(1))
-        size = cells[0].cell.hidden_size  # type: ignore[attr-defined]
+        size = cells[0].cell.hidden_size
         shape = self.add("Concat", self.integers(len(ways)), batch, self.integers(size), axis=0)
         rows = [np.stack([np.asarray(getattr(carry, field)) for carry in carries])[:, None] for field in fields]
         return [self.add("Expand", self.weight(row), shape) for row in rows]
@@ -315,8 +315,8 @@ def _weights(way: Placed) -> tuple[str, dict[str, Any], list[Activation], dict[s
     if op == "GRU" and params.b_hn is not None:
         b = np.zeros_like(w[0]) if b is None else b
         recurrent_bias = np.concatenate([np.zeros_like(params.b_hn)] * 2 + [params.b_hn])
-    if op == "LSTM" and cell.coupled:  # type: ignore[attr-defined]
-        sign = 1 if cell.coupled == "input" else -1  # type: ignore[attr-defined]
+    if isinstance(cell, LSTM) and cell.coupled:
+        sign = 1 if cell.coupled == "input" else -1
         if sign < 0 and not odd_about_half(specs[0]):
             way.refuse(f"i = 1 − f is ONNX's f = 1 − i for φ(−x) = 1 − φ(x), not for {specs[0]!r}; use coupled='input'")
         w, r, b = (None if a is None else _uncoupled(a, 3, sign) for a in (w, r, b))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrnn.cell import Cell
+from jaxrnn.cell import Cell, input_size
 from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.compose.wrap import Backward, LearnedCarry, LearnedCarryParams
 from jaxrnn.convert.arrays import Arrays
@@ -40,8 +40,8 @@ def _recurrent(graph: Graph, node: Node):
     reverse = reversed_directions(node)
     made = cells(node, given)
     width = x.size(FEATURES)
-    if not width.dims and width.count != made[0][0].input_size:  # type: ignore[attr-defined]
-        node.refuse(f"X has {width} features, and W is for {made[0][0].input_size}")  # type: ignore[attr-defined]
+    if not width.dims and width.count != input_size(made[0][0]):
+        node.refuse(f"X has {width} features, and W is for {input_size(made[0][0])}")
     hidden = given["R"].shape[-1]
     made = _with_carries(graph, node, made, (len(reverse), hidden), batch, batch_first)
     cell, params = _directions(made, reverse)

@@ -205,13 +205,13 @@ def _dropout(placed: Placed, params: Any) -> dict[str, Any]:
 
 
 def _apply(placed: Placed, params: Any) -> dict[str, Any]:
-    if there(placed.cell.fn, "torch") is None:  # type: ignore[attr-defined]
+    if there(placed.cell.fn, "torch") is None:
         placed.refuse("torch has no module of this function")
     return {}
 
 
 def _elman(placed: Placed, params: ElmanParams) -> dict[str, Any]:
-    if placed.cell.activation not in ("tanh", "relu"):  # type: ignore[attr-defined]
+    if placed.cell.activation not in ("tanh", "relu"):
         placed.refuse("torch's RNN has tanh and relu only")
     placed.only("activation", why="torch's RNN has no such option")
     return _weights(params) | _biases(params, np.zeros_like(params.w_x[0]))
