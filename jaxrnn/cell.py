@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -96,23 +96,23 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
     """
 
     # Trailing axes of x that belong to one step; for a pytree x, a pytree of that structure.
-    input_ndim = 1
+    input_ndim: ClassVar[Any] = 1
     # The field of the carry that the recurrent product reads and that the step puts out, for cells that have one.
-    recurrent_state = None
+    recurrent_state: ClassVar[str | None] = None
     # The fields of the params that are weights of the recurrent product.
-    recurrent_weights = ()
+    recurrent_weights: ClassVar[tuple[str, ...]] = ()
     # The fields of the params that may be None, and then are absent.
     optional_params = ("b", "b_hn", "peephole")
     # Those that a small learning rate suits: of eigenvalues, decays, lengths of steps.
-    slow_weights = ()
+    slow_weights: ClassVar[tuple[str, ...]] = ()
     # Whether y has the size of x, whatever that is.
-    keeps_size = False
+    keeps_size: ClassVar[bool] = False
     # Whether a sequence goes in and a single y comes out.
-    ends_time = False
+    ends_time: ClassVar[bool] = False
     # Whether it runs step by step, each y of the steps so far alone.
-    causal = True
+    causal: ClassVar[bool] = True
     # Whether its carry holds those of its parts, whatever they are, and hands them on as they come.
-    transparent = False
+    transparent: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, key: Array, dtype: Any = jnp.float32) -> Params:

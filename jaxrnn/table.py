@@ -19,7 +19,7 @@ class SummaryRow(NamedTuple):
     layer: str
     output_size: Any
     shapes: dict[str, tuple[int, ...]]
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     bytes: int
 
 
@@ -27,7 +27,7 @@ class Summary(NamedTuple):
     """The rows of a table, and the totals of parameters and bytes; prints as the table."""
 
     rows: tuple[SummaryRow, ...]
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     bytes: int
 
     def __str__(self):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class PoolCarry(NamedTuple):
 
     cell: Any
     value: Any
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def handed_on(self) -> Any:
@@ -66,10 +66,19 @@ class Pool(Wrapper):
     how: str | tuple[str, ...] = "last"
 
     ends_time = True
-    keeps_size: ClassVar[bool] = False
-    recurrent_state: ClassVar[str | None] = None
-    recurrent_weights: ClassVar[tuple[str, ...]] = ()
     transparent = True
+
+    @property
+    def keeps_size(self) -> bool:
+        return False
+
+    @property
+    def recurrent_state(self) -> str | None:
+        return None
+
+    @property
+    def recurrent_weights(self) -> tuple[str, ...]:
+        return ()
 
     def __post_init__(self):
         check.fields(self, cell=check.cell)

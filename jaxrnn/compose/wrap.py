@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,11 @@ class Residual(Wrapper[Params, Carry]):
       (7, 3)
     """
 
-    recurrent_state: ClassVar[str | None] = None
     transparent = True
+
+    @property
+    def recurrent_state(self) -> str | None:
+        return None
 
     def __post_init__(self):
         Wrapper.__post_init__(self)
@@ -120,8 +123,11 @@ class Backward(Wrapper[Params, Carry]):
       (7, 5, 2)
     """
 
-    causal: ClassVar[bool] = False
     transparent = True
+
+    @property
+    def causal(self) -> bool:
+        return False
 
     def __post_init__(self):
         check.fields(self, cell=check.cell)
@@ -178,9 +184,11 @@ class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
 
         return jax.tree.map(start, self.cell.initial_carry(params.cell, batch_shape), params.carry)
 
-    # The weights of the recurrent product lie one level down.
-    recurrent_weights: ClassVar[tuple[str, ...]] = ()
     transparent = True
+
+    @property
+    def recurrent_weights(self) -> tuple[str, ...]:
+        return ()  # they lie one level down
 
     def step(self, params, carry, x, noise=None):
         return self.cell.step(params.cell, carry, x, noise)
@@ -214,9 +222,17 @@ class EmitCarry(Wrapper[Params, Carry]):
       (7, 5, 4)
     """
 
-    recurrent_state: ClassVar[str | None] = None
-    keeps_size: ClassVar[bool] = False
-    output_size: ClassVar[Any] = None
+    @property
+    def recurrent_state(self) -> str | None:
+        return None
+
+    @property
+    def keeps_size(self) -> bool:
+        return False
+
+    @property
+    def output_size(self) -> Any:
+        return None
 
     def step(self, params, carry, x, noise=None):
         carry, y = self.cell.step(params, carry, x, noise)

@@ -16,7 +16,7 @@ class Group(NamedTuple):
     """Up to K batches of one shape: leaves (K, B, ...), how many of the K are real, and the position after it."""
 
     batches: Any
-    count: int
+    filled: int
     position: Any
 
 

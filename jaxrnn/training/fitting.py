@@ -252,7 +252,7 @@ def _train(chunk, state, group: Group, size: int, history: History, names: list[
     """The state after a group, the history with its steps, and those that were not finite."""
     first, best = _steps(state) + 1, state.best
     state, (values, bad, live) = chunk(
-        state._replace(data=None, best=None), group.batches, np.arange(size) < group.count
+        state._replace(data=None, best=None), group.batches, np.arange(size) < group.filled
     )
     live = np.asarray(live)
     rows = int(live.reshape(size, -1).any(1).sum())

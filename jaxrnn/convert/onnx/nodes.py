@@ -113,7 +113,7 @@ def _initial(graph, node, k, name, shape, batch, batch_first):
 def _initial_input(graph, node, name, value, shape):
     """An initial state that is an input, or rows of one. Several states may be the same input."""
     chain, axis = value.parts[0].chain, value.axes[0]
-    rows = [part.index for part in value.parts] if axis in (DIRECTION, UNIT) else list(range(shape[0]))
+    rows = [part.row for part in value.parts] if axis in (DIRECTION, UNIT) else list(range(shape[0]))
     whole = not isinstance(axis, Dim) or value.size(axis) in (Size(shape[0]), Size(1, (axis,)))
     if chain.below is not None or value.axes[2] != FEATURES or len(rows) != shape[0] or not whole:
         node.refuse(f"{name}: expected an input of the model, or rows of one, got {value}")

@@ -89,7 +89,7 @@ class Part(NamedTuple):
 
     chain: Chain
     kind: str
-    index: int
+    row: int
     width: Size
 
 
@@ -153,7 +153,7 @@ def close(node: Node, signal: Signal) -> tuple[Chain, tuple[Axis, ...]]:
     axes = tuple(UNIT if axis == DIRECTION else axis for axis in signal.axes)
     if "row" in kinds:
         node.refuse(f"reads a part of the input {chain.input!r}")
-    if [part.index for part in signal.parts] != list(range(len(chain.reverse))):
+    if [part.row for part in signal.parts] != list(range(len(chain.reverse))):
         node.refuse("reads some of the directions of a layer, or in another order than forward, backward")
     if kinds == ["y"] * len(kinds):
         return chain, axes
@@ -293,7 +293,7 @@ def _rows(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signa
         node.refuse(f"takes entries {start} to {stop} of an input")
     (part,) = signal.parts
     axes = (*signal.axes[:axis], DIRECTION, *signal.axes[axis + 1 :])
-    return signal._replace(parts=tuple(part._replace(kind="row", index=k) for k in range(start, stop)), axes=axes)
+    return signal._replace(parts=tuple(part._replace(kind="row", row=k) for k in range(start, stop)), axes=axes)
 
 
 def _at(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signal:
@@ -317,7 +317,7 @@ def _at(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signal:
         return Signal((Part(chain, "y", 0, width),), axes, signal.dtype)
 
     def final(part):
-        reverse = part.chain.reverse[part.index]
+        reverse = part.chain.reverse[part.row]
         if part.kind != "y":
             node.refuse(f"takes a step of {signal}, which has none")
         return part._replace(kind="h" if last != reverse else ("end" if last else "start"))
