@@ -14,7 +14,7 @@ import numpy as np
 from jaxrnn.cell import Cell
 
 
-def cell(name: str, value: Any) -> Cell:
+def a_cell(name: str, value: Any) -> Cell:
     """`value`, which is a cell."""
     if not isinstance(value, Cell):
         hint = " (the class; write e.g. GRU(3, 16))" if isinstance(value, type) else ""

@@ -126,7 +126,7 @@ def scan_asked(
     names: Names = NAMES,
 ) -> tuple[Any, Any]:
     """`scan`, as it would run where the question says; every call of an engine is added to its answers."""
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     if remat_every is not None:
         remat_every = check.integer("remat_every", remat_every)
     named = checked(implementation)
@@ -205,7 +205,7 @@ def step_asked(
     implementation: Implementation = None,
 ) -> tuple[Any, Any]:
     """`step`, as `scan_asked` is `scan`."""
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     walk = Walk(implementation=checked(implementation), question=question)
     params, x = to_jax(params), jax.tree.map(jnp.asarray, x)
     batch_shape = batch_shape_of(cell, "x", x)
@@ -257,7 +257,7 @@ def rollout(
       >>> jaxrnn.rollout(cell, params, None, jnp.ones(3), 5, feedback=lambda y, key: (y, y))[1].shape
       (5, 3)
     """
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     length = check.integer("length", length, least=0)
     params, x = to_jax(params), jax.tree.map(jnp.asarray, x)
     carry, _ = carries(cell, params, carry, x, batch_shape_of(cell, "x", x))

@@ -68,7 +68,7 @@ def summary(cell: Cell, dtype: Any = jnp.float32) -> Summary:
       ─────────────────────────────────────────────────────────
       total                                        1,314  5,256
     """
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     params = jax.eval_shape(lambda key: cell.init(key, dtype), jax.random.key(0))
     rows = tuple(_rows("", cell, params, input_size(cell)))
     return Summary(rows, sum(row.count for row in rows), sum(row.bytes for row in rows))

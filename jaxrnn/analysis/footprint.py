@@ -78,7 +78,7 @@ def training_memory(
       Chen et al. 2016, Training deep nets with sublinear memory cost, arXiv 1604.06174; Gruslys et al. 2016,
       Memory-efficient backpropagation through time, arXiv 1606.03401.
     """
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     if not callable(loss):
         raise TypeError(f"loss: expected a function of (carry, ys), got {loss!r}")
     arguments = (params, carry, xs)

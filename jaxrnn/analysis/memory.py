@@ -71,7 +71,7 @@ def memory_length(
       >>> memory.influence[:4], memory.mean_lag.round(4)
       (Array([1.   , 0.5  , 0.25 , 0.125], dtype=float32), Array(1., dtype=float32))
     """
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     if not all(inexact(jnp.asarray(leaf)) for leaf in jax.tree.leaves(xs)):
         raise TypeError("xs: expected floating; embed tokens first, and give the cells above the Embed")
     if (samples is None) != (key is None):

@@ -75,7 +75,7 @@ def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, *
     Compositions that hand the carries of their parts on as they are (`Cell.transparent`) are seen through; any other
     cell is observed as a whole, by its step. `offsets` holds one list for each observed cell, in order.
     """
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     jax.eval_shape(cell.initial_carry, params)  # raises where the params are of another cell
     cell, params = _observed(cell, params, None if offsets is None else iter(offsets))
     return scan(cell, params, carry, xs, **keywords)
@@ -83,7 +83,7 @@ def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, *
 
 def observe_whole(cell: Cell, params: Any, carry: Any, xs: Any, **keywords: Any) -> Observation:
     """The `Observation` of `cell`, a composition too, as one recurrence."""
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     if cell.ends_time:
         raise TypeError(f"cell: expected one that runs step by step; analyse the cell inside the Pool of {cell!r}")
     if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)):

@@ -161,7 +161,7 @@ class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
     transparent = True
 
     def __post_init__(self):
-        check.fields(self, forward=check.cell, backward=check.cell)
+        check.fields(self, forward=check.a_cell, backward=check.a_cell)
         if not fits(input_size(self.forward), input_size(self.backward)):
             raise ValueError(
                 f"Bidirectional: forward reads size {input_size(self.forward)} and backward "

@@ -81,7 +81,7 @@ class Pool(Wrapper):
         return ()
 
     def __post_init__(self):
-        check.fields(self, cell=check.cell)
+        check.fields(self, cell=check.a_cell)
         hows = self.how if isinstance(self.how, tuple) else (self.how,)
         if not hows or any(how not in HOWS for how in hows):
             raise ValueError(f"Pool.how: expected one of {HOWS} or a tuple of them, got {self.how!r}")

@@ -41,7 +41,7 @@ class Repeat(Layer):
     length: int
 
     def __post_init__(self):
-        check.fields(self, cell=check.cell)
+        check.fields(self, cell=check.a_cell)
         check.sizes(self, "length")
 
     @property

@@ -35,7 +35,7 @@ class Several(Cell[tuple, tuple]):
         if not isinstance(self.cells, tuple) or not self.cells:
             raise TypeError(f"{self._name}.cells: expected a tuple of at least one cell, got {self.cells!r}")
         for k, cell in enumerate(self.cells):
-            check.cell(f"{self._name}.cells[{k}]", cell)
+            check.a_cell(f"{self._name}.cells[{k}]", cell)
 
     @property
     def _name(self):

@@ -20,7 +20,7 @@ class Wrapper(Cell[Params, Carry]):
     cell: Cell[Params, Carry]
 
     def __post_init__(self):
-        check.fields(self, cell=check.cell)
+        check.fields(self, cell=check.a_cell)
         if self.cell.ends_time:
             raise ValueError(
                 f"{type(self).__name__}.cell: expected one that does not end the time axis, got {self.cell!r}; "
@@ -130,7 +130,7 @@ class Backward(Wrapper[Params, Carry]):
         return False
 
     def __post_init__(self):
-        check.fields(self, cell=check.cell)
+        check.fields(self, cell=check.a_cell)
 
     @property
     def ends_time(self) -> bool:

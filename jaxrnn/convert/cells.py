@@ -36,7 +36,7 @@ class Placed(NamedTuple):
 
 def placed(cell: Cell, params: Any) -> Placed:
     """The whole model, checked to be a cell with finite params of its shapes, which become NumPy arrays."""
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     check.params(cell, params)
     return Placed(cell, to_numpy(params))
 

@@ -243,7 +243,7 @@ def make_truncated_loss(
       >>> carry.h.shape
       (5, 1)
     """
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     metrics = {} if metrics is None else dict(metrics)
     if "loss" in metrics:
         raise ValueError("metrics: the name 'loss' is that of the error itself")

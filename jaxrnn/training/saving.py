@@ -72,7 +72,7 @@ def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
       (True, True)
     """
     path = os.path.abspath(os.fspath(path))
-    check.cell("cell", cell)
+    check.a_cell("cell", cell)
     index = {"format": FORMAT, "version": VERSION, "cell": _encode(cell, type(cell).__name__)}
     arrays = [None if leaf is None else _to_host(leaf, name) for name, _, leaf in _matched(cell, _shapes(cell), params)]
     index["params"] = [None if a is None else {"dtype": a.dtype.name, "shape": list(a.shape)} for a in arrays]
