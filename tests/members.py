@@ -252,8 +252,8 @@ OPTIONS = {name: cell for name, cell in (LSTMS | GRUS | LINEAR_OPTIONS | OTHERS)
 MEMBERS = CELLS | LAYERS | COMPOSITIONS | OPTIONS
 # Members whose way through the engines and compositions no other member of the fast tier has.
 TYPICAL = (
-    *("lstm", "slstm", "qrnn", "rg_lru", "s6", "conv_lstm_1d", "own", "two_inputs", "bidirectional", "blocks"),
-    *("zoneout", "pool_repeat", "classifier", "everything"),
+    *("lstm", "qrnn", "s6", "conv_lstm_1d", "own", "two_inputs", "bidirectional", "zoneout", "pool_repeat"),
+    "everything",
 )
 
 

@@ -66,6 +66,7 @@ def test_parallel_cells_are_merged(merge, expected):
     assert cell.output_size == (None if callable(merge) or merge == "tuple" else 9 if merge == "concat" else 3)
 
 
+@pytest.mark.full
 def test_the_blocks_are_their_formulas():
     """Griffin's, Mamba's and xLSTM's, from their parts."""
 

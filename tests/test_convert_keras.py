@@ -373,6 +373,7 @@ def test_rules(keras, name):
     assert_close(run(converted, converted.params, xs), jax.jit(model)(xs))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_end_of_a_given_mask(keras, backwards):
     """zero_output_for_mask=True: the only output is 0 where the last step is masked, and so is its gradient."""

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from members import CELLS, COMPOSITIONS, LAYERS, MEMBERS, OwnParams, draw_params, draw_x, floats
+from members import CELLS, COMPOSITIONS, LAYERS, MEMBERS, OwnParams, Pair, draw_params, draw_x, floats
 
 import jaxrnn
 
-jax.export.register_namedtuple_serialization(OwnParams, serialized_name="tests.OwnParams")  # as a user does
+for _own in (OwnParams, Pair):  # as a user does
+    jax.export.register_namedtuple_serialization(_own, serialized_name=f"tests.{_own.__name__}")
 EXPLICIT = ["lstm", "gru_reset_before", "mgu", "slstm", "min_gru", "lru", "s6", "rg_lru"]
 MORE = ["elman", "gru", "indrnn", "lstm_projection_peephole", "min_lstm", "sru", "s5", "hgrn", "conv_lstm_1d", "own"]
 

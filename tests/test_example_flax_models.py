@@ -69,6 +69,7 @@ def test_padding_counts_for_nothing_and_noise_needs_a_key(make):
     assert value != loss(params, batch, jax.random.key(0))[0]
 
 
+@pytest.mark.full
 def test_the_short_mode_learns(result):
     accuracies = result.accuracies
     assert 1 / 4 < accuracies["baseline"] < 0.5
@@ -82,6 +83,7 @@ def test_the_short_mode_learns(result):
     ("linen", "other", "status"),
     [(0.9, 0.91, 0), (0.9, 0.95, 1), (0.62, 0.6, 1), (0.6, 0.62, 1), (0.9, math.nan, 1), (math.nan, 0.9, 1)],
 )
+@pytest.mark.full
 def test_the_margin_and_the_difference_decide(result, monkeypatch, tmp_path, capsys, linen, other, status):
     accuracies = {"baseline": 0.4, "linen": linen, "NNX": other}
     monkeypatch.setattr(flax_models, "run", lambda args: result._replace(accuracies=accuracies))

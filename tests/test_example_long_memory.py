@@ -39,6 +39,7 @@ def test_the_models_are_of_equal_size():
     assert max(sizes) < 1.03 * min(sizes)
 
 
+@pytest.mark.full
 def test_the_short_mode_learns(result):
     assert result.chance == pytest.approx(1 / 6, rel=0.15)
     run = result.runs["MinGRU"]
@@ -50,6 +51,7 @@ def test_the_short_mode_learns(result):
 @pytest.mark.parametrize(
     ("mine", "lstm", "status"), [(0.05, 0.06, 0), (0.05, 0.04, 1), (0.08, 0.2, 1), (math.nan, 0.2, 1)]
 )
+@pytest.mark.full
 def test_the_margin_is_kept(result, monkeypatch, tmp_path, capsys, mine, lstm, status):
     errors = {"MinGRU": mine, "LSTM": lstm}
     runs = {name: run._replace(error=errors[name]) for name, run in result.runs.items()}

@@ -43,9 +43,8 @@ def short(name, steps, seeds):
     return shares, model.learns
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "seeds"), [pytest.param("GRU", 350, 2, marks=pytest.mark.full), ("MinGRU", 60, 1)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "steps", "seeds"), [("GRU", 350, 2), ("MinGRU", 60, 1)])
 def test_parity_needs_a_state_that_turns(name, steps, seeds):
     shares, learns = short(name, steps, seeds)
     assert learns == (name == "GRU")

@@ -35,6 +35,7 @@ def result():
         return tag.run(tag.parse(["--quick"]))
 
 
+@pytest.mark.full
 def test_every_model_is_better_than_the_most_frequent_tag(result):
     frequent = np.bincount(result.test.targets[result.counted]).max() / result.counted.sum()
     assert result.accuracy("bidirectional") > max(frequent + 0.05, 0.5)
@@ -63,6 +64,7 @@ def test_windows_see_no_padding_and_no_more_than_the_radius():
     assert (a[2] != other[2]).nnz > 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("margin", "status"), [(-1, 0), (1, 1)])
 def test_the_exit_status_follows_the_margin(result, monkeypatch, capsys, tmp_path, margin, status):
     monkeypatch.setattr(tag, "run", lambda args: result)

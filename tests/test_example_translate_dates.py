@@ -69,6 +69,7 @@ def test_padding_is_never_looked_at():
     np.testing.assert_array_equal(out.y, run(np.where(visible[..., None], states, np.float32(9))).y)
 
 
+@pytest.mark.full
 def test_a_short_run_learns(result):
     """More characters of days never seen than the commonest of each place, on its own output."""
     days = np.array([list(meaning) for _, meaning in result.test])
@@ -79,6 +80,7 @@ def test_a_short_run_learns(result):
     np.testing.assert_allclose(result.attention.sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_status_and_picture(result, monkeypatch, tmp_path, capsys):
     """The status follows the margin, and the picture is written."""
     monkeypatch.setattr(dates, "run", lambda args: result)

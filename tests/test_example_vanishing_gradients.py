@@ -33,6 +33,7 @@ def test_the_task_is_to_add_one_number_of_either_half():
     assert np.mean((batch.targets - 1) ** 2) == pytest.approx(1 / 6, rel=0.15)
 
 
+@pytest.mark.full
 def test_the_short_mode_learns_and_sees_gradients(result):
     assert result.chance == pytest.approx(1 / 6, rel=0.1)
     for name in ("LSTM", "GRU"):
@@ -50,6 +51,7 @@ def test_the_short_mode_learns_and_sees_gradients(result):
 @pytest.mark.parametrize(
     ("lstm", "gru", "status"), [(0.05, 0.06, 0), (0.05, 0.08, 1), (0.08, 0.05, 1), (0.05, math.nan, 1)]
 )
+@pytest.mark.full
 def test_both_have_to_keep_the_margin(result, monkeypatch, tmp_path, capsys, lstm, gru, status):
     errors = {"Elman": 0.3, "LSTM": lstm, "GRU": gru}
     runs = {name: run._replace(error=errors[name]) for name, run in result.runs.items()}

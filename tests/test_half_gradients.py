@@ -19,13 +19,25 @@ OPTIONS = {
     "gru_before_norm": GRU(D, H, reset_after=False, layer_norm=True),
     "elman_softsign": Elman(D, H, activation="softsign"),
 }
-FAST = ("lstm_projection_peephole", "own", "embed", "gru_norm")
+FAST = ("lstm_projection_peephole", "own", "embed")
 
 
 def draw(cell, dtype):
     """Params small enough for what is long ago to be forgotten, as it must be for float32 to tell the gradient."""
     shapes = jax.eval_shape(lambda key: cell.init(key, jnp.float32), jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), redraw(shapes, 1, 0.4))
+
+    def smaller(path, leaf):
+        gain = "norm" in jax.tree_util.keystr(path)
+        return jnp.asarray(0.3 * leaf if gain else leaf).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(smaller, redraw(shapes, 1, 0.4))
+
+
+def inputs(cell, dtype):
+    """Around 1, so that the terms of a sum over the steps do not cancel: what rounding does to them is all that is left
+    then, in float32 too."""
+    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, T, B, dtype=dtype))
+    return jax.tree.map(lambda x: jnp.abs(1 + x / 4) if is_floating(x) else x, xs)
 
 
 def widen(tree):
@@ -43,7 +55,7 @@ def gradients(cell, params, xs, **options):
         given = iter(floating)
         leaves = [next(given) if is_floating(leaf) else leaf for leaf in jax.tree.leaves(xs)]
         ys = jaxrnn.scan(cell, params, None, jax.tree.unflatten(structure, leaves), **options)[1]
-        return sum((jnp.sin(y.astype(jnp.float32)) ** 2).sum() for y in jax.tree.leaves(ys))
+        return sum((jnp.sin(y.astype(jnp.float32) / 8) ** 2).sum() for y in jax.tree.leaves(ys))
 
     return run((params, floating))
 
@@ -69,9 +81,7 @@ def every(cells):
 def test_gradients_of_a_long_sequence(cell, dtype):
     """Of weights, biases, gains and inputs: those of float32 within 1%."""
     params = draw(cell, dtype)
-    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, T, B, dtype=dtype))
-    if getattr(cell, "timed", False):  # the last one is the time that passed
-        xs = xs.at[..., -1].set(jnp.abs(xs[..., -1]))
+    xs = inputs(cell, dtype)
     near(gradients(cell, params, xs), gradients(cell, widen(params), widen(xs)))
 
 
@@ -79,7 +89,7 @@ def test_gradients_of_a_long_sequence(cell, dtype):
 def test_with_gradient_checkpointing_and_resets(name):
     cell = CELLS[name]
     params = draw(cell, jnp.bfloat16)
-    xs = jnp.asarray(draw_x(cell, 3, T, B, dtype=jnp.bfloat16))
+    xs = inputs(cell, jnp.bfloat16)
     reset = np.arange(T * B).reshape(T, B) % 97 == 0
     found = gradients(cell, params, xs, remat_every=64, reset=reset, lengths=np.array([T, T - 7, 5, T]))
     near(found, gradients(cell, widen(params), widen(xs), reset=reset, lengths=np.array([T, T - 7, 5, T])))
@@ -90,7 +100,7 @@ def test_with_gradient_checkpointing_and_resets(name):
 def test_compositions(name):
     cell = COMPOSITIONS[name]
     params = draw(cell, jnp.bfloat16)
-    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, T, B, dtype=jnp.bfloat16))
+    xs = inputs(cell, jnp.bfloat16)
     near(gradients(cell, params, xs), gradients(cell, widen(params), widen(xs)), 0.03)
 
 

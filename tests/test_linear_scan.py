@@ -139,7 +139,7 @@ def test_complex_numbers(name, kinds):
         close(jax.jit(ours)(a, b, h), jax.jit(theirs)(a, b, h))
 
 
-@every_form
+@pytest.mark.parametrize("name", mostly_in_full(NAMES, None, "chunked"))
 @pytest.mark.parametrize(
     "shape",
     [
@@ -202,7 +202,7 @@ def transformed(name):
     return jax.jit(functools.partial(transformations, run))(a, b, h, tangents)
 
 
-@every_form
+@pytest.mark.parametrize("name", mostly_in_full(NAMES, None, "associative"))
 def test_every_transformation(name):
     """As of a plain scan."""
     close(transformed(name), transformed("plain float32" if name in NATIVE else "plain"))

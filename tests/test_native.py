@@ -453,6 +453,7 @@ for cell in cells[int(sys.argv[1])::2]:
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_two_devices_divide_the_rows(half):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"

@@ -158,6 +158,13 @@ CASES = [
     conv("ConvLSTM 2D options", (3, 4), ("b",), gate_activation="keras_hard_sigmoid", activation="softsign"),
     conv("ConvLSTM 3D", (3, 4, 2), kernel_size=(2, 3, 1), strides=(1, 2, 1)),
 ]
+# In the fast tier, every cell as it is by default, and the covering choices of options.
+CASES = [
+    case
+    if case.id.endswith(("plain", "1D", "3D")) or case.id.startswith(("LSTM", "GRU"))
+    else pytest.param(*case.values, id=case.id, marks=pytest.mark.full)
+    for case in CASES
+]
 every_case = pytest.mark.parametrize("case", CASES)
 
 

@@ -87,6 +87,7 @@ def test_a_setting_changes_nothing(cell, setting):
 @pytest.mark.parametrize(
     "setting", [pytest.param(s, marks=() if s == "debug_nans" else pytest.mark.full) for s in SETTINGS]
 )
+@pytest.mark.full
 def test_losses_under_a_setting(setting):
     """What a loss masks may hold anything, and tokens that are not known give NaN without being asked for one."""
     model = jaxrnn.Stack((jaxrnn.Embed(5, 3), jaxrnn.Pool(jaxrnn.GRU(3, 4)), jaxrnn.Linear(4, 1)))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from members import draw_carry, draw_params, draw_x, redraw, weighted_sum
+from tiers import in_full
 
 import jaxrnn
 from jaxrnn import GRU, LSTM, Bidirectional, LearnedCarry, Linear, Pool, Stack
@@ -73,7 +74,7 @@ def test_flags_in_the_padding_do_nothing(cell, reverse):
     close(run(reset | ~mask), run(reset), 0)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [*in_full([False]), True])
 @pytest.mark.parametrize("cell", [CELL, BOTH], ids=["stack", "bidirectional"])
 def test_packed_with_resets_is_one_by_one(cell, reverse):
     """Several sequences in a row, a reset at the first step of each, in both directions."""
@@ -130,6 +131,7 @@ def test_reverse_is_aligned_and_starts_at_the_last_valid_step():
     close((end, ys[:3]), (expected_end, expected[::-1]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.full), True])
 def test_remat_every_number_of_steps(reverse):
     cell = Bidirectional(LSTM(2, 3), GRU(2, 3))
@@ -199,7 +201,9 @@ def test_half_precision_products_are_summed_in_float32():
     x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.bfloat16)
     params = jaxrnn.ElmanParams(w, jnp.zeros((1, 1), jnp.bfloat16), None)
     cell = jaxrnn.Elman(4096, 1, activation=("affine", 1 / 4097))
-    carry, _ = jaxrnn.step(cell, params, None, x.at[0, 0].set(2))
+    # XLA may otherwise leave out that a result is rounded, and on some processors does.
+    step = jax.jit(lambda x: jaxrnn.step(cell, params, None, x), compiler_options={"xla_allow_excess_precision": False})
+    carry, _ = step(x.at[0, 0].set(2))
     np.testing.assert_allclose(carry.h, 1, 1e-6)
 
 
@@ -293,6 +297,7 @@ def test_rollout_is_the_loop():
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.full
 def test_accelerators_take_the_input_product_of_all_steps_at_once(monkeypatch):
     xs = draw_x(GRU(2, 3), 0, 7, 5)
     params = draw_params(GRU(2, 3))
