@@ -148,6 +148,7 @@ def _abstract(a, b, h, *cut, reverse, shifted, form):
 
 
 def bind(*arrays, **options):
+    """The primitive of (a, b, h) and, where something is cut, the cuts; options: reverse, shifted, form."""
     return linear_scan_p.bind(*varying_like(arrays), **options)
 
 
