@@ -13,9 +13,10 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
+from jaxrnn.typing import PyTree
 
 
-def to_jax(params: Any) -> Any:
+def to_jax(params: PyTree) -> PyTree:
     """`params` with NumPy arrays as JAX's, so that a cell may index them by what is traced."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
 
@@ -33,7 +34,7 @@ def single_key(key: Array) -> Array:
     return key
 
 
-def batch_shape_of(cell: Cell, name: str, x: Any) -> tuple[int, ...]:
+def batch_shape_of(cell: Cell, name: str, x: PyTree) -> tuple[int, ...]:
     """The leading axes of x, those that do not belong to one step."""
     ndims = cell.input_ndim
     if isinstance(ndims, int):
@@ -58,7 +59,7 @@ def batch_shape_of(cell: Cell, name: str, x: Any) -> tuple[int, ...]:
     return shapes[0]
 
 
-def time_first(cell: Cell, xs: Any, time_axis: Any) -> tuple[Any, int, tuple[int, ...], int]:
+def time_first(cell: Cell, xs: PyTree, time_axis: Any) -> tuple[PyTree, int, tuple[int, ...], int]:
     """xs with time first, its length, the batch shape, and the time axis."""
     time_axis = check.integer("time_axis", time_axis, least=0)
     xs = jax.tree.map(jnp.asarray, xs)
@@ -93,7 +94,7 @@ NAMES = Names()
 
 
 def valid_steps(
-    lengths: Any, mask: Any, length: int, batch_shape: tuple[int, ...], time_axis: int, name: str = "lengths"
+    lengths: PyTree, mask: PyTree, length: int, batch_shape: tuple[int, ...], time_axis: int, name: str = "lengths"
 ) -> Array | None:
     """The valid steps with time first, of lengths or of a mask; None for all."""
     if lengths is not None and mask is not None:
@@ -114,8 +115,14 @@ def valid_steps(
 
 
 def carries(
-    cell: Cell, params: Any, carry: Any, xs: Any, batch_shape: tuple[int, ...], at: int = 0, name: str = "carry"
-) -> tuple[Any, Any]:
+    cell: Cell,
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
+    batch_shape: tuple[int, ...],
+    at: int = 0,
+    name: str = "carry",
+) -> tuple[PyTree, PyTree]:
     """The carry to start from, and the fresh one in the same dtypes; batch axes begin at axis `at` of xs."""
     fresh = cell.initial_carry(params, batch_shape)
     first = jax.tree.leaves(xs)[0]
@@ -140,7 +147,7 @@ def carries(
     return carry, jax.tree.map(lambda new, old: new.astype(old.dtype), fresh, carry)
 
 
-def _handed_on(carry: Any) -> Any:
+def _handed_on(carry: PyTree) -> PyTree:
     """The carry that another cell goes on from: parts that name another carry as their `handed_on` become that one."""
 
     def names_another(node):
@@ -149,14 +156,14 @@ def _handed_on(carry: Any) -> Any:
     return jax.tree.map(lambda node: getattr(node, "handed_on", node), carry, is_leaf=names_another)
 
 
-def _widen(carry: Any, params: Any, xs: Any) -> Any:
+def _widen(carry: PyTree, params: PyTree, xs: PyTree) -> PyTree:
     """`carry` in the widest precision of float32, the params and floating xs."""
     leaves = [leaf for leaf in jax.tree.leaves((params, xs)) if inexact(leaf)]
     real = accumulator(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
     return jax.tree.map(lambda leaf: leaf.astype(accumulator(leaf.dtype, real)) if inexact(leaf) else leaf, carry)
 
 
-def check_feedback(following: Any, x: Any) -> None:
+def check_feedback(following: Any, x: PyTree) -> None:
     """The next x of a rollout is like x."""
 
     def describe(tree):

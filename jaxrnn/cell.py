@@ -16,6 +16,7 @@ from jax import Array
 from jaxrnn.engines.arrays import cast_like
 from jaxrnn.engines.loop import in_chunks, time_loop
 from jaxrnn.engines.walk import IMPLEMENTATIONS, Walk
+from jaxrnn.typing import DTypeLike, Named, Noise, PyTree, WithParams
 
 _XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
 REFUSALS: dict[str, str] = {name: _XLA_ONLY for name in IMPLEMENTATIONS if name != "xla"}
@@ -29,7 +30,7 @@ Carry = TypeVar("Carry")
 class CellType(ABCMeta):
     """Makes every subclass of `Cell` a frozen dataclass, a pytree without leaves, and guards its fields."""
 
-    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any):
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: Named, **kwargs: Any):
         super().__init__(name, bases, namespace, **kwargs)
         dataclasses.dataclass(frozen=True, repr=False)(cls)  # type: ignore[call-overload]
         jax.tree_util.register_static(cls)
@@ -43,14 +44,14 @@ class CellType(ABCMeta):
         return cell
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> PyTree:
     """Lists as tuples, NumPy scalars as Python's."""
     if type(value) in (list, tuple):
         return tuple(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _check_hashable(value: Any, name: str) -> None:
+def _check_hashable(value: object, name: str) -> None:
     if type(value) is tuple:
         for each in value:
             _check_hashable(each, name)
@@ -96,7 +97,7 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
     """
 
     # Trailing axes of x that belong to one step; for a pytree x, a pytree of that structure.
-    input_ndim: ClassVar[Any] = 1
+    input_ndim: ClassVar[PyTree] = 1
     # The field of the carry that the recurrent product reads and that the step puts out, for cells that have one.
     recurrent_state: ClassVar[str | None] = None
     # The fields of the params that are weights of the recurrent product.
@@ -115,7 +116,7 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
     transparent: ClassVar[bool] = False
 
     @abstractmethod
-    def init(self, key: Array, dtype: Any = jnp.float32) -> Params:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Parameters drawn at random, a pytree of arrays."""
 
     @abstractmethod
@@ -123,14 +124,16 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
         """The carry that a sequence starts from, leaves (*batch_shape, ...)."""
 
     @abstractmethod
-    def step(self, params: Params, carry: Carry, x: Any, noise: Any = None) -> tuple[Carry, Any]:
+    def step(self, params: Params, carry: Carry, x: PyTree, noise: Noise = None) -> tuple[Carry, PyTree]:
         """One step: (carry', y). `noise` is None (deterministic) or `(sequence, steps[t])`, drawn by `self.noise`."""
 
-    def noise(self, key: Array, length: int, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
+    def noise(self, key: Array, length: int, batch_shape: tuple[int, ...]) -> tuple[PyTree, PyTree]:
         """Noise of one call: what is drawn once per sequence, and what per step, with a leading axis `length`."""
         return None, None
 
-    def scan(self, params: Params, carry: Carry, xs: Any, *, fresh: Carry, noise: Any, walk: Walk) -> tuple[Carry, Any]:
+    def scan(
+        self, params: Params, carry: Carry, xs: PyTree, *, fresh: Carry, noise: Noise, walk: Walk
+    ) -> tuple[Carry, PyTree]:
         """`step` over the first axis of `xs`: (final carry, ys). Call `jaxrnn.scan` instead, which prepares all this.
 
         An override honours every argument: `carry` and `fresh` are given, `xs` is zero at invalid steps and `ys` must
@@ -157,12 +160,12 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
         self,
         params: tuple[Params, Params],
         carry: tuple[Carry, Carry],
-        xs: Any,
+        xs: PyTree,
         *,
         fresh: tuple[Carry, Carry],
-        noise: Any,
+        noise: Sequence[Noise],
         walk: Walk,
-    ) -> list[tuple[Carry, Any]]:
+    ) -> list[tuple[Carry, PyTree]]:
         """`scan` along the walk and along the opposite one, of pairs of params, carries and noise.
 
         An override runs both at once where it can.
@@ -170,11 +173,11 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
         walks = walk, walk.opposite
         return [self.scan(params[k], carry[k], xs, fresh=fresh[k], noise=noise[k], walk=walks[k]) for k in range(2)]
 
-    def parts(self, params: Any, given: Any = None) -> tuple[Part, ...]:
+    def parts(self, params: PyTree, given: Any = None) -> tuple[Part, ...]:
         """The cells that this one is made of, where `params` are its own and x has the size `given`, if known."""
         return ()
 
-    def with_parts(self, params: Any, parts: Sequence[Part]) -> tuple[Cell, Any]:
+    def with_parts(self, params: PyTree, parts: Sequence[Part]) -> WithParams:
         """This composition, made of other parts, and its params; of `self.parts(params)`, itself and its own."""
         return self, params
 
@@ -192,11 +195,13 @@ class Part(NamedTuple):
 
     name: str
     cell: Cell
-    params: Any
+    params: PyTree
     given: Any
 
 
-def scan_one_step(cell: Cell, params: Any, carry: Any, x: Any, *, noise: Any, walk: Walk) -> tuple[Any, Any]:
+def scan_one_step(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, *, noise: Noise, walk: Walk
+) -> tuple[PyTree, PyTree]:
     """A sequence of one step, by the engines of a sequence: (carry', y)."""
 
     def one(tree):
@@ -213,12 +218,12 @@ def scan_one_step(cell: Cell, params: Any, carry: Any, x: Any, *, noise: Any, wa
     return carry, ys if cell.ends_time else jax.tree.map(lambda y: y[0], ys)
 
 
-def input_size(cell: Cell) -> Any:
+def input_size(cell: Cell) -> PyTree:
     """The size of one step's input, or None where the cell does not say."""
     return getattr(cell, "input_size", None)
 
 
-def output_size(cell: Cell, given: Any = None) -> Any:
+def output_size(cell: Cell, given: Any = None) -> PyTree:
     """The size of one step's output, for an input of size `given`, or None where it is not known."""
     if cell.keeps_size:
         return given

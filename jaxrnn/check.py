@@ -12,9 +12,10 @@ import jax.core
 import numpy as np
 
 from jaxrnn.cell import Cell
+from jaxrnn.typing import PyTree
 
 
-def a_cell(name: str, value: Any) -> Cell:
+def a_cell(name: str, value: object) -> Cell:
     """`value`, which is a cell."""
     if not isinstance(value, Cell):
         hint = " (the class; write e.g. GRU(3, 16))" if isinstance(value, type) else ""
@@ -46,7 +47,7 @@ def rate(name: str, value: Any, *, one_allowed: bool = False) -> None:
         raise ValueError(f"{name}: expected a number in {interval}, got {value}")
 
 
-def _number(name: str, value: Any) -> None:
+def _number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
@@ -64,7 +65,7 @@ def sizes(owner: Cell, *names: str) -> None:
     fields(owner, **dict.fromkeys(names, integer))
 
 
-def concrete(value: Any) -> bool:
+def concrete(value: object) -> bool:
     """Whether the numbers in `value` can be read now."""
     if isinstance(value, jax.core.Tracer):
         return False
@@ -72,36 +73,56 @@ def concrete(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=512)  # not without bound, since a cell may hold a closure
-def shapes_of_params(cell) -> Any:
+def shapes_of_params(cell) -> PyTree:
     """The shapes and dtypes that `cell.init` would allocate."""
     return jax.eval_shape(cell.init, jax.random.key(0))
 
 
 @functools.lru_cache(maxsize=512)
-def shapes_of_carry(cell, batch_shape: tuple[int, ...] = ()) -> Any:
+def shapes_of_carry(cell, batch_shape: tuple[int, ...] = ()) -> PyTree:
     """The shapes and dtypes of `cell.initial_carry`."""
     return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), jax.random.key(0))
 
 
-def params(cell: Any, given: Any) -> None:
+def params(cell: Cell, given: PyTree) -> None:
     """`given` has the type and shapes of `cell.init`, or None in place of one of the cell's `optional_params`."""
-    expected = shapes_of_params(cell)
+    _as_expected(repr(cell), shapes_of_params(cell), given, cell.optional_params)
+
+
+def kind(given: PyTree, expected: type) -> None:
+    """`given` are params of the type that a free function takes."""
+    if type(given) is not expected:
+        raise TypeError(f"params: expected {expected.__name__}, got {type(given).__name__}")
+
+
+def drawn(given: PyTree, init: Callable[..., PyTree], *arguments: Any, **options: Any) -> None:
+    """`given` has the shapes of `init(key, *arguments, **options)`, or None in place of biases and peepholes."""
+    expected = _shapes_of_drawn(init, arguments, tuple(options.items()))
+    _as_expected(f"{init.__name__}{arguments}", expected, given, Cell.optional_params)
+
+
+@functools.lru_cache(maxsize=512)
+def _shapes_of_drawn(init, arguments, options) -> PyTree:
+    return jax.eval_shape(lambda key: init(key, *arguments, **dict(options)), jax.random.key(0))
+
+
+def _as_expected(owner: str, expected: PyTree, given: PyTree, optional: tuple[str, ...]) -> None:
     if type(given) is not type(expected):
-        raise TypeError(f"params: {cell!r} takes {type(expected).__name__}, got {type(given).__name__}")
+        raise TypeError(f"params: {owner} takes {type(expected).__name__}, got {type(given).__name__}")
     structure, leaves = _with_none(expected)
     given_structure, given_leaves = _with_none(given)
     if structure != given_structure:
-        raise TypeError(f"params: {cell!r} takes {structure}, got {given_structure}")
+        raise TypeError(f"params: {owner} takes {structure}, got {given_structure}")
     for (path, want), (_, have) in zip(leaves, given_leaves, strict=True):
         name = f"params{jax.tree_util.keystr(path)}"
         if want is None and have is not None:
-            raise ValueError(f"{name}: {cell!r} has no such parameter and expects None, got shape {np.shape(have)}")
-        if have is None and want is not None and getattr(path[-1], "name", None) not in cell.optional_params:
-            raise ValueError(f"{name}: {cell!r} expects shape {want.shape}, got None")
+            raise ValueError(f"{name}: {owner} has no such parameter and expects None, got shape {np.shape(have)}")
+        if have is None and want is not None and getattr(path[-1], "name", None) not in optional:
+            raise ValueError(f"{name}: {owner} expects shape {want.shape}, got None")
         if want is not None and have is not None and np.shape(have) != want.shape:
-            raise ValueError(f"{name}: {cell!r} expects shape {want.shape}, got {np.shape(have)}")
+            raise ValueError(f"{name}: {owner} expects shape {want.shape}, got {np.shape(have)}")
 
 
-def _with_none(tree: Any):
+def _with_none(tree: PyTree):
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
     return structure, leaves

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import jax.export
 
+from jaxrnn.typing import PyTree
 
-def name_types(values: Iterable[Any]) -> None:
+
+def name_types(values: Iterable[PyTree]) -> None:
     """Registers those of `values` that are types of named tuples."""
     for each in values:
         if isinstance(each, type) and issubclass(each, tuple) and hasattr(each, "_fields"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,17 @@ from jaxrnn.cells.activations import Activation, activation
 from jaxrnn.cells.gated import normalize
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, lifted
+from jaxrnn.typing import DTypeLike, Noise, PyTree
 
 
 class Layer(Cell[Params, tuple[()]]):
     """A cell that remembers nothing: y = apply(params, x). It accepts every implementation name."""
 
     @abstractmethod
-    def apply(self, params: Any, x: Array, noise: Any = None) -> Array:
+    def apply(self, params: PyTree, x: Array, noise: Noise = None) -> Array:
         """The output of one step."""
 
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> tuple[()]:
+    def initial_carry(self, params: PyTree, batch_shape: tuple[int, ...] = ()) -> tuple[()]:
         return ()
 
     def step(self, params, carry, x, noise=None):
@@ -67,7 +68,7 @@ class Linear(Layer[LinearParams]):
     def __post_init__(self):
         check.sizes(self, "input_size", "output_size")
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> LinearParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LinearParams:
         """w LeCun normal, b zero."""
         w = lecun_normal(key, self.input_size, self.output_size, 1, dtype)
         return LinearParams(w, jnp.zeros(self.output_size, dtype))
@@ -111,7 +112,7 @@ class Embed(Layer[EmbedParams]):
     def __post_init__(self):
         check.sizes(self, "vocabulary", "output_size")
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> EmbedParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> EmbedParams:
         """w normal of variance 1/O."""
         w = jax.random.normal(key, (self.vocabulary, self.output_size), accumulator(dtype))
         return EmbedParams((w / self.output_size**0.5).astype(dtype))
@@ -181,7 +182,7 @@ class LayerNorm(Layer[LayerNormParams]):
     def output_size(self) -> int:
         return self.size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> LayerNormParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LayerNormParams:
         """scale one, b zero."""
         return LayerNormParams(jnp.ones(self.size, dtype), jnp.zeros(self.size, dtype))
 
@@ -220,7 +221,7 @@ class Apply(Layer[tuple[()]]):
     def keeps_size(self) -> bool:
         return not callable(self.fn)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> tuple[()]:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> tuple[()]:
         return ()
 
     def apply(self, params, x, noise=None):
@@ -259,7 +260,7 @@ class Dropout(Layer[tuple[()]]):
     def __post_init__(self):
         check.fields(self, rate=check.rate)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> tuple[()]:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> tuple[()]:
         return ()
 
     def noise(self, key, length, batch_shape):

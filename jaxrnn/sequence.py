@@ -27,23 +27,24 @@ from jaxrnn.arguments import (
 from jaxrnn.cell import Carry, Cell, Params, scan_one_step
 from jaxrnn.engines.arrays import cast_like, varying_like, widened, zero_where_not
 from jaxrnn.engines.walk import EngineCall, Implementation, Question, Walk, checked, final
+from jaxrnn.typing import Bools, Integers, Noise, PyTree
 
 
 def scan(
     cell: Cell[Params, Carry],
     params: Params,
     carry: Carry | None,
-    xs: Any,
+    xs: PyTree,
     *,
-    lengths: Any = None,
-    mask: Any = None,
-    reset: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
+    reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
     key: Array | None = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
-) -> tuple[Carry, Any]:
+) -> tuple[Carry, PyTree]:
     """`lax.scan` for cells: runs `cell` over a sequence, or a batch of them.
 
     Without options it is
@@ -111,20 +112,20 @@ def scan(
 def scan_asked(
     question: Question | None,
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     *,
-    lengths: Any = None,
-    mask: Any = None,
-    reset: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
+    reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
     key: Array | None = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
     names: Names = NAMES,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """`scan`, as it would run where the question says; every call of an engine is added to its answers."""
     check.a_cell("cell", cell)
     if remat_every is not None:
@@ -144,8 +145,8 @@ def scan_asked(
 
 
 def walked(
-    cell: Cell, params: Any, carry: Any, xs: Any, key: Array | None, walk: Walk, name: str = "carry"
-) -> tuple[Any, Any]:
+    cell: Cell, params: PyTree, carry: PyTree, xs: PyTree, key: Array | None, walk: Walk, name: str = "carry"
+) -> tuple[PyTree, PyTree]:
     """`cell` along `walk`, with the carry to start from, or None, and the noise of a key, or none; time is first."""
     length, *batch = batch_shape_of(cell, "xs", xs)
     carry, fresh = carries(cell, params, carry, xs, tuple(batch), 1, name)
@@ -158,11 +159,11 @@ def step(
     cell: Cell[Params, Carry],
     params: Params,
     carry: Carry | None,
-    x: Any,
+    x: PyTree,
     *,
-    noise: Any = None,
+    noise: Noise = None,
     implementation: Implementation = None,
-) -> tuple[Carry, Any]:
+) -> tuple[Carry, PyTree]:
     """One step of `cell`, by the fastest engine: (carry', y).
 
     For the least delay jit it, and hand back the carry as it comes. On the CPU the environment variable
@@ -197,13 +198,13 @@ def step(
 def step_asked(
     question: Question | None,
     cell: Cell,
-    params: Any,
-    carry: Any,
-    x: Any,
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
     *,
-    noise: Any = None,
+    noise: Noise = None,
     implementation: Implementation = None,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """`step`, as `scan_asked` is `scan`."""
     check.a_cell("cell", cell)
     walk = Walk(implementation=checked(implementation), question=question)
@@ -222,13 +223,13 @@ def rollout(
     cell: Cell[Params, Carry],
     params: Params,
     carry: Carry | None,
-    x: Any,
+    x: PyTree,
     length: int,
     *,
-    feedback: Callable[..., tuple[Any, Any]],
-    inputs: Any = None,
+    feedback: Callable[..., tuple[PyTree, PyTree]],
+    inputs: PyTree = None,
     key: Array | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Runs `cell` on its own output:
 
         for t in range(length):
@@ -282,7 +283,7 @@ def rollout(
     return carry, kept
 
 
-def last(ys: Any, lengths: Any = None, *, mask: Any = None, time_axis: int = 0) -> Any:
+def last(ys: PyTree, lengths: Integers | None = None, *, mask: Bools | None = None, time_axis: int = 0) -> PyTree:
     """The outputs of the last valid step, zeros where there is none.
 
     Args:
@@ -300,9 +301,12 @@ def last(ys: Any, lengths: Any = None, *, mask: Any = None, time_axis: int = 0) 
     ys = jax.tree.map(lambda y: jnp.moveaxis(jnp.asarray(y), time_axis, 0), ys)
     leaves = jax.tree.leaves(ys)
     length = leaves[0].shape[0]
-    if lengths is None and mask is None:
+    if lengths is not None:
+        batch_ndim = np.ndim(lengths)
+    elif mask is not None:
+        batch_ndim = np.ndim(mask) - 1
+    else:
         return jax.tree.map(lambda y: y[-1] if length else jnp.zeros(y.shape[1:], y.dtype), ys)
-    batch_ndim = np.ndim(mask) - 1 if lengths is None else np.ndim(lengths)
     valid = valid_steps(lengths, mask, length, leaves[0].shape[1 : 1 + batch_ndim], time_axis)
     if length == 0 or valid is None:
         return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), ys)
@@ -321,9 +325,9 @@ class Explanation(NamedTuple):
 
 def explain(
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     *,
     platform: str | None = None,
     one_step: bool = False,

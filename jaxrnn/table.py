@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size, output_size
+from jaxrnn.typing import DTypeLike, PyTree, Size
 
 
 class SummaryRow(NamedTuple):
@@ -17,7 +18,7 @@ class SummaryRow(NamedTuple):
 
     path: str
     layer: str
-    output_size: Any
+    output_size: Size
     shapes: dict[str, tuple[int, ...]]
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     bytes: int
@@ -50,7 +51,7 @@ class Summary(NamedTuple):
         return "\n".join([head, rule, *body, rule, total])
 
 
-def summary(cell: Cell, dtype: Any = jnp.float32) -> Summary:
+def summary(cell: Cell, dtype: DTypeLike = jnp.float32) -> Summary:
     """The layers of `cell` with output size, parameter shapes, numbers and bytes. Allocates no parameters.
 
     Args:
@@ -74,7 +75,7 @@ def summary(cell: Cell, dtype: Any = jnp.float32) -> Summary:
     return Summary(rows, sum(row.count for row in rows), sum(row.bytes for row in rows))
 
 
-def _rows(path: str, cell: Cell, params: Any, given: Any):
+def _rows(path: str, cell: Cell, params: PyTree, given: Any):
     parts = cell.parts(params, given)
     inside = {id(leaf) for part in parts for leaf in jax.tree.leaves(part.params)}
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]

@@ -121,6 +121,7 @@ def test_the_readme_has_its_two_commands_and_every_cell():
 
 
 LAYERS = [
+    "typing",
     "engines",
     "cell",
     "check",
@@ -158,7 +159,7 @@ def imports():
 
 
 def test_imports_point_downwards():
-    """engines first, what is built on all of them last."""
+    """Types and engines first, what is built on all of them last."""
 
     def layer(module):
         return LAYERS.index([*module.split("."), ""][1])

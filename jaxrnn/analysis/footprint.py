@@ -13,6 +13,7 @@ from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.engines.walk import Question
 from jaxrnn.sequence import scan_asked
+from jaxrnn.typing import PyTree
 
 
 class TrainingMemory(NamedTuple):
@@ -32,10 +33,10 @@ class TrainingMemory(NamedTuple):
 
 def training_memory(
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
-    loss: Callable[[Any, Any], Array],
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
+    loss: Callable[[PyTree, PyTree], Array],
     *,
     remat_every: int | None = None,
     **keywords: Any,
@@ -111,7 +112,7 @@ def training_memory(
     )
 
 
-def _bytes(array: Any) -> int:
+def _bytes(array: PyTree) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 

@@ -12,6 +12,7 @@ from jaxrnn.cell import Cell
 from jaxrnn.compose.noise import RecurrentDropout, WeightDrop, Zoneout
 from jaxrnn.compose.wrap import EmitCarry
 from jaxrnn.engines.arrays import select
+from jaxrnn.typing import Bools, Integers, Named, PyTree
 
 # What runs through tanh by default; everything else is taken for a gate in (0, 1).
 CANDIDATES = {"g": (-1.0, 1.0), "n": (-1.0, 1.0), "h": (-1.0, 1.0)}
@@ -31,23 +32,23 @@ class Saturation(NamedTuple):
 class Gated(Protocol):
     """A cell whose gates can be read: a named tuple of arrays (*batch, ...)."""
 
-    def gates(self, params: Any, carry: Any, x: Any) -> Any: ...
+    def gates(self, params: PyTree, carry: PyTree, x: PyTree) -> PyTree: ...
 
 
 def gate_saturation(
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     *,
     margin: float = 0.1,
     ranges: Mapping[str, tuple[float, float]] | None = None,
-    lengths: Any = None,
-    mask: Any = None,
-    reset: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
+    reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
-) -> Any:
+) -> PyTree:
     """How often each unit of each gate is saturated.
 
         low  = mean over valid (t, row) of [gate < a + margin (b − a)]
@@ -96,7 +97,7 @@ def gate_saturation(
     for name, (low, high) in bounds.items():
         if not low < high:
             raise ValueError(f"ranges: expected (a, b) with a < b for {name!r}, got {(low, high)}")
-    keywords: dict[str, Any] = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
+    keywords: Named = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
     final, _ = observe(cell, params, carry, xs, time_axis=time_axis, **keywords)
     results = [_saturation(one, margin, bounds) for one in observations(final)]
     if all(result is None for result in results):

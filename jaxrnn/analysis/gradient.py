@@ -12,6 +12,7 @@ from jax import Array
 from jaxrnn.analysis.observation import arrange, final_carry, norm, observations, observe
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import inexact
+from jaxrnn.typing import Bools, Integers, Named, PyTree
 
 
 class GradientFlow(NamedTuple):
@@ -27,14 +28,14 @@ class GradientFlow(NamedTuple):
 
 def gradient_flow(
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
-    loss: Callable[[Any, Any], Array],
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
+    loss: Callable[[PyTree, PyTree], Array],
     *,
-    lengths: Any = None,
-    mask: Any = None,
-    reset: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
+    reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
     key: Array | None = None,
@@ -86,7 +87,7 @@ def gradient_flow(
     """
     if not callable(loss):
         raise TypeError(f"loss: expected a function of (carry, ys), got {loss!r}")
-    keywords: dict[str, Any] = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
+    keywords: Named = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
     keywords |= {"time_axis": time_axis, "key": key}
 
     def shifted_loss(offsets):

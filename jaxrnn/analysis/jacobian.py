@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxrnn import check
 from jaxrnn.analysis.observation import Observation, as_real, from_real, observe_whole
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import cast_like, select
+from jaxrnn.typing import Bools, Integers, PyTree
 
 
 class JacobianSpectrum(NamedTuple):
@@ -30,13 +31,13 @@ class LyapunovSpectrum(NamedTuple):
 
 def singular_values(
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     *,
-    lengths: Any = None,
-    mask: Any = None,
-    reset: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
+    reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
 ) -> JacobianSpectrum:
@@ -90,15 +91,15 @@ def singular_values(
 
 def lyapunov_exponents(
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     *,
     count: int | None = None,
     warmup: int = 0,
-    lengths: Any = None,
-    mask: Any = None,
-    reset: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
+    reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
 ) -> LyapunovSpectrum:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import inexact, select
 from jaxrnn.engines.walk import final
 from jaxrnn.sequence import scan
+from jaxrnn.typing import Bools, Integers, Named, PyTree
 
 
 class MemoryLength(NamedTuple):
@@ -25,15 +26,15 @@ class MemoryLength(NamedTuple):
 
 def memory_length(
     cell: Cell,
-    params: Any,
-    carry: Any,
-    xs: Any,
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     *,
     samples: int | None = None,
     key: Array | None = None,
-    lengths: Any = None,
-    mask: Any = None,
-    reset: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
+    reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
 ) -> MemoryLength:
@@ -76,7 +77,7 @@ def memory_length(
         raise TypeError("xs: expected floating; embed tokens first, and give the cells above the Embed")
     if (samples is None) != (key is None):
         raise TypeError("samples: give samples and key, or neither")
-    keywords: dict[str, Any] = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
+    keywords: Named = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
     xs = jax.tree.map(jnp.asarray, xs)
     leaf, ndim = jax.tree.leaves(xs)[0], jax.tree.leaves(cell.input_ndim)[0]
     if not leaf.size:

@@ -14,21 +14,22 @@ from jaxrnn.cell import Cell
 from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import accumulator, inexact
 from jaxrnn.sequence import scan
+from jaxrnn.typing import PyTree
 
 
 class Reads(NamedTuple):
     """What each step reads: the carry, after a reset the fresh one, and x; leaves (T, *batch, ...), 0 if invalid."""
 
-    carry: Any
-    x: Any
+    carry: PyTree
+    x: PyTree
 
 
 class Observation(NamedTuple):
     """One cell of a model after a run: its final carry, what its steps read, and which were valid, (T, *batch)."""
 
     cell: Cell
-    params: Any
-    carry: Any
+    params: PyTree
+    carry: PyTree
     reads: Reads
     valid: Array
 
@@ -69,7 +70,9 @@ class Observed(Wrapper):
         return Observation(self.cell, params.cell, carry, reads, valid), ys
 
 
-def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, **keywords: Any) -> tuple[Any, Any]:
+def observe(
+    cell: Cell, params: PyTree, carry: PyTree, xs: PyTree, offsets: Any = None, **keywords: Any
+) -> tuple[PyTree, PyTree]:
     """`jaxrnn.scan` with an `Observation` in place of the final carry of every recurrent cell.
 
     Compositions that hand the carries of their parts on as they are (`Cell.transparent`) are seen through; any other
@@ -81,7 +84,7 @@ def observe(cell: Cell, params: Any, carry: Any, xs: Any, offsets: Any = None, *
     return scan(cell, params, carry, xs, **keywords)
 
 
-def observe_whole(cell: Cell, params: Any, carry: Any, xs: Any, **keywords: Any) -> Observation:
+def observe_whole(cell: Cell, params: PyTree, carry: PyTree, xs: PyTree, **keywords: Any) -> Observation:
     """The `Observation` of `cell`, a composition too, as one recurrence."""
     check.a_cell("cell", cell)
     if cell.ends_time:
@@ -108,17 +111,17 @@ def _is_observation(node):
     return isinstance(node, Observation)
 
 
-def observations(carry: Any) -> list[Observation]:
+def observations(carry: PyTree) -> list[Observation]:
     """The observations in what `observe` returns for the carry."""
     return list(filter(_is_observation, jax.tree.leaves(carry, is_leaf=_is_observation)))
 
 
-def final_carry(carry: Any) -> Any:
+def final_carry(carry: PyTree) -> PyTree:
     """The carry that `scan` would have returned."""
     return jax.tree.map(lambda node: node.carry if _is_observation(node) else node, carry, is_leaf=_is_observation)
 
 
-def arrange(carry: Any, results: list) -> Any:
+def arrange(carry: PyTree, results: list) -> PyTree:
     """`results`, one for each observation, in the structure of the carry, and None for whatever is not observed."""
     result = iter(results)
     return jax.tree.map(lambda node: next(result) if _is_observation(node) else None, carry, is_leaf=_is_observation)
@@ -128,7 +131,7 @@ def _flat(leaf: Array, batch_ndim: int) -> Array:
     return leaf.reshape(*leaf.shape[:batch_ndim], math.prod(leaf.shape[batch_ndim:]))
 
 
-def as_real(tree: Any, batch_ndim: int = 0) -> Array:
+def as_real(tree: PyTree, batch_ndim: int = 0) -> Array:
     """The floating leaves in one array, (*batch, N), of at least float32; a complex one as (real, imaginary)."""
     parts = []
     for leaf in filter(inexact, jax.tree.leaves(tree)):
@@ -138,7 +141,7 @@ def as_real(tree: Any, batch_ndim: int = 0) -> Array:
     return jnp.concatenate([part.astype(dtype) for part in parts], axis=-1)
 
 
-def from_real(vector: Array, like: Any) -> Any:
+def from_real(vector: Array, like: PyTree) -> PyTree:
     """The tree `like` with its floating leaves from the vector that `as_real` makes of them."""
     leaves, structure = jax.tree.flatten(like)
     start = 0

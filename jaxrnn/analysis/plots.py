@@ -17,6 +17,7 @@ from jaxrnn.analysis.gates import Saturation
 from jaxrnn.analysis.gradient import GradientFlow
 from jaxrnn.analysis.jacobian import JacobianSpectrum, LyapunovSpectrum
 from jaxrnn.analysis.memory import MemoryLength
+from jaxrnn.typing import Named, PyTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ GREY = "#808080"
 COLUMN, PAGE = 3.5, 7.0  # inches
 
 
-def plot_gradient_flow(flows: GradientFlow | Mapping[Any, GradientFlow]) -> Figure:
+def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow]) -> Figure:
     """‖∂L/∂c_t‖ over time, on a logarithmic axis: the median of the rows, and their 10 to 90 % as a band.
 
     Of a dict, one line for each total; of one result, one for each leaf of the carry. What is 0 is left out.
@@ -58,7 +59,7 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[Any, GradientFlow]) -> Figu
     return figure
 
 
-def plot_singular_values(spectra: JacobianSpectrum | Mapping[Any, JacobianSpectrum]) -> Figure:
+def plot_singular_values(spectra: JacobianSpectrum | Mapping[PyTree, JacobianSpectrum]) -> Figure:
     """The singular values of J_t over time, a panel for each result: greatest, median and least, of the median row.
 
     The dark band holds the middle half of them. Above the dashed line, at 1, a step stretches.
@@ -92,7 +93,7 @@ def plot_singular_values(spectra: JacobianSpectrum | Mapping[Any, JacobianSpectr
     return figure
 
 
-def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[Any, LyapunovSpectrum]) -> Figure:
+def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[PyTree, LyapunovSpectrum]) -> Figure:
     """The Lyapunov exponents in their order: the mean of the rows, and their standard deviation as bars.
 
     Examples:
@@ -158,7 +159,7 @@ def plot_gate_saturation(saturations: Any) -> Figure:
     return figure
 
 
-def plot_memory_length(memories: MemoryLength | Mapping[Any, MemoryLength]) -> Figure:
+def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength]) -> Figure:
     """The influence of the input k steps back on a logarithmic axis, as `plot_gradient_flow`; the mean lag as a mark.
 
     Examples:
@@ -179,7 +180,7 @@ def plot_memory_length(memories: MemoryLength | Mapping[Any, MemoryLength]) -> F
     return figure
 
 
-def plot_training_memory(memories: TrainingMemory | Mapping[Any, TrainingMemory]) -> Figure:
+def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemory]) -> Figure:
     """The memory of a training step as bars, estimated (residuals and what is recomputed) beside measured.
 
     Of a dict, a group for each; keys that are integers or None are values of `remat_every`.
@@ -212,7 +213,7 @@ def plot_training_memory(memories: TrainingMemory | Mapping[Any, TrainingMemory]
     return figure
 
 
-def _several(name: str, results: Any, kind: type) -> dict:
+def _several(name: str, results: PyTree, kind: type) -> dict:
     """Results by label."""
     results = {"": results} if isinstance(results, kind) else results
     if not isinstance(results, Mapping) or not results or not all(isinstance(r, kind) for r in results.values()):
@@ -253,8 +254,8 @@ def _legend_above(figure: Figure, handles: list, labels: list[str]) -> Legend:
     return figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
 
 
-def _look(k: int, marker: bool = False) -> dict[str, Any]:
-    look: dict[str, Any] = {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k % len(LINES)], "linewidth": 1.4}
+def _look(k: int, marker: bool = False) -> Named:
+    look: Named = {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k % len(LINES)], "linewidth": 1.4}
     return look | ({"marker": MARKERS[k % len(MARKERS)]} if marker else {})
 
 

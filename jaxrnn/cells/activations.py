@@ -118,10 +118,16 @@ def activation(spec: Activation) -> Callable[[Array], Array]:
     return lambda x: function(x, *numbers)
 
 
+def elementwise(spec: Activation) -> Callable[[Array], Array]:
+    """The function that `spec` names, which acts on every unit by itself; raises if it does not."""
+    function = activation(spec)
+    name = spec[0] if isinstance(spec, tuple) else spec
+    if name in ALONG_FEATURES:
+        raise ValueError(f"activation: expected an elementwise one, got {name!r}; put Apply({name!r}) above")
+    return function
+
+
 def check_elementwise(*specs: Activation) -> None:
     """Raises unless each is an activation that acts on every unit by itself."""
     for spec in specs:
-        activation(spec)
-        name = spec[0] if isinstance(spec, tuple) else spec
-        if name in ALONG_FEATURES:
-            raise ValueError(f"activation: expected an elementwise one, got {name!r}; put Apply({name!r}) above")
+        elementwise(spec)

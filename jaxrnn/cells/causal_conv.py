@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxrnn.cell import Cell
 from jaxrnn.cells.window import step_window, windows
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.loop import in_chunks
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class CausalConvParams(NamedTuple):
@@ -61,7 +62,7 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
     def output_size(self) -> int:
         return self.input_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> CausalConvParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> CausalConvParams:
         return causal_conv_init(key, self.input_size, self.window, dtype=dtype)
 
     def initial_carry(self, params: CausalConvParams, batch_shape: tuple[int, ...] = ()) -> CausalConvCarry:
@@ -70,9 +71,7 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
 
     def step(self, params, carry, x, noise=None):
         check.params(self, params)
-        dtype = compute_dtype(x, params)
-        taps, window = step_window(carry.window, x.astype(dtype))
-        return CausalConvCarry(window), _weighted(cast(params, dtype), taps)
+        return causal_conv_step(params, carry, x, noise)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
@@ -95,7 +94,7 @@ def _weighted(params, taps):
     return y.astype(taps[0].dtype)
 
 
-def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: Any = jnp.float32) -> CausalConvParams:
+def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: DTypeLike = jnp.float32) -> CausalConvParams:
     """Parameters of `causal_conv_step`: w normal of variance 1/K, b zero.
 
     Examples:
@@ -108,7 +107,7 @@ def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: Any = j
 
 
 def causal_conv_step(
-    params: CausalConvParams, carry: CausalConvCarry, x: Array, noise: Any = None
+    params: CausalConvParams, carry: CausalConvCarry, x: Array, noise: Noise = None
 ) -> tuple[CausalConvCarry, Array]:
     """One step of a depthwise causal convolution.
 
@@ -134,5 +133,8 @@ def causal_conv_step(
       >>> y.shape
       (3,)
     """
-    window, size = params.w.shape
-    return CausalConv(size, window).step(params, carry, x, noise)
+    check.kind(params, CausalConvParams)
+    check.drawn(params, causal_conv_init, *params.w.shape[::-1])
+    dtype = compute_dtype(x, params)
+    taps, window = step_window(carry.window, x.astype(dtype))
+    return CausalConvCarry(window), _weighted(cast(params, dtype), taps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.cells.activations import Activation, activation, check_elementwise
-from jaxrnn.cells.lstm import LSTMGates
-from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted
+from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
+from jaxrnn.cells.gated import mask_of
+from jaxrnn.cells.lstm import LSTMGates, LSTMRule, LSTMTheta, lstm_gates, lstm_update
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class ConvLSTMParams(NamedTuple):
@@ -92,12 +94,7 @@ class ConvLSTM(Cell[ConvLSTMParams, ConvLSTMCarry]):
         check_elementwise(self.gate_activation, self.activation)
 
     def _each(self, name: str) -> tuple[int, ...]:
-        value = getattr(self, name)
-        dimensions = len(self.spatial_shape)
-        value = (value,) * dimensions if isinstance(value, int) else tuple(value)
-        if len(value) != dimensions:
-            raise ValueError(f"ConvLSTM.{name}: expected {dimensions} numbers, one per dimension, got {value}")
-        return value
+        return _for_each(f"ConvLSTM.{name}", getattr(self, name), len(self.spatial_shape))
 
     @property
     def _state_shape(self) -> tuple[int, ...]:
@@ -119,7 +116,7 @@ class ConvLSTM(Cell[ConvLSTMParams, ConvLSTMCarry]):
     def output_size(self) -> tuple[int, ...]:
         return (*self._state_shape, self.hidden_size)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> ConvLSTMParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> ConvLSTMParams:
         return conv_lstm_init(key, self.input_channels, self.hidden_size, self._each("kernel_size"), dtype=dtype)
 
     def initial_carry(self, params: ConvLSTMParams, batch_shape: tuple[int, ...] = ()) -> ConvLSTMCarry:
@@ -127,32 +124,54 @@ class ConvLSTM(Cell[ConvLSTMParams, ConvLSTMCarry]):
         zeros = jnp.zeros((*batch_shape, *self.output_size), params.w_x.dtype)
         return ConvLSTMCarry(zeros, zeros)
 
-    def gates(self, params: ConvLSTMParams, carry: ConvLSTMCarry, x: Array, noise: Any = None) -> LSTMGates:
+    def gates(self, params: ConvLSTMParams, carry: ConvLSTMCarry, x: Array, noise: Noise = None) -> LSTMGates:
         """The activated gates of one step."""
+        self._check(params, x)
+        products = _products(params, carry, x, noise, self._each("strides"), self._each("dilation"), self.padding)
+        return lstm_gates(_rule(self.gate_activation, self.activation), *products)[0]
+
+    def step(self, params, carry, x, noise=None):
+        self._check(params, x)
+        return conv_lstm_step(
+            params,
+            carry,
+            x,
+            noise,
+            strides=self.strides,
+            dilation=self.dilation,
+            padding=self.padding,
+            gate_activation=self.gate_activation,
+            activation=self.activation,
+        )
+
+    def _check(self, params, x):
         check.params(self, params)
         if x.shape[x.ndim - self.input_ndim :] != self.input_size:
             raise ValueError(f"x: expected (..., {', '.join(map(str, self.input_size))}), got {x.shape}")
-        dtype = compute_dtype(x, params)
-        params = cast(params, dtype)
-        wide = accumulator(dtype, carry.h.dtype, carry.c.dtype)
-        h = carry.h.astype(wide)
-        if noise is not None and noise[0] is not None:
-            h = h * noise[0].astype(wide)
-        ones = (1,) * len(self.spatial_shape)
-        u = _convolve(x.astype(dtype), params.w_x, self._each("strides"), self._each("dilation"), self.padding)
-        v = _convolve(h.astype(dtype), params.w_h, ones, ones, "SAME")
-        pre = u.astype(wide) + v.astype(wide)
-        pre = pre if params.b is None else pre + lifted(params.b.astype(wide), pre)
-        i, f, g, o = jnp.split(pre, 4, axis=-1)
-        φ = activation(self.gate_activation)
-        return LSTMGates(φ(i), φ(f), activation(self.activation)(g), φ(o))
 
-    def step(self, params, carry, x, noise=None):
-        i, f, g, o = self.gates(params, carry, x, noise)
-        c = f * carry.c.astype(f.dtype) + i * g
-        h = o * activation(self.activation)(c)
-        new = cast_like(ConvLSTMCarry(h, c), carry, owner="ConvLSTM")
-        return new, h.astype(compute_dtype(x, params))
+
+def _for_each(name: str, value: int | tuple[int, ...], dimensions: int) -> tuple[int, ...]:
+    value = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    if len(value) != dimensions:
+        raise ValueError(f"{name}: expected {dimensions} numbers, one per dimension, got {value}")
+    return value
+
+
+def _rule(gate_activation: Activation, activation: Activation) -> LSTMRule:
+    φ, ψ = elementwise(gate_activation), elementwise(activation)
+    return LSTMRule(φ, ψ, ψ)
+
+
+def _products(params, carry, x, noise, strides, dilation, padding):
+    """(θ, carry, u, v), in at least float32."""
+    dtype = compute_dtype(x, params)
+    params, wide = cast(params, dtype), accumulator(dtype, carry.h.dtype, carry.c.dtype)
+    carry, mask = cast(carry, wide), mask_of(noise)
+    h = carry.h if mask is None else carry.h * mask.astype(wide)
+    ones = (1,) * len(strides)
+    u = _convolve(x.astype(dtype), params.w_x, strides, dilation, padding)
+    v = _convolve(h.astype(dtype), params.w_h, ones, ones, "SAME")
+    return cast(LSTMTheta(params.b, None, None), wide), carry, u.astype(wide), v.astype(wide)
 
 
 def _convolve(x, w, strides, dilation, padding):
@@ -172,7 +191,7 @@ def _convolve(x, w, strides, dilation, padding):
 
 
 def conv_lstm_init(
-    key: Array, input_channels: int, hidden_size: int, kernel_size: tuple[int, ...], *, dtype: Any = jnp.float32
+    key: Array, input_channels: int, hidden_size: int, kernel_size: tuple[int, ...], *, dtype: DTypeLike = jnp.float32
 ) -> ConvLSTMParams:
     """Parameters of `conv_lstm_step`: kernels normal of variance 1/(fan in) per gate, forget bias 1, other biases 0.
 
@@ -192,7 +211,16 @@ def conv_lstm_init(
 
 
 def conv_lstm_step(
-    params: ConvLSTMParams, carry: ConvLSTMCarry, x: Array, noise: Any = None, **options: Any
+    params: ConvLSTMParams,
+    carry: ConvLSTMCarry,
+    x: Array,
+    noise: Noise = None,
+    *,
+    strides: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
+    padding: str = "SAME",
+    gate_activation: Activation = "sigmoid",
+    activation: Activation = "tanh",
 ) -> tuple[ConvLSTMCarry, Array]:
     """One step of a convolutional LSTM.
 
@@ -205,7 +233,11 @@ def conv_lstm_step(
       carry: `ConvLSTMCarry(h, c)`, each (..., *S', H).
       x: Input, (..., *S, D).
       noise: None, or `(mask, None)` with a factor on h in h ∗ w_h.
-      options: `strides`, `dilation`, `padding`, `gate_activation`, `activation`, as of `ConvLSTM`.
+      strides: As of `ConvLSTM`.
+      dilation: As of `ConvLSTM`.
+      padding: As of `ConvLSTM`.
+      gate_activation: As of `ConvLSTM`.
+      activation: As of `ConvLSTM`.
 
     Returns:
       The new carry, and the output h', (..., *S', H).
@@ -225,7 +257,10 @@ def conv_lstm_step(
     References:
       Shi et al. 2015, Convolutional LSTM network, arXiv 1506.04214.
     """
+    check.kind(params, ConvLSTMParams)
     *kernel_size, channels, _ = params.w_x.shape
-    spatial_shape = x.shape[x.ndim - len(kernel_size) - 1 : -1]
-    cell = ConvLSTM(spatial_shape, channels, params.w_h.shape[-2], tuple(kernel_size), **options)
-    return cell.step(params, carry, x, noise)
+    check.drawn(params, conv_lstm_init, channels, params.w_h.shape[-2], tuple(kernel_size))
+    each = _for_each("strides", strides, len(kernel_size)), _for_each("dilation", dilation, len(kernel_size))
+    theta, wide, u, v = _products(params, carry, x, noise, *each, padding)
+    new, y = lstm_update(_rule(gate_activation, activation), theta, wide, u, v, None)
+    return cast_like(ConvLSTMCarry(*new), carry, owner="conv_lstm_step"), y.astype(compute_dtype(x, params))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation, check_elementwise
-from jaxrnn.cells.gated import GatedCell, clip
+from jaxrnn.cells.activations import Activation, check_elementwise
+from jaxrnn.cells.gated import GatedCell, clipped, mask_of
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.gated.engine import GatedWeights, Kernel
+from jaxrnn.engines.gated.engine import GatedWeights, Kernel, Recurrence, gated_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class ElmanParams(NamedTuple):
@@ -74,14 +76,18 @@ class Elman(GatedCell[ElmanParams, ElmanCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> ElmanParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> ElmanParams:
         return elman_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: ElmanParams, batch_shape: tuple[int, ...] = ()) -> ElmanCarry:
         return ElmanCarry(self.zeros(params, batch_shape, self.hidden_size))
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return elman_step(params, carry, x, noise, activation=self.activation, gate_clip=self.gate_clip)
+
     def weights(self, params: ElmanParams) -> GatedWeights:
-        return GatedWeights(params.w_x, params.b, params.w_h)
+        return _weights(params)
 
     def kernel(self, weights: GatedWeights) -> Kernel | str:
         if self.activation not in ("tanh", "relu"):
@@ -90,19 +96,15 @@ class Elman(GatedCell[ElmanParams, ElmanCarry]):
             return f"no kernel has gate_clip={self.gate_clip}"
         return Kernel(f"elman_{self.activation}", weights.w_h)
 
-    def gates(self, params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None) -> ElmanGates:
+    def gates(self, params: ElmanParams, carry: ElmanCarry, x: Array, noise: Noise = None) -> ElmanGates:
         """The new state, which is all that this cell computes."""
-        return self._activate(*self.products(params, carry, x, noise))
+        return ElmanGates(self.update(*self.products(params, carry, x, noise))[1])
 
     def update(self, theta, carry, u, v, w):
-        h = self._activate(theta, carry, u, v, w).h
-        return ElmanCarry(h), h
-
-    def _activate(self, theta, carry, u, v, w):
-        return ElmanGates(activation(self.activation)(clip(u + v, self.gate_clip)))
+        return _update(clipped(self.activation, self.gate_clip), theta, carry, u, v, w)
 
 
-def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> ElmanParams:
+def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> ElmanParams:
     """Parameters of `elman_step`: w_x LeCun normal, w_h orthogonal, b zero.
 
     Examples:
@@ -119,7 +121,7 @@ def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jn
 
 
 def irnn_init(
-    key: Array, input_size: int, hidden_size: int, *, scale: float = 1.0, dtype: Any = jnp.float32
+    key: Array, input_size: int, hidden_size: int, *, scale: float = 1.0, dtype: DTypeLike = jnp.float32
 ) -> ElmanParams:
     """Parameters for `Elman(activation="relu")` that remember: w_h = scale · I, w_x normal of deviation 0.001, b zero.
 
@@ -140,7 +142,13 @@ def irnn_init(
 
 
 def elman_step(
-    params: ElmanParams, carry: ElmanCarry, x: Array, noise: Any = None, **options: Any
+    params: ElmanParams,
+    carry: ElmanCarry,
+    x: Array,
+    noise: Noise = None,
+    *,
+    activation: Activation = "tanh",
+    gate_clip: float | None = None,
 ) -> tuple[ElmanCarry, Array]:
     """One step of a simple recurrent network.
 
@@ -151,7 +159,8 @@ def elman_step(
       carry: `ElmanCarry(h)`, (..., H).
       x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
-      options: `activation`, which is φ, and `gate_clip`, as of `Elman`.
+      activation: φ, as of `Elman`.
+      gate_clip: As of `Elman`.
 
     Returns:
       The new carry, and the output h', (..., H).
@@ -167,5 +176,16 @@ def elman_step(
       >>> y.shape
       (16,)
     """
-    input_size, hidden_size = params.w_x.shape
-    return Elman(input_size, hidden_size, **options).step(params, carry, x, noise)
+    check.kind(params, ElmanParams)
+    check.drawn(params, elman_init, *params.w_x.shape)
+    update = functools.partial(_update, clipped(activation, gate_clip))
+    return gated_step(Recurrence(update), _weights(params), carry, x, mask_of(noise), owner="elman_step")
+
+
+def _weights(params):
+    return GatedWeights(params.w_x, params.b, params.w_h)
+
+
+def _update(φ, theta, carry, u, v, w):
+    h = φ(u + v)
+    return ElmanCarry(h), h

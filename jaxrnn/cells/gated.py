@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
+from jaxrnn.cells.activations import Activation, elementwise
 from jaxrnn.engines.gated.engine import GatedWeights, Kernel, gated_products, gated_scan, gated_scan_both, gated_step
+from jaxrnn.typing import Noise, PyTree
 
 
 class GatedCell(Cell[Params, Carry]):
@@ -47,46 +49,46 @@ class GatedCell(Cell[Params, Carry]):
     recurrent_weights = ("w_h",)
 
     @abstractmethod
-    def weights(self, params: Any) -> GatedWeights:
+    def weights(self, params: PyTree) -> GatedWeights:
         """The arrays of one step; `theta` is what `update` and `second_input` read."""
 
     @abstractmethod
-    def update(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]:
+    def update(self, theta: PyTree, carry: PyTree, u: Array, v: Array, w: Array | None) -> tuple[PyTree, Array]:
         """(carry', y) from the input product u, the recurrent product v and the second product w, if any."""
 
     def kernel(self, weights: GatedWeights) -> Kernel | str:
         """The compiled kernel of this cell, or why there is none."""
         return f"no kernel computes a {type(self).__name__}"
 
-    def second_input(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array:
+    def second_input(self, theta: PyTree, carry: PyTree, s: Array, u: Array, v: Array) -> Array:
         """What the second product reads; s is the recurrent part of the carry under its mask."""
         raise TypeError(f"{type(self).__name__} has no second product")
 
     def step(self, params, carry, x, noise=None):
         check.params(self, params)
-        return gated_step(self, self.weights(params), carry, x, _mask(noise))
+        return gated_step(self, self.weights(params), carry, x, mask_of(noise), owner=type(self).__name__)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
-        return gated_scan(self, self.weights(params), carry, xs, fresh=fresh, mask=_mask(noise), walk=walk)
+        return gated_scan(self, self.weights(params), carry, xs, fresh=fresh, mask=mask_of(noise), walk=walk)
 
     def scan_both(self, params, carry, xs, *, fresh, noise, walk):
         if type(self).scan is not GatedCell.scan:  # a subclass walks in a way of its own
             return super().scan_both(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         for each in params:
             check.params(self, each)
-        weights, masks = [self.weights(each) for each in params], [_mask(each) for each in noise]
+        weights, masks = [self.weights(each) for each in params], [mask_of(each) for each in noise]
         return gated_scan_both(self, weights, carry, xs, fresh=fresh, mask=masks, walk=walk)
 
-    def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
+    def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
         """A part of the initial carry, (*batch_shape, size), in the params' dtype."""
         check.params(self, params)
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
 
-    def products(self, params: Any, carry: Any, x: Array, noise: Any = None):
+    def products(self, params: PyTree, carry: PyTree, x: Array, noise: Noise = None):
         """What `update` reads at one step: (θ, carry, u, v, w)."""
         check.params(self, params)
-        return gated_products(self, self.weights(params), carry, x, _mask(noise))
+        return gated_products(self, self.weights(params), carry, x, mask_of(noise))
 
 
 def options(cell: Cell) -> str:
@@ -98,7 +100,8 @@ def options(cell: Cell) -> str:
     )
 
 
-def _mask(noise):
+def mask_of(noise: Noise) -> Array | None:
+    """The factor on the recurrent part of the carry, or None."""
     return None if noise is None else noise[0]
 
 
@@ -111,3 +114,12 @@ def normalize(x: Array, epsilon: float = 1e-5) -> Array:
 def clip(x: Array, bound: float | None) -> Array:
     """`x` within ±bound, or as it is."""
     return x if bound is None else jnp.clip(x, -bound, bound)
+
+
+def clipped(spec: Activation, bound: float | None) -> Callable[[Array], Array]:
+    """The activation that `spec` names, of what is within ±bound."""
+    function = elementwise(spec)
+    if bound is None:
+        return function
+    check.positive("gate_clip", bound)
+    return lambda x: function(clip(x, bound))

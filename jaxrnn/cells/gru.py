@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation, check_elementwise
-from jaxrnn.cells.gated import GatedCell, clip, normalize, options
+from jaxrnn.cells.activations import Activation, check_elementwise
+from jaxrnn.cells.gated import GatedCell, clipped, mask_of, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
-from jaxrnn.engines.gated.engine import GatedWeights, Kernel
+from jaxrnn.engines.gated.engine import GatedWeights, Kernel, Recurrence, gated_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class GRUNorm(NamedTuple):
@@ -112,7 +114,7 @@ class GRU(GatedCell[GRUParams, GRUCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> GRUParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> GRUParams:
         return gru_init(
             key,
             self.input_size,
@@ -125,13 +127,21 @@ class GRU(GatedCell[GRUParams, GRUCarry]):
     def initial_carry(self, params: GRUParams, batch_shape: tuple[int, ...] = ()) -> GRUCarry:
         return GRUCarry(self.zeros(params, batch_shape, self.hidden_size))
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return gru_step(
+            params,
+            carry,
+            x,
+            noise,
+            reset_after=self.reset_after,
+            gate_clip=self.gate_clip,
+            gate_activation=self.gate_activation,
+            activation=self.activation,
+        )
+
     def weights(self, params: GRUParams) -> GatedWeights:
-        theta = _Theta(params.b if self.layer_norm else None, params.b_hn, params.norm)
-        b = None if self.layer_norm else params.b
-        if self.reset_after:
-            return GatedWeights(params.w_x, b, params.w_h, None, theta)
-        rz = 2 * self.hidden_size
-        return GatedWeights(params.w_x, b, params.w_h[:, :rz], params.w_h[:, rz:], theta)
+        return _weights(params, self.reset_after)
 
     def kernel(self, weights: GatedWeights) -> Kernel | str:
         changed = options(dataclasses.replace(self, reset_after=True))
@@ -142,42 +152,20 @@ class GRU(GatedCell[GRUParams, GRUCarry]):
         assert weights.w_2 is not None
         return Kernel("gru_before", jnp.concatenate([weights.w_h, weights.w_2], axis=1))
 
-    def gates(self, params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None) -> GRUGates:
+    def gates(self, params: GRUParams, carry: GRUCarry, x: Array, noise: Noise = None) -> GRUGates:
         """The activated gates of one step."""
         theta, _, u, v, w = self.products(params, carry, x, noise)
-        return self._activate(theta, u, v, w)
+        return _gates(*self._activations, theta, u, v, w)
 
     def update(self, theta, carry, u, v, w):
-        _, z, n = self._activate(theta, u, v, w)
-        h = (1 - z) * n + z * carry.h
-        return GRUCarry(h), h
+        return _update(*self._activations, theta, carry, u, v, w)
 
     def second_input(self, theta, carry, s, u, v):
-        u, v, _ = self._normalized(theta, u, v, None)
-        return self._reset(u, v) * s
+        return _second_input(self._activations[0], theta, carry, s, u, v)
 
-    def _activate(self, theta, u, v, w: Any) -> GRUGates:
-        u, v, w = self._normalized(theta, u, v, w)
-        φ, ψ = activation(self.gate_activation), activation(self.activation)
-        _, u_z, u_n = jnp.split(u, 3, axis=-1)
-        r = self._reset(u, v)
-        z = φ(clip(u_z + v[..., self.hidden_size : 2 * self.hidden_size], self.gate_clip))
-        if self.reset_after:
-            v_n = v[..., 2 * self.hidden_size :]
-            w = r * (v_n if theta.b_hn is None else v_n + lifted(theta.b_hn, v_n))
-        return GRUGates(r, z, ψ(clip(u_n + w, self.gate_clip)))
-
-    def _reset(self, u, v):
-        h = self.hidden_size
-        return activation(self.gate_activation)(clip(u[..., :h] + v[..., :h], self.gate_clip))
-
-    def _normalized(self, theta, u, v, w):
-        if not self.layer_norm:
-            return u, v, w
-        gain_v, gain_w = jnp.split(theta.norm.h, [v.shape[-1]])
-        u = normalize(u) * lifted(theta.norm.x, u)
-        u = u if theta.b is None else u + lifted(theta.b, u)
-        return u, normalize(v) * lifted(gain_v, v), None if w is None else normalize(w) * lifted(gain_w, w)
+    @property
+    def _activations(self):
+        return clipped(self.gate_activation, self.gate_clip), clipped(self.activation, self.gate_clip)
 
 
 def gru_init(
@@ -187,7 +175,7 @@ def gru_init(
     *,
     reset_after: bool = True,
     layer_norm: bool = False,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> GRUParams:
     """Parameters of `gru_step`: per gate w_x LeCun normal and w_h orthogonal, biases zero, gains one.
 
@@ -208,7 +196,17 @@ def gru_init(
     )
 
 
-def gru_step(params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None, **options: Any) -> tuple[GRUCarry, Array]:
+def gru_step(
+    params: GRUParams,
+    carry: GRUCarry,
+    x: Array,
+    noise: Noise = None,
+    *,
+    reset_after: bool = True,
+    gate_clip: float | None = None,
+    gate_activation: Activation = "sigmoid",
+    activation: Activation = "tanh",
+) -> tuple[GRUCarry, Array]:
     """One step of a gated recurrent unit.
 
         r, z = σ(x w_xr + h w_hr + b_r), σ(x w_xz + h w_hz + b_z)
@@ -217,11 +215,14 @@ def gru_step(params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None, **
 
     Args:
       params: `GRUParams` with w_x (D, 3H), w_h (H, 3H), b (3H,) or None, b_hn (H,) or None; gates in the order r, z, n.
-        Layer normalisation follows from the arrays that are there; `reset_after` does not, and is True unless given.
+        Layer normalisation follows from the arrays that are there.
       carry: `GRUCarry(h)`, (..., H).
       x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in its products, (..., H).
-      options: `reset_after`, `gate_clip`, `gate_activation`, `activation`, as of `GRU`.
+      reset_after: As of `GRU`; it does not follow from the arrays.
+      gate_clip: As of `GRU`.
+      gate_activation: As of `GRU`.
+      activation: As of `GRU`.
 
     Returns:
       The new carry, and the output h', (..., H).
@@ -240,5 +241,56 @@ def gru_step(params: GRUParams, carry: GRUCarry, x: Array, noise: Any = None, **
     References:
       Cho et al. 2014, arXiv 1406.1078. The form of PyTorch, cuDNN, Keras 3 and Flax.
     """
-    cell = GRU(params.w_x.shape[0], params.hidden_size, layer_norm=params.norm is not None, **options)
-    return cell.step(params, carry, x, noise)
+    check.kind(params, GRUParams)
+    sizes = params.w_x.shape[0], params.hidden_size
+    check.drawn(params, gru_init, *sizes, reset_after=reset_after, layer_norm=params.norm is not None)
+    φ, ψ = clipped(gate_activation, gate_clip), clipped(activation, gate_clip)
+    recurrence = Recurrence(functools.partial(_update, φ, ψ), functools.partial(_second_input, φ))
+    return gated_step(recurrence, _weights(params, reset_after), carry, x, mask_of(noise), owner="gru_step")
+
+
+def _weights(params: GRUParams, reset_after: bool) -> GatedWeights:
+    """Only products without normalisation have the bias added to them."""
+    normalized = params.norm is not None
+    b, theta = None if normalized else params.b, _Theta(params.b if normalized else None, params.b_hn, params.norm)
+    if reset_after:
+        return GatedWeights(params.w_x, b, params.w_h, None, theta)
+    rz = 2 * params.hidden_size
+    return GatedWeights(params.w_x, b, params.w_h[:, :rz], params.w_h[:, rz:], theta)
+
+
+def _normalized(theta, u, v, w):
+    if theta.norm is None:
+        return u, v, w
+    gain_v, gain_w = jnp.split(theta.norm.h, [v.shape[-1]])
+    u = normalize(u) * lifted(theta.norm.x, u)
+    u = u if theta.b is None else u + lifted(theta.b, u)
+    return u, normalize(v) * lifted(gain_v, v), None if w is None else normalize(w) * lifted(gain_w, w)
+
+
+def _reset(φ, u, v):
+    size = u.shape[-1] // 3
+    return φ(u[..., :size] + v[..., :size])
+
+
+def _second_input(φ, theta, carry, s, u, v):
+    u, v, _ = _normalized(theta, u, v, None)
+    return _reset(φ, u, v) * s
+
+
+def _gates(φ, ψ, theta, u, v, w) -> GRUGates:
+    """Without a second product w, the reset comes after the one product v."""
+    u, v, w = _normalized(theta, u, v, w)
+    size = u.shape[-1] // 3
+    r = _reset(φ, u, v)
+    z = φ(u[..., size : 2 * size] + v[..., size : 2 * size])
+    if w is None:
+        v_n = v[..., 2 * size :]
+        w = r * (v_n if theta.b_hn is None else v_n + lifted(theta.b_hn, v_n))
+    return GRUGates(r, z, ψ(u[..., 2 * size :] + w))
+
+
+def _update(φ, ψ, theta, carry, u, v, w):
+    _, z, n = _gates(φ, ψ, theta, u, v, w)
+    h = (1 - z) * n + z * carry.h
+    return GRUCarry(h), h

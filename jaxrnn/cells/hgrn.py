@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell, affine
+from jaxrnn.cells.linear import LinearCell, affine, linear_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class HGRNParams(NamedTuple):
@@ -70,27 +72,26 @@ class HGRN(LinearCell[HGRNParams, HGRNCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> HGRNParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> HGRNParams:
         return hgrn_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: HGRNParams, batch_shape: tuple[int, ...] = ()) -> HGRNCarry:
         return HGRNCarry(self.zeros(params, batch_shape, self.hidden_size))
 
-    def gates(self, params: HGRNParams, carry: HGRNCarry, x: Array, noise: Any = None) -> HGRNGates:
+    def gates(self, params: HGRNParams, carry: HGRNCarry, x: Array, noise: Noise = None) -> HGRNGates:
         """The activated gate and the candidate of one step."""
         check.params(self, params)
-        return self._gates(params, x)
+        return _gates(params, x, self.lower_bound)
+
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return hgrn_step(params, carry, x, noise, lower_bound=self.lower_bound)
 
     def coefficients(self, params, x):
-        f, n = self._gates(params, x)
-        return f, (1 - f) * n
-
-    def _gates(self, params, x):
-        f, n = jnp.split(affine(params, x), 2, axis=-1)
-        return HGRNGates(self.lower_bound + (1 - self.lower_bound) * jax.nn.sigmoid(f), jax.nn.silu(n))
+        return _coefficients(params, x, self.lower_bound)
 
 
-def hgrn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> HGRNParams:
+def hgrn_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> HGRNParams:
     """Parameters of `hgrn_step`: w_x LeCun normal, b zero.
 
     Examples:
@@ -102,7 +103,7 @@ def hgrn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp
 
 
 def hgrn_step(
-    params: HGRNParams, carry: HGRNCarry, x: Array, noise: Any = None, *, lower_bound: float = 0.0
+    params: HGRNParams, carry: HGRNCarry, x: Array, noise: Noise = None, *, lower_bound: float = 0.0
 ) -> tuple[HGRNCarry, Array]:
     """One step of a hierarchically gated recurrent network's unit.
 
@@ -130,5 +131,17 @@ def hgrn_step(
       >>> y.shape
       (16,)
     """
-    rows, columns = params.w_x.shape
-    return HGRN(rows, columns // 2, lower_bound).step(params, carry, x, noise)
+    check.kind(params, HGRNParams)
+    check.rate("lower_bound", lower_bound)
+    check.drawn(params, hgrn_init, params.w_x.shape[0], params.w_x.shape[1] // 2)
+    return linear_step(params, carry, x, functools.partial(_coefficients, γ=lower_bound))
+
+
+def _gates(params, x, γ) -> HGRNGates:
+    f, n = jnp.split(affine(params, x), 2, axis=-1)
+    return HGRNGates(γ + (1 - γ) * jax.nn.sigmoid(f), jax.nn.silu(n))
+
+
+def _coefficients(params, x, γ):
+    f, n = _gates(params, x, γ)
+    return f, (1 - f) * n

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation, check_elementwise
-from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
+from jaxrnn.cells.gated import GatedCell, mask_of
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.gated.engine import GatedWeights
+from jaxrnn.engines.gated.engine import GatedWeights, Recurrence, gated_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class IndRNNParams(NamedTuple):
@@ -71,28 +73,28 @@ class IndRNN(GatedCell[IndRNNParams, IndRNNCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> IndRNNParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> IndRNNParams:
         return indrnn_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: IndRNNParams, batch_shape: tuple[int, ...] = ()) -> IndRNNCarry:
         return IndRNNCarry(self.zeros(params, batch_shape, self.hidden_size))
 
-    def weights(self, params: IndRNNParams) -> GatedWeights:
-        return GatedWeights(params.w_x, params.b, params.w_h)
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return indrnn_step(params, carry, x, noise, activation=self.activation)
 
-    def gates(self, params: IndRNNParams, carry: IndRNNCarry, x: Array, noise: Any = None) -> IndRNNGates:
+    def weights(self, params: IndRNNParams) -> GatedWeights:
+        return _weights(params)
+
+    def gates(self, params: IndRNNParams, carry: IndRNNCarry, x: Array, noise: Noise = None) -> IndRNNGates:
         """The new state, which is all that this cell computes."""
-        return self._activate(*self.products(params, carry, x, noise))
+        return IndRNNGates(self.update(*self.products(params, carry, x, noise))[1])
 
     def update(self, theta, carry, u, v, w):
-        h = self._activate(theta, carry, u, v, w).h
-        return IndRNNCarry(h), h
-
-    def _activate(self, theta, carry, u, v, w):
-        return IndRNNGates(activation(self.activation)(u + v))
+        return _update(elementwise(self.activation), theta, carry, u, v, w)
 
 
-def indrnn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> IndRNNParams:
+def indrnn_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> IndRNNParams:
     """Parameters of `indrnn_step`: w_x LeCun normal, w_h uniform in [0, 1), b zero.
 
     Examples:
@@ -109,7 +111,7 @@ def indrnn_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = j
 
 
 def indrnn_step(
-    params: IndRNNParams, carry: IndRNNCarry, x: Array, noise: Any = None, *, activation: Activation = "relu"
+    params: IndRNNParams, carry: IndRNNCarry, x: Array, noise: Noise = None, *, activation: Activation = "relu"
 ) -> tuple[IndRNNCarry, Array]:
     """One step of an independently recurrent network.
 
@@ -136,4 +138,16 @@ def indrnn_step(
       >>> y.shape
       (16,)
     """
-    return IndRNN(*params.w_x.shape, activation=activation).step(params, carry, x, noise)
+    check.kind(params, IndRNNParams)
+    check.drawn(params, indrnn_init, *params.w_x.shape)
+    update = functools.partial(_update, elementwise(activation))
+    return gated_step(Recurrence(update), _weights(params), carry, x, mask_of(noise), owner="indrnn_step")
+
+
+def _weights(params):
+    return GatedWeights(params.w_x, params.b, params.w_h)
+
+
+def _update(φ, theta, carry, u, v, w):
+    h = φ(u + v)
+    return IndRNNCarry(h), h

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxrnn.engines.linear.engine import linear_form, linear_recurrence
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Flags
+from jaxrnn.typing import PyTree
 
 
 class LinearCell(Cell[Params, Carry]):
@@ -55,14 +57,14 @@ class LinearCell(Cell[Params, Carry]):
     log_space = False
 
     @abstractmethod
-    def coefficients(self, params: Any, x: Array) -> tuple[Array, Array]:
+    def coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
         """(a, b), in at least float32; a may lack axes."""
 
-    def log_coefficients(self, params: Any, x: Array) -> tuple[Array, Array]:
+    def log_coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
         """The logarithms of (a, b), both positive, of a cell with `log_space`."""
         raise TypeError(f"{type(self).__name__}: log_space needs log_coefficients, which it does not define")
 
-    def output(self, params: Any, h: Array, x: Array) -> Array:
+    def output(self, params: PyTree, h: Array, x: Array) -> Array:
         """y, of the new state."""
         return h
 
@@ -70,23 +72,12 @@ class LinearCell(Cell[Params, Carry]):
         """(a, b) as they are where a sequence has started, and as they are at its first step."""
         return a, b
 
-    def step(self, params, carry: Any, x, noise=None):
+    def step(self, params, carry: PyTree, x, noise=None):
         check.params(self, params)
-        dtype = compute_dtype(x, params)
-        params, x = cast(params, dtype), x.astype(dtype)
-        window = None
-        if self.sees_window:
-            taps, window = step_window(carry.window, x)
-            x = jnp.concatenate(taps, axis=-1)
-        a, b = self.coefficients(params, x)
-        if self.begins_apart:
-            a, b = self.begin(a, b, carry.started)
-        wide = accumulator(b.dtype, carry.h.dtype)
-        h = lifted(a, b).astype(wide) * carry.h.astype(wide) + b.astype(wide)
-        y = self.output(params, h.astype(b.dtype), x).astype(dtype)
-        return self._replaced(carry, h.astype(carry.h.dtype), True, window), y
+        begin, window = self.begin if self.begins_apart else None, self.sees_window
+        return linear_step(params, carry, x, self.coefficients, output=self.output, begin=begin, sees_window=window)
 
-    def scan(self, params, carry: Any, xs, *, fresh: Any, noise, walk):
+    def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
@@ -119,23 +110,60 @@ class LinearCell(Cell[Params, Carry]):
                 last, hs = linear_recurrence(a, b, wide, **options)
             some = xs.shape[0] > 0 if valid is None else valid.any(0)
             ys = zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
-            return self._replaced(carry, last.astype(h.dtype), some, window), ys
+            started = carry.started | some if self.begins_apart else None
+            return _replaced(carry, last.astype(h.dtype), started, window), ys
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
-    def _replaced(self, carry: Any, h: Array, valid: Any, window: Array | None) -> Any:
-        """The carry after steps of which some were valid."""
-        new = {"h": h}
-        if self.begins_apart:
-            new["started"] = carry.started | valid
-        if window is not None:
-            new["window"] = window
-        return carry._replace(**new)
-
-    def zeros(self, params: Any, batch_shape: tuple[int, ...], size: int) -> Array:
+    def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
         """(*batch_shape, size), in the params' dtype."""
         check.params(self, params)
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
+
+
+def _state(params, h, x):
+    return h
+
+
+def linear_step(
+    params: PyTree,
+    carry: PyTree,
+    x: Array,
+    coefficients: Callable[..., tuple[Array, Array]],
+    *,
+    output: Callable[..., Array] = _state,
+    begin: Callable[..., tuple[Array, Array]] | None = None,
+    sees_window: bool = False,
+) -> tuple[PyTree, Array]:
+    """One step of a linear recurrence: h' = a h + b, y = output(params, h', x), where (a, b) = coefficients(params, x).
+
+    Args:
+      params: Those of the cell.
+      carry: With the field h, `started` where `begin` is given, and `window` where the step sees one.
+      x: Input.
+      coefficients: As of `LinearCell`.
+      output: As of `LinearCell`; by default h'.
+      begin: As of `LinearCell`, if the first step of a sequence is another one.
+      sees_window: As of `LinearCell`.
+    """
+    dtype = compute_dtype(x, params)
+    params, x, window = cast(params, dtype), x.astype(dtype), None
+    if sees_window:
+        taps, window = step_window(carry.window, x)
+        x = jnp.concatenate(taps, axis=-1)
+    a, b = coefficients(params, x)
+    if begin is not None:
+        a, b = begin(a, b, carry.started)
+    wide = accumulator(b.dtype, carry.h.dtype)
+    h = lifted(a, b).astype(wide) * carry.h.astype(wide) + b.astype(wide)
+    y = output(params, h.astype(b.dtype), x).astype(dtype)
+    started = None if begin is None else jnp.ones_like(carry.started)
+    return _replaced(carry, h.astype(carry.h.dtype), started, window), y
+
+
+def _replaced(carry: PyTree, h: Array, started: Array | None, window: Array | None) -> PyTree:
+    new = {"h": h, "started": started, "window": window}
+    return carry._replace(**{name: value for name, value in new.items() if value is not None})
 
 
 def _started(given: Array, fresh: Array, flags: Flags, reverse: bool, length: int) -> Array:
@@ -151,7 +179,7 @@ def _started(given: Array, fresh: Array, flags: Flags, reverse: bool, length: in
     return seen if start is None else jnp.where(start, fresh[None], seen)
 
 
-def affine(params: Any, x: Array) -> Array:
+def affine(params: PyTree, x: Array) -> Array:
     """x w_x + b, in at least float32."""
     u = dot(x, params.w_x)
     return u if params.b is None else u + lifted(params.b.astype(u.dtype), u)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class LRUParams(NamedTuple):
@@ -78,7 +79,7 @@ class LRU(LinearCell[LRUParams, LRUCarry]):
     def output_size(self) -> int:
         return self.input_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> LRUParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LRUParams:
         return lru_init(
             key,
             self.input_size,
@@ -93,19 +94,15 @@ class LRU(LinearCell[LRUParams, LRUCarry]):
         zeros = self.zeros(params, batch_shape, self.hidden_size)
         return LRUCarry(zeros.astype(accumulator(zeros.dtype, jnp.complex64)))
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return lru_step(params, carry, x, noise)
+
     def coefficients(self, params, x):
-        wide = accumulator(params.nu.dtype)
-        nu, theta, gamma = (each.astype(wide) for each in params[:3])
-        modulus, phase = jnp.exp(-jnp.exp(nu)), jnp.exp(theta)
-        a = lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase))
-        re, im = jnp.split(dot(x, params.w_x).astype(wide), 2, axis=-1)
-        scale = lifted(jnp.exp(gamma), re)
-        return a, lax.complex(scale * re, scale * im)
+        return _coefficients(params, x)
 
     def output(self, params, h, x):
-        parts = jnp.concatenate([h.real, h.imag], axis=-1)
-        y = dot(parts.astype(params.w_y.dtype), params.w_y)
-        return y + lifted(params.d.astype(y.dtype), y) * x.astype(y.dtype)
+        return _output(params, h, x)
 
 
 def lru_init(
@@ -116,7 +113,7 @@ def lru_init(
     r_min: float = 0.0,
     r_max: float = 1.0,
     max_phase: float = 2 * math.pi,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> LRUParams:
     """Parameters of `lru_step`: λ uniform by area on a ring, exp(γ) = √(1 − |λ|²), so that h has the scale of x; w_x of
     variance 1/(2 D), w_y of 1/H, d of 1.
@@ -140,7 +137,7 @@ def lru_init(
     return LRUParams(*(each.astype(dtype) for each in params))
 
 
-def lru_step(params: LRUParams, carry: LRUCarry, x: Array, noise: Any = None) -> tuple[LRUCarry, Array]:
+def lru_step(params: LRUParams, carry: LRUCarry, x: Array, noise: Noise = None) -> tuple[LRUCarry, Array]:
     """One step of a linear recurrent unit.
 
         λ = exp(−exp(ν) + i exp(θ))
@@ -167,5 +164,22 @@ def lru_step(params: LRUParams, carry: LRUCarry, x: Array, noise: Any = None) ->
       >>> y.shape
       (3,)
     """
-    rows, columns = params.w_x.shape
-    return LRU(rows, columns // 2).step(params, carry, x, noise)
+    check.kind(params, LRUParams)
+    check.drawn(params, lru_init, params.w_x.shape[0], params.w_x.shape[1] // 2)
+    return linear_step(params, carry, x, _coefficients, output=_output)
+
+
+def _coefficients(params, x):
+    wide = accumulator(params.nu.dtype)
+    nu, theta, gamma = (each.astype(wide) for each in params[:3])
+    modulus, phase = jnp.exp(-jnp.exp(nu)), jnp.exp(theta)
+    a = lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase))
+    re, im = jnp.split(dot(x, params.w_x).astype(wide), 2, axis=-1)
+    scale = lifted(jnp.exp(gamma), re)
+    return a, lax.complex(scale * re, scale * im)
+
+
+def _output(params, h, x):
+    parts = jnp.concatenate([h.real, h.imag], axis=-1)
+    y = dot(parts.astype(params.w_y.dtype), params.w_y)
+    return y + lifted(params.d.astype(y.dtype), y) * x.astype(y.dtype)

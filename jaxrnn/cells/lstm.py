@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation, check_elementwise
-from jaxrnn.cells.gated import GatedCell, clip, normalize, options
+from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
+from jaxrnn.cells.gated import GatedCell, clip, clipped, mask_of, normalize, options
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
-from jaxrnn.engines.gated.engine import GatedWeights, Kernel
+from jaxrnn.engines.gated.engine import GatedWeights, Kernel, Recurrence, gated_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class LSTMNorm(NamedTuple):
@@ -61,10 +64,22 @@ class LSTMGates(NamedTuple):
     o: Array
 
 
-class _Theta(NamedTuple):
+class LSTMTheta(NamedTuple):
+    """The learned vectors that its gates read."""
+
     b: Array | None
     peephole: Array | None
     norm: LSTMNorm | None
+
+
+class LSTMRule(NamedTuple):
+    """What an LSTM does with its products: φ acts on i, f and o, ψ on g, χ on c'."""
+
+    φ: Callable[[Array], Array]
+    ψ: Callable[[Array], Array]
+    χ: Callable[[Array], Array]
+    coupled: bool | str = False
+    cell_clip: float | None = None
 
 
 class LSTM(GatedCell[LSTMParams, LSTMCarry]):
@@ -116,8 +131,7 @@ class LSTM(GatedCell[LSTMParams, LSTMCarry]):
 
     def __post_init__(self):
         check.sizes(self, "input_size", "hidden_size", "projection_size")
-        if self.coupled not in (False, True, "input"):
-            raise ValueError(f"LSTM.coupled: expected False, True or 'input', got {self.coupled!r}")
+        _check_coupled("LSTM.coupled", self.coupled)
         check.fields(self, cell_clip=check.positive, gate_clip=check.positive)
         check_elementwise(self.gate_activation, self.activation, self.output_activation)
 
@@ -125,7 +139,7 @@ class LSTM(GatedCell[LSTMParams, LSTMCarry]):
     def output_size(self) -> int:
         return self.projection_size or self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> LSTMParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LSTMParams:
         return lstm_init(
             key,
             self.input_size,
@@ -141,53 +155,43 @@ class LSTM(GatedCell[LSTMParams, LSTMCarry]):
         h = self.zeros(params, batch_shape, self.output_size)
         return LSTMCarry(h, self.zeros(params, batch_shape, self.hidden_size))
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return lstm_step(
+            params,
+            carry,
+            x,
+            noise,
+            coupled=self.coupled,
+            cell_clip=self.cell_clip,
+            gate_clip=self.gate_clip,
+            gate_activation=self.gate_activation,
+            activation=self.activation,
+            output_activation=self.output_activation,
+        )
+
     def weights(self, params: LSTMParams) -> GatedWeights:
-        theta = _Theta(params.b if self.layer_norm else None, params.peephole, params.norm)
-        return GatedWeights(params.w_x, None if self.layer_norm else params.b, params.w_h, params.w_p, theta)
+        return _weights(params)
 
     def kernel(self, weights: GatedWeights) -> Kernel | str:
         changed = options(self)
         return f"no kernel has {changed}" if changed else Kernel("lstm", weights.w_h)
 
-    def gates(self, params: LSTMParams, carry: LSTMCarry, x: Array, noise: Any = None) -> LSTMGates:
+    def gates(self, params: LSTMParams, carry: LSTMCarry, x: Array, noise: Noise = None) -> LSTMGates:
         """The activated gates of one step."""
         theta, carry, u, v, _ = self.products(params, carry, x, noise)
-        return self._activate(theta, carry, u, v)[0]
+        return lstm_gates(self._rule, theta, carry, u, v)[0]
 
     def update(self, theta, carry, u, v, w):
-        gates, c = self._activate(theta, carry, u, v)
-        h = self._output(theta, gates.o, c) if w is None else w
-        return LSTMCarry(h, c), h
+        return lstm_update(self._rule, theta, carry, u, v, w)
 
     def second_input(self, theta, carry, s, u, v):
-        gates, c = self._activate(theta, carry, u, v)
-        return self._output(theta, gates.o, c)
+        return _second_input(self._rule, theta, carry, s, u, v)
 
-    def _activate(self, theta, carry, u, v) -> tuple[LSTMGates, Array]:
-        """The gates, and c'."""
-        if self.layer_norm:
-            u, v = normalize(u) * lifted(theta.norm.x, u), normalize(v) * lifted(theta.norm.h, v)
-            if theta.b is not None:
-                u = u + lifted(theta.b, u)
-        φ, ψ = activation(self.gate_activation), activation(self.activation)
-        *i, f, g, o = jnp.split(u + v, 3 if self.coupled else 4, axis=-1)
-
-        def gate(pre, row, c):
-            pre = pre if theta.peephole is None else pre + lifted(theta.peephole[row], c) * c
-            return φ(clip(pre, self.gate_clip))
-
-        f = gate(f, -2, carry.c)
-        i = 1 - f if self.coupled else gate(i[0], -3, carry.c)
-        if self.coupled == "input":
-            i, f = f, i
-        g = ψ(clip(g, self.gate_clip))
-        c = clip(f * carry.c + i * g, self.cell_clip)
-        return LSTMGates(i, f, g, gate(o, -1, c)), c
-
-    def _output(self, theta, o, c):
-        if self.layer_norm:
-            c = normalize(c) * lifted(theta.norm.c, c) + lifted(theta.norm.b_c, c)
-        return o * activation(self.output_activation)(c)
+    @property
+    def _rule(self) -> LSTMRule:
+        φ, ψ = clipped(self.gate_activation, self.gate_clip), clipped(self.activation, self.gate_clip)
+        return LSTMRule(φ, ψ, elementwise(self.output_activation), self.coupled, self.cell_clip)
 
 
 def lstm_init(
@@ -199,7 +203,7 @@ def lstm_init(
     coupled: bool | str = False,
     projection_size: int | None = None,
     layer_norm: bool = False,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> LSTMParams:
     """Parameters of `lstm_step`: per gate w_x LeCun normal and w_h orthogonal, forget bias 1, other biases 0.
 
@@ -227,7 +231,17 @@ def lstm_init(
 
 
 def lstm_step(
-    params: LSTMParams, carry: LSTMCarry, x: Array, noise: Any = None, **options: Any
+    params: LSTMParams,
+    carry: LSTMCarry,
+    x: Array,
+    noise: Noise = None,
+    *,
+    coupled: bool | str | None = None,
+    cell_clip: float | None = None,
+    gate_clip: float | None = None,
+    gate_activation: Activation = "sigmoid",
+    activation: Activation = "tanh",
+    output_activation: Activation = "tanh",
 ) -> tuple[LSTMCarry, Array]:
     """One step of a long short-term memory cell.
 
@@ -237,12 +251,16 @@ def lstm_step(
 
     Args:
       params: `LSTMParams` with w_x (D, 4H), w_h (H, 4H), b (4H,) or None; gates in the order i, f, g, o. Peepholes,
-        projection, layer normalisation and coupled gates follow from the arrays that are there.
+        projection and layer normalisation follow from the arrays that are there.
       carry: `LSTMCarry(h, c)`, each (..., H).
       x: Input, (..., D).
       noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
-      options: `coupled="input"`, `cell_clip`, `gate_clip`, `gate_activation`, `activation`, `output_activation`, as of
-        `LSTM`.
+      coupled: As of `LSTM`; None for True where the arrays have three gates.
+      cell_clip: As of `LSTM`.
+      gate_clip: As of `LSTM`.
+      gate_activation: As of `LSTM`.
+      activation: As of `LSTM`.
+      output_activation: As of `LSTM`.
 
     Returns:
       The new carry, and the output h', (..., H).
@@ -263,13 +281,74 @@ def lstm_step(
       Hochreiter & Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; forget gate: Gers et al. 2000,
       https://doi.org/10.1162/089976600300015015. The form of PyTorch, cuDNN, Keras and Flax.
     """
-    options.setdefault("coupled", params.w_x.shape[1] == 3 * params.hidden_size)
-    cell = LSTM(
+    check.kind(params, LSTMParams)
+    coupled = params.w_x.shape[1] == 3 * params.hidden_size if coupled is None else coupled
+    _check_coupled("coupled", coupled)
+    if cell_clip is not None:
+        check.positive("cell_clip", cell_clip)
+    check.drawn(
+        params,
+        lstm_init,
         params.w_x.shape[0],
         params.hidden_size,
         peephole=params.peephole is not None,
+        coupled=coupled,
         projection_size=None if params.w_p is None else params.w_p.shape[1],
         layer_norm=params.norm is not None,
-        **options,
     )
-    return cell.step(params, carry, x, noise)
+    φ, ψ = clipped(gate_activation, gate_clip), clipped(activation, gate_clip)
+    rule = LSTMRule(φ, ψ, elementwise(output_activation), coupled, cell_clip)
+    recurrence = Recurrence(functools.partial(lstm_update, rule), functools.partial(_second_input, rule))
+    return gated_step(recurrence, _weights(params), carry, x, mask_of(noise), owner="lstm_step")
+
+
+def _check_coupled(name, value):
+    if value not in (False, True, "input"):
+        raise ValueError(f"{name}: expected False, True or 'input', got {value!r}")
+
+
+def _weights(params: LSTMParams) -> GatedWeights:
+    """Only products without normalisation have the bias added to them."""
+    normalized = params.norm is not None
+    theta = LSTMTheta(params.b if normalized else None, params.peephole, params.norm)
+    return GatedWeights(params.w_x, None if normalized else params.b, params.w_h, params.w_p, theta)
+
+
+def lstm_gates(rule: LSTMRule, theta: LSTMTheta, carry: LSTMCarry, u: Array, v: Array) -> tuple[LSTMGates, Array]:
+    """The activated gates, and c', from the products u and v."""
+    if theta.norm is not None:
+        u, v = normalize(u) * lifted(theta.norm.x, u), normalize(v) * lifted(theta.norm.h, v)
+    if theta.b is not None:
+        u = u + lifted(theta.b, u)
+    *i, f, g, o = jnp.split(u + v, 3 if rule.coupled else 4, axis=-1)
+
+    def gate(pre, row, c):
+        return rule.φ(pre if theta.peephole is None else pre + lifted(theta.peephole[row], c) * c)
+
+    f = gate(f, -2, carry.c)
+    i = 1 - f if rule.coupled else gate(i[0], -3, carry.c)
+    if rule.coupled == "input":
+        i, f = f, i
+    g = rule.ψ(g)
+    c = clip(f * carry.c + i * g, rule.cell_clip)
+    return LSTMGates(i, f, g, gate(o, -1, c)), c
+
+
+def _output(rule, theta, o, c):
+    if theta.norm is not None:
+        c = normalize(c) * lifted(theta.norm.c, c) + lifted(theta.norm.b_c, c)
+    return o * rule.χ(c)
+
+
+def _second_input(rule, theta, carry, s, u, v):
+    gates, c = lstm_gates(rule, theta, carry, u, v)
+    return _output(rule, theta, gates.o, c)
+
+
+def lstm_update(
+    rule: LSTMRule, theta: LSTMTheta, carry: LSTMCarry, u: Array, v: Array, w: Array | None
+) -> tuple[LSTMCarry, Array]:
+    """The new carry and h', from the products u, v, and that of a projection, w, if there is one."""
+    gates, c = lstm_gates(rule, theta, carry, u, v)
+    h = _output(rule, theta, gates.o, c) if w is None else w
+    return LSTMCarry(h, c), h

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.gated import GatedCell, mask_of
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
-from jaxrnn.engines.gated.engine import GatedWeights
+from jaxrnn.engines.gated.engine import GatedWeights, Recurrence, gated_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class MGUParams(NamedTuple):
@@ -69,35 +70,32 @@ class MGU(GatedCell[MGUParams, MGUCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> MGUParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> MGUParams:
         return mgu_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: MGUParams, batch_shape: tuple[int, ...] = ()) -> MGUCarry:
         return MGUCarry(self.zeros(params, batch_shape, self.hidden_size))
 
-    def weights(self, params: MGUParams) -> GatedWeights:
-        h = self.hidden_size
-        return GatedWeights(params.w_x, params.b, params.w_h[:, :h], params.w_h[:, h:])
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return mgu_step(params, carry, x, noise)
 
-    def gates(self, params: MGUParams, carry: MGUCarry, x: Array, noise: Any = None) -> MGUGates:
+    def weights(self, params: MGUParams) -> GatedWeights:
+        return _weights(params)
+
+    def gates(self, params: MGUParams, carry: MGUCarry, x: Array, noise: Noise = None) -> MGUGates:
         """The activated gates of one step."""
         _, _, u, v, w = self.products(params, carry, x, noise)
-        return self._activate(u, v, w)
+        return _gates(u, v, w)
 
     def update(self, theta, carry, u, v, w):
-        f, n = self._activate(u, v, w)
-        h = (1 - f) * carry.h + f * n
-        return MGUCarry(h), h
+        return _update(theta, carry, u, v, w)
 
     def second_input(self, theta, carry, s, u, v):
-        return jax.nn.sigmoid(u[..., : self.hidden_size] + v) * s
-
-    def _activate(self, u, v, w) -> MGUGates:
-        u_f, u_n = jnp.split(u, 2, axis=-1)
-        return MGUGates(jax.nn.sigmoid(u_f + v), jnp.tanh(u_n + w))
+        return _second_input(theta, carry, s, u, v)
 
 
-def mgu_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> MGUParams:
+def mgu_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MGUParams:
     """Parameters of `mgu_step`: per gate w_x LeCun normal and w_h orthogonal, biases zero.
 
     Examples:
@@ -113,7 +111,7 @@ def mgu_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.
     )
 
 
-def mgu_step(params: MGUParams, carry: MGUCarry, x: Array, noise: Any = None) -> tuple[MGUCarry, Array]:
+def mgu_step(params: MGUParams, carry: MGUCarry, x: Array, noise: Noise = None) -> tuple[MGUCarry, Array]:
     """One step of a minimal gated unit.
 
         f = σ(x w_xf + h w_hf + b_f)
@@ -140,4 +138,32 @@ def mgu_step(params: MGUParams, carry: MGUCarry, x: Array, noise: Any = None) ->
       >>> y.shape
       (16,)
     """
-    return MGU(params.w_x.shape[0], params.w_h.shape[0]).step(params, carry, x, noise)
+    check.kind(params, MGUParams)
+    check.drawn(params, mgu_init, params.w_x.shape[0], params.w_h.shape[0])
+    recurrence = Recurrence(_update, _second_input)
+    return gated_step(recurrence, _weights(params), carry, x, mask_of(noise), owner="mgu_step")
+
+
+def _weights(params):
+    w_hf, w_hn = jnp.split(params.w_h, 2, axis=1)
+    return GatedWeights(params.w_x, params.b, w_hf, w_hn)
+
+
+def _second_input(theta, carry, s, u, v):
+    u_f, _ = jnp.split(u, 2, axis=-1)
+    return _forget(u_f, v) * s
+
+
+def _forget(u_f, v):
+    return jax.nn.sigmoid(u_f + v)
+
+
+def _gates(u, v, w) -> MGUGates:
+    u_f, u_n = jnp.split(u, 2, axis=-1)
+    return MGUGates(_forget(u_f, v), jnp.tanh(u_n + w))
+
+
+def _update(theta, carry, u, v, w):
+    f, n = _gates(u, v, w)
+    h = (1 - f) * carry.h + f * n
+    return MGUCarry(h), h

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, log_candidate
+from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, linear_step, log_candidate
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class MinGRUParams(NamedTuple):
@@ -74,32 +76,30 @@ class MinGRU(LinearCell[MinGRUParams, MinGRUCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> MinGRUParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> MinGRUParams:
         return min_gru_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: MinGRUParams, batch_shape: tuple[int, ...] = ()) -> MinGRUCarry:
         return MinGRUCarry(self.zeros(params, batch_shape, self.hidden_size))
 
-    def gates(self, params: MinGRUParams, carry: MinGRUCarry, x: Array, noise: Any = None) -> MinGRUGates:
+    def gates(self, params: MinGRUParams, carry: MinGRUCarry, x: Array, noise: Noise = None) -> MinGRUGates:
         """The activated gate and the candidate of one step."""
         check.params(self, params)
-        return self._gates(params, x)
+        return _gates(params, x, self.positive)
+
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return min_gru_step(params, carry, x, noise, positive=self.positive)
 
     def coefficients(self, params, x):
-        z, n = self._gates(params, x)
-        return 1 - z, z * n
+        return _coefficients(params, x, self.positive)
 
     def log_coefficients(self, params, x):
         z, n = jnp.split(affine(params, x), 2, axis=-1)
         return -jax.nn.softplus(z), log_candidate(n) - jax.nn.softplus(-z)
 
-    def _gates(self, params, x):
-        u = affine(params, x)
-        z, n = jnp.split(u, 2, axis=-1)
-        return MinGRUGates(jax.nn.sigmoid(z), candidate(n) if self.positive else n)
 
-
-def min_gru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> MinGRUParams:
+def min_gru_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MinGRUParams:
     """Parameters of `min_gru_step`: w_x LeCun normal, b zero.
 
     Examples:
@@ -112,7 +112,7 @@ def min_gru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = 
 
 
 def min_gru_step(
-    params: MinGRUParams, carry: MinGRUCarry, x: Array, noise: Any = None, *, positive: bool = True
+    params: MinGRUParams, carry: MinGRUCarry, x: Array, noise: Noise = None, *, positive: bool = True
 ) -> tuple[MinGRUCarry, Array]:
     """One step of a minimal gated recurrent unit.
 
@@ -141,5 +141,16 @@ def min_gru_step(
       >>> y.shape
       (16,)
     """
-    rows, columns = params.w_x.shape
-    return MinGRU(rows, columns // 2, positive).step(params, carry, x, noise)
+    check.kind(params, MinGRUParams)
+    check.drawn(params, min_gru_init, params.w_x.shape[0], params.w_x.shape[1] // 2)
+    return linear_step(params, carry, x, functools.partial(_coefficients, positive=positive))
+
+
+def _gates(params, x, positive) -> MinGRUGates:
+    z, n = jnp.split(affine(params, x), 2, axis=-1)
+    return MinGRUGates(jax.nn.sigmoid(z), candidate(n) if positive else n)
+
+
+def _coefficients(params, x, positive):
+    z, n = _gates(params, x, positive)
+    return 1 - z, z * n

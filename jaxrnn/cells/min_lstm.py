@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, log_candidate
+from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, linear_step, log_candidate
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class MinLSTMParams(NamedTuple):
@@ -73,33 +75,31 @@ class MinLSTM(LinearCell[MinLSTMParams, MinLSTMCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> MinLSTMParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> MinLSTMParams:
         return min_lstm_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: MinLSTMParams, batch_shape: tuple[int, ...] = ()) -> MinLSTMCarry:
         return MinLSTMCarry(self.zeros(params, batch_shape, self.hidden_size))
 
-    def gates(self, params: MinLSTMParams, carry: MinLSTMCarry, x: Array, noise: Any = None) -> MinLSTMGates:
+    def gates(self, params: MinLSTMParams, carry: MinLSTMCarry, x: Array, noise: Noise = None) -> MinLSTMGates:
         """The activated gates, each divided by the sum of both, and the candidate of one step."""
         check.params(self, params)
-        return self._gates(params, x)
+        return _gates(params, x, self.positive)
+
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return min_lstm_step(params, carry, x, noise, positive=self.positive)
 
     def coefficients(self, params, x):
-        f, i, n = self._gates(params, x)
-        return f, i * n
+        return _coefficients(params, x, self.positive)
 
     def log_coefficients(self, params, x):
         f, i, n = jnp.split(affine(params, x), 3, axis=-1)
-        odds = jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)
+        odds = _log_odds(f, i)
         return jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds) + log_candidate(n)
 
-    def _gates(self, params, x):
-        f, i, n = jnp.split(affine(params, x), 3, axis=-1)
-        odds = jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)  # of f against i, without their quotient
-        return MinLSTMGates(jax.nn.sigmoid(odds), jax.nn.sigmoid(-odds), candidate(n) if self.positive else n)
 
-
-def min_lstm_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> MinLSTMParams:
+def min_lstm_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MinLSTMParams:
     """Parameters of `min_lstm_step`: w_x LeCun normal, b zero but for f, where it is 1.
 
     Examples:
@@ -112,7 +112,7 @@ def min_lstm_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any =
 
 
 def min_lstm_step(
-    params: MinLSTMParams, carry: MinLSTMCarry, x: Array, noise: Any = None, *, positive: bool = True
+    params: MinLSTMParams, carry: MinLSTMCarry, x: Array, noise: Noise = None, *, positive: bool = True
 ) -> tuple[MinLSTMCarry, Array]:
     """One step of a minimal LSTM.
 
@@ -141,5 +141,22 @@ def min_lstm_step(
       >>> y.shape
       (16,)
     """
-    rows, columns = params.w_x.shape
-    return MinLSTM(rows, columns // 3, positive).step(params, carry, x, noise)
+    check.kind(params, MinLSTMParams)
+    check.drawn(params, min_lstm_init, params.w_x.shape[0], params.w_x.shape[1] // 3)
+    return linear_step(params, carry, x, functools.partial(_coefficients, positive=positive))
+
+
+def _log_odds(f, i):
+    """log of σ(f) / σ(i), without the quotient; σ of it is σ(f) / (σ(f) + σ(i))."""
+    return jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)
+
+
+def _gates(params, x, positive) -> MinLSTMGates:
+    f, i, n = jnp.split(affine(params, x), 3, axis=-1)
+    odds = _log_odds(f, i)
+    return MinLSTMGates(jax.nn.sigmoid(odds), jax.nn.sigmoid(-odds), candidate(n) if positive else n)
+
+
+def _coefficients(params, x, positive):
+    f, i, n = _gates(params, x, positive)
+    return f, i * n

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell, affine
+from jaxrnn.cells.linear import LinearCell, affine, linear_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class QRNNParams(NamedTuple):
@@ -63,25 +64,26 @@ class QRNN(LinearCell[QRNNParams, QRNNCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> QRNNParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> QRNNParams:
         return qrnn_init(key, self.input_size, self.hidden_size, window=self.window, dtype=dtype)
 
     def initial_carry(self, params: QRNNParams, batch_shape: tuple[int, ...] = ()) -> QRNNCarry:
         window = self.zeros(params, (*batch_shape, self.window - 1), self.input_size)
         return QRNNCarry(self.zeros(params, batch_shape, self.hidden_size), window)
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return qrnn_step(params, carry, x, noise)
+
     def coefficients(self, params, x):
-        z, f, _ = jnp.split(affine(params, x), 3, axis=-1)
-        f = jax.nn.sigmoid(f)
-        return f, (1 - f) * jnp.tanh(z)
+        return _coefficients(params, x)
 
     def output(self, params, h, x):
-        o = jax.nn.sigmoid(affine(params, x)[..., 2 * self.hidden_size :])
-        return o * h.astype(o.dtype)
+        return _output(params, h, x)
 
 
 def qrnn_init(
-    key: Array, input_size: int, hidden_size: int, *, window: int = 2, dtype: Any = jnp.float32
+    key: Array, input_size: int, hidden_size: int, *, window: int = 2, dtype: DTypeLike = jnp.float32
 ) -> QRNNParams:
     """Parameters of `qrnn_step`: w_x LeCun normal, b zero.
 
@@ -94,7 +96,7 @@ def qrnn_init(
     return QRNNParams(w_x, jnp.zeros(3 * hidden_size, dtype))
 
 
-def qrnn_step(params: QRNNParams, carry: QRNNCarry, x: Array, noise: Any = None) -> tuple[QRNNCarry, Array]:
+def qrnn_step(params: QRNNParams, carry: QRNNCarry, x: Array, noise: Noise = None) -> tuple[QRNNCarry, Array]:
     """One step of a quasi-recurrent network.
 
         z, f, o = tanh(X w_z + b_z), σ(X w_f + b_f), σ(X w_o + b_o),  X the last K inputs
@@ -120,5 +122,19 @@ def qrnn_step(params: QRNNParams, carry: QRNNCarry, x: Array, noise: Any = None)
       >>> y.shape
       (16,)
     """
+    check.kind(params, QRNNParams)
     before, size = carry.window.shape[-2:]
-    return QRNN(size, params.w_x.shape[1] // 3, before + 1).step(params, carry, x, noise)
+    check.drawn(params, qrnn_init, size, params.w_x.shape[1] // 3, window=before + 1)
+    return linear_step(params, carry, x, _coefficients, output=_output, sees_window=True)
+
+
+def _coefficients(params, x):
+    z, f, _ = jnp.split(affine(params, x), 3, axis=-1)
+    z, f = jnp.tanh(z), jax.nn.sigmoid(f)
+    return f, (1 - f) * z
+
+
+def _output(params, h, x):
+    _, _, o = jnp.split(affine(params, x), 3, axis=-1)
+    o = jax.nn.sigmoid(o)
+    return o * h.astype(o.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.typing import DTypeLike, Noise
 
 POWER = 8.0  # c of the paper
 STEEPEST = 1000.0  # that the derivative of the square root may be
@@ -79,35 +80,26 @@ class RGLRU(LinearCell[RGLRUParams, RGLRUCarry]):
     def output_size(self) -> int:
         return self.input_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> RGLRUParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> RGLRUParams:
         return rg_lru_init(key, self.input_size, blocks=self.blocks, dtype=dtype)
 
     def initial_carry(self, params: RGLRUParams, batch_shape: tuple[int, ...] = ()) -> RGLRUCarry:
         return RGLRUCarry(self.zeros(params, batch_shape, self.input_size), jnp.zeros(batch_shape, bool))
 
-    def gates(self, params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Any = None) -> RGLRUGates:
+    def gates(self, params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Noise = None) -> RGLRUGates:
         """The activated gates of one step."""
         check.params(self, params)
-        return self._gates(params, x)
+        return _gates(params, x)
+
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return rg_lru_step(params, carry, x, noise)
 
     def coefficients(self, params, x):
-        r, i = self._gates(params, x)
-        wide = r.dtype
-        exponent = -POWER * lifted(jax.nn.softplus(params.decay.astype(wide)), r) * r
-        return jnp.exp(exponent), i * x.astype(wide)
+        return _coefficients(params, x)
 
     def begin(self, a, b, started):
-        scale = bounded_sqrt((1 - a) * (1 + a))
-        return a, jnp.where(started[..., None], scale, jnp.ones_like(scale)) * b
-
-    def _gates(self, params, x):
-        wide = accumulator(x.dtype)
-        blocks = x.reshape(*x.shape[:-1], self.blocks, self.input_size // self.blocks)
-        u = jnp.einsum("...nd,nde->...ne", blocks, params.w_x, preferred_element_type=wide)
-        gates = [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
-        if params.b is not None:
-            gates = [gate + lifted(b.astype(wide), gate) for gate, b in zip(gates, params.b, strict=True)]
-        return RGLRUGates(*map(jax.nn.sigmoid, gates))
+        return _begin(a, b, started)
 
 
 @jax.custom_jvp
@@ -122,7 +114,7 @@ def _bounded_sqrt_jvp(primals, tangents):
     return bounded_sqrt(x), tangent * jax.lax.rsqrt(jnp.maximum(4 * x, jnp.full_like(x, STEEPEST**-2)))
 
 
-def rg_lru_init(key: Array, input_size: int, *, blocks: int = 1, dtype: Any = jnp.float32) -> RGLRUParams:
+def rg_lru_init(key: Array, input_size: int, *, blocks: int = 1, dtype: DTypeLike = jnp.float32) -> RGLRUParams:
     """Parameters of `rg_lru_step`: Λ such that a lies in [0.9, 0.999] where r = 1, its square uniform; w_x LeCun normal
     per block, b zero.
 
@@ -141,7 +133,7 @@ def rg_lru_init(key: Array, input_size: int, *, blocks: int = 1, dtype: Any = jn
     return RGLRUParams(decay, w_x, jnp.zeros((2, input_size), dtype))
 
 
-def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Any = None) -> tuple[RGLRUCarry, Array]:
+def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Noise = None) -> tuple[RGLRUCarry, Array]:
     """One step of a real-gated linear recurrent unit.
 
         r, i = σ(x w_r + b_r), σ(x w_i + b_i)
@@ -168,5 +160,29 @@ def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Any = N
       >>> bool(carry.started)
       True
     """
-    blocks, rows, _ = params.w_x.shape
-    return RGLRU(blocks * rows, blocks).step(params, carry, x, noise)
+    check.kind(params, RGLRUParams)
+    check.drawn(params, rg_lru_init, *params.decay.shape, blocks=params.w_x.shape[0])
+    return linear_step(params, carry, x, _coefficients, begin=_begin)
+
+
+def _gates(params, x) -> RGLRUGates:
+    wide, (blocks, rows, _) = accumulator(x.dtype), params.w_x.shape
+    by_block = x.reshape(*x.shape[:-1], blocks, rows)
+    u = jnp.einsum("...nd,nde->...ne", by_block, params.w_x, preferred_element_type=wide)
+    gates = [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
+    if params.b is not None:
+        gates = [gate + lifted(b.astype(wide), gate) for gate, b in zip(gates, params.b, strict=True)]
+    return RGLRUGates(*map(jax.nn.sigmoid, gates))
+
+
+def _coefficients(params, x):
+    """a, and i x, which is b at the first step."""
+    r, i = _gates(params, x)
+    wide = r.dtype
+    a = jnp.exp(-POWER * lifted(jax.nn.softplus(params.decay.astype(wide)), r) * r)
+    return a, i * x.astype(wide)
+
+
+def _begin(a, b, started):
+    scale = bounded_sqrt((1 - a) * (1 + a))
+    return a, jnp.where(started[..., None], scale, jnp.ones_like(scale)) * b

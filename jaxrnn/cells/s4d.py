@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
 from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.typing import DTypeLike, Noise
 
 SPECTRA = ("linear", "inverse", "hippo")
 
@@ -85,7 +87,7 @@ class S4D(LinearCell[S4DParams, S4DCarry]):
     def output_size(self) -> int:
         return self.input_size - self.timed
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> S4DParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> S4DParams:
         return s4d_init(
             key,
             self.output_size,
@@ -100,22 +102,15 @@ class S4D(LinearCell[S4DParams, S4DCarry]):
         dtype = accumulator(params.d.dtype, jnp.complex64)
         return S4DCarry(jnp.zeros((*batch_shape, self.output_size, self.states), dtype))
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return s4d_step(params, carry, x, noise, discretization=self.discretization, timed=self.timed)
+
     def coefficients(self, params, x):
-        wide = accumulator(params.d.dtype)
-        log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
-        x, time = elapsed(self, x)
-        step = jnp.exp(log_step)[:, None]
-        if time is not None:
-            time = time[..., None, None].astype(wide)
-            step = lifted(step, time) * time
-        a, scale = discretize(self.discretization, log_decay, frequency, step)
-        x = x[..., None].astype(scale.dtype)
-        return a, lifted(scale, x) * x
+        return _coefficients(params, x, self.discretization, self.timed)
 
     def output(self, params, h, x):
-        re, im = (lifted(each, h) for each in params.c.astype(h.real.dtype))
-        y = 2 * jnp.sum(re * h.real - im * h.imag, axis=-1)
-        return y + lifted(params.d.astype(y.dtype), y) * elapsed(self, x)[0].astype(y.dtype)
+        return _output(params, h, x, self.timed)
 
 
 def s4d_init(
@@ -126,7 +121,7 @@ def s4d_init(
     spectrum: str = "linear",
     step_min: float = 1e-3,
     step_max: float = 1e-1,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> S4DParams:
     """Parameters of `s4d_step`: λ as of `S4D`, the same for all channels; c complex normal of variance 1; log Δ
     uniform; d normal.
@@ -164,7 +159,7 @@ def s4d_step(
     params: S4DParams,
     carry: S4DCarry,
     x: Array,
-    noise: Any = None,
+    noise: Noise = None,
     *,
     discretization: str = "zoh",
     timed: bool = False,
@@ -196,5 +191,26 @@ def s4d_step(
       >>> y.shape
       (3,)
     """
-    size, states = params.frequency.shape
-    return S4D(size + timed, states, discretization=discretization, timed=timed).step(params, carry, x, noise)
+    check.kind(params, S4DParams)
+    check.drawn(params, s4d_init, *params.frequency.shape)
+    coefficients = functools.partial(_coefficients, discretization=discretization, timed=timed)
+    return linear_step(params, carry, x, coefficients, output=functools.partial(_output, timed=timed))
+
+
+def _coefficients(params, x, discretization, timed):
+    wide = accumulator(params.d.dtype)
+    log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
+    x, time = elapsed(x, timed)
+    step = jnp.exp(log_step)[:, None]
+    if time is not None:
+        time = time[..., None, None].astype(wide)
+        step = lifted(step, time) * time
+    a, scale = discretize(discretization, log_decay, frequency, step)
+    x = x[..., None].astype(scale.dtype)
+    return a, lifted(scale, x) * x
+
+
+def _output(params, h, x, timed):
+    re, im = (lifted(each, h) for each in params.c.astype(h.real.dtype))
+    y = 2 * jnp.sum(re * h.real - im * h.imag, axis=-1)
+    return y + lifted(params.d.astype(y.dtype), y) * elapsed(x, timed)[0].astype(y.dtype)

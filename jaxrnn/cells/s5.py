@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
 from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class S5Params(NamedTuple):
@@ -82,7 +84,7 @@ class S5(LinearCell[S5Params, S5Carry]):
     def output_size(self) -> int:
         return self.input_size - self.timed
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> S5Params:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> S5Params:
         return s5_init(
             key, self.output_size, self.hidden_size, step_min=self.step_min, step_max=self.step_max, dtype=dtype
         )
@@ -91,23 +93,15 @@ class S5(LinearCell[S5Params, S5Carry]):
         zeros = self.zeros(params, batch_shape, self.hidden_size)
         return S5Carry(zeros.astype(accumulator(zeros.dtype, jnp.complex64)))
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return s5_step(params, carry, x, noise, discretization=self.discretization, timed=self.timed)
+
     def coefficients(self, params, x):
-        wide = accumulator(params.d.dtype)
-        log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
-        x, time = elapsed(self, x)
-        step = jnp.exp(log_step)
-        if time is not None:
-            time = time[..., None].astype(wide)
-            step = lifted(step, time) * time
-        a, scale = discretize(self.discretization, log_decay, frequency, step)
-        u = dot(x, params.w_x).astype(wide)
-        u = lax.complex(*jnp.split(u, 2, axis=-1))
-        return a, lifted(scale, u) * u
+        return _coefficients(params, x, self.discretization, self.timed)
 
     def output(self, params, h, x):
-        parts = jnp.concatenate([h.real, h.imag], axis=-1)
-        y = 2 * dot(parts.astype(params.w_y.dtype), params.w_y)
-        return y + lifted(params.d.astype(y.dtype), y) * elapsed(self, x)[0].astype(y.dtype)
+        return _output(params, h, x, self.timed)
 
 
 def s5_init(
@@ -117,7 +111,7 @@ def s5_init(
     *,
     step_min: float = 1e-3,
     step_max: float = 1e-1,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> S5Params:
     """Parameters of `s5_step`: λ the eigenvalues of the normal part of HiPPO-LegS; w_x of variance 1/D and w_y of
     1/(2P) in the coordinates of HiPPO, turned into those of its eigenvectors; log Δ uniform; d normal.
@@ -149,7 +143,7 @@ def s5_step(
     params: S5Params,
     carry: S5Carry,
     x: Array,
-    noise: Any = None,
+    noise: Noise = None,
     *,
     discretization: str = "zoh",
     timed: bool = False,
@@ -181,5 +175,27 @@ def s5_step(
       >>> y.shape
       (3,)
     """
-    rows, columns = params.w_x.shape
-    return S5(rows + timed, columns // 2, discretization, timed=timed).step(params, carry, x, noise)
+    check.kind(params, S5Params)
+    check.drawn(params, s5_init, params.w_x.shape[0], params.w_x.shape[1] // 2)
+    coefficients = functools.partial(_coefficients, discretization=discretization, timed=timed)
+    return linear_step(params, carry, x, coefficients, output=functools.partial(_output, timed=timed))
+
+
+def _coefficients(params, x, discretization, timed):
+    wide = accumulator(params.d.dtype)
+    log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
+    x, time = elapsed(x, timed)
+    step = jnp.exp(log_step)
+    if time is not None:
+        time = time[..., None].astype(wide)
+        step = lifted(step, time) * time
+    a, scale = discretize(discretization, log_decay, frequency, step)
+    u = dot(x, params.w_x).astype(wide)
+    u = lax.complex(*jnp.split(u, 2, axis=-1))
+    return a, lifted(scale, u) * u
+
+
+def _output(params, h, x, timed):
+    parts = jnp.concatenate([h.real, h.imag], axis=-1)
+    y = 2 * dot(parts.astype(params.w_y.dtype), params.w_y)
+    return y + lifted(params.d.astype(y.dtype), y) * elapsed(x, timed)[0].astype(y.dtype)

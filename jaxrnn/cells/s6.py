@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.typing import DTypeLike, Noise
 
 CHUNK = 64  # steps whose states (steps, ..., D, N) are in memory at once
 
@@ -82,7 +83,7 @@ class S6(LinearCell[S6Params, S6Carry]):
     def output_size(self) -> int:
         return self.input_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> S6Params:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> S6Params:
         return s6_init(
             key,
             self.input_size,
@@ -96,17 +97,15 @@ class S6(LinearCell[S6Params, S6Carry]):
     def initial_carry(self, params: S6Params, batch_shape: tuple[int, ...] = ()) -> S6Carry:
         return S6Carry(self.zeros(params, (*batch_shape, self.input_size), self.states))
 
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return s6_step(params, carry, x, noise)
+
     def coefficients(self, params, x):
-        wide, rank = accumulator(x.dtype), params.w_step.shape[0]
-        u = dot(x, params.w_x[:, : rank + self.states]).astype(wide)
-        step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide)
-        step = jax.nn.softplus(step + lifted(params.b_step.astype(wide), step))[..., None]
-        a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(wide), step)) * step)
-        return a, step * x.astype(wide)[..., None] * u[..., None, rank:]
+        return _coefficients(params, x)
 
     def output(self, params, h, x):
-        c = dot(x, params.w_x[:, -self.states :]).astype(h.dtype)
-        return jnp.einsum("...dn,...n->...d", h, c) + lifted(params.d.astype(h.dtype), x) * x.astype(h.dtype)
+        return _output(params, h, x)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         if walk.remat_every is None and xs.shape[0] > CHUNK:
@@ -122,7 +121,7 @@ def s6_init(
     rank: int | None = None,
     step_min: float = 1e-3,
     step_max: float = 1e-1,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> S6Params:
     """Parameters of `s6_step`: λ = −1, …, −N in every channel; w_x LeCun normal; w_step uniform up to 1/√R; b_step such
     that Δ without input is log-uniform; d one.
@@ -148,7 +147,7 @@ def s6_init(
     return S6Params(*(each.astype(dtype) for each in params))
 
 
-def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Any = None) -> tuple[S6Carry, Array]:
+def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Noise = None) -> tuple[S6Carry, Array]:
     """One step of a selective state space layer.
 
         r, B, C = x w_x
@@ -176,5 +175,20 @@ def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Any = None) -> tu
       >>> y.shape
       (8,)
     """
-    size, states = params.log_decay.shape
-    return S6(size, states, params.w_step.shape[0]).step(params, carry, x, noise)
+    check.kind(params, S6Params)
+    check.drawn(params, s6_init, *params.log_decay.shape, rank=params.w_step.shape[0])
+    return linear_step(params, carry, x, _coefficients, output=_output)
+
+
+def _coefficients(params, x):
+    wide, rank, states = accumulator(x.dtype), params.w_step.shape[0], params.log_decay.shape[1]
+    u = dot(x, params.w_x[:, : rank + states]).astype(wide)
+    step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide)
+    step = jax.nn.softplus(step + lifted(params.b_step.astype(wide), step))[..., None]
+    a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(wide), step)) * step)
+    return a, step * x.astype(wide)[..., None] * u[..., None, rank:]
+
+
+def _output(params, h, x):
+    c = dot(x, params.w_x[:, -params.log_decay.shape[1] :]).astype(h.dtype)
+    return jnp.einsum("...dn,...n->...d", h, c) + lifted(params.d.astype(h.dtype), x) * x.astype(h.dtype)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.gated import GatedCell, mask_of
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.engines.gated.engine import GatedWeights
+from jaxrnn.engines.gated.engine import GatedWeights, Recurrence, gated_step
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class SLSTMParams(NamedTuple):
@@ -82,41 +84,30 @@ class SLSTM(GatedCell[SLSTMParams, SLSTMCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> SLSTMParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> SLSTMParams:
         return slstm_init(key, self.input_size, self.hidden_size, heads=self.heads, dtype=dtype)
 
     def initial_carry(self, params: SLSTMParams, batch_shape: tuple[int, ...] = ()) -> SLSTMCarry:
         return SLSTMCarry(*[self.zeros(params, batch_shape, self.hidden_size)] * 4)
 
-    def weights(self, params: SLSTMParams) -> GatedWeights:
-        return GatedWeights(params.w_x, params.b, params.w_h)
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return slstm_step(params, carry, x, noise)
 
-    def gates(self, params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Any = None) -> SLSTMGates:
+    def weights(self, params: SLSTMParams) -> GatedWeights:
+        return _weights(params)
+
+    def gates(self, params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Noise = None) -> SLSTMGates:
         """The gates of one step."""
         _, carry, u, v, _ = self.products(params, carry, x, noise)
-        return self._activate(carry, u, v)[0]
+        return _gates(self.heads, carry, u, v)[0]
 
     def update(self, theta, carry, u, v, w):
-        (i, f, z, o), m = self._activate(carry, u, v)
-        c, n = f * carry.c + i * z, f * carry.n + i
-        n = jnp.where(n < 1, jnp.ones_like(n), n)
-        h = o * c / n
-        return SLSTMCarry(h, c, n, m), h
-
-    def _activate(self, carry, u, v):
-        """The gates, and m'."""
-        by_head = v.reshape(*v.shape[:-1], self.heads, 4, self.hidden_size // self.heads)
-        v = jnp.swapaxes(by_head, -3, -2).reshape(v.shape)
-        i, f, z, o = jnp.split(u + v, 4, axis=-1)
-        kept = jax.nn.log_sigmoid(f) + carry.m
-        m = jnp.where(carry.n == 0, i, jnp.maximum(i, kept))
-        past = kept - m  # above 0 only where n is 0, and with it what it multiplies
-        past = jnp.where(past > 0, jnp.zeros_like(past), past)
-        return SLSTMGates(jnp.exp(i - m), jnp.exp(past), jnp.tanh(z), jax.nn.sigmoid(o)), m
+        return _update(self.heads, theta, carry, u, v, w)
 
 
 def slstm_init(
-    key: Array, input_size: int, hidden_size: int, *, heads: int = 1, dtype: Any = jnp.float32
+    key: Array, input_size: int, hidden_size: int, *, heads: int = 1, dtype: DTypeLike = jnp.float32
 ) -> SLSTMParams:
     """Parameters of `slstm_step`: w_x LeCun normal, w_h zero, b zero but for f, where it goes from 3 to 6 over a head.
 
@@ -131,7 +122,7 @@ def slstm_init(
     return SLSTMParams(w_x, jnp.zeros((heads, size, 4 * size), dtype), b.reshape(-1))
 
 
-def slstm_step(params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Any = None) -> tuple[SLSTMCarry, Array]:
+def slstm_step(params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Noise = None) -> tuple[SLSTMCarry, Array]:
     """One step of a scalar LSTM of xLSTM.
 
         i, f, z, o = x w_x + h w_h + b
@@ -160,5 +151,32 @@ def slstm_step(params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Any = No
       >>> y.shape
       (16,)
     """
+    check.kind(params, SLSTMParams)
     heads, rows, _ = params.w_h.shape
-    return SLSTM(params.w_x.shape[0], heads * rows, heads).step(params, carry, x, noise)
+    check.drawn(params, slstm_init, params.w_x.shape[0], heads * rows, heads=heads)
+    recurrence = Recurrence(functools.partial(_update, heads))
+    return gated_step(recurrence, _weights(params), carry, x, mask_of(noise), owner="slstm_step")
+
+
+def _weights(params):
+    return GatedWeights(params.w_x, params.b, params.w_h)
+
+
+def _gates(heads, carry, u, v):
+    """The gates, and m'."""
+    by_head = v.reshape(*v.shape[:-1], heads, 4, v.shape[-1] // (4 * heads))
+    v = jnp.swapaxes(by_head, -3, -2).reshape(v.shape)
+    i, f, z, o = jnp.split(u + v, 4, axis=-1)
+    kept = jax.nn.log_sigmoid(f) + carry.m
+    m = jnp.where(carry.n == 0, i, jnp.maximum(i, kept))
+    past = kept - m  # above 0 only where n is 0, and with it what it multiplies
+    past = jnp.where(past > 0, jnp.zeros_like(past), past)
+    return SLSTMGates(jnp.exp(i - m), jnp.exp(past), jnp.tanh(z), jax.nn.sigmoid(o)), m
+
+
+def _update(heads, theta, carry, u, v, w):
+    (i, f, z, o), m = _gates(heads, carry, u, v)
+    c, n = f * carry.c + i * z, f * carry.n + i
+    n = jnp.where(n < 1, jnp.ones_like(n), n)
+    h = o * c / n
+    return SLSTMCarry(h, c, n, m), h

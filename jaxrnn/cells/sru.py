@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.activations import Activation, activation, check_elementwise
+from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.typing import DTypeLike, Noise
 
 
 class SRUParams(NamedTuple):
@@ -75,37 +77,29 @@ class SRU(LinearCell[SRUParams, SRUCarry]):
     def output_size(self) -> int:
         return self.hidden_size
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> SRUParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> SRUParams:
         return sru_init(key, self.input_size, self.hidden_size, dtype=dtype)
 
     def initial_carry(self, params: SRUParams, batch_shape: tuple[int, ...] = ()) -> SRUCarry:
         return SRUCarry(self.zeros(params, batch_shape, self.hidden_size))
 
-    def gates(self, params: SRUParams, carry: SRUCarry, x: Array, noise: Any = None) -> SRUGates:
+    def gates(self, params: SRUParams, carry: SRUCarry, x: Array, noise: Noise = None) -> SRUGates:
         """The candidate and the activated gates of one step."""
         check.params(self, params)
-        return SRUGates(*self._parts(params, x)[:3])
+        return SRUGates(*_parts(self.hidden_size, params, x)[:3])
+
+    def step(self, params, carry, x, noise=None):
+        check.params(self, params)
+        return sru_step(params, carry, x, noise, activation=self.activation)
 
     def coefficients(self, params, x):
-        n, f, *_ = self._parts(params, x)
-        return f, (1 - f) * n
+        return _coefficients(self.hidden_size, params, x)
 
     def output(self, params, h, x):
-        _, _, r, skip = self._parts(params, x)
-        h = h.astype(r.dtype)
-        return r * activation(self.activation)(h) + (1 - r) * skip
-
-    def _parts(self, params, x):
-        """(n, f, r, highway), in at least float32."""
-        wide, size = accumulator(x.dtype), self.hidden_size
-        n, f, r, *skip = jnp.split(dot(x, params.w_x).astype(wide), params.w_x.shape[1] // size, axis=-1)
-        if params.b is not None:
-            b = lifted(params.b.astype(wide), f)
-            f, r = f + b[..., :size], r + b[..., size:]
-        return n, jax.nn.sigmoid(f), jax.nn.sigmoid(r), skip[0] if skip else x.astype(wide)
+        return _output(elementwise(self.activation), params, h, x)
 
 
-def sru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.float32) -> SRUParams:
+def sru_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> SRUParams:
     """Parameters of `sru_step`: w_x LeCun normal, b zero.
 
     Examples:
@@ -118,7 +112,7 @@ def sru_init(key: Array, input_size: int, hidden_size: int, *, dtype: Any = jnp.
 
 
 def sru_step(
-    params: SRUParams, carry: SRUCarry, x: Array, noise: Any = None, *, activation: Activation = "identity"
+    params: SRUParams, carry: SRUCarry, x: Array, noise: Noise = None, *, activation: Activation = "identity"
 ) -> tuple[SRUCarry, Array]:
     """One step of a simple recurrent unit.
 
@@ -147,4 +141,29 @@ def sru_step(
       >>> y.shape
       (16,)
     """
-    return SRU(params.w_x.shape[0], carry.h.shape[-1], activation).step(params, carry, x, noise)
+    check.kind(params, SRUParams)
+    size = carry.h.shape[-1]
+    check.drawn(params, sru_init, params.w_x.shape[0], size)
+    output = functools.partial(_output, elementwise(activation))
+    return linear_step(params, carry, x, functools.partial(_coefficients, size), output=output)
+
+
+def _parts(size, params, x):
+    """(n, f, r, highway), in at least float32."""
+    wide = accumulator(x.dtype)
+    n, f, r, *skip = jnp.split(dot(x, params.w_x).astype(wide), params.w_x.shape[1] // size, axis=-1)
+    if params.b is not None:
+        b_f, b_r = jnp.split(lifted(params.b.astype(wide), f), 2, axis=-1)
+        f, r = f + b_f, r + b_r
+    return n, jax.nn.sigmoid(f), jax.nn.sigmoid(r), skip[0] if skip else x.astype(wide)
+
+
+def _coefficients(size, params, x):
+    n, f, *_ = _parts(size, params, x)
+    return f, (1 - f) * n
+
+
+def _output(φ, params, h, x):
+    _, _, r, skip = _parts(h.shape[-1], params, x)
+    h = h.astype(r.dtype)
+    return r * φ(h) + (1 - r) * skip

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.engines.arrays import lifted
+from jaxrnn.typing import DTypeLike, PyTree
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 
@@ -32,27 +33,31 @@ def check_state_space(cell: Any) -> None:
         raise ValueError(f"{name}.input_size: expected at least 2 with timed, the time included, got 1")
 
 
-def elapsed(cell: Any, x: Array) -> tuple[Array, Array | None]:
+def elapsed(x: Array, timed: bool) -> tuple[Array, Array | None]:
     """(what the system reads, the time since the step before it or None) of x."""
-    return (x[..., :-1], x[..., -1]) if cell.timed else (x, None)
+    return (x[..., :-1], x[..., -1]) if timed else (x, None)
 
 
 def discretize(how: str, log_decay: Array, frequency: Array, step: Array) -> tuple[Array, Array]:
     """(ā, b̄) of s' = λ s + u over a step: λ = −exp(log_decay) + i frequency."""
     eigenvalue = lifted(lax.complex(-jnp.exp(log_decay), frequency), step)
     moved = lax.complex(step * eigenvalue.real, step * eigenvalue.imag)
-    if how == "zoh":
-        return jnp.exp(moved), jnp.expm1(moved) / eigenvalue
-    below = 1 - moved / 2
-    return (1 + moved / 2) / below, step.astype(moved.dtype) / below
+    match how:
+        case "zoh":
+            return jnp.exp(moved), jnp.expm1(moved) / eigenvalue
+        case "bilinear":
+            below = 1 - moved / 2
+            return (1 + moved / 2) / below, step.astype(moved.dtype) / below
+        case _:
+            raise ValueError(f"discretization: expected one of {DISCRETIZATIONS}, got {how!r}")
 
 
-def draw_log_step(key: Array, shape: tuple[int, ...], least: float, most: float, dtype: Any) -> Array:
+def draw_log_step(key: Array, shape: tuple[int, ...], least: float, most: float, dtype: DTypeLike) -> Array:
     """log Δ, uniform."""
     return jax.random.uniform(key, shape, dtype, math.log(least), math.log(most))
 
 
-def hippo(pairs: int, dtype: Any) -> tuple[Array, Array]:
+def hippo(pairs: int, dtype: DTypeLike) -> tuple[Array, Array]:
     """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis.
 
     They are computed when a program runs, never where only shapes are asked for: of thousands of states they take
@@ -72,7 +77,7 @@ def hippo(pairs: int, dtype: Any) -> tuple[Array, Array]:
 
 
 @functools.lru_cache(maxsize=16)
-def eigenvectors(pairs: int) -> tuple[Any, Any]:
+def eigenvectors(pairs: int) -> tuple[PyTree, PyTree]:
     """Those of `hippo` as complex numbers: (pairs,) and (2 · pairs, pairs)."""
     root = np.sqrt(1 + 2 * np.arange(2 * pairs))
     skew = np.tril(np.outer(root, root) / 2, -1)

@@ -11,6 +11,7 @@ from jaxrnn import check
 from jaxrnn.cell import Carry, Params
 from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import inexact
+from jaxrnn.typing import Noise, PyTree
 
 
 class RecurrentDropout(Wrapper[Params, Carry]):
@@ -122,7 +123,7 @@ class WeightDrop(Wrapper[Params, Carry]):
         params, noise = self._drop(params, noise)
         return self.cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
-    def _drop(self, params: Any, noise: Any) -> tuple[Any, Any]:
+    def _drop(self, params: PyTree, noise: Noise) -> tuple[PyTree, PyTree]:
         if noise is None:
             return params, None
         (keep, inner), steps = noise
@@ -218,7 +219,7 @@ class Zoneout(Wrapper[Params, Carry]):
         return new, y if self.recurrent_state is None else getattr(new, self.recurrent_state).astype(y.dtype)
 
 
-def _joint(carry: Any) -> list[bool]:
+def _joint(carry: PyTree) -> list[bool]:
     """Of every leaf, whether it has a meaning only together with others: a carry names those as `joint`."""
     nodes = jax.tree.leaves(carry, is_leaf=lambda node: hasattr(node, "joint"))
     return [

@@ -15,8 +15,9 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Cell, Part, input_size, output_size
 from jaxrnn.compose.stack import Several, fits, part
+from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
-MERGES: dict[str, Callable[..., Any]] = {
+MERGES: dict[str, Callable[..., PyTree]] = {
     "concat": lambda *ys: jnp.concatenate(ys, axis=-1),
     "sum": lambda *ys: functools.reduce(operator.add, ys),
     "mul": lambda *ys: functools.reduce(operator.mul, ys),
@@ -25,11 +26,11 @@ MERGES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _merge(merge: str | Callable[..., Any], ys: Any) -> Any:
+def _merge(merge: str | Callable[..., PyTree], ys: PyTree) -> PyTree:
     return merge(*ys) if callable(merge) else jax.tree.map(MERGES[merge], *ys)
 
 
-def _merged_size(merge: str | Callable[..., Any], sizes: Any) -> Any:
+def _merged_size(merge: str | Callable[..., PyTree], sizes: Any) -> PyTree:
     """The size of what is merged, or None where it is not known."""
     if callable(merge) or merge == "tuple" or None in sizes:
         return None
@@ -69,7 +70,7 @@ class Parallel(Several):
       (7, 5, 4)
     """
 
-    merge: str | Callable[..., Any] = "concat"
+    merge: str | Callable[..., PyTree] = "concat"
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,11 +90,11 @@ class Parallel(Several):
         return next((cell for cell in self.cells if input_size(cell) is not None), self.cells[0]).input_ndim
 
     @property
-    def input_size(self) -> Any:
+    def input_size(self) -> PyTree:
         return next((size for size in map(input_size, self.cells) if size is not None), None)
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         return _merged_size(self.merge, self._sizes)
 
     @property
@@ -124,8 +125,8 @@ class Parallel(Several):
 class BidirectionalPair(NamedTuple):
     """What belongs to the forward and to the backward cell: params, carries."""
 
-    forward: Any
-    backward: Any
+    forward: Foreign
+    backward: Foreign
 
 
 class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
@@ -155,7 +156,7 @@ class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
 
     forward: Cell
     backward: Cell
-    merge: str | Callable[[Any, Any], Any] = "concat"
+    merge: str | Callable[[PyTree, PyTree], PyTree] = "concat"
 
     causal = False
     transparent = True
@@ -180,22 +181,22 @@ class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
         return self.forward.input_ndim
 
     @property
-    def input_size(self) -> Any:
+    def input_size(self) -> PyTree:
         return input_size(self.forward) or input_size(self.backward)
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         return _merged_size(self.merge, self._output_sizes)
 
     @property
     def ends_time(self) -> bool:
         return self.forward.ends_time
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> BidirectionalPair:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> BidirectionalPair:
         forward, backward = jax.random.split(key)
         return BidirectionalPair(self.forward.init(forward, dtype), self.backward.init(backward, dtype))
 
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> BidirectionalPair:
+    def initial_carry(self, params: PyTree, batch_shape: tuple[int, ...] = ()) -> BidirectionalPair:
         self._check(params)
         return BidirectionalPair(
             self.forward.initial_carry(params.forward, batch_shape),

@@ -15,6 +15,7 @@ from jaxrnn.compose.stack import Stack
 from jaxrnn.compose.wrap import Backward, Wrapper
 from jaxrnn.engines.arrays import accumulator, inexact, select, zero_where_not
 from jaxrnn.engines.walk import final
+from jaxrnn.typing import PyTree
 
 HOWS = ("last", "mean", "max", "end")
 
@@ -27,7 +28,7 @@ class PoolCarry(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
-    def handed_on(self) -> Any:
+    def handed_on(self) -> PyTree:
         """The carry of what is pooled, which a decoder goes on from."""
         return self.cell
 
@@ -96,7 +97,7 @@ class Pool(Wrapper):
             )
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         size = output_size(self.cell, self.input_size)
         if size is None or isinstance(self.how, str):
             return size
@@ -114,7 +115,7 @@ class Pool(Wrapper):
                 return Stack((*below, Pool(top, how)))
         return None
 
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
+    def initial_carry(self, params: PyTree, batch_shape: tuple[int, ...] = ()) -> PyTree:
         if self._by_direction:
             return self._by_direction.initial_carry(params, batch_shape)
         size = output_size(self.cell, self.input_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jaxrnn.cell import Cell, Part, input_size, output_size
 from jaxrnn.engines.walk import Walk
 from jaxrnn.layers import Layer, row_keys
 from jaxrnn.sequence import walked
+from jaxrnn.typing import DTypeLike, PyTree
 
 
 class Repeat(Layer):
@@ -49,17 +49,17 @@ class Repeat(Layer):
         return self.cell.input_ndim
 
     @property
-    def input_size(self) -> Any:
+    def input_size(self) -> PyTree:
         return input_size(self.cell)
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         size = output_size(self.cell, self.input_size)
         if size is None or self.cell.ends_time:
             return size
         return (self.length, *(size if isinstance(size, tuple) else (size,)))
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> Any:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> PyTree:
         return self.cell.init(key, dtype)
 
     def noise(self, key, length, batch_shape):

@@ -13,9 +13,10 @@ from jaxrnn import check
 from jaxrnn.cell import Cell, Part, input_size, output_size, scan_one_step
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.layers import Layer
+from jaxrnn.typing import DTypeLike, PyTree
 
 
-def _concatenate(*ys: Any) -> Any:
+def _concatenate(*ys: Any) -> PyTree:
     def join(*leaves):
         """Integers and flags beside floating numbers become such."""
         dtype = next((leaf.dtype for leaf in leaves if inexact(leaf)), leaves[0].dtype)
@@ -45,11 +46,11 @@ class Several(Cell[tuple, tuple]):
     def causal(self) -> bool:
         return all(cell.causal for cell in self.cells)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> tuple:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> tuple:
         keys = jax.random.split(key, len(self.cells))
         return tuple(cell.init(each, dtype) for cell, each in zip(self.cells, keys, strict=True))
 
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> tuple:
+    def initial_carry(self, params: PyTree, batch_shape: tuple[int, ...] = ()) -> tuple:
         self._check(params)
         return tuple(cell.initial_carry(p, batch_shape) for cell, p in zip(self.cells, params, strict=True))
 
@@ -131,7 +132,7 @@ class Stack(Several):
         return first.input_ndim
 
     @property
-    def input_size(self) -> Any:
+    def input_size(self) -> PyTree:
         if self.skip:
             return input_size(self.cells[0])
         for cell in self.cells:
@@ -141,7 +142,7 @@ class Stack(Several):
         return None
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         size, sizes = self.input_size, []
         for k, cell in enumerate(self.cells):
             size = output_size(cell, size if k == 0 else self._reads(size))

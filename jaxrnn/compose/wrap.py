@@ -12,6 +12,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params, Part, input_size, output_size
 from jaxrnn.engines.arrays import inexact
+from jaxrnn.typing import DTypeLike, PyTree
 
 
 class Wrapper(Cell[Params, Carry]):
@@ -48,14 +49,14 @@ class Wrapper(Cell[Params, Carry]):
         return self.cell.causal
 
     @property
-    def input_size(self) -> Any:
+    def input_size(self) -> PyTree:
         return input_size(self.cell)
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         return output_size(self.cell, self.input_size)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> Params:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         return self.cell.init(key, dtype)
 
     def initial_carry(self, params: Params, batch_shape: tuple[int, ...] = ()) -> Carry:
@@ -150,7 +151,7 @@ class LearnedCarryParams(NamedTuple):
     """The cell's params, and the carry to start from, without batch axes; None for what is no floating number."""
 
     cell: Any
-    carry: Any
+    carry: PyTree
 
 
 class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
@@ -167,15 +168,15 @@ class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
       (4,)
     """
 
-    cell: Cell[Any, Carry]
+    cell: Cell[PyTree, Carry]
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> LearnedCarryParams:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LearnedCarryParams:
         """The cell's params, and the carry that it starts from by itself."""
         params = self.cell.init(key, dtype)
         carry = self.cell.initial_carry(params)
         return LearnedCarryParams(params, jax.tree.map(lambda leaf: leaf if inexact(leaf) else None, carry))
 
-    def initial_carry(self, params: LearnedCarryParams, batch_shape: tuple[int, ...] = ()) -> Any:
+    def initial_carry(self, params: LearnedCarryParams, batch_shape: tuple[int, ...] = ()) -> PyTree:
         if not isinstance(params, LearnedCarryParams):
             raise TypeError(f"params: LearnedCarry takes LearnedCarryParams, got {type(params).__name__}")
 
@@ -207,8 +208,8 @@ class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
 class Emitted(NamedTuple):
     """The output of a step, and the carry after it."""
 
-    y: Any
-    carry: Any
+    y: PyTree
+    carry: PyTree
 
 
 class EmitCarry(Wrapper[Params, Carry]):
@@ -231,7 +232,7 @@ class EmitCarry(Wrapper[Params, Carry]):
         return False
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         return None
 
     def step(self, params, carry, x, noise=None):

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxrnn.cells.activations import ACTIVATIONS, ALONG_FEATURES, Activation
+from jaxrnn.typing import Foreign, Named, PyTree
 
 Framework = Literal["jax", "torch", "keras", "onnx"]
 
@@ -27,7 +28,7 @@ class There(NamedTuple):
 
     name: Any
     numbers: Mapping[str, int] = {}
-    fixed: Mapping[str, Any] = {}
+    fixed: Mapping[str, PyTree] = {}
 
 
 class Known(NamedTuple):
@@ -146,7 +147,7 @@ def canonical(spec: Activation) -> Activation:
     return name if numbers == defaults else (name, *numbers)  # type: ignore[return-value]
 
 
-def there(spec: Activation, framework: Framework) -> tuple[Any, dict[str, Any]] | None:
+def there(spec: Activation, framework: Framework) -> tuple[PyTree, Named] | None:
     """What an activation is called in a framework, and all its options; None where it has none."""
     spec = canonical(spec)
     if callable(spec):
@@ -158,13 +159,13 @@ def there(spec: Activation, framework: Framework) -> tuple[Any, dict[str, Any]] 
     return place.name, {**place.fixed, **{option: float(numbers[k]) for option, k in place.numbers.items()}}
 
 
-def options(framework: Framework, name: Any) -> dict[str, Any]:
+def options(framework: Framework, name: Any) -> Named:
     """The options that tell apart what is called so in a framework: a value that one may have, None for any number."""
     places = [place for place in _places(framework).values() if _same(place.name, name)]
     return {option: place.fixed.get(option) for place in places for option in (*place.fixed, *place.numbers)}
 
 
-def here(framework: Framework, name: Any, given: Mapping[str, Any]) -> Activation | None:
+def here(framework: Framework, name: Any, given: Mapping[str, PyTree]) -> Activation | None:
     """The activation that is called so in a framework and has these options there; None if there is none."""
     single = np.float32 if framework == "onnx" else float  # which ONNX's numbers are
     for ours, place in _places(framework).items():
@@ -182,12 +183,12 @@ def here(framework: Framework, name: Any, given: Mapping[str, Any]) -> Activatio
     return None
 
 
-def names(framework: Framework) -> list[Any]:
+def names(framework: Framework) -> list[PyTree]:
     """What a framework calls its activations, each once."""
     return list(dict.fromkeys(place.name for place in _places(framework).values()))
 
 
-def name_of(place: str, function: Any, *, elementwise: bool = False) -> Activation:
+def name_of(place: str, function: Foreign, *, elementwise: bool = False) -> Activation:
     """One of JAX's functions, or a `functools.partial` of one, by name; `place` says where it was, for the message."""
     inner, given = function, {}
     if isinstance(function, partial) and not function.args:
@@ -203,7 +204,7 @@ def name_of(place: str, function: Any, *, elementwise: bool = False) -> Activati
     raise ValueError(f"{place}: expected an activation of JAX, one of {expected}; got {described}")
 
 
-def function_of(spec: Activation) -> Callable[..., Any] | None:
+def function_of(spec: Activation) -> Callable[..., PyTree] | None:
     """JAX's function of this name, with options where they are not its defaults, or None where it has none."""
     found = there(spec, "jax")
     if found is None:
@@ -218,7 +219,7 @@ def _places(framework: Framework) -> dict[str, There]:
     return {ours: place for ours, row in KNOWN.items() if (place := getattr(row, framework)) is not None}
 
 
-def _defaults(function: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults(function: Callable[..., Foreign], known: Mapping[str, PyTree]) -> Named:
     parameters = inspect.signature(function).parameters if known else {}
     return {option: parameters[option].default for option in known}
 
@@ -227,7 +228,7 @@ def _same(name: Any, other: Any) -> bool:
     return name is other or (isinstance(name, str) and name == other)
 
 
-def _equal(single: Callable[[Any], Any], given: Any, wanted: Any) -> bool:
+def _equal(single: Callable[[PyTree], PyTree], given: Any, wanted: Any) -> bool:
     if isinstance(given, Real) and isinstance(wanted, Real):
         return single(given) == single(wanted)
     return type(given) is type(wanted) and given == wanted

@@ -13,6 +13,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn.typing import DTypeLike, PyTree
+
 
 class Arrays:
     """Named arrays of one floating dtype, without NaN or infinity, each to be taken once and none to be left over.
@@ -26,7 +28,7 @@ class Arrays:
       ValueError: For dtypes that differ, numbers that are not finite, and float64 where `jax.enable_x64` is off.
     """
 
-    def __init__(self, source: str, arrays: Mapping[str, Any]):
+    def __init__(self, source: str, arrays: Mapping[str, PyTree]):
         self.source = source
         self._left = {name: _floating(f"{source}: {name}", array) for name, array in arrays.items()}
         for name, array in self._left.items():
@@ -41,7 +43,7 @@ class Arrays:
         """The shape of an array that is still to be taken."""
         return self._array(name).shape
 
-    def take(self, name: str, *shape: int | None) -> Any:
+    def take(self, name: str, *shape: int | None) -> PyTree:
         """The array of this name, which must have this shape; None stands for any size."""
         array = self._array(name)
         if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
@@ -84,7 +86,7 @@ def _floating(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def reorder(array: np.ndarray, given: str, wanted: str) -> Any:
+def reorder(array: np.ndarray, given: str, wanted: str) -> PyTree:
     """The gates of the last axis, one letter each, from one order in another.
 
     Examples:
@@ -98,17 +100,17 @@ def reorder(array: np.ndarray, given: str, wanted: str) -> Any:
     return np.concatenate([blocks[gate] for gate in wanted], axis=-1)
 
 
-def negate(array: np.ndarray, gates: str, which: str) -> Any:
+def negate(array: np.ndarray, gates: str, which: str) -> PyTree:
     """The array with the blocks of the gates `which` negated; σ(−x) = 1 − σ(x) turns a gate round."""
     return array * _each(array, gates, which, -1, 1)
 
 
-def add(array: np.ndarray, gates: str, which: str, amount: float) -> Any:
+def add(array: np.ndarray, gates: str, which: str, amount: float) -> PyTree:
     """The array with `amount` added to the blocks of the gates `which`."""
     return array + _each(array, gates, which, amount, 0)
 
 
-def ones(size: int, dtype: Any) -> Any:
+def ones(size: int, dtype: DTypeLike) -> PyTree:
     """The scale of a LayerNorm that has none."""
     return np.ones(size, dtype)
 
@@ -119,7 +121,7 @@ def _each(array: np.ndarray, gates: str, which: str, on: float, off: float) -> n
     return np.repeat(numbers, array.shape[-1] // len(gates))
 
 
-def to_numpy(params: Any) -> Any:
+def to_numpy(params: PyTree) -> PyTree:
     """The tree with NumPy leaves; raises for NaN, infinity and tracers."""
 
     return jax.tree_util.tree_map_with_path(

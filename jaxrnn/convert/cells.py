@@ -9,16 +9,17 @@ from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.arrays import to_numpy
+from jaxrnn.typing import PyTree, WithParams
 
 
 class Placed(NamedTuple):
     """A cell of a model with its params, and where it is: `cell`, `cell.cells[2]`, `cell.cells[2].forward`."""
 
     cell: Any  # a Cell, whose fields converters ask for by its class
-    params: Any
+    params: PyTree
     place: str = "cell"
 
-    def part(self, name: str, params: Any) -> Placed:
+    def part(self, name: str, params: PyTree) -> Placed:
         """The cell in the field `name`, which has these params."""
         return Placed(getattr(self.cell, name), params, f"{self.place}.{name}")
 
@@ -34,7 +35,7 @@ class Placed(NamedTuple):
                 raise ValueError(f"{self.place}: {self.cell!r}: {field.name}={value!r}: {why}")
 
 
-def placed(cell: Cell, params: Any) -> Placed:
+def placed(cell: Cell, params: PyTree) -> Placed:
     """The whole model, checked to be a cell with finite params of its shapes, which become NumPy arrays."""
     check.a_cell("cell", cell)
     check.params(cell, params)
@@ -56,7 +57,7 @@ def layers(model: Placed) -> list[Placed]:
     return [model]
 
 
-def stacked(cells: list[tuple[Cell, Any]]) -> tuple[Cell, Any]:
+def stacked(cells: list[WithParams]) -> WithParams:
     """One cell as it is, several as a `Stack`."""
     if len(cells) == 1:
         return cells[0]

@@ -27,9 +27,10 @@ from jaxrnn.layers import (
     Linear,
     LinearParams,
 )
+from jaxrnn.typing import Foreign, Named, PyTree, WithParams
 
 
-def from_equinox(module: Any) -> tuple[Cell, Any]:
+def from_equinox(module: Foreign) -> WithParams:
     """A module of Equinox as a cell and its params: the same function.
 
     Equinox's modules take one step of one example; `jaxrnn.scan` runs them over sequences, with or without batch axes.
@@ -56,7 +57,7 @@ def from_equinox(module: Any) -> tuple[Cell, Any]:
       >>> from_equinox(modules)[0] == cell  # doctest: +SKIP
       True
     """
-    weights: dict[str, Any] = {}
+    weights: Named = {}
     read = _read("module", module, weights, frozenset())
     arrays = Arrays("Equinox", weights)
     cell, params = read(arrays)
@@ -67,7 +68,7 @@ def from_equinox(module: Any) -> tuple[Cell, Any]:
 Read = Callable[[Arrays], tuple[Cell, Any]]
 
 
-def _read(place: str, module: Any, weights: dict[str, Any], above: frozenset[int]) -> Read:
+def _read(place: str, module: Foreign, weights: Named, above: frozenset[int]) -> Read:
     """Collects the weights of a module, and returns what makes its cell of them."""
     kind = type(module)
     if id(module) in above:
@@ -89,7 +90,7 @@ def _read(place: str, module: Any, weights: dict[str, Any], above: frozenset[int
     return lambda arrays: build(place, module, arrays)
 
 
-def _sequence(place: str, modules: Any, weights: dict[str, Any], above: frozenset[int]) -> Read:
+def _sequence(place: str, modules: Foreign, weights: Named, above: frozenset[int]) -> Read:
     if not modules:
         raise ValueError(f"{place}: expected at least one module")
     reads = [_read(f"{place}[{k}]", module, weights, above) for k, module in enumerate(modules)]
@@ -101,18 +102,18 @@ def _sequence(place: str, modules: Any, weights: dict[str, Any], above: frozense
     return read
 
 
-def _bias(place: str, module: Any, arrays: Arrays, *shape: int) -> Any:
+def _bias(place: str, module: Foreign, arrays: Arrays, *shape: int) -> Foreign:
     return arrays.take(f"{place}.bias", *shape) if module.use_bias else None
 
 
-def _lstm(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
+def _lstm(place: str, module: Foreign, arrays: Arrays) -> WithParams:
     cell = LSTM(module.input_size, module.hidden_size)
     w_x = arrays.take(f"{place}.weight_ih", 4 * cell.hidden_size, cell.input_size)
     w_h = arrays.take(f"{place}.weight_hh", 4 * cell.hidden_size, cell.hidden_size)
     return cell, LSTMParams(w_x.T, w_h.T, _bias(place, module, arrays, 4 * cell.hidden_size))
 
 
-def _gru(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
+def _gru(place: str, module: Foreign, arrays: Arrays) -> WithParams:
     cell = GRU(module.input_size, module.hidden_size)
     w_x = arrays.take(f"{place}.weight_ih", 3 * cell.hidden_size, cell.input_size)
     w_h = arrays.take(f"{place}.weight_hh", 3 * cell.hidden_size, cell.hidden_size)
@@ -121,7 +122,7 @@ def _gru(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
     return cell, GRUParams(w_x.T, w_h.T, b, b_hn)
 
 
-def _linear(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
+def _linear(place: str, module: Foreign, arrays: Arrays) -> WithParams:
     if "scalar" in (module.in_features, module.out_features):
         raise ValueError(f"{place}: Linear of a 'scalar' has no counterpart; give it a size of 1")
     cell = Linear(module.in_features, module.out_features)
@@ -129,12 +130,12 @@ def _linear(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
     return cell, LinearParams(w.T, _bias(place, module, arrays, cell.output_size))
 
 
-def _embed(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
+def _embed(place: str, module: Foreign, arrays: Arrays) -> WithParams:
     cell = Embed(module.num_embeddings, module.embedding_size)
     return cell, EmbedParams(arrays.take(f"{place}.weight", cell.vocabulary, cell.output_size))
 
 
-def _layer_norm(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
+def _layer_norm(place: str, module: Foreign, arrays: Arrays) -> WithParams:
     if len(module.shape) != 1:
         raise ValueError(f"{place}: LayerNorm over the shape {module.shape} has no counterpart: expected one axis")
     cell = LayerNorm(module.shape[0], float(module.eps))
@@ -144,11 +145,11 @@ def _layer_norm(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
     return cell, LayerNormParams(ones(cell.size, jnp.result_type(float) if b is None else b.dtype), b)
 
 
-def _lambda(place: str, module: Any, arrays: Arrays) -> tuple[Cell, Any]:
+def _lambda(place: str, module: Foreign, arrays: Arrays) -> WithParams:
     return Apply(name_of(f"{place}.fn", module.fn)), ()
 
 
-_KINDS: dict[str, Callable[[str, Any, Arrays], tuple[Cell, Any]]] = {
+_KINDS: dict[str, Callable[[str, PyTree, Arrays], WithParams]] = {
     "LSTMCell": _lstm,
     "GRUCell": _gru,
     "Linear": _linear,
@@ -160,7 +161,7 @@ _KINDS: dict[str, Callable[[str, Any, Arrays], tuple[Cell, Any]]] = {
 }
 
 
-def to_equinox(cell: Cell, params: Any) -> Any:
+def to_equinox(cell: Cell, params: PyTree) -> Foreign:
     """A cell as Equinox's module with these weights: the same function. `from_equinox` is the way back.
 
     Args:
@@ -183,7 +184,7 @@ def to_equinox(cell: Cell, params: Any) -> Any:
     return _module(placed(cell, params))
 
 
-def _module(model: Placed) -> Any:
+def _module(model: Placed) -> Foreign:
     import equinox as eqx
 
     cell, params = model.cell, model.params
@@ -214,7 +215,7 @@ def _module(model: Placed) -> Any:
     return model.refuse("it has no counterpart in Equinox")
 
 
-def _gru_module(cell: GRU, params: GRUParams) -> Any:
+def _gru_module(cell: GRU, params: GRUParams) -> Foreign:
     import equinox as eqx
 
     b, b_hn = params.b, params.b_hn
@@ -225,7 +226,7 @@ def _gru_module(cell: GRU, params: GRUParams) -> Any:
     return _filled(eqx.nn.GRUCell, (cell.input_size, cell.hidden_size), b, **arrays)
 
 
-def _filled(kind: Any, sizes: tuple[int, int], bias: Any, **arrays: Any) -> Any:
+def _filled(kind: Foreign, sizes: tuple[int, int], bias: Any, **arrays: Any) -> Foreign:
     """A module of these sizes that holds these arrays."""
     import equinox as eqx
 
@@ -233,7 +234,7 @@ def _filled(kind: Any, sizes: tuple[int, int], bias: Any, **arrays: Any) -> Any:
     return _with(made, bias=bias, **arrays)
 
 
-def _with(module: Any, **arrays: Any) -> Any:
+def _with(module: Foreign, **arrays: Any) -> Foreign:
     import equinox as eqx
 
     given = {name: on_device(array) for name, array in arrays.items() if array is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,15 +18,16 @@ from jaxrnn.convert.arrays import Arrays, add, negate, reorder
 from jaxrnn.convert.cells import Placed, layers, placed, stacked
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
+from jaxrnn.typing import Foreign, Named, PyTree, WithParams
 
 
 def from_haiku(
-    params: Mapping[str, Mapping[str, Any]],
+    params: Mapping[str, Mapping[str, PyTree]],
     *,
     modules: Iterable[str] | Mapping[str, str] | None = None,
-    spatial_shape: Any = None,
+    spatial_shape: tuple[int, ...] | None = None,
     epsilon: float = 1e-5,
-) -> tuple[Cell, Any]:
+) -> WithParams:
     """Haiku's parameters as a cell and its params: the same function as the modules that they are of.
 
     The modules are LSTM, GRU, VanillaRNN, Conv1DLSTM to Conv3DLSTM, Linear, Embed and LayerNorm over the last axis.
@@ -89,8 +90,8 @@ def from_haiku(
 
 
 def to_haiku(
-    cell: Cell, params: Any, *, modules: Iterable[str] | None = None, epsilon: float = 1e-5
-) -> dict[str, dict[str, Any]]:
+    cell: Cell, params: PyTree, *, modules: Iterable[str] | None = None, epsilon: float = 1e-5
+) -> dict[str, Named]:
     """A cell's params as Haiku's, for modules that compute the same; `from_haiku` is the way back.
 
     Args:
@@ -131,7 +132,7 @@ def to_haiku(
 # Names
 
 
-def _flat(params: Any) -> dict[str, dict[str, Any]]:
+def _flat(params: PyTree) -> dict[str, Named]:
     if not isinstance(params, Mapping):
         raise TypeError(f"params: expected module names with dicts of arrays, got {type(params).__name__}")
     for module, named in params.items():
@@ -147,7 +148,7 @@ def _flat(params: Any) -> dict[str, dict[str, Any]]:
     return {module: dict(named) for module, named in params.items()}
 
 
-def _names(modules: Any) -> list[str]:
+def _names(modules: Foreign) -> list[str]:
     names = [modules] if isinstance(modules, str) else list(modules)
     for name in names:
         if not isinstance(name, str):
@@ -164,7 +165,7 @@ def _base(name: str) -> tuple[str, int]:
     return (found[1], int(found[2])) if found else (last, 0)
 
 
-def _groups(given: Mapping[str, Any], kinds: Mapping[str, Any], ordered: list[str] | None) -> dict[str, str]:
+def _groups(given: Mapping[str, PyTree], kinds: Mapping[str, Foreign], ordered: list[str] | None) -> dict[str, str]:
     """The modules of `from_haiku`, each with its kind, in the order of the dict."""
     for name, kind in kinds.items():
         if kind not in _KINDS:
@@ -179,7 +180,7 @@ def _groups(given: Mapping[str, Any], kinds: Mapping[str, Any], ordered: list[st
     return groups
 
 
-def _group(name: str, kinds: Mapping[str, Any], ordered: list[str] | None) -> str:
+def _group(name: str, kinds: Mapping[str, Foreign], ordered: list[str] | None) -> str:
     """The module that runs: "lstm" for its "lstm/linear"."""
     above, _, last = name.rpartition("/")
     if name in kinds or (ordered is not None and name in ordered):
@@ -239,20 +240,20 @@ class _At(NamedTuple):
     def name(self, below: str, name: str) -> str:
         return f"{self.module}/{below}: {name}" if below else f"{self.module}: {name}"
 
-    def take(self, below: str, name: str, *shape: int | None) -> Any:
+    def take(self, below: str, name: str, *shape: int | None) -> PyTree:
         return self.arrays.take(self.name(below, name), *shape)
 
-    def maybe(self, below: str, name: str, *shape: int | None) -> Any:
+    def maybe(self, below: str, name: str, *shape: int | None) -> PyTree:
         """None where it is not there."""
         return self.take(below, name, *shape) if self.name(below, name) in self.arrays else None
 
 
 class _Options(NamedTuple):
-    spatial_shape: Any
+    spatial_shape: tuple[int, ...] | None
     epsilon: float
 
 
-def _blocks(at: _At, array: Any, name: str, gates: int) -> int:
+def _blocks(at: _At, array: PyTree, name: str, gates: int) -> int:
     """H, of an array with gates · H columns."""
     columns = array.shape[-1]
     if columns % gates or not columns:
@@ -260,7 +261,7 @@ def _blocks(at: _At, array: Any, name: str, gates: int) -> int:
     return columns // gates
 
 
-def _read_lstm(at: _At, options: _Options) -> tuple[Cell, Any]:
+def _read_lstm(at: _At, options: _Options) -> WithParams:
     w = at.take("linear", "w", None, None)
     hidden = _blocks(at, w, "linear: w", 4)
     if len(w) <= hidden:
@@ -272,7 +273,7 @@ def _read_lstm(at: _At, options: _Options) -> tuple[Cell, Any]:
     return LSTM(len(w) - hidden, hidden), LSTMParams(w[:-hidden], w[-hidden:], b)
 
 
-def _read_gru(at: _At, options: _Options) -> tuple[Cell, Any]:
+def _read_gru(at: _At, options: _Options) -> WithParams:
     w_h = at.take("", "w_h", None, None)
     hidden = _blocks(at, w_h, "w_h", 3)
     if len(w_h) != hidden:
@@ -281,16 +282,16 @@ def _read_gru(at: _At, options: _Options) -> tuple[Cell, Any]:
     return GRU(len(w_x), hidden, reset_after=False), GRUParams(*map(_gates_from_haiku, (w_x, w_h, b)))
 
 
-def _gates_from_haiku(array: Any) -> Any:
+def _gates_from_haiku(array: PyTree) -> PyTree:
     """z r n as r z n, and z as 1 − z."""
     return reorder(negate(array, "zrn", "z"), "zrn", "rzn")
 
 
-def _gates_to_haiku(array: Any) -> Any:
+def _gates_to_haiku(array: PyTree) -> PyTree:
     return reorder(negate(array, "rzn", "z"), "rzn", "zrn")
 
 
-def _read_vanilla(at: _At, options: _Options) -> tuple[Cell, Any]:
+def _read_vanilla(at: _At, options: _Options) -> WithParams:
     w_x = at.take("linear", "w", None, None)
     inputs, hidden = w_x.shape
     w_h, b = at.take("linear_1", "w", hidden, hidden), at.take("linear", "b", hidden)
@@ -298,8 +299,8 @@ def _read_vanilla(at: _At, options: _Options) -> tuple[Cell, Any]:
     return Elman(inputs, hidden, "relu"), ElmanParams(w_x, w_h, b if more is None else b + more)
 
 
-def _read_conv(dimensions: int) -> Callable[[_At, _Options], tuple[Cell, Any]]:
-    def read(at: _At, options: _Options) -> tuple[Cell, Any]:
+def _read_conv(dimensions: int) -> Callable[[_At, _Options], WithParams]:
+    def read(at: _At, options: _Options) -> WithParams:
         if options.spatial_shape is None:
             raise ValueError(f"spatial_shape: the weights of {at.module} do not tell the shape of an image")
         w_x = at.take("input_to_hidden", "w", *[None] * (dimensions + 2))
@@ -314,17 +315,17 @@ def _read_conv(dimensions: int) -> Callable[[_At, _Options], tuple[Cell, Any]]:
     return read
 
 
-def _read_linear(at: _At, options: _Options) -> tuple[Cell, Any]:
+def _read_linear(at: _At, options: _Options) -> WithParams:
     w = at.take("", "w", None, None)
     return Linear(*w.shape), LinearParams(w, at.maybe("", "b", w.shape[1]))
 
 
-def _read_embed(at: _At, options: _Options) -> tuple[Cell, Any]:
+def _read_embed(at: _At, options: _Options) -> WithParams:
     w = at.take("", "embeddings", None, None)
     return Embed(*w.shape), EmbedParams(w)
 
 
-def _read_layer_norm(at: _At, options: _Options) -> tuple[Cell, Any]:
+def _read_layer_norm(at: _At, options: _Options) -> WithParams:
     scale = at.take("", "scale", None)
     return LayerNorm(len(scale), options.epsilon), LayerNormParams(scale, at.maybe("", "offset", len(scale)))
 
@@ -332,7 +333,7 @@ def _read_layer_norm(at: _At, options: _Options) -> tuple[Cell, Any]:
 class _Kind(NamedTuple):
     """How the cell of a module is read, and the modules inside."""
 
-    read: Callable[[_At, _Options], tuple[Cell, Any]]
+    read: Callable[[_At, _Options], WithParams]
     inside: tuple[str, ...] = ()
 
 
@@ -350,7 +351,7 @@ _KINDS = {
 # Writing
 
 
-def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, dict[str, Any]]]:
+def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, Named]]:
     """The kind of a cell, and its arrays by module inside."""
     cell, params = model.cell, model.params
     match cell:
@@ -387,7 +388,7 @@ def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, dict[str, An
     return model.refuse("it has no counterpart in Haiku")
 
 
-def _written_conv(model: Placed, params: ConvLSTMParams) -> tuple[str, dict[str, dict[str, Any]]]:
+def _written_conv(model: Placed, params: ConvLSTMParams) -> tuple[str, dict[str, Named]]:
     cell, dimensions = model.cell, params.w_x.ndim - 2
     why = "hk.Conv{1,2,3}DLSTM has no such option"
     for name in ("strides", "dilation"):
@@ -401,5 +402,5 @@ def _written_conv(model: Placed, params: ConvLSTMParams) -> tuple[str, dict[str,
     return f"conv{dimensions}_dlstm", below
 
 
-def _bias(params: Any, like: Any) -> Any:
+def _bias(params: PyTree, like: PyTree) -> PyTree:
     return np.zeros(like.shape[-1], like.dtype) if params.b is None else params.b

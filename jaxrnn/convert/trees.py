@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+from jaxrnn.typing import Named, PyTree
 
 _DEEPEST = 64
 
@@ -13,7 +14,7 @@ def join(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
 
 
-def leaves(tree: Any) -> dict[str, Any]:
+def leaves(tree: PyTree) -> Named:
     """What nested dicts hold, by path.
 
     Raises:
@@ -35,14 +36,14 @@ def leaves(tree: Any) -> dict[str, Any]:
     return found
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, PyTree]) -> Named:
     """The nested dicts that hold these leaves.
 
     Examples:
       >>> nested({"cell/i/kernel": 1, "cell/h": 2})
       {'cell': {'i': {'kernel': 1}, 'h': 2}}
     """
-    tree: dict[str, Any] = {}
+    tree: Named = {}
     for path, leaf in flat.items():
         *above, last = path.split("/")
         node = tree

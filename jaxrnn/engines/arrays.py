@@ -12,13 +12,15 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrnn.typing import PyTree
+
 
 def inexact(leaf) -> bool:
     """Whether a leaf holds floating or complex numbers."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def varying_like(tree: Any, *others: Any) -> Any:
+def varying_like(tree: PyTree, *others: Any) -> PyTree:
     """`tree` varying over all mesh axes of a `shard_map` that a leaf of it or of `others` varies over."""
 
     def axes(leaf):
@@ -33,7 +35,7 @@ def varying_like(tree: Any, *others: Any) -> Any:
     return jax.tree.map(vary, tree) if every else tree
 
 
-def with_rows_of(tree: Any, x: Array, first: int, ndim: int) -> Any:
+def with_rows_of(tree: PyTree, x: Array, first: int, ndim: int) -> PyTree:
     """`tree`, leaves (*batch, ...), with its `ndim` batch axes divided among devices as those of `x` from axis `first`
     on, where their types say so."""
     sharding = jax.typeof(x).sharding
@@ -48,7 +50,7 @@ def with_rows_of(tree: Any, x: Array, first: int, ndim: int) -> Any:
     return jax.tree.map(divide, tree)
 
 
-def compute_dtype(x: Array, params: Any):
+def compute_dtype(x: Array, params: PyTree):
     """The dtype a layer computes in: that of `x` if it is floating or complex, else that of its params."""
     if inexact(x):
         return x.dtype
@@ -67,7 +69,7 @@ def _widest(*dtypes):
         return jnp.result_type(*dtypes)
 
 
-def evaluated(primitive: Primitive, options: Sequence[str]) -> Callable[..., Any]:
+def evaluated(primitive: Primitive, options: Sequence[str]) -> Callable[..., PyTree]:
     """How `primitive` runs outside of `jit`: compiled, also where `jax.disable_jit` asks for steps one by one."""
     compiled = jax.jit(primitive.bind, static_argnames=options)
 
@@ -83,12 +85,12 @@ def on_device(array: np.ndarray) -> Array:
     return jax.device_put(np.array(array))  # a copy, since device_put shares the memory that it is given
 
 
-def cast(tree: Any, dtype) -> Any:
+def cast(tree: PyTree, dtype) -> PyTree:
     """`tree` with its floating and complex leaves in `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if inexact(leaf) else leaf, tree)
 
 
-def widened(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+def widened(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """`tree` with its floating and complex leaves in at least float32, and the way back to its own dtypes.
 
     What a loop reads in this form, and takes back inside, has its cotangents summed over the steps in that dtype.
@@ -103,7 +105,7 @@ def widened(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     return jax.tree.map(widen, tree), back
 
 
-def cast_like(new: Any, old: Any, *, owner: str) -> Any:
+def cast_like(new: PyTree, old: PyTree, *, owner: str) -> PyTree:
     """The carry `new` in the dtypes of `old`; raises if the structure, a shape or the kind of number changed."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise TypeError(
@@ -137,7 +139,7 @@ def lifted(array: Array, like: Array) -> Array:
     return array.reshape((1,) * (like.ndim - array.ndim) + array.shape)
 
 
-def select(flag: Array, on: Any, off: Any) -> Any:
+def select(flag: Array, on: Any, off: Any) -> PyTree:
     """`on` where `flag` (a prefix of the leaves' axes) is true, else `off`. A selection, so NaN does not cross."""
 
     def pick(on, off):
@@ -146,6 +148,6 @@ def select(flag: Array, on: Any, off: Any) -> Any:
     return jax.tree.map(pick, on, off)
 
 
-def zero_where_not(flag: Array | None, tree: Any) -> Any:
+def zero_where_not(flag: Array | None, tree: PyTree) -> PyTree:
     """`tree`, with zeros where `flag` is given and false."""
     return tree if flag is None else select(flag, tree, jax.tree.map(jnp.zeros_like, tree))

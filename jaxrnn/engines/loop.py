@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +11,21 @@ from jax import lax
 
 from jaxrnn.engines.arrays import select, widened, zero_where_not
 from jaxrnn.engines.walk import Flags, Walk, by_platform
+from jaxrnn.typing import PyTree
 
 
 def time_loop(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]],
-    params: Any,
-    carry: Any,
-    xs: Any,
+    step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     *,
-    fresh: Any,
+    fresh: PyTree,
     flags: Flags,
     reverse: bool,
     platform: str | None,
-    prepare: Callable[[Any, Any], Any] | None = None,
-) -> tuple[Any, Any]:
+    prepare: Callable[[PyTree, PyTree], PyTree] | None = None,
+) -> tuple[PyTree, PyTree]:
     """`lax.scan` of `step(params, carry, x) -> (carry, y)`, whose cotangents of params are summed in at least float32.
 
     With `prepare` it is `step(params, carry, prepare(params, x))`, and the platform decides: a CPU has in its cache
@@ -59,12 +59,12 @@ def time_loop(
 
 
 def in_chunks(
-    scan: Callable[[Any, Any, Any], tuple[Any, Any]],
-    constant: Any,
-    carry: Any,
-    xs: Any,
+    scan: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
+    constant: PyTree,
+    carry: PyTree,
+    xs: PyTree,
     walk: Walk,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """`scan(constant, carry, xs) -> (carry, ys)`, storing for the backward pass one carry every `remat_every` steps.
 
     Cotangents of what is constant are summed over the chunks in at least float32.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import zero_where_not
+from jaxrnn.typing import PyTree
 
 ENGINES = ("scan", "gated_scan", "linear_scan")
 IMPLEMENTATIONS = ("native", "xla", "associative", "chunked")  # the fastest that can run first
@@ -95,11 +96,11 @@ class Walk:
         """What happens at every step."""
         return Flags(self.valid, starts(self.reset, self.valid, self.reverse))
 
-    def without_padding(self, ys: Any) -> Any:
+    def without_padding(self, ys: PyTree) -> PyTree:
         """`ys` with zeros at invalid steps."""
         return zero_where_not(self.valid, ys)
 
-    def last(self, tree: Any) -> Any:
+    def last(self, tree: PyTree) -> PyTree:
         """The leaves (T, *batch, ...) at the valid step that is processed last; T ≥ 1."""
         return final(tree, self.valid, self.reverse)
 
@@ -160,7 +161,9 @@ def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:
     return implementation
 
 
-def by_platform(platform: str | None, *operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+def by_platform(
+    platform: str | None, *operands: Any, cpu: Callable[..., PyTree], default: Callable[..., PyTree]
+) -> PyTree:
     """`lax.platform_dependent`; or what `platform` takes, alone, where it is known."""
     if platform is None:
         return lax.platform_dependent(*operands, cpu=cpu, default=default)
@@ -199,7 +202,7 @@ def final_index(valid: Array, reverse: bool) -> Array:
     return jnp.where(valid.any(0), index, 0)
 
 
-def final(tree: Any, valid: Array | None, reverse: bool) -> Any:
+def final(tree: PyTree, valid: Array | None, reverse: bool) -> PyTree:
     """The leaves (T, *batch, ...) at the valid step that is processed last; T ≥ 1."""
     if valid is None:
         return jax.tree.map(lambda leaf: leaf[0 if reverse else -1], tree)

@@ -17,6 +17,7 @@ from jaxrnn.cell import Cell, input_size
 from jaxrnn.cells.lstm import LSTMCarry
 from jaxrnn.engines.arrays import accumulator, cast_like, inexact
 from jaxrnn.sequence import scan_asked
+from jaxrnn.typing import Foreign, Named, PyTree, Size
 
 # What a Flax module and the adapters use themselves; a param of such a name gets an underscore behind it.
 TAKEN = frozenset(
@@ -27,7 +28,7 @@ TAKEN = frozenset(
 )
 
 
-def from_params(cell: Cell, params: Any) -> dict[str, Any]:
+def from_params(cell: Cell, params: PyTree) -> Named:
     """`params` of `cell` as nested dicts of arrays, the way a Flax module holds them: `{"layer_0": {"w_x": ...}}`.
 
     A field of a named tuple keeps its name, entry k of a tuple is `layer_k`, a key of a dict is its string, and params
@@ -49,7 +50,7 @@ def from_params(cell: Cell, params: Any) -> dict[str, Any]:
       True
     """
     found = {path: leaf for path, leaf in _with_none(params) if leaf is not None}
-    tree: dict[str, Any] = {}
+    tree: Named = {}
     for path, names in _layout(cell):
         *above, last = names
         functools.reduce(lambda node, name: node.setdefault(name, {}), above, tree)[last] = found.pop(path, None)
@@ -58,7 +59,7 @@ def from_params(cell: Cell, params: Any) -> dict[str, Any]:
     return tree
 
 
-def to_params(cell: Cell, tree: Mapping[str, Any]) -> Any:
+def to_params(cell: Cell, tree: Mapping[str, PyTree]) -> PyTree:
     """The params of `cell` from nested dicts of arrays, as `from_params` makes them and a Flax module holds them.
 
     Raises:
@@ -84,7 +85,7 @@ def top_names(cell: Cell) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=512)
-def _layout(cell: Cell) -> tuple[tuple[Any, tuple[str, ...]], ...]:
+def _layout(cell: Cell) -> tuple[tuple[PyTree, tuple[str, ...]], ...]:
     """Of every array in the cell's params: its path, and the names of its path."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(check.shapes_of_params(cell))]
     layout = []
@@ -97,7 +98,7 @@ def _layout(cell: Cell) -> tuple[tuple[Any, tuple[str, ...]], ...]:
     return tuple(layout)
 
 
-def _name(entry: Any) -> str:
+def _name(entry: Foreign) -> str:
     match entry:
         case jax.tree_util.GetAttrKey(name=name):
             return name
@@ -107,17 +108,17 @@ def _name(entry: Any) -> str:
             return str(entry.key)
 
 
-def _with_none(tree: Any) -> list:
+def _with_none(tree: PyTree) -> list:
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
 
 
-def _flat(tree: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def _flat(tree: PyTree, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     if not isinstance(tree, Mapping):
         return [above]
     return [names for name, below in tree.items() for names in _flat(below, (*above, name))]
 
 
-def _get(cell: Cell, tree: Any, names: tuple[str, ...]) -> Any:
+def _get(cell: Cell, tree: PyTree, names: tuple[str, ...]) -> PyTree:
     for name in names:
         if not isinstance(tree, Mapping) or name not in tree:
             raise ValueError(f"params: {cell!r} expects {'/'.join(names)}; put None there to leave out a bias")
@@ -141,15 +142,15 @@ def check_deterministic(cell: Cell, *given: bool | None) -> None:
 
 def run(
     cell: Cell,
-    params: Any,
-    xs: Any,
+    params: PyTree,
+    xs: PyTree,
     *,
     initial_carry: Any,
-    seq_lengths: Any,
-    mask: Any,
+    seq_lengths: PyTree,
+    mask: PyTree,
     time_major: bool,
     **keywords: Any,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """`jaxrnn.scan` in Flax's layout, with Flax's names in its errors."""
     return scan_asked(
         None,
@@ -165,7 +166,7 @@ def run(
     )
 
 
-def _time_axis(cell: Cell, xs: Any) -> int:
+def _time_axis(cell: Cell, xs: PyTree) -> int:
     """Where time lies if it is the last axis before those of one step."""
     leaves, ndims = jax.tree.leaves(xs), jax.tree.leaves(cell.input_ndim)
     axis = jnp.ndim(leaves[0]) - ndims[0] - 1 if leaves else 0
@@ -189,11 +190,11 @@ class FlaxCell(Cell):
     """
 
     @abstractmethod
-    def begin(self, params: Any, key: Array, shape: tuple[int, ...]) -> Any:
+    def begin(self, params: PyTree, key: Array, shape: tuple[int, ...]) -> PyTree:
         """Flax's carry for an x of this shape."""
 
     @abstractmethod
-    def run(self, params: Any, carry: Any, x: Array) -> tuple[Any, Any]:
+    def run(self, params: PyTree, carry: PyTree, x: Array) -> tuple[PyTree, PyTree]:
         """Flax's step: (carry', y)."""
 
     def __post_init__(self):
@@ -217,7 +218,7 @@ class FlaxCell(Cell):
         return len(self.x_shape())
 
     @property
-    def output_size(self) -> Any:
+    def output_size(self) -> PyTree:
         return _traced(self).output_size
 
     @property
@@ -229,7 +230,7 @@ class FlaxCell(Cell):
         size = input_size(self)
         return (*batch_shape, *(size if isinstance(size, tuple) else (size,)))
 
-    def initial_carry(self, params: Any, batch_shape: tuple[int, ...] = ()) -> Any:
+    def initial_carry(self, params: PyTree, batch_shape: tuple[int, ...] = ()) -> PyTree:
         carry = jax.tree.map(jnp.asarray, self.begin(params, jax.random.key(0), self.x_shape(batch_shape)))
         dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(params) if inexact(leaf)]
 
@@ -255,10 +256,10 @@ def _in_dtype_of(x: Array, y: Array) -> Array:
 class _Traced(NamedTuple):
     """What tracing a Flax cell tells: its carry, which leaf of it the step puts out, under which name, and y's size."""
 
-    carry: Any
+    carry: PyTree
     hidden: int | None
     state: str | None
-    output_size: Any
+    output_size: Size
 
 
 @functools.lru_cache(maxsize=512)
@@ -277,7 +278,7 @@ def _traced(cell: FlaxCell) -> _Traced:
     return _Traced(carry, hidden, state, shape[0] if shape is not None and len(shape) == 1 else shape)
 
 
-def _named(carry: Any, hidden: int | None) -> Any:
+def _named(carry: PyTree, hidden: int | None) -> PyTree:
     leaves = jax.tree.leaves(carry)
     if len(leaves) == 1:
         return FlaxCarry(leaves[0])
@@ -286,13 +287,13 @@ def _named(carry: Any, hidden: int | None) -> Any:
     return _entries(carry)
 
 
-def _entries(carry: Any) -> Any:
+def _entries(carry: PyTree) -> PyTree:
     if type(carry) in (tuple, list):
         return {f"carry_{k}": _entries(each) for k, each in enumerate(carry)}
     return carry
 
 
-def _unnamed(carry: Any, like: Any, hidden: int | None) -> Any:
+def _unnamed(carry: PyTree, like: PyTree, hidden: int | None) -> PyTree:
     structure = jax.tree.structure(like)
     if structure.num_leaves == 1:
         return jax.tree.unflatten(structure, [carry.h])
@@ -301,7 +302,7 @@ def _unnamed(carry: Any, like: Any, hidden: int | None) -> Any:
     return _positions(carry, like)
 
 
-def _positions(carry: Any, like: Any) -> Any:
+def _positions(carry: PyTree, like: PyTree) -> PyTree:
     if type(like) in (tuple, list):
         return type(like)(_positions(carry[f"carry_{k}"], each) for k, each in enumerate(like))
     return carry

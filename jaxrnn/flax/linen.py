@@ -18,6 +18,7 @@ from jaxrnn.engines.walk import Implementation
 from jaxrnn.flax import bridge
 from jaxrnn.flax.bridge import FlaxCarry, FlaxCell, from_params, to_params
 from jaxrnn.sequence import step
+from jaxrnn.typing import Bools, DTypeLike, Integers, Named, PyTree
 
 __all__ = ["RNN", "FlaxCarry", "LinenCell", "from_params", "to_params"]
 
@@ -60,7 +61,7 @@ class RNN(nn.Module):
     remat_every: int | None = None
     implementation: Implementation = None
     deterministic: bool | None = None
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     rng_collection: str = "dropout"
 
     def __post_init__(self):
@@ -81,14 +82,14 @@ class RNN(nn.Module):
 
     def __call__(
         self,
-        xs: Any,
+        xs: PyTree,
         *,
-        seq_lengths: Any = None,
-        mask: Any = None,
-        reset: Any = None,
+        seq_lengths: Integers | None = None,
+        mask: Bools | None = None,
+        reset: Bools | None = None,
         initial_carry: Any = None,
         deterministic: bool | None = None,
-    ) -> Any:
+    ) -> PyTree:
         """The outputs of a sequence: `scan` without the carry."""
         return self.scan(
             xs,
@@ -101,14 +102,14 @@ class RNN(nn.Module):
 
     def scan(
         self,
-        xs: Any,
+        xs: PyTree,
         *,
-        seq_lengths: Any = None,
-        mask: Any = None,
-        reset: Any = None,
+        seq_lengths: Integers | None = None,
+        mask: Bools | None = None,
+        reset: Bools | None = None,
         initial_carry: Any = None,
         deterministic: bool | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[PyTree, PyTree]:
         """The final carry and the outputs of a sequence, by `jaxrnn.scan`.
 
         Args:
@@ -140,7 +141,7 @@ class RNN(nn.Module):
             implementation=self.implementation,
         )
 
-    def step(self, carry: Any, x: Any) -> tuple[Any, Any]:
+    def step(self, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         """One step without noise: the new carry, and y. A carry of None starts fresh.
 
         Examples:
@@ -154,7 +155,7 @@ class RNN(nn.Module):
         """
         return step(self.cell, self.params(), carry, x, implementation=self.implementation)
 
-    def params(self) -> Any:
+    def params(self) -> PyTree:
         """The params as the cell takes them, for the functions of jaxrnn."""
         names = [name for name in bridge.top_names(self.cell) if self.has_variable("params", name)]
         return to_params(self.cell, {name: nn.meta.unbox(self.get_variable("params", name)) for name in names})
@@ -202,7 +203,7 @@ class LinenCell(FlaxCell):
         object.__setattr__(self, "module", self.module.clone(parent=None, name=None))
         FlaxCell.__post_init__(self)
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Named:
         """The module's own params, drawn as it draws them, in `dtype`."""
 
         def once(module, x):

@@ -19,6 +19,7 @@ from jaxrnn.engines.walk import Implementation
 from jaxrnn.flax import bridge
 from jaxrnn.flax.bridge import FlaxCarry, FlaxCell, from_params, to_params
 from jaxrnn.sequence import step
+from jaxrnn.typing import Bools, DTypeLike, Integers, PyTree
 
 __all__ = ["RNN", "FlaxCarry", "NNXCell", "from_nnx", "from_params", "to_params"]
 
@@ -66,13 +67,13 @@ class RNN(nnx.Module):
         cell: Cell,
         *,
         rngs: nnx.Rngs | None = None,
-        params: Any = None,
+        params: PyTree = None,
         time_major: bool = False,
         reverse: bool = False,
         remat_every: int | None = None,
         implementation: Implementation = None,
         deterministic: bool | None = False,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rng_collection: str = "dropout",
     ):
         if rngs is not None and not isinstance(rngs, nnx.Rngs):
@@ -94,15 +95,15 @@ class RNN(nnx.Module):
 
     def __call__(
         self,
-        xs: Any,
+        xs: PyTree,
         *,
-        seq_lengths: Any = None,
-        mask: Any = None,
-        reset: Any = None,
+        seq_lengths: Integers | None = None,
+        mask: Bools | None = None,
+        reset: Bools | None = None,
         initial_carry: Any = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
-    ) -> Any:
+    ) -> PyTree:
         """The outputs of a sequence: `scan` without the carry."""
         return self.scan(
             xs,
@@ -116,15 +117,15 @@ class RNN(nnx.Module):
 
     def scan(
         self,
-        xs: Any,
+        xs: PyTree,
         *,
-        seq_lengths: Any = None,
-        mask: Any = None,
-        reset: Any = None,
+        seq_lengths: Integers | None = None,
+        mask: Bools | None = None,
+        reset: Bools | None = None,
         initial_carry: Any = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[PyTree, PyTree]:
         """The final carry and the outputs of a sequence, by `jaxrnn.scan`.
 
         Args:
@@ -157,7 +158,7 @@ class RNN(nnx.Module):
             implementation=self.implementation,
         )
 
-    def step(self, carry: Any, x: Any) -> tuple[Any, Any]:
+    def step(self, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         """One step without noise: the new carry, and y. A carry of None starts fresh.
 
         Examples:
@@ -171,7 +172,7 @@ class RNN(nnx.Module):
         """
         return step(self.cell, self.params(), carry, x, implementation=self.implementation)
 
-    def params(self) -> Any:
+    def params(self) -> PyTree:
         """The params as the cell takes them, for the functions of jaxrnn; `RNN(cell, params=...)` is the way back."""
         tree = {name: getattr(self, name) for name in bridge.top_names(self.cell)}
         return to_params(self.cell, jax.tree.map(lambda p: p[...], tree, is_leaf=lambda p: isinstance(p, nnx.Param)))
@@ -216,10 +217,10 @@ class NNXCell(FlaxCell):
 
     graphdef: nnx.GraphDef
     input_size: int | tuple[int, ...]
-    shapes: tuple[tuple[tuple[Any, ...], tuple[int, ...], str], ...]
+    shapes: tuple[tuple[tuple[PyTree, ...], tuple[int, ...], str], ...]
     create: Callable[[nnx.Rngs], nnx.Module] | None = None
 
-    def init(self, key: Array, dtype: Any = jnp.float32) -> dict[Any, Any]:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> dict[PyTree, PyTree]:
         """The params of a module that `create` builds, in `dtype`.
 
         Raises:
@@ -253,7 +254,7 @@ class NNXCell(FlaxCell):
         with jax.numpy_dtype_promotion("standard"):
             return self._module(params)(carry, x)
 
-    def _module(self, params: Any) -> Any:
+    def _module(self, params: PyTree) -> PyTree:
         return nnx.merge(self.graphdef, nnx.State(params))
 
     def __repr__(self):
@@ -266,7 +267,7 @@ def from_nnx(
     input_size: int | tuple[int, ...] | None = None,
     *,
     create: Callable[[nnx.Rngs], nnx.Module] | None = None,
-) -> tuple[NNXCell, dict[Any, Any]]:
+) -> tuple[NNXCell, dict[PyTree, PyTree]]:
     """An NNX cell as a cell and its params: the module's graph definition, and its state.
 
     Random streams that the module holds are left behind: a step that draws from one raises Flax's own error.
@@ -295,12 +296,12 @@ def from_nnx(
     if size is None:
         raise TypeError(f"input_size: expected the size of one x, since {type(module).__name__} has no in_features")
     graphdef, params = _split(module)
-    leaves: dict[tuple[Any, ...], Any] = flatten_dict(params)
+    leaves: dict[tuple[PyTree, ...], PyTree] = flatten_dict(params)
     shapes = tuple((path, leaf.shape, leaf.dtype.name) for path, leaf in leaves.items())
     return NNXCell(graphdef, size, shapes, create), params
 
 
-def _split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
+def _split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[PyTree, PyTree]]:
     """The graph definition without random streams, and the params as nested dicts."""
     module = nnx.clone(module)
     for _, part in nnx.iter_modules(module):

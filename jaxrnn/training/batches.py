@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import check
+from jaxrnn.typing import Foreign, Named, PyTree
 
 
 class Batch(NamedTuple):
@@ -21,11 +22,11 @@ class Batch(NamedTuple):
     lengths: None or integers (B,). mask, reset: None or bool (B, T). As in `jaxrnn.scan`, with `time_axis=1`.
     """
 
-    xs: Any
-    targets: Any = None
-    lengths: Any = None
-    mask: Any = None
-    reset: Any = None
+    xs: PyTree
+    targets: PyTree = None
+    lengths: PyTree = None
+    mask: PyTree = None
+    reset: PyTree = None
 
 
 class Source(Protocol):
@@ -37,15 +38,15 @@ class Source(Protocol):
     number of batches per epoch also has `__len__`.
     """
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[PyTree]:
         """The batches that remain of the current epoch, pytrees of NumPy arrays."""
         ...
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Named:
         """The position after the last batch that was given, as a JSON value."""
         ...
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Named) -> None:
         """Goes to the position that `state()` told."""
         ...
 
@@ -67,18 +68,18 @@ class Epochs(ABC):
         """The number of batches in every epoch."""
 
     @abstractmethod
-    def plan(self, epoch: int) -> Sequence[Any]:
+    def plan(self, epoch: int) -> Sequence[PyTree]:
         """One entry per batch of the epoch, in order."""
 
     @abstractmethod
-    def batch(self, entry: Any) -> Any:
+    def batch(self, entry: Foreign) -> PyTree:
         """The batch of one entry of a plan."""
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Named:
         """What the order of the batches depends on, as a JSON value."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[PyTree]:
         epoch = self.epoch
         plan = self.plan(epoch)
         while self.epoch == epoch and self.position < len(plan):
@@ -88,10 +89,10 @@ class Epochs(ABC):
         if self.epoch == epoch:
             self.epoch, self.position = epoch + 1, 0
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Named:
         return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Named) -> None:
         identity = self._identity()
         if not isinstance(state, dict) or set(state) != {"epoch", "position", *identity}:
             raise ValueError(f"state: expected a state of {identity['source']}, got {state!r}")
@@ -103,7 +104,7 @@ class Epochs(ABC):
             raise ValueError(f"state: no position in epochs of {len(self)} batches: epoch {epoch}, position {position}")
         self.epoch, self.position = epoch, position
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> Named:
         return {"source": type(self).__name__, **self.identity()}
 
 
@@ -133,7 +134,7 @@ class Arrays(Epochs):
     """
 
     def __init__(
-        self, data: Any, batch_size: int, *, key: Any = None, shuffle: bool = True, drop_last: bool = False
+        self, data: PyTree, batch_size: int, *, key: Any = None, shuffle: bool = True, drop_last: bool = False
     ) -> None:
         self.data, self.size = host(data, "data")
         self.batch_size = check.integer("batch_size", batch_size)
@@ -151,14 +152,14 @@ class Arrays(Epochs):
         order = permutation(self.size, self.key, epoch)
         return [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
 
-    def batch(self, entry: np.ndarray) -> Any:
+    def batch(self, entry: np.ndarray) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[entry], self.data)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Named:
         return {"size": self.size, "batch_size": self.batch_size, "drop_last": int(self.drop_last), "key": self.key}
 
 
-def host(tree: Any, name: str) -> tuple[Any, int]:
+def host(tree: PyTree, name: str) -> tuple[PyTree, int]:
     """The tree with NumPy leaves, and the length of their common leading axis. A list is taken for an array."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_list)
     if not leaves:
@@ -188,12 +189,12 @@ def as_array(value: Any, name: str) -> np.ndarray:
     return array
 
 
-def is_list(node: Any) -> bool:
+def is_list(node: Foreign) -> bool:
     """Whether a node of a tree is a list."""
     return isinstance(node, list)
 
 
-def check_valid(lengths: Any, mask: Any, rows: int, steps: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+def check_valid(lengths: PyTree, mask: PyTree, rows: int, steps: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Lengths, int32 (N,), or a mask, bool (N, T), of so many rows and steps, in NumPy."""
     if lengths is not None and mask is not None:
         raise ValueError("mask: expected lengths or mask, got both")

@@ -22,6 +22,7 @@ from jaxrnn.training.identity import checksum, difference
 from jaxrnn.training.lock import NAME as LOCK
 from jaxrnn.training.lock import Held, Lock
 from jaxrnn.training.step import Best, TrainState
+from jaxrnn.typing import Named, PyTree
 
 MARK = "jaxrnn-run.json"
 FORMAT = 2
@@ -137,7 +138,7 @@ class Saver:
 
 
 def _read(
-    manager: Any, directory: Path, like: TrainState, step: int | None, check: Callable[[dict[str, Any]], None]
+    manager: Any, directory: Path, like: TrainState, step: int | None, check: Callable[[Named], None]
 ) -> Restored | None:
     """The run at `step`, or the last one saved; None where there is none. `like` has its structure and shapes."""
     import orbax.checkpoint as ocp
@@ -182,7 +183,7 @@ def _read(
     return Restored(state._replace(data=about["data"]), record, about["start"])
 
 
-def _text_checksum(about: dict[str, Any]) -> int:
+def _text_checksum(about: Named) -> int:
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
@@ -314,11 +315,11 @@ def _is_key(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
+def _named(tree: PyTree) -> list[tuple[str, PyTree]]:
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _pack(tree: Any) -> tuple[dict[str, np.ndarray], list[Leaf]]:
+def _pack(tree: PyTree) -> tuple[dict[str, np.ndarray], list[Leaf]]:
     """The leaves as plain arrays, and what is written down of them; empty ones are only written down."""
     arrays, leaves = {}, []
     for k, (path, leaf) in enumerate(_named(tree)):
@@ -338,7 +339,7 @@ def _abstract(leaves: list[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, Any], where: str) -> Any:
+def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, PyTree], where: str) -> PyTree:
     """The tree of `target`'s structure; raises where path, shape, dtype or checksum is another."""
     other = f"{where} is of another model, optimizer or setting"
     wanted = _named(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.core
@@ -14,6 +14,7 @@ import numpy as np
 from jaxrnn.training.feeding import as_source, checked
 from jaxrnn.training.losses import CellLoss
 from jaxrnn.training.step import make_eval
+from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
 class Validation(NamedTuple):
@@ -24,7 +25,7 @@ class Validation(NamedTuple):
     params of its stopping step while the others go on.
     """
 
-    data: Any
+    data: PyTree
     monitor: str = "loss"
     maximize: bool = False
     patience: int | None = None
@@ -32,14 +33,14 @@ class Validation(NamedTuple):
 
 def evaluate(
     loss: Callable,
-    params: Any,
-    data: Any,
+    params: PyTree,
+    data: PyTree,
     *,
     batch_size: int | None = None,
-    carry: Any = None,
-    compute_dtype: Any = None,
+    carry: PyTree = None,
+    compute_dtype: DTypeLike | None = None,
     members: bool = False,
-) -> dict[str, Any]:
+) -> Named:
     """The metrics of `loss` over all of `data`, without noise, every batch counting by its weight.
 
     Args:
@@ -113,7 +114,7 @@ def _step(loss, compute_dtype, *, members: bool):
     return jax.jit(jax.vmap(step, in_axes=(0, 0, None)) if members else step)
 
 
-def check_members(params: Any) -> None:
+def check_members(params: PyTree) -> None:
     """Every leaf has the same number of members first."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
@@ -124,12 +125,12 @@ def check_members(params: Any) -> None:
             )
 
 
-def iter_once(data: Any) -> bool:
+def iter_once(data: PyTree) -> bool:
     """Whether `data` is an iterator, which is used up by one pass."""
     return hasattr(type(data), "__next__")
 
 
-def to_host(array: Any) -> Any:
+def to_host(array: PyTree) -> PyTree:
     """`array` in NumPy, unless it is being traced."""
     return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrnn.training.batches import Arrays, Epochs, as_array, is_list
 from jaxrnn.training.losses import CellLoss
+from jaxrnn.typing import Foreign, Named, PyTree
 
 
 class Group(NamedTuple):
@@ -23,7 +24,7 @@ class Group(NamedTuple):
 class Listed(Epochs):
     """A list of batches as a source, in its order."""
 
-    def __init__(self, batches: Sequence[Any], name: str):
+    def __init__(self, batches: Sequence[PyTree], name: str):
         if not batches:
             raise ValueError(f"{name}: expected at least one batch, got an empty list")
         self.batches = batches
@@ -31,23 +32,23 @@ class Listed(Epochs):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def plan(self, epoch: int) -> Sequence[Any]:
+    def plan(self, epoch: int) -> Sequence[PyTree]:
         return self.batches
 
-    def batch(self, entry: Any) -> Any:
+    def batch(self, entry: Foreign) -> PyTree:
         return entry
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Named:
         return {"size": len(self.batches)}
 
 
 class Plain:
     """Any iterable of batches; it cannot say where it stands."""
 
-    def __init__(self, batches: Iterable[Any]):
+    def __init__(self, batches: Iterable[PyTree]):
         self.batches = batches
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[PyTree]:
         empty = True
         for batch in self.batches:
             empty = False
@@ -58,14 +59,14 @@ class Plain:
     def state(self) -> None:
         return None
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: PyTree) -> None:
         raise ValueError(
             "data: a plain iterable cannot go on from a checkpoint; pass arrays, a list of batches, or a source with "
             "state() and restore()"
         )
 
 
-def as_source(name: str, data: Any, batch_size: int | None, key: Any, shuffle: bool) -> Any:
+def as_source(name: str, data: PyTree, batch_size: int | None, key: Any, shuffle: bool) -> PyTree:
     """`data` as a source: arrays and pytrees of arrays are cut into batches; lists and iterables are of batches."""
     if callable(getattr(data, "state", None)) and callable(getattr(data, "restore", None)):
         return data
@@ -80,7 +81,7 @@ def as_source(name: str, data: Any, batch_size: int | None, key: Any, shuffle: b
     raise TypeError(f"{name}: expected arrays, a tuple or dict of arrays, or batches, got {type(data).__name__}")
 
 
-def as_batch(batch: Any) -> Any:
+def as_batch(batch: PyTree) -> PyTree:
     """A batch with NumPy arrays for leaves, those of PyTorch among others.
 
     PyTorch's loaders make a list of what was a tuple, so a list of arrays is a tuple; a list of numbers is an array.
@@ -94,7 +95,7 @@ def as_batch(batch: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, batch, is_leaf=is_list)
 
 
-def checked(loss: Callable, source: Any, name: str = "targets") -> Callable[[Any], Any]:
+def checked(loss: Callable, source: Foreign, name: str = "targets") -> Callable[[PyTree], PyTree]:
     """`batch -> batch` of NumPy arrays, whose targets `loss` can learn from; what is known now is checked at once."""
 
     def take(batch):
@@ -114,12 +115,12 @@ def checked(loss: Callable, source: Any, name: str = "targets") -> Callable[[Any
     return as_batch
 
 
-def groups(source: Any, size: int, take: Callable[[Any], Any] = as_batch) -> Iterator[Group]:
+def groups(source: Foreign, size: int, take: Callable[[PyTree], PyTree] = as_batch) -> Iterator[Group]:
     """The batches that remain of the epoch, `size` at a time where their shapes agree; the rest is filled up.
 
     `take` makes NumPy arrays of a batch.
     """
-    held: list[Any] = []
+    held: list[PyTree] = []
     position = None
 
     def stack():
@@ -138,6 +139,6 @@ def groups(source: Any, size: int, take: Callable[[Any], Any] = as_batch) -> Ite
         yield stack()
 
 
-def _shapes(batch: Any):
+def _shapes(batch: PyTree):
     leaves, structure = jax.tree.flatten(batch)
     return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -21,6 +21,7 @@ from jaxrnn.training.history import BadStep, History, empty_history
 from jaxrnn.training.identity import run_identity
 from jaxrnn.training.progress import on_screen
 from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
+from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
 
 class NonFiniteError(FloatingPointError):
@@ -37,7 +38,7 @@ class NonFiniteError(FloatingPointError):
 def fit(
     loss: Callable,
     state: TrainState,
-    data: Any,
+    data: PyTree,
     *,
     optimizer: optax.GradientTransformation,
     epochs: int,
@@ -47,7 +48,7 @@ def fit(
     validation: Any = None,
     nonfinite: Literal["raise", "skip", "stop"] = "raise",
     accumulate: int = 1,
-    compute_dtype: Any = None,
+    compute_dtype: DTypeLike | None = None,
     steps_per_call: int = 16,
     checkpoints: Any = None,
     progress: Any = None,
@@ -203,7 +204,7 @@ def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *
     return judge
 
 
-def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
+def _check_state(state: PyTree, optimizer: optax.GradientTransformation) -> None:
     if not isinstance(state, TrainState):
         raise TypeError(f"state: expected a TrainState, as train_state makes it, got {type(state).__name__}")
     expected = jax.tree.structure(jax.eval_shape(optimizer.init, state.params))
@@ -289,7 +290,7 @@ def _no_best(state: TrainState, maximize: bool) -> Best:
     return Best(jax.tree.map(jnp.copy, state.params), worst, jnp.copy(state.step), jnp.zeros_like(state.step))
 
 
-def _go_to(source: Any, position: Any) -> int:
+def _go_to(source: Foreign, position: Any) -> int:
     """Puts the source where `position` says: the epoch."""
     if position is None:
         return 0
@@ -305,7 +306,7 @@ def _steps(state: TrainState) -> int:
     return int(np.max(state.step))
 
 
-def _names(params: Any) -> list[str]:
+def _names(params: PyTree) -> list[str]:
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return ["the loss", *(f"the gradient of params{path}" for path in paths)]
 

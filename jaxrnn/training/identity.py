@@ -20,6 +20,7 @@ import jaxrnn
 from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.training.batches import Epochs
+from jaxrnn.typing import PyTree
 
 SAMPLE = 2**30
 """Of an array of more bytes, evenly spaced rows of so many in all are read."""
@@ -62,7 +63,7 @@ def _lines(name: str, value: Any, above: tuple[int, ...], *, own: bool = False) 
     if id(value) in above:
         return
     below, inside = (*above, id(value)), False
-    children: Iterator[tuple[str, Any]] = iter(())
+    children: Iterator[tuple[str, PyTree]] = iter(())
     match value:
         case None | bool() | int() | float() | complex() | str() | bytes() | np.generic() | np.dtype():
             text = repr(value)
@@ -103,14 +104,14 @@ def _name_of(thing: Any) -> str:
     return f"{getattr(thing, '__module__', None) or ''}.{getattr(thing, '__qualname__', thing.__name__)}".lstrip(".")
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
+def _items(value: Any) -> Iterator[tuple[str, PyTree]]:
     if isinstance(value, dict):
         return ((f"[{key!r}]", value[key]) for key in value if isinstance(key, (str, int)))
     names = getattr(value, "_fields", None)
     return ((f".{names[k]}" if names else f"[{k}]", each) for k, each in enumerate(value))
 
 
-def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+def _fields(value: Any) -> Iterator[tuple[str, PyTree]]:
     """The attributes of an object, but not where in its data a source stands, and what it does when it is called."""
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
@@ -121,7 +122,7 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
         yield ".__call__", type(value).__call__
 
 
-def _read_by(function: types.FunctionType, own: bool) -> Iterator[tuple[str, Any]]:
+def _read_by(function: types.FunctionType, own: bool) -> Iterator[tuple[str, PyTree]]:
     """What a function reads beside its arguments."""
     yield from ((f".{name}", value) for name, value in (function.__kwdefaults__ or {}).items())
     yield from ((f".defaults[{k}]", value) for k, value in enumerate(function.__defaults__ or ()))

@@ -19,6 +19,7 @@ from jaxrnn.engines.walk import Implementation
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import Batch
 from jaxrnn.training.targets import Check, chances, classes, finite, is_chance
+from jaxrnn.typing import PyTree
 
 
 class Mean(NamedTuple):
@@ -32,7 +33,7 @@ class Mean(NamedTuple):
     """
 
     total: Any
-    weight: Any
+    weight: PyTree
 
     @property
     def value(self) -> Array:
@@ -43,7 +44,7 @@ class Perplexity(NamedTuple):
     """exp of a mean cross-entropy: value = exp(total / weight)."""
 
     total: Any
-    weight: Any
+    weight: PyTree
 
     @property
     def value(self) -> Array:
@@ -280,10 +281,10 @@ class CellLoss:
     cell: Cell
     errors: tuple[Callable, ...]
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, *arguments: Any, **keywords: Any) -> PyTree:
         return self.function(*arguments, **keywords)
 
-    def check(self, batch: Any, name: str = "targets") -> None:
+    def check(self, batch: PyTree, name: str = "targets") -> None:
         """Raises where the targets of a batch of NumPy arrays are none for its errors. Padding is not looked at."""
         batch = _as_batch(self.cell, batch)
         if not isinstance(batch.targets, np.ndarray):
@@ -306,7 +307,7 @@ CHECKS: dict[Callable, Check] = {
 }
 
 
-def valid_steps(batch: Batch, xp: Any = jnp) -> Any:
+def valid_steps(batch: Batch, xp: Any = jnp) -> PyTree:
     """The steps that are no padding, bool (B, T), or None for all; `xp` is jax.numpy or numpy."""
     if batch.lengths is None:
         return None if batch.mask is None else xp.asarray(batch.mask)
@@ -314,7 +315,7 @@ def valid_steps(batch: Batch, xp: Any = jnp) -> Any:
     return time[None] < xp.asarray(batch.lengths)[:, None]
 
 
-def _as_batch(cell: Cell, batch: Any) -> Batch:
+def _as_batch(cell: Cell, batch: PyTree) -> Batch:
     if type(batch) is tuple and len(batch) == 2:
         batch = Batch(*batch)
     if not isinstance(batch, Batch):
@@ -326,7 +327,7 @@ def _as_batch(cell: Cell, batch: Any) -> Batch:
     return batch
 
 
-def check_axes(cell: Cell, xs: Any) -> None:
+def check_axes(cell: Cell, xs: PyTree) -> None:
     """xs has batch and time axes in front of those of one step."""
     for leaf, ndim in zip(jax.tree.leaves(xs), jax.tree.leaves(cell.input_ndim), strict=False):
         if jnp.ndim(leaf) < ndim + 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.core
@@ -17,18 +16,19 @@ from jaxrnn.training.batches import check_valid, host
 from jaxrnn.training.evaluation import check_members, to_host
 from jaxrnn.training.losses import check_axes
 from jaxrnn.training.ragged import Bucketed, bucket, pad
+from jaxrnn.typing import Bools, Integers, PyTree
 
 
 def predict(
     cell: Cell,
-    params: Any,
-    xs: Any,
+    params: PyTree,
+    xs: PyTree,
     *,
-    lengths: Any = None,
-    mask: Any = None,
+    lengths: Integers | None = None,
+    mask: Bools | None = None,
     batch_size: int = 128,
     members: bool = False,
-) -> Any:
+) -> PyTree:
     """What `cell` puts out for every row of `xs`, without noise.
 
     Args:
@@ -141,7 +141,7 @@ def _of_list(cell, run, sequences, batch_size, members):
     if cell.ends_time:
         order = np.argsort(np.concatenate([part.indices for part in parts]))
         return jax.tree.map(lambda leaf: leaf[(*each, order)], _joined(outputs, members))
-    rows: list[Any] = [None] * len(sequences)
+    rows: list[PyTree] = [None] * len(sequences)
     for (indices, _, lengths), ys in zip(parts, outputs, strict=True):
         for k, (index, length) in enumerate(zip(indices, lengths, strict=True)):
             rows[index] = jax.tree.map(lambda leaf: leaf[(*each, k, slice(length))], ys)  # noqa: B023

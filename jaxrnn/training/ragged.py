@@ -20,9 +20,10 @@ from jaxrnn.training.batches import (
     order_key,
     permutation,
 )
+from jaxrnn.typing import Bools, Integers, Named, PyTree
 
 
-def pad(sequences: Sequence[Any], *, length: int | None = None, value: float = 0) -> tuple[Any, np.ndarray]:
+def pad(sequences: Sequence[PyTree], *, length: int | None = None, value: float = 0) -> tuple[PyTree, np.ndarray]:
     """Sequences of different lengths as one array, and their lengths.
 
     Args:
@@ -56,7 +57,7 @@ def pad(sequences: Sequence[Any], *, length: int | None = None, value: float = 0
     return _pad(sequences, length, value), lengths
 
 
-def unpad(padded: Any, lengths: Any = None, *, mask: Any = None) -> list:
+def unpad(padded: Any, lengths: Integers | None = None, *, mask: Bools | None = None) -> list:
     """The sequences that `pad` put into one array: `[row[:length] for row, length in zip(padded, lengths)]`.
 
     Args:
@@ -79,9 +80,12 @@ def unpad(padded: Any, lengths: Any = None, *, mask: Any = None) -> list:
             name = f"padded{jax.tree_util.keystr(path)}"
             raise ValueError(f"{name}: expected (N, T, ...), the same T everywhere, got shape {leaf.shape}")
     lengths, mask = check_valid(lengths, mask, size, leaves[0][1].shape[1])
-    if lengths is None and mask is None:
+    if lengths is not None:
+        kept = [slice(n) for n in lengths.tolist()]
+    elif mask is not None:
+        kept = list(mask)
+    else:
         raise ValueError("lengths: expected integers, or a mask in their place, got None")
-    kept = list(mask) if lengths is None else [slice(n) for n in lengths.tolist()]
     return [jax.tree.map(lambda leaf: leaf[k, steps], padded) for k, steps in enumerate(kept)]  # noqa: B023
 
 
@@ -89,11 +93,11 @@ class Bucketed(NamedTuple):
     """Sequences padded to one length: which they are, (B,); the padded, (B, T, ...); their lengths, (B,)."""
 
     indices: np.ndarray
-    xs: Any
+    xs: PyTree
     lengths: np.ndarray
 
 
-def bucket(sequences: Sequence[Any], batch_size: int, *, buckets: int | Sequence[int] = 4) -> list[Bucketed]:
+def bucket(sequences: Sequence[PyTree], batch_size: int, *, buckets: int | Sequence[int] = 4) -> list[Bucketed]:
     """All sequences in padded batches of few shapes, the shortest first, each with its place in `sequences`.
 
     Args:
@@ -151,8 +155,8 @@ class Buckets(Epochs):
 
     def __init__(
         self,
-        sequences: Sequence[Any],
-        targets: Any,
+        sequences: Sequence[PyTree],
+        targets: PyTree,
         batch_size: int,
         *,
         key: Any = None,
@@ -199,18 +203,18 @@ class Buckets(Epochs):
             targets = jax.tree.map(lambda leaf: leaf[rows], self.targets)
         return Batch(xs, targets, self.lengths[rows])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Named:
         size, boundaries = len(self.lengths), list(self.boundaries)
         return {"size": size, "batch_size": self.batch_size, "boundaries": boundaries, "key": self.key}
 
 
-def concatenate(sequences: Sequence[Any], name: str) -> tuple[Any, np.ndarray]:
+def concatenate(sequences: Sequence[PyTree], name: str) -> tuple[PyTree, np.ndarray]:
     """Sequences one after another, (Σ T_i, ...), and their lengths."""
     sequences, lengths = _sequences(sequences, name)
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *sequences), lengths
 
 
-def _sequences(sequences: Sequence[Any], name: str) -> tuple[list[Any], np.ndarray]:
+def _sequences(sequences: Sequence[PyTree], name: str) -> tuple[list[PyTree], np.ndarray]:
     """The sequences as pytrees of NumPy arrays that fit together, and their lengths."""
     if not isinstance(sequences, (list, tuple)) or not sequences:
         raise ValueError(f"{name}: expected a list of at least one sequence, got {type(sequences).__name__}")
@@ -243,7 +247,7 @@ def _sequences(sequences: Sequence[Any], name: str) -> tuple[list[Any], np.ndarr
     return [jax.tree.unflatten(structure, row) for row in rows], lengths
 
 
-def _targets(targets: Any, lengths: np.ndarray) -> Any:
+def _targets(targets: PyTree, lengths: np.ndarray) -> PyTree:
     if targets is None:
         return None
     if isinstance(targets, list):
@@ -265,7 +269,7 @@ def _targets(targets: Any, lengths: np.ndarray) -> Any:
     return targets
 
 
-def _pad(sequences: list[Any], length: int, value: float) -> Any:
+def _pad(sequences: list[PyTree], length: int, value: float) -> PyTree:
     def padded(*arrays: np.ndarray) -> np.ndarray:
         dtype = arrays[0].dtype
         with np.errstate(invalid="ignore"):

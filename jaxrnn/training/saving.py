@@ -25,6 +25,7 @@ import jaxrnn
 from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import on_device
+from jaxrnn.typing import Foreign, Named, PyTree, WithParams
 
 FORMAT, VERSION = "jaxrnn", 1
 INDEX = "cell.json"
@@ -41,7 +42,7 @@ DTYPES = {name: jnp.dtype(name) for name in _NAMES.split()}
 KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
-def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
+def save(path: str | os.PathLike, cell: Cell, params: PyTree) -> None:
     """Writes a model to the directory `path`, for `load`.
 
     The directory holds `cell.json`, the cell's fields and the index of the params, and one file of the params' bytes,
@@ -104,7 +105,7 @@ def save(path: str | os.PathLike, cell: Cell, params: Any) -> None:
             os.remove(os.path.join(path, other))
 
 
-def load(path: str | os.PathLike, *, cells: Sequence[type[Cell]] = ()) -> tuple[Cell, Any]:
+def load(path: str | os.PathLike, *, cells: Sequence[type[Cell]] = ()) -> WithParams:
     """The cell and the params that `save` wrote to `path`.
 
     A file can name only cells of jaxrnn, and those that `cells` lists. It says nothing but the values of their fields,
@@ -152,7 +153,7 @@ def load(path: str | os.PathLike, *, cells: Sequence[type[Cell]] = ()) -> tuple[
         raise ValueError(f"{path}: {error}") from error
 
 
-def _encode(value: Any, name: str) -> Any:
+def _encode(value: Any, name: str) -> PyTree:
     """A field's value as JSON: a cell as an object with its class, an infinite number or NaN as one with a string."""
     if value is None or type(value) in (bool, int, str):
         return value
@@ -172,7 +173,7 @@ def _encode(value: Any, name: str) -> Any:
     )
 
 
-def _decode(value: Any, known: dict[str, type[Cell]]) -> Any:
+def _decode(value: Any, known: dict[str, type[Cell]]) -> PyTree:
     """The inverse of `_encode`."""
     match value:
         case None | bool() | int() | float() | str():
@@ -216,15 +217,15 @@ def _known(cells: Sequence[type[Cell]]) -> dict[str, type[Cell]]:
     return known
 
 
-def _shapes(cell: Cell) -> Any:
+def _shapes(cell: Cell) -> PyTree:
     return jax.eval_shape(cell.init, jax.random.key(0))
 
 
-def _leaves(tree: Any):
+def _leaves(tree: PyTree):
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
 
 
-def _matched(cell: Cell, expected: Any, params: Any) -> Iterator[tuple[str, Any, Any]]:
+def _matched(cell: Cell, expected: Any, params: PyTree) -> Iterator[tuple[str, PyTree, PyTree]]:
     """The name of each leaf, what `cell.init` has there, and what `params` have, which fits."""
     (wanted, structure), (given, given_structure) = _leaves(expected), _leaves(params)
     if structure != given_structure:
@@ -245,7 +246,7 @@ def _named(path: Any) -> str:
     return f"params{jax.tree_util.keystr(path)}"
 
 
-def _members(leaves: Iterable[tuple[Any, Any]]) -> tuple[int, ...]:
+def _members(leaves: Iterable[tuple[PyTree, PyTree]]) -> tuple[int, ...]:
     """(M,) where the first array has an axis of members in front of the shape that is wanted, else ()."""
     for want, have in leaves:
         if want is not None and have is not None:
@@ -264,7 +265,7 @@ def _check_leaf(name: str, members: tuple[int, ...], want: Any, have: Any) -> No
         raise ValueError(f"{name}: expected a dtype of the kind of {want.dtype}, got {have.dtype}")
 
 
-def _to_host(leaf: Any, name: str) -> np.ndarray:
+def _to_host(leaf: PyTree, name: str) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         raise ValueError(f"{name}: expected an array that this process can read, got one spread over several")
     array = np.asarray(leaf)
@@ -314,7 +315,7 @@ def _open(path: str, name: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def _read_index(path: str) -> dict[str, Any]:
+def _read_index(path: str) -> Named:
     with _open(path, INDEX) as file:
         text = file.read(INDEX_LIMIT + 1)
     if len(text) > INDEX_LIMIT:
@@ -336,7 +337,7 @@ def _read_index(path: str) -> dict[str, Any]:
     return index
 
 
-def _read_arrays(path: str, index: dict[str, Any], cell: Cell, expected: Any) -> Any:
+def _read_arrays(path: str, index: Named, cell: Cell, expected: Any) -> PyTree:
     """The params, in the structure of `expected`; all is checked before the first array is read."""
     wanted, structure = _leaves(expected)
     name, entries = index["arrays"], index["params"]
@@ -377,7 +378,7 @@ class _Entry(NamedTuple):
     dtype: np.dtype
 
 
-def _entry(path: Any, entry: Any) -> _Entry | None:
+def _entry(path: Any, entry: Foreign) -> _Entry | None:
     """A leaf of the params; None where the leaf is."""
     match entry:
         case None:

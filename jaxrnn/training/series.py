@@ -9,9 +9,10 @@ import numpy as np
 from jaxrnn import check
 from jaxrnn.engines.arrays import cast, inexact, lifted
 from jaxrnn.training.batches import as_array
+from jaxrnn.typing import PyTree
 
 
-def windows(series: Any, length: int, horizon: int, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def windows(series: PyTree, length: int, horizon: int, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Every stretch of `length` steps of a series, and the `horizon` steps that follow it.
 
         xs[n] = series[n stride : n stride + length]
@@ -72,7 +73,7 @@ class Scaler(NamedTuple):
     scale: Any
 
     @staticmethod
-    def fit(series: Any) -> Scaler:
+    def fit(series: PyTree) -> Scaler:
         """Mean and standard deviation of every feature over all other axes, NaN left out.
 
         Fit on the part that the model is trained on, lest it know of what comes later. A feature that is constant there
@@ -104,17 +105,17 @@ class Scaler(NamedTuple):
         scale = np.where(least < most, scale, 1).astype(dtype)
         return Scaler(mean.astype(dtype), np.where(scale > 0, scale, np.ones_like(scale)))
 
-    def transform(self, xs: Any) -> Any:
+    def transform(self, xs: PyTree) -> PyTree:
         """(xs − mean) / scale, of NumPy or JAX arrays (..., D), in the dtype of xs if it is floating."""
         mean, scale = self._like(xs)
         return (xs - mean) / scale
 
-    def inverse(self, zs: Any) -> Any:
+    def inverse(self, zs: Any) -> PyTree:
         """zs scale + mean."""
         mean, scale = self._like(zs)
         return zs * scale + mean
 
-    def inverse_scale(self, deviations: Any) -> Any:
+    def inverse_scale(self, deviations: Any) -> PyTree:
         """deviations scale: standard deviations, or differences, in the units of the series."""
         return deviations * self._like(deviations)[1]
 

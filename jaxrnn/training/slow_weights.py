@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from jaxrnn.cell import Cell
+from jaxrnn.typing import PyTree
 
 
-def labels(cell: Cell, params: Any) -> Any:
+def labels(cell: Cell, params: PyTree) -> PyTree:
     """ "slow" or "regular" for every parameter, for `optax.multi_transform`.
 
     Slow are those that eigenvalues, decays and step lengths are made of, as the cell's class says in `slow_weights`: a

@@ -14,12 +14,13 @@ from jaxrnn import check
 from jaxrnn.engines.arrays import accumulator, cast, inexact, select
 from jaxrnn.training.batches import Batch
 from jaxrnn.training.losses import Mean
+from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
 class Best(NamedTuple):
     """The params of the best validation, its value and step, and how many validations since were no better."""
 
-    params: Any
+    params: PyTree
     value: Any
     step: Array
     stale: Array
@@ -39,17 +40,19 @@ class TrainState(NamedTuple):
     With an axis of members in front of every leaf it is many models at once, see `fit`.
     """
 
-    params: Any
+    params: PyTree
     opt_state: Any
-    carry: Any
+    carry: PyTree
     step: Array
     key: Array
-    data: Any = None
+    data: PyTree = None
     best: Best | None = None
     stopped: Any = False
 
 
-def train_state(params: Any, optimizer: optax.GradientTransformation, key: Array, *, carry: Any = None) -> TrainState:
+def train_state(
+    params: PyTree, optimizer: optax.GradientTransformation, key: Array, *, carry: PyTree = None
+) -> TrainState:
     """The state before the first step.
 
     Args:
@@ -70,8 +73,12 @@ def train_state(params: Any, optimizer: optax.GradientTransformation, key: Array
 
 
 def make_step(
-    loss: Callable, optimizer: optax.GradientTransformation, *, accumulate: int = 1, compute_dtype: Any = None
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    compute_dtype: DTypeLike | None = None,
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Named]]:
     """`step(state, batch) -> (state, metrics)`, pure, to be jitted, vmapped or sharded by the caller.
 
     The metrics hold "gradient_norm" beside those of the loss.
@@ -105,7 +112,9 @@ def make_step(
     return step
 
 
-def make_eval(loss: Callable, *, compute_dtype: Any = None) -> Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]:
+def make_eval(
+    loss: Callable, *, compute_dtype: DTypeLike | None = None
+) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, Named]]:
     """`evaluate(params, carry, batch) -> (carry, metrics)` without noise; carry None for a loss that takes none.
 
     Examples:
@@ -221,7 +230,7 @@ def _cast_arrays(tree, dtype):
     return cast(jax.tree.map(jnp.asarray, tree), dtype)
 
 
-def _call(loss, params, carry, batch, key) -> tuple[Array, Any, dict[str, Any]]:
+def _call(loss, params, carry, batch, key) -> tuple[Array, PyTree, Named]:
     """(scalar, carry, metrics) of a loss of either kind."""
     result = loss(params, batch, key) if carry is None else loss(params, carry, batch, key)
     match result:
@@ -238,7 +247,7 @@ def _call(loss, params, carry, batch, key) -> tuple[Array, Any, dict[str, Any]]:
     return value, carry, _metrics(value, metrics)
 
 
-def _metrics(value: Array, metrics: dict[str, Any]) -> dict[str, Any]:
+def _metrics(value: Array, metrics: Named) -> Named:
     """The metrics with scalars as `Mean`s, and the loss among them."""
     metrics = {"loss": value, **metrics}
 

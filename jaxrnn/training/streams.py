@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from jaxrnn import check
 from jaxrnn.training.batches import Batch, Epochs, as_array, host
 from jaxrnn.training.ragged import concatenate
+from jaxrnn.typing import Named, PyTree
 
 
 class Streams(Epochs):
@@ -48,7 +48,7 @@ class Streams(Epochs):
       https://doi.org/10.1162/neco.1990.2.4.490.
     """
 
-    def __init__(self, xs: Any, targets: Any = None, *, streams: int, window: int, starts: Any = None) -> None:
+    def __init__(self, xs: PyTree, targets: PyTree = None, *, streams: int, window: int, starts: PyTree = None) -> None:
         self.streams, self.window = check.integer("streams", streams), check.integer("window", window)
         self.xs, lengths = _joined(xs, "xs")
         self.starts = _starts(starts, lengths, isinstance(xs, list))
@@ -100,11 +100,11 @@ class Streams(Epochs):
         targets = jax.tree.map(lambda leaf: read(leaf, at + self.shift), self.targets)
         return Batch(xs, targets, mask=mask, reset=reset)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Named:
         return {"size": int(self.rows[-1]), "streams": self.streams, "window": self.window}
 
 
-def _joined(tree: Any, name: str) -> tuple[Any, np.ndarray]:
+def _joined(tree: PyTree, name: str) -> tuple[PyTree, np.ndarray]:
     """One sequence, or documents as one, and the lengths."""
     if isinstance(tree, list):
         return concatenate(tree, name)
@@ -112,7 +112,7 @@ def _joined(tree: Any, name: str) -> tuple[Any, np.ndarray]:
     return tree, np.array([size])
 
 
-def _starts(starts: Any, lengths: np.ndarray, documents: bool) -> np.ndarray | None:
+def _starts(starts: PyTree, lengths: np.ndarray, documents: bool) -> np.ndarray | None:
     """Where documents begin, bool (L,), or None where there is a single one."""
     size = lengths.sum()
     if starts is None:
@@ -130,5 +130,5 @@ def _starts(starts: Any, lengths: np.ndarray, documents: bool) -> np.ndarray | N
     return starts
 
 
-def _kind(tree: Any, lengths: np.ndarray) -> str:
+def _kind(tree: PyTree, lengths: np.ndarray) -> str:
     return f"{len(lengths)} documents of {lengths.sum()} steps" if isinstance(tree, list) else f"{lengths[0]} steps"

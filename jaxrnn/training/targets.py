@@ -8,17 +8,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn.typing import DTypeLike, PyTree, Size
+
 Check = Callable[[str, np.ndarray, np.ndarray | None, Any], None]
 """`check(name, targets, mask, size)`: of the entries where `mask`, a prefix of the axes, is true; `size` is the number
 of predictions for each of them, None where it is not known. Wrong shapes are left to the error itself."""
 
 
-def rounding(dtype: Any) -> float:
+def rounding(dtype: DTypeLike) -> float:
     """How far a probability that was computed in this dtype may be off."""
     return float(jnp.finfo(dtype).eps) ** 0.5 if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
-def is_chance(targets: Any) -> Any:
+def is_chance(targets: PyTree) -> PyTree:
     """Where the targets, in NumPy or JAX, lie in [0, 1]."""
     slack = rounding(targets.dtype)
     if targets.dtype == bool:
@@ -26,13 +28,13 @@ def is_chance(targets: Any) -> Any:
     return (targets >= -slack) & (targets <= 1 + slack)
 
 
-def finite(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Any) -> None:
+def finite(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Size) -> None:
     """The targets are numbers, neither NaN nor infinite."""
     if jnp.issubdtype(targets.dtype, jnp.inexact):
         _require(np.isfinite(targets), name, "finite numbers", targets, mask)
 
 
-def chances(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Any) -> None:
+def chances(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Size) -> None:
     """The targets lie in [0, 1]."""
     _require(is_chance(targets), name, "0, 1 or a probability between", targets, mask)
 

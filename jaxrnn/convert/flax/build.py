@@ -19,9 +19,10 @@ from jaxrnn.convert.activations import function_of
 from jaxrnn.convert.cells import Placed
 from jaxrnn.convert.flax.layers import merge_function
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+from jaxrnn.typing import Foreign
 
 
-def build_module(model: Placed) -> Any:
+def build_module(model: Placed) -> Foreign:
     """The linen module that computes a cell, as far as there is one; what it does not compute, `_write` refuses."""
 
     cell, params = model.cell, model.params
@@ -51,7 +52,7 @@ def build_module(model: Placed) -> Any:
     return _build_rnn(model)
 
 
-def _build_rnn(model: Placed) -> Any:
+def _build_rnn(model: Placed) -> Foreign:
     cell, dtype = model.cell, next((leaf.dtype for leaf in jax.tree.leaves(model.params)), jnp.float32)
     match cell:
         case Elman():
@@ -67,5 +68,5 @@ def _build_rnn(model: Placed) -> Any:
     return nn.RNN(made)
 
 
-def _function(model: Placed, name: Any) -> Any:
+def _function(model: Placed, name: Any) -> Foreign:
     return function_of(name) or model.refuse(f"{name!r} is no activation of JAX")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxrnn.flax import bridge
 from jaxrnn.flax import linen as our_linen
 from jaxrnn.flax import nnx as our_nnx
 from jaxrnn.layers import Apply, Dropout
+from jaxrnn.typing import Foreign, PyTree
 
 
 class Fixed(NamedTuple):
@@ -43,15 +44,15 @@ class Reversed(NamedTuple):
     """A layer that runs from the end."""
 
     path: str
-    layer: Any
+    layer: Foreign
 
 
 class Both(NamedTuple):
     """Two layers that run in opposite directions."""
 
     path: str
-    forward: Any
-    backward: Any
+    forward: Foreign
+    backward: Foreign
     merge: str
 
 
@@ -59,17 +60,17 @@ class Sequence(NamedTuple):
     """Layers one after another."""
 
     path: str
-    layers: tuple[Any, ...]
+    layers: tuple[Foreign, ...]
 
 
 class _Walk(NamedTuple):
     """What the walk through a model needs: S of its images, and the modules that were met."""
 
-    spatial_shape: Any
+    spatial_shape: tuple[int, ...] | None
     met: set[int]
 
 
-def describe(module: Any, spatial_shape: Any = None) -> Any:
+def describe(module: Foreign, spatial_shape: tuple[int, ...] | None = None) -> PyTree:
     """The layers of a module.
 
     Raises:
@@ -82,7 +83,7 @@ def describe(module: Any, spatial_shape: Any = None) -> Any:
     return _cell(walk, "", module) if weights.is_cell(module) else _layer(walk, "", module)
 
 
-def _layer(walk: _Walk, path: str, module: Any) -> Any:
+def _layer(walk: _Walk, path: str, module: Foreign) -> PyTree:
     kind = type(module)
     if kind in _LAYERS:
         return _LAYERS[kind](walk, path, module)
@@ -93,38 +94,38 @@ def _layer(walk: _Walk, path: str, module: Any) -> Any:
     return Fixed(path, Apply(name_of(weights.place(path), module)))
 
 
-def _once(walk: _Walk, path: str, module: Any) -> None:
+def _once(walk: _Walk, path: str, module: Foreign) -> None:
     if id(module) in walk.met:
         refuse(path, module, "it is there twice and shares its weights; the cells of a model have each their own")
     walk.met.add(id(module))
 
 
-def _cell(walk: _Walk, path: str, module: Any) -> Weighted:
+def _cell(walk: _Walk, path: str, module: Foreign) -> Weighted:
     _once(walk, path, module)
     return weights.recurrent(path, module, walk.spatial_shape)
 
 
-def _weighted(build: Callable[[str, Any], Weighted]) -> Callable[..., Weighted]:
-    def layer(walk: _Walk, path: str, module: Any) -> Weighted:
+def _weighted(build: Callable[[str, PyTree], Weighted]) -> Callable[..., Weighted]:
+    def layer(walk: _Walk, path: str, module: Foreign) -> Weighted:
         _once(walk, path, module)
         return build(path, module)
 
     return layer
 
 
-def _dropout(walk: _Walk, path: str, module: Any) -> Fixed:
+def _dropout(walk: _Walk, path: str, module: Foreign) -> Fixed:
     expect(path, module, broadcast_dims=((), []))
     return Fixed(path, Dropout(module.rate))
 
 
-def _rnn(walk: _Walk, path: str, module: Any) -> Any:
+def _rnn(walk: _Walk, path: str, module: Foreign) -> PyTree:
     if module.reverse and not module.keep_order:
         refuse(path, module, "reverse=True without keep_order=True puts its outputs out from the end to the start")
     layer = _inner(walk, path, module)
     return Reversed(path, layer) if module.reverse else layer
 
 
-def _inner(walk: _Walk, path: str, module: Any) -> Any:
+def _inner(walk: _Walk, path: str, module: Foreign) -> PyTree:
     expect(path, module, variable_carry=(False,), variable_broadcast=("params",))
     if dict(getattr(module, "variable_axes", {})) or dict(getattr(module, "split_rngs", {})).get("params"):
         refuse(path, module, "variable_axes and split_rngs of params give every step its own weights")
@@ -134,7 +135,7 @@ def _inner(walk: _Walk, path: str, module: Any) -> Any:
     return _cell(walk, path, module.cell)
 
 
-def _bidirectional(walk: _Walk, path: str, module: Any) -> Both:
+def _bidirectional(walk: _Walk, path: str, module: Foreign) -> Both:
     def direction(name):
         rnn = getattr(module, name)
         if type(rnn) not in (nn.RNN, nnx.RNN):
@@ -162,12 +163,12 @@ _MERGES = {
 }
 
 
-def merge_function(name: str) -> Callable[..., Any]:
+def merge_function(name: str) -> Callable[..., PyTree]:
     """What `merge_fn` is for a merge of ours."""
     return _MERGES[name][0]
 
 
-def _sequential(walk: _Walk, path: str, module: Any) -> Sequence:
+def _sequential(walk: _Walk, path: str, module: Foreign) -> Sequence:
     separator = "/" if type(module) is nnx.Sequential else "_"
     if not module.layers:
         refuse(path, module, "expected at least one layer")
@@ -181,7 +182,7 @@ def _sequential(walk: _Walk, path: str, module: Any) -> Sequence:
     return Sequence(path, tuple(layers))
 
 
-def _flat(module: Any) -> Iterator[Any]:
+def _flat(module: Foreign) -> Iterator[PyTree]:
     if type(module) in (nn.Sequential, nnx.Sequential):
         for each in module.layers:
             yield from _flat(each)
@@ -189,7 +190,7 @@ def _flat(module: Any) -> Iterator[Any]:
         yield module
 
 
-def _own(walk: _Walk, path: str, module: Any) -> Any:
+def _own(walk: _Walk, path: str, module: Foreign) -> PyTree:
     _once(walk, path, module)
     absent = frozenset()
     if type(module) is our_nnx.RNN:
@@ -199,7 +200,7 @@ def _own(walk: _Walk, path: str, module: Any) -> Any:
     return Reversed(path, layer) if module.reverse else layer
 
 
-_LAYERS: dict[Any, Callable[..., Any]] = {
+_LAYERS: dict[PyTree, Callable[..., PyTree]] = {
     nn.Dense: _weighted(weights.linear),
     nnx.Linear: _weighted(weights.linear),
     nn.Embed: _weighted(weights.embed),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from jaxrnn.cell import Cell
 from jaxrnn.convert.cells import placed
+from jaxrnn.typing import Foreign, PyTree, WithParams
 
 
 def from_flax(
-    module: Any, variables: Mapping[str, Any] | None = None, *, spatial_shape: Any = None
-) -> tuple[Cell, Any]:
+    module: Foreign, variables: Mapping[str, PyTree] | None = None, *, spatial_shape: tuple[int, ...] | None = None
+) -> WithParams:
     """A module of Flax as a cell and its params: the same function.
 
     linen and NNX: SimpleCell (also with `residual`), LSTMCell, OptimizedLSTMCell and GRUCell, by themselves or in an
@@ -58,7 +58,7 @@ def from_flax(
     return read_module(module, variables, spatial_shape)
 
 
-def to_flax(cell: Cell, params: Any, *, module: Any = None) -> tuple[Any, Any]:
+def to_flax(cell: Cell, params: PyTree, *, module: Foreign = None) -> tuple[PyTree, PyTree]:
     """A cell as a module of Flax, and its variables: `from_flax(*to_flax(cell, params))` gives them back.
 
     Args:

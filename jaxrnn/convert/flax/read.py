@@ -21,9 +21,12 @@ from jaxrnn.convert.flax.weights import check_dtype
 from jaxrnn.convert.trees import join, leaves, nested
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.flax.bridge import from_params, to_params
+from jaxrnn.typing import Foreign, Named, PyTree, WithParams
 
 
-def read_module(module: Any, variables: Mapping[str, Any] | None, spatial_shape: Any) -> tuple[Cell, Any]:
+def read_module(
+    module: Foreign, variables: Mapping[str, PyTree] | None, spatial_shape: tuple[int, ...] | None
+) -> WithParams:
     """The cell and the params; see `from_flax`."""
     layer = describe(module, spatial_shape)
     found = _flat(module, variables)
@@ -36,7 +39,7 @@ def read_module(module: Any, variables: Mapping[str, Any] | None, spatial_shape:
     return cell, jax.tree.map(on_device, params)
 
 
-def _flat(module: Any, variables: Any) -> dict[str, Any]:
+def _flat(module: Foreign, variables: Any) -> Named:
     """The arrays of a module by path, None for those that were replaced by None."""
     if isinstance(module, nnx.Module):
         given = nnx.state(module, nnx.Param) if variables is None else variables
@@ -55,7 +58,7 @@ def _flat(module: Any, variables: Any) -> dict[str, Any]:
     return {name: leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf for name, leaf in found.items()}
 
 
-def _read(layer: Any, arrays: Arrays, absent: set[str]) -> tuple[Cell, Any]:
+def _read(layer: Foreign, arrays: Arrays, absent: set[str]) -> WithParams:
     match layer:
         case Sequence(layers=layers):
             cells = [_read(each, arrays, absent) for each in layers]
@@ -73,14 +76,14 @@ def _read(layer: Any, arrays: Arrays, absent: set[str]) -> tuple[Cell, Any]:
     return _read_weighted(layer, arrays)
 
 
-def _read_weighted(layer: Any, arrays: Arrays) -> tuple[Cell, Any]:
+def _read_weighted(layer: Foreign, arrays: Arrays) -> WithParams:
     taken = {field: _take(layer, each, arrays) for field, each in layer.fields.items()}
     check_dtype(layer, next(iter(taken.values())).dtype)
     params = layer.arrange(layer.params(**{field: taken.get(field) for field in layer.params._fields}))
     return layer.cell(params), params
 
 
-def _take(layer: Any, field: Any, arrays: Arrays) -> Any:
+def _take(layer: Foreign, field: Foreign, arrays: Arrays) -> PyTree:
     total, shape = None, field.shape
     for names in field.terms:
         parts = []
@@ -92,7 +95,7 @@ def _take(layer: Any, field: Any, arrays: Arrays) -> Any:
     return total
 
 
-def _read_own(layer: Any, arrays: Arrays, absent: set[str]) -> Any:
+def _read_own(layer: Foreign, arrays: Arrays, absent: set[str]) -> PyTree:
     def take(path, shape):
         name = join(layer.path, path)
         if name in absent or path in layer.absent:

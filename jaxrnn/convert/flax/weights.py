@@ -23,6 +23,7 @@ from jaxrnn.convert.activations import name_of
 from jaxrnn.convert.arrays import add, reorder
 from jaxrnn.convert.trees import join
 from jaxrnn.layers import Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
+from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
 
 class Field(NamedTuple):
@@ -36,12 +37,12 @@ class Weighted(NamedTuple):
     """A module with weights: `cell` of the params, which `arrange` makes of the fields; `restore` is the way back."""
 
     path: str
-    module: Any
+    module: Foreign
     params: type
     fields: dict[str, Field]
-    cell: Callable[[Any], Cell]
-    arrange: Callable[[Any], Any] = lambda params: params
-    restore: Callable[[Any], Any] = lambda params: params
+    cell: Callable[[PyTree], Cell]
+    arrange: Callable[[PyTree], PyTree] = lambda params: params
+    restore: Callable[[PyTree], PyTree] = lambda params: params
 
 
 def place(path: str) -> str:
@@ -49,19 +50,19 @@ def place(path: str) -> str:
     return f"module/{path}" if path else "module"
 
 
-def refuse(path: str, module: Any, why: str) -> NoReturn:
+def refuse(path: str, module: Foreign, why: str) -> NoReturn:
     """Raises the `ValueError` that says where in a model what has no counterpart, and why."""
     raise ValueError(f"{place(path)}: {type(module).__name__}: {why}")
 
 
-def check_dtype(layer: Weighted, dtype: Any) -> None:
+def check_dtype(layer: Weighted, dtype: DTypeLike) -> None:
     """A module computes in the dtype of its weights."""
     computes = layer.module.dtype
     if computes is not None and jnp.dtype(computes) != dtype:
         refuse(layer.path, layer.module, f"it computes in {jnp.dtype(computes)}, and its weights are {dtype}")
 
 
-def expect(path: str, module: Any, **expected: tuple[Any, ...]) -> None:
+def expect(path: str, module: Foreign, **expected: tuple[Any, ...]) -> None:
     """The attributes, as far as the module has them, are one of the values that have a counterpart."""
     for name, values in expected.items():
         value = getattr(module, name, values[0])
@@ -69,11 +70,11 @@ def expect(path: str, module: Any, **expected: tuple[Any, ...]) -> None:
             refuse(path, module, f"{name}={value!r} has no counterpart: expected {values[0]!r}")
 
 
-def _size(module: Any, name: str) -> int:
+def _size(module: Foreign, name: str) -> int:
     return check.integer(f"{type(module).__name__}.{name}", getattr(module, name))
 
 
-def _input_size(module: Any) -> int | None:
+def _input_size(module: Foreign) -> int | None:
     """What NNX says and linen does not."""
     return _size(module, "in_features") if hasattr(module, "in_features") else None
 
@@ -118,7 +119,7 @@ def _fused(layout: _Layout, bias: str) -> _Layout:
     return layout._replace(names=names)
 
 
-def _recurrent(layout: _Layout, path: str, module: Any, spatial_shape: Any) -> Weighted:
+def _recurrent(layout: _Layout, path: str, module: Foreign, spatial_shape: tuple[int, ...] | None) -> Weighted:
     inputs = _input_size(module)
     hidden = _size(module, "hidden_features" if inputs else "features")
     named = {
@@ -147,7 +148,7 @@ def _with_residual(weighted: Weighted) -> Weighted:
     return weighted._replace(arrange=functools.partial(shift, 1), restore=functools.partial(shift, -1))
 
 
-def _conv_lstm(path: str, module: Any, spatial_shape: Any) -> Weighted:
+def _conv_lstm(path: str, module: Foreign, spatial_shape: tuple[int, ...] | None) -> Weighted:
     kernel, hidden = tuple(module.kernel_size), _size(module, "features")
     ones = (1,) * len(kernel)
     expect(path, module, strides=(None, 1, ones, list(ones)), padding=("SAME",))
@@ -176,16 +177,16 @@ def _conv_lstm(path: str, module: Any, spatial_shape: Any) -> Weighted:
     return Weighted(path, module, ConvLSTMParams, fields, cell, arrange, restore)
 
 
-def _bias(params: ConvLSTMParams) -> Any:
+def _bias(params: ConvLSTMParams) -> PyTree:
     return np.zeros(params.w_x.shape[-1], params.w_x.dtype) if params.b is None else params.b
 
 
-def _mgu(path: str, module: Any, spatial_shape: Any) -> NoReturn:
+def _mgu(path: str, module: Foreign, spatial_shape: tuple[int, ...] | None) -> NoReturn:
     why = "its gate resets after the product or not at all, where that of MGU resets before; LinenCell runs it as it is"
     refuse(path, module, why)
 
 
-_CELLS: dict[Any, Callable[[str, Any, Any], Weighted]] = {
+_CELLS: dict[PyTree, Callable[[str, PyTree, PyTree], Weighted]] = {
     nn.SimpleCell: functools.partial(
         _recurrent, _ELMAN._replace(names={"w_x": ("i/kernel",), "w_h": ("h/kernel",), "b": ("i/bias",)})
     ),
@@ -202,18 +203,18 @@ _CELLS: dict[Any, Callable[[str, Any, Any], Weighted]] = {
 }
 
 
-def is_cell(module: Any) -> bool:
+def is_cell(module: Foreign) -> bool:
     """Whether `recurrent` takes it."""
     return type(module) in _CELLS
 
 
-def recurrent(path: str, module: Any, spatial_shape: Any) -> Weighted:
+def recurrent(path: str, module: Foreign, spatial_shape: tuple[int, ...] | None) -> Weighted:
     """One of Flax's cells."""
     expect(path, module, carry_init=(nn.initializers.zeros, None), promote_dtype=_PROMOTE)
     return _CELLS[type(module)](path, module, spatial_shape)
 
 
-def linear(path: str, module: Any) -> Weighted:
+def linear(path: str, module: Foreign) -> Weighted:
     """Dense, and NNX' Linear."""
     expect(
         path,
@@ -231,14 +232,14 @@ def linear(path: str, module: Any) -> Weighted:
     return Weighted(path, module, LinearParams, fields, lambda params: Linear(inputs or params.w.shape[0], size))
 
 
-def embed(path: str, module: Any) -> Weighted:
+def embed(path: str, module: Foreign) -> Weighted:
     """Embed."""
     expect(path, module, promote_dtype=_PROMOTE)
     shape = (_size(module, "num_embeddings"), _size(module, "features"))
     return Weighted(path, module, EmbedParams, {"w": Field(shape, (("embedding",),))}, lambda _: Embed(*shape))
 
 
-def layer_norm(path: str, module: Any) -> Weighted:
+def layer_norm(path: str, module: Foreign) -> Weighted:
     """LayerNorm."""
     last = (-1, (-1,), [-1])
     expect(

@@ -20,14 +20,15 @@ from jaxrnn.convert.flax.weights import Weighted, check_dtype
 from jaxrnn.convert.trees import join, leaves, nested
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.flax.bridge import from_params
+from jaxrnn.typing import DTypeLike, Foreign, Named, PyTree
 
 
-def write_variables(module: Any, model: Placed) -> Any:
+def write_variables(module: Foreign, model: Placed) -> PyTree:
     """The variables that make the module compute what the model does; see `to_flax`."""
     return _variables(module, jax.tree.map(on_device, _write(describe(module, _spatial_shape(model.cell)), model)))
 
 
-def _write(layer: Any, model: Placed) -> dict[str, Any]:
+def _write(layer: Foreign, model: Placed) -> Named:
     """The arrays of a module by path."""
     where = layer.path or "the module"
     match layer, model.cell:
@@ -53,7 +54,7 @@ def _write(layer: Any, model: Placed) -> dict[str, Any]:
     return model.refuse(f"{where} is {_described(layer)}")
 
 
-def _described(layer: Any) -> str:
+def _described(layer: Foreign) -> str:
     match layer:
         case Sequence(layers=layers):
             return f"a sequence of {len(layers)} layers"
@@ -64,11 +65,11 @@ def _described(layer: Any) -> str:
     return repr(layer.cell)
 
 
-def _write_own(layer: Any, model: Placed) -> dict[str, Any]:
+def _write_own(layer: Foreign, model: Placed) -> Named:
     return {join(layer.path, name): leaf for name, leaf in leaves(from_params(model.cell, model.params)).items()}
 
 
-def _write_weighted(layer: Any, model: Placed) -> dict[str, Any]:
+def _write_weighted(layer: Foreign, model: Placed) -> Named:
     where, kind = layer.path or "the module", type(layer.module).__name__
     if type(model.params) is not layer.params:
         model.refuse(f"{where} is a {kind}")
@@ -87,7 +88,7 @@ def _write_weighted(layer: Any, model: Placed) -> dict[str, Any]:
     return arrays
 
 
-def _divided(layer: Any, field: Any, value: Any, dtype: Any) -> dict[str, Any]:
+def _divided(layer: Foreign, field: Foreign, value: Any, dtype: DTypeLike) -> Named:
     """The arrays of a field: all of it in the first term, zeros in the others."""
     value = np.zeros(field.shape[0] * len(field.terms[0]), dtype) if value is None else value
     arrays = {}
@@ -97,7 +98,7 @@ def _divided(layer: Any, field: Any, value: Any, dtype: Any) -> dict[str, Any]:
     return arrays
 
 
-def _variables(module: Any, arrays: dict[str, Any]) -> Any:
+def _variables(module: Foreign, arrays: Named) -> PyTree:
     if isinstance(module, nn.Module):
         return {"params": nested(arrays)}
 
@@ -111,7 +112,7 @@ def _variables(module: Any, arrays: dict[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(take, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
 
-def _spatial_shape(cell: Cell) -> Any:
+def _spatial_shape(cell: Cell) -> PyTree:
     """S of the first ConvLSTM of a model."""
     match cell:
         case ConvLSTM():

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from jaxrnn.cells.activations import ALONG_FEATURES, Activation
 from jaxrnn.convert.activations import canonical, here, names, options
 from jaxrnn.convert.keras.old import KERAS_3, Version, renewed
+from jaxrnn.typing import Foreign, PyTree
 
 REQUIRED = object()
 LARGEST = 2**31
@@ -27,7 +28,7 @@ class Fields:
     It is of the Keras of `version`; `kind` and the fields have the names of Keras 3.
     """
 
-    def __init__(self, place: str, source: Any, version: Version = KERAS_3):
+    def __init__(self, place: str, source: Foreign, version: Version = KERAS_3):
         if not isinstance(source, Mapping):
             raise TypeError(f"{place}: expected the config of a layer, a dict, got {short(source)}")
         kind, config, module = source.get("class_name"), source.get("config"), source.get("module")
@@ -49,7 +50,7 @@ class Fields:
         if isinstance(name := config.get("name"), str):
             self.place = f"{place}: {kind} {short(name)}"
 
-    def inside(self, name: str, source: Any) -> Fields:
+    def inside(self, name: str, source: Foreign) -> Fields:
         """The config of a layer in this one."""
         return Fields(f"{self.place}: {name}"[-200:], source, self.version)
 
@@ -57,7 +58,7 @@ class Fields:
         """Raises the `ValueError` of one field."""
         raise ValueError(f"{self.place}: {name}: expected {expected}, got {short(value)}")
 
-    def take(self, name: str, default: Any = REQUIRED) -> Any:
+    def take(self, name: str, default: Any = REQUIRED) -> PyTree:
         """The field, or what Keras takes where it is not there."""
         if name not in self._left and default is REQUIRED:
             raise ValueError(f"{self.place}: {name} is missing")
@@ -95,7 +96,7 @@ class Fields:
             self.refuse(name, value, "a rate in [0, 1)")
         return value
 
-    def choice(self, name: str, default: Any, choices: Mapping[Any, Any]) -> Any:
+    def choice(self, name: str, default: Any, choices: Mapping[PyTree, PyTree]) -> PyTree:
         value = self.take(name, default)
         if not (value is None or isinstance(value, str)) or value not in choices:
             self.refuse(name, value, f"one of {list(choices)}")
@@ -179,7 +180,7 @@ ACTIVATION_LAYERS: dict[str, Callable[[Fields], Activation]] = {
 }
 
 
-def list_of(fields: Fields, name: str) -> list[Any]:
+def list_of(fields: Fields, name: str) -> list[PyTree]:
     """A field that must be a list of at least one."""
     value = fields.take(name)
     if not isinstance(value, (list, tuple)) or not value:

@@ -26,12 +26,13 @@ from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.keras.config import NAMES
 from jaxrnn.convert.keras.layers import POOLINGS
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+from jaxrnn.typing import Named, PyTree
 
 LACKS = "Keras has no counterpart"
 MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave", "tuple": None}
 
 
-def to_keras(cell: Cell, params: Any, *, mask_value: float | None = None) -> tuple[dict[str, Any], list[np.ndarray]]:
+def to_keras(cell: Cell, params: PyTree, *, mask_value: float | None = None) -> tuple[Named, list[np.ndarray]]:
     """A cell as a Keras 3 model: `model = keras.Sequential.from_config(config)`, `model.set_weights(weights)`.
 
     The model takes (batch, time, ...), or tokens (batch, time), and gives what `jaxrnn.scan(..., time_axis=1)` does
@@ -102,13 +103,13 @@ class _Writer:
 
     def __init__(self, dtype: str):
         self.dtype = dtype
-        self.layers: list[dict[str, Any]] = []
-        self.weights: list[Any] = []
+        self.layers: list[Named] = []
+        self.weights: list[PyTree] = []
         self.masked = False
         self.flipped = False  # whether Keras' sequence is in the opposite order here
         self.step: tuple[int, ...] | None = None  # the shape of one step, None once time has ended
 
-    def layer(self, kind: str, **config: Any) -> dict[str, Any]:
+    def layer(self, kind: str, **config: Any) -> Named:
         config = {**config, "dtype": self.dtype}
         return {"module": "keras.layers", "class_name": kind, "config": config, "registered_name": None}
 
@@ -168,7 +169,7 @@ class _Writer:
             case Dropout(rate=rate):
                 add("Dropout", rate=rate)
 
-    def activation(self, model: Placed, fn: Activation) -> dict[str, Any]:
+    def activation(self, model: Placed, fn: Activation) -> Named:
         """A layer that applies an activation."""
         match _activation(model, fn):
             case {"class_name": kind, "config": config}:
@@ -226,7 +227,7 @@ class _Writer:
         self.step = None if run.last else size if isinstance(size, tuple) else (size,)
         self.masked = self.masked and not run.last
 
-    def directed(self, cells: list[Placed], **options: Any) -> tuple[dict[str, Any], list[Any]]:
+    def directed(self, cells: list[Placed], **options: Any) -> tuple[Named, list[PyTree]]:
         """One layer of Keras, of one cell or of several, each with the dropout below it."""
         found, dropout = [], 0.0
         for each in cells:
@@ -245,7 +246,7 @@ class _Writer:
         inner = [self.layer(f"{each.kind}Cell", **each.config) for each in found]
         return self.layer("RNN", cell=self.layer("StackedRNNCells", cells=inner), **options), weights
 
-    def bidirectional(self, model: Placed, *, return_sequences: bool, go_backwards: bool) -> tuple[dict, list[Any]]:
+    def bidirectional(self, model: Placed, *, return_sequences: bool, go_backwards: bool) -> tuple[dict, list[PyTree]]:
         cell = model.cell
         if callable(cell.merge):
             model.refuse("Keras merges by concat, sum, mul and ave only")
@@ -264,8 +265,8 @@ class _Written(NamedTuple):
     """A cell as a layer of Keras: its class, config and weights."""
 
     kind: str
-    config: dict[str, Any]
-    weights: list[Any]
+    config: Named
+    weights: list[PyTree]
 
 
 def _write(model: Placed, dropout: float) -> _Written:
@@ -323,7 +324,7 @@ def _gru(model: Placed) -> _Written:
     return _Written("GRU", config, [reorder(p.w_x, "rzn", "zrn"), reorder(p.w_h, "rzn", "zrn"), b])
 
 
-def _gates(model: Placed) -> dict[str, Any]:
+def _gates(model: Placed) -> Named:
     """The fields that all gated cells have."""
     cell = model.cell
     if getattr(cell, "output_activation", cell.activation) != cell.activation:
@@ -346,7 +347,7 @@ WRITERS: dict[type, Callable[[Placed], _Written]] = {
 CELLS = {"SimpleRNN", "LSTM", "GRU"}
 
 
-def _activation(model: Placed, fn: Activation) -> Any:
+def _activation(model: Placed, fn: Activation) -> PyTree:
     """The name of an activation, or the config of one of Keras' layers."""
     named = next((name for name, known in NAMES.items() if known == canonical(fn)), None)
     if named is not None:

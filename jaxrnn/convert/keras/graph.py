@@ -8,9 +8,10 @@ from typing import Any
 
 from jaxrnn.convert.keras.config import Fields, list_of
 from jaxrnn.convert.keras.layers import POOLINGS
+from jaxrnn.typing import Foreign, Named, PyTree
 
 
-def chain(fields: Fields) -> list[Any]:
+def chain(fields: Fields) -> list[PyTree]:
     """The configs of a functional model's layers from its input to its output; it must be one chain."""
     graph = _Graph(fields)
     name, path = graph.end("output_layers"), []
@@ -38,7 +39,7 @@ class _Graph:
             if entry.get("class_name") == "Concatenate":
                 self.join(name, entry)
 
-    def join(self, name: str, entry: Any) -> None:
+    def join(self, name: str, entry: Foreign) -> None:
         """A Concatenate of poolings of one tensor becomes one layer, which holds them and reads that tensor."""
         match self.call(name):
             case [[*names]], kwargs if names and not kwargs and all(isinstance(each, _Name) for each in names):
@@ -49,7 +50,7 @@ class _Graph:
                     config = {**entry["config"], "layers": pools}
                     self.entries[name] = {**entry, "config": config, "inbound_nodes": pools[0]["inbound_nodes"]}
 
-    def entry(self, name: str) -> Any:
+    def entry(self, name: str) -> Foreign:
         if name not in self.entries:
             self.fields.refuse("layers", sorted(self.entries), f"a layer {short(name)}")
         return self.entries[name]
@@ -68,7 +69,7 @@ class _Graph:
                     return name
         return self.fields.refuse(which, value, "one tensor, [name, 0, 0]")
 
-    def call(self, name: str) -> tuple[list[Any], dict[str, Any]]:
+    def call(self, name: str) -> tuple[list[PyTree], Named]:
         """The arguments of a layer's only call, tensors as the names of what makes them."""
         match self.entry(name).get("inbound_nodes"):
             case []:
@@ -104,7 +105,7 @@ class _Name(str):
     """The name of the layer that makes a tensor."""
 
 
-def _tensor(value: Any) -> Any:
+def _tensor(value: Any) -> Foreign:
     match value:
         case {"class_name": "__keras_tensor__", "config": {"keras_history": [str(name), 0, 0]}}:
             return _Name(name)
@@ -134,7 +135,7 @@ def _check_masks(graph: _Graph, path: list[str]) -> None:
             raise ValueError(f"{graph.fields.place}: layer {short(name)} is not on the chain from input to output")
 
 
-def _is_own(graph: _Graph, mask: str, own: dict[str | None, Any]) -> bool:
+def _is_own(graph: _Graph, mask: str, own: dict[str | None, Foreign]) -> bool:
     args, _ = graph.call(mask)
     if graph.entry(mask).get("class_name") == "Any" and args and isinstance(args[0], _Name):
         mask = args[0]

@@ -17,17 +17,18 @@ from jaxrnn.compose.noise import RecurrentDropout
 from jaxrnn.convert.arrays import Arrays, ones, reorder
 from jaxrnn.convert.keras.config import ACTIVATION_LAYERS, REQUIRED, Fields, is_size, list_of
 from jaxrnn.layers import Apply, Dropout, LayerNorm, LayerNormParams, Linear, LinearParams
+from jaxrnn.typing import Foreign, PyTree, WithParams
 
 
 class Weights:
     """The list of weights, taken in order."""
 
-    def __init__(self, weights: Any):
+    def __init__(self, weights: PyTree):
         self.arrays = Arrays("weights", {f"[{k}]": array for k, array in enumerate(weights)})
         self.dtype = np.asarray(weights[0]).dtype if weights else np.float32
         self.taken, self.number = 0, len(weights)
 
-    def take(self, fields: Fields, name: str, *shape: int | None) -> Any:
+    def take(self, fields: Fields, name: str, *shape: int | None) -> PyTree:
         if self.taken == self.number:
             raise ValueError(f"{fields.place}: {name} is missing: there are only {self.number} weights")
         place = f"[{self.taken}]"
@@ -44,7 +45,7 @@ class Weights:
 Pieces = list[tuple[Cell, Any]]
 
 
-def _simple(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
+def _simple(fields: Fields, weights: Weights) -> WithParams:
     h, φ = fields.size("units"), fields.activation("activation", "tanh", elementwise=True)
     w_x, w_h = weights.take(fields, "kernel", None, h), weights.take(fields, "recurrent_kernel", h, h)
     b = weights.take(fields, "bias", h) if fields.flag("use_bias", True) else None
@@ -54,10 +55,10 @@ def _simple(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
 class _Kernels(NamedTuple):
     """The weights of gates, one block of columns each; b_x and b_h None where the layer has none."""
 
-    w_x: Any
-    w_h: Any
-    b_x: Any
-    b_h: Any = None
+    w_x: PyTree
+    w_h: PyTree
+    b_x: PyTree
+    b_h: PyTree = None
 
 
 def _kernels(fields: Fields, weights: Weights, h: int, gates: str, *, apart: str, two_biases: bool) -> _Kernels:
@@ -81,13 +82,13 @@ def _kernels(fields: Fields, weights: Weights, h: int, gates: str, *, apart: str
     return _Kernels(w_x, w_h, weights.take(fields, "bias", n))
 
 
-def _from_cudnn(kernel: np.ndarray, gates: int) -> Any:
+def _from_cudnn(kernel: np.ndarray, gates: int) -> PyTree:
     """A kernel as a matrix to multiply with from the right: each gate's numbers are cuDNN's (out, in) matrix."""
     rows, columns = kernel.shape[0], kernel.shape[1] // gates
     return np.concatenate([each.reshape(columns, rows).T for each in np.split(kernel, gates, axis=1)], axis=1)
 
 
-def _lstm(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
+def _lstm(fields: Fields, weights: Weights) -> WithParams:
     h, ψ = fields.size("units"), fields.activation("activation", "tanh", elementwise=True)
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
     w_x, w_h, b_x, b_h = _kernels(fields, weights, h, "ifgo", apart="igfo", two_biases=False)
@@ -95,20 +96,20 @@ def _lstm(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
     return cell, LSTMParams(w_x, w_h, b_x if b_h is None else b_x + b_h)
 
 
-def _gru(fields: Fields, weights: Weights) -> tuple[Cell, Any]:
+def _gru(fields: Fields, weights: Weights) -> WithParams:
     h, ψ = fields.size("units"), fields.activation("activation", "tanh", elementwise=True)
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
     after = fields.flag("reset_after", True)
     found = _kernels(fields, weights, h, "zrn", apart="zrn", two_biases=after)
-    arrays: list[Any] = [array if array is None else reorder(array, "zrn", "rzn") for array in found]
+    arrays: list[PyTree] = [array if array is None else reorder(array, "zrn", "rzn") for array in found]
     w_x, _, b, b_h = arrays
     if b_h is not None:
         arrays[2:] = np.concatenate([b[: 2 * h] + b_h[: 2 * h], b[2 * h :]]), b_h[2 * h :]
     return GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ), GRUParams(*arrays)
 
 
-def _conv_lstm(dimensions: int) -> Callable[[Fields, Weights, Any], tuple[Cell, Any]]:
-    def read(fields: Fields, weights: Weights, shape: Any) -> tuple[Cell, Any]:
+def _conv_lstm(dimensions: int) -> Callable[[Fields, Weights, PyTree], WithParams]:
+    def read(fields: Fields, weights: Weights, shape: Any) -> WithParams:
         h, k = fields.size("filters"), fields.sizes("kernel_size", dimensions)
         fields.channels_last()
         ψ = fields.activation("activation", "tanh", elementwise=True)
@@ -145,7 +146,7 @@ POOLINGS = {"GlobalAveragePooling1D": "mean", "GlobalMaxPooling1D": "max"}
 RECURRENT = {*LAYERS, *CONVOLUTIONS, "RNN"}
 
 
-def _noisy(fields: Fields, cell: tuple[Cell, Any]) -> Pieces:
+def _noisy(fields: Fields, cell: WithParams) -> Pieces:
     """The cell, with its dropouts; these are the last of its fields."""
     inputs, recurrent = fields.rate("dropout", 0.0), fields.rate("recurrent_dropout", 0.0)
     fields.finish()
@@ -254,7 +255,7 @@ POINTWISE = {
 }
 
 
-def directions(fields: Fields, layer: Any, backward: Any) -> tuple[Fields, Fields]:
+def directions(fields: Fields, layer: Foreign, backward: Foreign) -> tuple[Fields, Fields]:
     """The two layers of a Bidirectional; without a backward one it is the forward one the other way."""
     if backward is None and isinstance(layer, Mapping) and isinstance(layer.get("config"), Mapping):
         backward = {

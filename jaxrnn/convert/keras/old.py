@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from reprlib import repr as short
-from typing import Any
+
+from jaxrnn.typing import Foreign, PyTree
 
 Version = tuple[int, int]
 KERAS_3: Version = (3, 0)
@@ -23,7 +24,7 @@ UNUSED_SINCE_1 = ("init", "inner_init", "forget_bias_init", "input_dim", "input_
 RENAMED_SINCE_2 = {"LeakyReLU": {"alpha": "negative_slope"}, "ThresholdedReLU": {"theta": "threshold"}}
 
 
-def version_of(source: Mapping[Any, Any]) -> Version:
+def version_of(source: Mapping[Foreign, Foreign]) -> Version:
     """The `keras_version` of a model's JSON: major and minor number; that of Keras 3 where there is none.
 
     Examples:
@@ -39,7 +40,7 @@ def version_of(source: Mapping[Any, Any]) -> Version:
     return int(found[1]), int(found[2])
 
 
-def renewed(kind: str, config: Mapping[Any, Any], version: Version) -> tuple[str, dict[Any, Any]]:
+def renewed(kind: str, config: Mapping[Foreign, Foreign], version: Version) -> tuple[str, dict[PyTree, PyTree]]:
     """The class and the config of a layer of this version as Keras 3 would write them.
 
     Examples:
@@ -61,7 +62,7 @@ def renewed(kind: str, config: Mapping[Any, Any], version: Version) -> tuple[str
     return kind, fields
 
 
-def _of_keras_1(kind: str, config: Mapping[Any, Any]) -> tuple[str, dict[Any, Any]]:
+def _of_keras_1(kind: str, config: Mapping[Foreign, Foreign]) -> tuple[str, dict[PyTree, PyTree]]:
     """The same in the terms of Keras 2."""
     if kind == "Embedding":
         idle = ("init", "input_dtype") + ("dropout",) * (config.get("dropout") == 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -15,17 +15,18 @@ from jaxrnn.convert.keras.layers import Weights
 from jaxrnn.convert.keras.old import version_of
 from jaxrnn.convert.keras.reader import KerasMask, Reader
 from jaxrnn.engines.arrays import on_device
+from jaxrnn.typing import Foreign, PyTree
 
 
 class KerasModel(NamedTuple):
     """A cell, its params, and None or the function of xs that gives the mask."""
 
     cell: Cell
-    params: Any
+    params: PyTree
     mask: KerasMask | None
 
 
-def from_keras(source: Any, weights: Any = None) -> KerasModel:
+def from_keras(source: Foreign, weights: PyTree = None) -> KerasModel:
     """A Keras layer or model as a cell.
 
     Keras' time axis is the second: run it by `jaxrnn.scan(cell, params, carry, xs, time_axis=1)`, with the initial
@@ -124,7 +125,7 @@ def from_keras(source: Any, weights: Any = None) -> KerasModel:
     return KerasModel(cell, jax.tree.map(on_device, params), reader.mask)
 
 
-def _read(layer: Any, weights: Any) -> tuple[Any, Any]:
+def _read(layer: Foreign, weights: PyTree) -> tuple[PyTree, PyTree]:
     """Config and weights of one of Keras' objects."""
     if not any(base.__module__.split(".")[0] == "keras" for base in type(layer).__mro__):
         raise TypeError(f"source: expected a Keras layer or model, or its config as a dict, got {type(layer).__name__}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.cell import Cell, output_size
+from jaxrnn.cell import output_size
 from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.compose.pool import Pool
 from jaxrnn.compose.repeat import Repeat
@@ -30,6 +30,7 @@ from jaxrnn.convert.keras.layers import (
     spatial_dropout,
 )
 from jaxrnn.layers import Apply, Embed, EmbedParams, Layer, LayerNorm, Linear
+from jaxrnn.typing import PyTree, Size, WithParams
 
 DEEPEST = 32  # models within models
 
@@ -46,7 +47,7 @@ class KerasMask(NamedTuple):
     value: float = 0.0
     tokens: bool = False
 
-    def __call__(self, xs: Any) -> Array:
+    def __call__(self, xs: PyTree) -> Array:
         differs = jnp.asarray(xs) != self.value
         return differs if self.tokens else differs.any(-1)
 
@@ -63,7 +64,7 @@ class Reader:
         self.flipped = False  # whether Keras' sequence is in the opposite order here
         self.timed = True
         self.forked = False  # whether there are two outputs here
-        self.shape: tuple[Any, ...] | None = None  # of Keras' input here, where it is known
+        self.shape: tuple[PyTree, ...] | None = None  # of Keras' input here, where it is known
 
     def layer(self, fields: Fields, depth: int) -> None:
         """Reads one layer or model."""
@@ -185,7 +186,7 @@ class Reader:
     def run(self, fields: Fields, kind: str, layer: Recurrent) -> None:
         """A recurrent layer: its direction in the time of xs, and what it puts out."""
         first = next(cell for cell, _ in layer.pieces if not isinstance(cell, Layer))
-        size: Any = getattr(first, "input_size", None)
+        size: Size = getattr(first, "input_size", None)
         self.needs(fields, rank=2 + first.input_ndim, size=size[-1] if isinstance(size, tuple) else size)
         if self.masked and kind in CONVOLUTIONS:
             raise ValueError(f"{fields.place}: a mask reaches it, which Keras cannot apply to images")
@@ -212,7 +213,7 @@ class Reader:
         self.cells, self.timed, self.flipped = [], True, False
         self.shape = None if self.shape is None else (self.shape[0], length, self.shape[1])
 
-    def finish(self) -> tuple[Cell, Any]:
+    def finish(self) -> WithParams:
         """The model, and its params."""
         self.weights.finish()
         while self.repeated:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrnn.convert.onnx.read import MOST_AXES, Node
+from jaxrnn.typing import PyTree
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +84,7 @@ class Folder:
     def __init__(self, bytes_of_file: int):
         self.room = 16 * bytes_of_file + 2**16
 
-    def constant(self, array: Any) -> Constant:
+    def constant(self, array: PyTree) -> Constant:
         """An array as it is."""
         array = np.asarray(array)
         return Constant(array, tuple(map(Size, array.shape)))
@@ -243,14 +244,14 @@ class Folder:
         """The product of integers."""
         return self._numbers(self._few(node, a) * self._few(node, b))
 
-    def _numbers(self, array: Any) -> Constant:
+    def _numbers(self, array: PyTree) -> Constant:
         array = np.asarray(array, dtype=object)
         sizes = [each for each in array.flat if isinstance(each, Size)]
         if not sizes and all(abs(each) < 2**63 for each in array.flat):
             array = array.astype(np.int64)
         return self.constant(array)
 
-    def integers(self, node: Node, value: Any, what: str) -> list[Any]:
+    def integers(self, node: Node, value: Any, what: str) -> list[PyTree]:
         """The entries of a small constant of integers, known ones as int and others as `Size`."""
         if not isinstance(value, Constant) or not _integers(value.array) or value.array.ndim > 1:
             node.refuse(f"{what}: expected a constant of integers")

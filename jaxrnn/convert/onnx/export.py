@@ -20,6 +20,7 @@ from jaxrnn.convert.activations import there
 from jaxrnn.convert.cells import Placed, layers, placed
 from jaxrnn.convert.onnx.recurrent import FUNCTIONS, OPERATORS, WITHOUT_DEFAULTS, rearranged
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+from jaxrnn.typing import DTypeLike, Named, PyTree
 
 OPSET, IR_VERSION = 22, 10
 
@@ -27,7 +28,7 @@ _TYPES = {"float32": "float", "float64": "double"}
 _LACKS = "ONNX's operator has no such option"
 
 
-def to_onnx(cell: Cell, params: Any, *, lengths: bool = False, initial_states: bool = False) -> bytes:
+def to_onnx(cell: Cell, params: PyTree, *, lengths: bool = False, initial_states: bool = False) -> bytes:
     """A cell as an ONNX model, with native RNN, LSTM and GRU nodes, of operator set 22.
 
     Inputs: `X` (time, batch, features), or integers (time, batch) where the first layer is an `Embed`; with `lengths`,
@@ -79,10 +80,10 @@ class _Export:
 
     def __init__(self, dtype: np.dtype, lengths: bool, initial_states: bool):
         self.dtype, self.lengths, self.initial_states = dtype, lengths, initial_states
-        self.nodes: list[Any] = []
-        self.weights: list[Any] = []
-        self.inputs: list[tuple[str, Any, tuple]] = [("sequence_lens", np.dtype(np.int32), ("batch",))] * lengths
-        self.outputs: list[tuple[str, Any, tuple]] = []
+        self.nodes: list[PyTree] = []
+        self.weights: list[PyTree] = []
+        self.inputs: list[tuple[str, PyTree, tuple]] = [("sequence_lens", np.dtype(np.int32), ("batch",))] * lengths
+        self.outputs: list[tuple[str, PyTree, tuple]] = []
         self.recurrent = 0
         self.pooled = False
 
@@ -96,7 +97,7 @@ class _Export:
         self.nodes.append(helper.make_node(op, list(inputs), names, name, **attributes))
         return name
 
-    def weight(self, array: Any, dtype: Any = None) -> str:
+    def weight(self, array: PyTree, dtype: DTypeLike | None = None) -> str:
         """A constant."""
         from onnx import numpy_helper
 
@@ -248,7 +249,7 @@ class _Export:
         self.nodes.append(helper.make_node("Identity", [value], [name], name))
         self.outputs.append((name, self.dtype, shape))
 
-    def _arrays(self, found: list[dict[str, Any]]) -> list[str]:
+    def _arrays(self, found: list[Named]) -> list[str]:
         """W, R, B and P of all directions, "" for what none has."""
 
         def stacked(name):
@@ -290,7 +291,7 @@ def _inner(way: Placed) -> Placed:
     return way
 
 
-def _weights(way: Placed) -> tuple[str, dict[str, Any], list[Activation], dict[str, Any]]:
+def _weights(way: Placed) -> tuple[str, Named, list[Activation], Named]:
     """The operator, its attributes, its activations, and W, R, B, P of one direction, which agree in shapes."""
     cell, params = way.cell, way.params
     p = None
@@ -352,10 +353,10 @@ def odd_about_half(spec: Activation) -> bool:
     return False
 
 
-def _activations(specs: list[list[Activation]]) -> dict[str, Any]:
+def _activations(specs: list[list[Activation]]) -> Named:
     """The attributes for the activations of all directions."""
     flat = [found for each in specs for spec in each if (found := there(spec, "onnx"))]
-    attributes: dict[str, Any] = {"activations": [name for name, _ in flat]}
+    attributes: Named = {"activations": [name for name, _ in flat]}
     if any(numbers != FUNCTIONS[name] or name in WITHOUT_DEFAULTS for name, numbers in flat):
         for key in ("alpha", "beta"):
             attributes[f"activation_{key}"] = [numbers[key] for _, numbers in flat if key in numbers]

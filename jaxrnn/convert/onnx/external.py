@@ -6,9 +6,10 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import PureWindowsPath
-from typing import Any
 
 import numpy as np
+
+from jaxrnn.typing import PyTree
 
 
 class DataFiles:
@@ -22,7 +23,7 @@ class DataFiles:
         self.folder = None if folder is None else os.path.realpath(folder)
         self.bytes = 0
 
-    def read(self, what: str, facts: Iterable[Any], dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    def read(self, what: str, facts: Iterable[PyTree], dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """The array that `facts`, the entries of a tensor's external_data, point at; `what` is it, for messages."""
         found = {each.key: each.value for each in facts}
         location = found.get("location", "")

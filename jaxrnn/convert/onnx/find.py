@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxrnn.convert.onnx.read import RECURRENT, File, Input, Model, array, inputs_of, node, opset, value_info
+from jaxrnn.typing import Foreign, PyTree
 
 
 class Scope(NamedTuple):
     """A graph; if it is a subgraph, the graph around it, and the place there of the node that holds it."""
 
-    graph: Any
+    graph: Foreign
     outer: Scope | None = None
     place: int = 0
 
     @property
-    def holder(self) -> Any:
+    def holder(self) -> Foreign:
         """The node whose subgraph this is."""
         return self.outer.graph.node[self.place]  # type: ignore[union-attr]
 
@@ -38,7 +39,7 @@ class Found(NamedTuple):
     place: int
 
     @property
-    def proto(self) -> Any:
+    def proto(self) -> Foreign:
         """The NodeProto."""
         return self.scope.graph.node[self.place]
 
@@ -50,7 +51,7 @@ class Found(NamedTuple):
         path = "".join(f"{each.name or '/'.join(each.output)}/" for each in holders)
         return list(dict.fromkeys([*own, *(path + name for name in own)]))
 
-    def above(self) -> list[Any]:
+    def above(self) -> list[PyTree]:
         """The nodes that run before this one, in an order in which they can run."""
         scopes = self.scope.around()
         places = [*(each.place for each in scopes[1:]), self.place]

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrnn.cell import Cell
 from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.onnx import signals
 from jaxrnn.convert.onnx.constants import Constant, Folder
 from jaxrnn.convert.onnx.read import MOST_AXES, RECURRENT, Model, Node
 from jaxrnn.convert.onnx.signals import DIRECTION, FEATURES, UNIT, Chain, Signal, Value
+from jaxrnn.typing import PyTree, WithParams
 
 # What a node makes of its inputs: a value, or a list of them. Raises where it cannot be converted.
 Operation = Callable[["Graph", Node], Any]
@@ -28,7 +28,7 @@ class Graph:
         self.values: dict[str, Value] = {name: self.folder.constant(a) for name, a in model.constants.items()}
         self.xs: str | None = None
 
-    def convert(self) -> tuple[Cell, Any]:
+    def convert(self) -> WithParams:
         """The cell, and its params in NumPy."""
         if not any(node.op in RECURRENT for node in self.model.nodes):
             ops = ", ".join(sorted({node.op for node in self.model.nodes})) or "none"
@@ -87,7 +87,7 @@ class Graph:
             raise ValueError(f"onnx: output {strangers[0]!r} is of layers that output {name!r} does not pass through")
         return chain
 
-    def _check_dtypes(self, chain: Chain, params: Any) -> None:
+    def _check_dtypes(self, chain: Chain, params: PyTree) -> None:
         """All params have one dtype, that of the input if it is of floating numbers."""
         found = {leaf.dtype for leaf in jax.tree.leaves(params)}
         dtype = self.values[chain.input].dtype  # type: ignore[union-attr]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from jaxrnn.convert.onnx.graph import Graph, Operation
 from jaxrnn.convert.onnx.read import Node
 from jaxrnn.convert.onnx.signals import FEATURES, Part, Signal
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
+from jaxrnn.typing import Named
 
 
 def _weights(node: Node, **arrays: np.ndarray) -> Arrays:
@@ -144,7 +144,7 @@ def _activation(graph: Graph, node: Node):
     return _apply(graph, node, given)
 
 
-def _apply(graph: Graph, node: Node, given: dict[str, Any]) -> Signal:
+def _apply(graph: Graph, node: Node, given: Named) -> Signal:
     fn = here("onnx", node.op, given)
     if fn is None:
         got = ", ".join(f"{name}={value!r}" for name, value in given.items())

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 
-from jaxrnn.cell import Cell
 from jaxrnn.convert.onnx import layers, nodes, plumbing
 from jaxrnn.convert.onnx.find import Found, alone, find_node, labels, recurrent_nodes
 from jaxrnn.convert.onnx.graph import Graph
 from jaxrnn.convert.onnx.read import RECURRENT, File, Model, read_file, single, whole
 from jaxrnn.engines.arrays import on_device
+from jaxrnn.typing import Foreign, WithParams
 
 OPERATIONS = plumbing.OPERATIONS | layers.OPERATIONS | nodes.OPERATIONS
 
@@ -21,8 +20,12 @@ MOST_TRIED = 16
 
 
 def from_onnx(
-    model: Any, *, initializers: Mapping[str, Any] | None = None, output: str | None = None, node: str | None = None
-) -> tuple[Cell, Any]:
+    model: Foreign,
+    *,
+    initializers: Mapping[str, Foreign] | None = None,
+    output: str | None = None,
+    node: str | None = None,
+) -> WithParams:
     """The recurrent network of an ONNX model, or one recurrent node of it, as a cell and its params.
 
     The model is a chain of layers: RNN, LSTM and GRU nodes with all their attributes, embeddings (Gather), Linear
@@ -94,7 +97,7 @@ def from_onnx(
         raise ValueError(f"{error}{_way_out(file)}") from error
 
 
-def _on_device(model: Model) -> tuple[Cell, Any]:
+def _on_device(model: Model) -> WithParams:
     cell, params = Graph(model, OPERATIONS).convert()
     return cell, jax.tree.map(on_device, params)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 
-from jaxrnn.cell import Cell, input_size
+from jaxrnn.cell import input_size
 from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair
 from jaxrnn.compose.wrap import Backward, LearnedCarry, LearnedCarryParams
 from jaxrnn.convert.arrays import Arrays
@@ -17,6 +15,7 @@ from jaxrnn.convert.onnx.graph import Graph, Operation
 from jaxrnn.convert.onnx.read import RECURRENT, Node
 from jaxrnn.convert.onnx.recurrent import cells, reversed_directions
 from jaxrnn.convert.onnx.signals import DIRECTION, FEATURES, UNIT, Part, Signal
+from jaxrnn.typing import WithParams
 
 
 def _recurrent(graph: Graph, node: Node):
@@ -122,7 +121,7 @@ def _initial_input(graph, node, name, value, shape):
     return "input"
 
 
-def _directions(made, reverse) -> tuple[Cell, Any]:
+def _directions(made, reverse) -> WithParams:
     if len(reverse) == 2:
         (a, p), (b, q) = made
         return Bidirectional(a, b), BidirectionalPair(p, q)

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxrnn.convert.onnx.external import DataFiles
+from jaxrnn.typing import Foreign, Named, PyTree
 
 RECURRENT = ("RNN", "LSTM", "GRU")
 MOST_AXES = 8
@@ -40,7 +41,7 @@ class Node(NamedTuple):
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: dict[str, Any]
+    attributes: Named
 
     @property
     def place(self) -> str:
@@ -51,7 +52,7 @@ class Node(NamedTuple):
         """Raises the `ValueError` that says why this node cannot be converted."""
         raise ValueError(f"{self.place}: {why}")
 
-    def get(self, name: str, default: Any) -> Any:
+    def get(self, name: str, default: Any) -> PyTree:
         """An attribute, of the type of `default`."""
         value = self.attributes.get(name, default)
         if type(value) is not type(default):
@@ -84,7 +85,7 @@ class Model(NamedTuple):
     """What the outputs of a graph need. `room` bounds the numbers that folding constants may make."""
 
     inputs: dict[str, Input]
-    constants: dict[str, Any]
+    constants: Named
     nodes: list[Node]
     outputs: tuple[str, ...]
     opset: int
@@ -94,11 +95,11 @@ class Model(NamedTuple):
 class File(NamedTuple):
     """A ModelProto, and the files of data beside it."""
 
-    proto: Any
+    proto: Foreign
     data: DataFiles
 
 
-def read_file(source: Any) -> File:
+def read_file(source: Foreign) -> File:
     """The model in a path, in bytes, or a ModelProto."""
     import onnx
 
@@ -148,7 +149,7 @@ def whole(file: File, output: str | None) -> Model:
     )
 
 
-def single(proto: Any, initializers: Any, output: str | None) -> Model:
+def single(proto: Foreign, initializers: Foreign, output: str | None) -> Model:
     """A graph of one recurrent node, whose outputs are those that it names."""
     if not isinstance(initializers, Mapping):
         raise TypeError(f"initializers: expected a mapping of names to arrays, got {type(initializers).__name__}")
@@ -187,8 +188,8 @@ def opset(file: File) -> int:
     return versions[0]
 
 
-def _unique(what: str, named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _unique(what: str, named: Iterable[tuple[str, PyTree]]) -> Named:
+    found: Named = {}
     for name, value in named:
         if not name or name in found:
             raise ValueError(f"onnx: {what} {name!r}: expected names that differ and are not empty")
@@ -196,7 +197,7 @@ def _unique(what: str, named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _needed(nodes: Any, outputs: Iterable[str], given: set[str]) -> list[Any]:
+def _needed(nodes: Any, outputs: Iterable[str], given: set[str]) -> list[PyTree]:
     """The nodes that the outputs need, in their order, which must be one in which they can run."""
     made: set[str] = set()
     for node in nodes:
@@ -225,7 +226,7 @@ def _needed(nodes: Any, outputs: Iterable[str], given: set[str]) -> list[Any]:
     return kept
 
 
-def node(proto: Any, data: DataFiles) -> Node:
+def node(proto: Foreign, data: DataFiles) -> Node:
     """A NodeProto, checked."""
     node = Node(proto.op_type, proto.name, tuple(proto.input), tuple(proto.output), {})
     if proto.domain not in ("", "ai.onnx"):
@@ -241,7 +242,7 @@ def node(proto: Any, data: DataFiles) -> Node:
     return node
 
 
-def _attribute(node: Node, name: str, value: Any, data: DataFiles) -> Any:
+def _attribute(node: Node, name: str, value: Any, data: DataFiles) -> PyTree:
     match value:
         case float() if not math.isfinite(value):
             node.refuse(f"{name}: expected a finite number, got {value}")
@@ -257,7 +258,7 @@ def _attribute(node: Node, name: str, value: Any, data: DataFiles) -> Any:
     return tuple(_attribute(node, name, each, data) for each in value)
 
 
-def value_info(name: str, proto: Any) -> Input:
+def value_info(name: str, proto: Foreign) -> Input:
     """An input of a graph: a ValueInfoProto."""
     kind = proto.type.tensor_type
     if not proto.type.HasField("tensor_type") or kind.elem_type not in DTYPES:
@@ -269,7 +270,7 @@ def value_info(name: str, proto: Any) -> Input:
     return Input(name, dtype, tuple(each.dim_value if each.dim_value > 0 else None for each in kind.shape.dim))
 
 
-def array(what: str, tensor: Any, data: DataFiles) -> np.ndarray:
+def array(what: str, tensor: Foreign, data: DataFiles) -> np.ndarray:
     """A TensorProto as an array, made only where the data are there."""
     from onnx import numpy_helper
 

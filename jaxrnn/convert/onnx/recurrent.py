@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxrnn.cell import Cell
 from jaxrnn.cells.activations import ACTIVATIONS, Activation
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
@@ -14,6 +13,7 @@ from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.convert.activations import KNOWN, here
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.onnx.read import Node
+from jaxrnn.typing import Named, PyTree, WithParams
 
 # The activations, and their numbers with the defaults of the specification.
 FUNCTIONS: dict[str, dict[str, float]] = {
@@ -53,7 +53,7 @@ def reversed_directions(node: Node) -> tuple[bool, ...]:
     return DIRECTIONS[direction]
 
 
-def cells(node: Node, arrays: dict[str, Any]) -> list[tuple[Cell, Any]]:
+def cells(node: Node, arrays: Named) -> list[WithParams]:
     """The cell and the params, in NumPy, of each direction. `arrays` holds W, R, and B and P where they are given."""
     operator = OPERATORS[node.op]
     node.only(*_COMMON, *operator.attributes)
@@ -91,8 +91,8 @@ def _rnn(node, specs, w, r, biases, p):
 
 def _gru(node, specs, w, r, biases, p):
     hidden, after = r.shape[0], node.get("linear_before_reset", 0) != 0
-    b: Any = None
-    b_hn: Any = None
+    b: PyTree = None
+    b_hn: PyTree = None
     if biases is not None and after:
         wb, rb = biases
         rz = 2 * hidden
@@ -125,7 +125,7 @@ def _lstm(node, specs, w, r, biases, p):
     return cell, LSTMParams(w, r, b, None if peephole is None else peephole.reshape(-1, r.shape[0]))
 
 
-def rearranged(array: np.ndarray, given: str, wanted: str) -> Any:
+def rearranged(array: np.ndarray, given: str, wanted: str) -> PyTree:
     """The gates of the last axis in another order, or some of them."""
     blocks = dict(zip(given, np.split(array, len(given), axis=-1), strict=True))
     return np.concatenate([blocks[gate] for gate in wanted], axis=-1)

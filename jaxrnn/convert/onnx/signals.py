@@ -17,6 +17,7 @@ from jaxrnn.convert.cells import stacked
 from jaxrnn.convert.onnx.constants import ONE, Constant, Dim, Size, size
 from jaxrnn.convert.onnx.read import MOST_AXES, Node
 from jaxrnn.layers import Apply
+from jaxrnn.typing import PyTree, WithParams
 
 MOST_ROWS = 1024
 
@@ -38,7 +39,7 @@ class Chain:
     input: str
     below: Chain | None = None
     cell: Cell | None = None
-    params: Any = None
+    params: PyTree = None
     reverse: tuple[bool, ...] = (False,)
     time: Axis | None = None
     batch: Axis | None = None
@@ -46,12 +47,12 @@ class Chain:
     pooled: bool = False
     inner: Chain | None = None
 
-    def then(self, cell: Cell, params: Any, **changes: Any) -> Chain:
+    def then(self, cell: Cell, params: PyTree, **changes: Any) -> Chain:
         """One layer more."""
         facts = {name: getattr(self, name) for name in ("time", "batch", "lengths", "pooled")}
         return Chain(self.input, self, cell, params, **{**facts, **changes})
 
-    def layers(self) -> list[tuple[Cell, Any]]:
+    def layers(self) -> list[WithParams]:
         """All layers, the lowest first."""
         found, chain = [], self
         while chain.below is not None:
@@ -219,7 +220,7 @@ def add(node: Node, a: Signal, b: Signal) -> Signal:
     return Signal((Part(low.then(residual, params, **facts), "y", 0, width),), axes, a.dtype)
 
 
-def layer(node: Node, signal: Signal, cell: Cell, params: Any, width: Size | None = None) -> Signal:
+def layer(node: Node, signal: Signal, cell: Cell, params: PyTree, width: Size | None = None) -> Signal:
     """What a layer without time makes of a signal."""
     chain, axes = close(node, signal)
     alone = isinstance(cell, Apply) and FEATURES not in axes and chain.below is not None

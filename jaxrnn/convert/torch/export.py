@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from jaxrnn.cell import Cell
@@ -16,9 +14,10 @@ from jaxrnn.convert.torch.modules import Parts, module_parts, module_weights
 from jaxrnn.convert.torch.tensors import is_instance, tensor
 from jaxrnn.convert.torch.weights import Part, is_recurrent, repeated, write_part
 from jaxrnn.layers import Apply, Dropout
+from jaxrnn.typing import Foreign, Named, PyTree
 
 
-def to_torch(cell: Cell, params: Any, *, module: Any = None) -> dict[str, Any]:
+def to_torch(cell: Cell, params: PyTree, *, module: Foreign = None) -> Named:
     """The state_dict of a torch model that computes what the cell does, for `load_state_dict`.
 
     Names, without `module`: one recurrent cell, or a `Stack` of nothing but equal ones, with `Dropout` of one rate
@@ -81,7 +80,7 @@ def _is_one_module(cell: Stack) -> bool:
     return cell == repeated(recurrent[0], len(recurrent), dropouts[0] if dropouts else None)
 
 
-def _in_module(model: Placed, module: Any) -> dict[str, np.ndarray]:
+def _in_module(model: Placed, module: Foreign) -> dict[str, np.ndarray]:
     """The arrays by the names of a module that computes what the cells do."""
     if not is_instance(module, "nn", "Module"):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")

@@ -6,7 +6,6 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +17,12 @@ from jaxrnn.convert.torch.tensors import is_instance
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Embed
 from jaxrnn.sequence import scan
+from jaxrnn.typing import Foreign, PyTree
 
 STEPS, ROWS = 7, 5  # they differ, so that the shape of an output tells its axes
 
 
-def check_forwards(module: Any) -> None:
+def check_forwards(module: Foreign) -> None:
     """Compares every `forward` that is not torch's with the cell that its module is read as.
 
     It runs in copies of the modules, with random weights, since with those at hand a layer may happen to do nothing;
@@ -42,7 +42,7 @@ def check_forwards(module: Any) -> None:
             )
 
 
-def _with_own_forward(module: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _with_own_forward(module: Foreign, name: str) -> Iterator[tuple[str, PyTree]]:
     """The outermost modules whose `forward` is not torch's, with their names."""
     kind = type(module)
     if _is_own(kind, "forward") or _is_own(kind, "__call__"):
@@ -57,7 +57,7 @@ def _is_own(kind: type, method: str) -> bool:
     return not owner.__module__.startswith("torch.")
 
 
-def _difference(module: Any) -> str | None:
+def _difference(module: Foreign) -> str | None:
     """What is wrong with its `forward`, or None."""
     torch, rng = sys.modules["torch"], np.random.default_rng(0)
     device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
@@ -91,7 +91,7 @@ def _failed(error: Exception) -> str:
     return f"cannot be compared with its modules on an input of random numbers: {type(error).__name__}: {error}"
 
 
-def _redrawn(module: Any, rng: np.random.Generator) -> Any:
+def _redrawn(module: Foreign, rng: np.random.Generator) -> PyTree:
     """The module in evaluation mode and in at least float32, with random weights that keep its numbers near 1."""
     for part in module.eval().modules():
         for weight in part.parameters(recurse=False):
@@ -103,7 +103,7 @@ def _redrawn(module: Any, rng: np.random.Generator) -> Any:
     return module if wide else module.float()
 
 
-def _sequences(module: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _sequences(module: Foreign, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A time-major input, and what the module's cell makes of it."""
     # Outside of any transformation that the conversion may be in.
     with jax.ensure_compile_time_eval():
@@ -127,7 +127,7 @@ def _layouts(sequences: np.ndarray) -> tuple[np.ndarray, ...]:
     return sequences, np.swapaxes(sequences, 0, 1), sequences[:, 0]
 
 
-def _tensors(output: Any) -> list[Any]:
+def _tensors(output: PyTree) -> list[PyTree]:
     """Those that a `forward` returns: one, or several in tuples, lists and mappings."""
     if is_instance(output, "Tensor"):
         return [output]

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
-from jaxrnn.cell import Cell
 from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.activations import here, names, options
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.torch.tensors import named_arrays
 from jaxrnn.convert.torch.weights import Part, read_part, recurrent
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
+from jaxrnn.typing import DTypeLike, Foreign, Named, PyTree, WithParams
 
 # Parts that run one after another, in sequences within sequences as modules are within modules.
 Parts = Part | Sequence["Parts"]
 
 
-def read_module(module: Any) -> tuple[Cell, Any]:
+def read_module(module: Foreign) -> WithParams:
     """The cell of a module and its params, which are NumPy arrays: its children one after another."""
     name, parts = type(module).__name__, module_parts(module)
     named = named_arrays(name, module_weights(module))
     return read_parts(parts, Arrays(name, named), named)
 
 
-def read_parts(parts: Parts, arrays: Arrays, named: Mapping[str, np.ndarray]) -> tuple[Cell, Any]:
+def read_parts(parts: Parts, arrays: Arrays, named: Mapping[str, np.ndarray]) -> WithParams:
     """The cell of the parts and its params, which take all of the arrays; `named` are those before any was taken."""
     dtype = next(iter(named.values())).dtype if named else np.dtype("float32")
     cell, params = _built(parts, arrays, dtype)
@@ -34,7 +34,7 @@ def read_parts(parts: Parts, arrays: Arrays, named: Mapping[str, np.ndarray]) ->
     return cell, params
 
 
-def _built(parts: Parts, arrays: Arrays, dtype: Any) -> tuple[Cell, Any]:
+def _built(parts: Parts, arrays: Arrays, dtype: DTypeLike) -> WithParams:
     if isinstance(parts, Part):
         return parts.cell, read_part(parts, arrays, dtype)
     built = [_built(part, arrays, dtype) for part in parts]
@@ -47,10 +47,10 @@ def _built(parts: Parts, arrays: Arrays, dtype: Any) -> tuple[Cell, Any]:
         ) from error
 
 
-def module_weights(module: Any) -> dict[str, Any]:
+def module_weights(module: Foreign) -> Named:
     """The parameters of a module by name; raises where two are one."""
     named = dict(module.named_parameters(remove_duplicate=False))
-    seen: dict[Any, str] = {}
+    seen: dict[PyTree, str] = {}
     for name, weight in named.items():
         first = seen.setdefault(id(weight) if weight.is_meta else (weight.device, weight.data_ptr()), name)
         if first != name and weight.numel():
@@ -61,7 +61,7 @@ def module_weights(module: Any) -> dict[str, Any]:
     return named
 
 
-def module_parts(module: Any, name: str = "", seen: set[int] | None = None) -> Parts:
+def module_parts(module: Foreign, name: str = "", seen: set[int] | None = None) -> Parts:
     """What a module is made of, in order of definition."""
     seen = set() if seen is None else seen
     kind = type(module)
@@ -85,7 +85,7 @@ def module_parts(module: Any, name: str = "", seen: set[int] | None = None) -> P
         raise ValueError(f"{where(module, name)}: {error}") from error
 
 
-def _children(module: Any, name: str, seen: set[int]) -> list[Parts]:
+def _children(module: Foreign, name: str, seen: set[int]) -> list[Parts]:
     if own := [key for key, value in module._parameters.items() if value is not None]:
         _refuse(module, name, f"{', '.join(own)} belong to none of its children, so what they do is not known")
     if not children(module):
@@ -93,12 +93,12 @@ def _children(module: Any, name: str, seen: set[int]) -> list[Parts]:
     return [module_parts(child, f"{name}.{key}" if name else key, seen) for key, child in children(module)]
 
 
-def children(module: Any) -> list[tuple[str, Any]]:
+def children(module: Foreign) -> list[tuple[str, PyTree]]:
     """The modules in a module by name, in order of definition."""
     return [(key, child) for key, child in module._modules.items() if child is not None]
 
 
-def _check_plain(module: Any, name: str) -> None:
+def _check_plain(module: Foreign, name: str) -> None:
     """Nothing has been hung on it that changes what it computes."""
     if hasattr(module, "parametrizations"):
         _refuse(module, name, "its weights are parametrized: torch.nn.utils.parametrize.remove_parametrizations first")
@@ -110,19 +110,19 @@ def _check_plain(module: Any, name: str) -> None:
         _refuse(module, name, f"jaxrnn has no counterpart of its buffers {', '.join(buffers)}")
 
 
-def where(module: Any, name: str) -> str:
+def where(module: Foreign, name: str) -> str:
     """A module in messages: its name, if it has one, and its class."""
     return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
 
 
-def _refuse(module: Any, name: str, why: str) -> NoReturn:
+def _refuse(module: Foreign, name: str, why: str) -> NoReturn:
     raise ValueError(f"{where(module, name)}: {why}")
 
 
-def _recurrent(name: str, module: Any) -> Part:
+def _recurrent(name: str, module: Foreign) -> Part:
     kind = type(module).__name__
     layered = not kind.endswith("Cell")
-    options: dict[str, Any] = {"activation": getattr(module, "nonlinearity", "tanh")}
+    options: Named = {"activation": getattr(module, "nonlinearity", "tanh")}
     if layered:
         options |= {
             "projection_size": module.proj_size or None,
@@ -134,14 +134,14 @@ def _recurrent(name: str, module: Any) -> Part:
     return Part(name, cell, layered, bias=module.bias)
 
 
-def _layer_norm(name: str, module: Any) -> Part:
+def _layer_norm(name: str, module: Foreign) -> Part:
     if len(module.normalized_shape) != 1:
         raise ValueError(f"expected one normalised axis, got normalized_shape={tuple(module.normalized_shape)}")
     cell = LayerNorm(module.normalized_shape[0], module.eps)
     return Part(name, cell, bias=module.bias is not None, affine=module.weight is not None)
 
 
-def _activation(name: str, module: Any) -> Part:
+def _activation(name: str, module: Foreign) -> Part:
     kind = type(module).__name__
     known = options("torch", kind)
     given = {option: getattr(module, option) for option in known}
@@ -152,7 +152,7 @@ def _activation(name: str, module: Any) -> Part:
     return Part(name, Apply(fn))
 
 
-def _linear(name: str, module: Any) -> Part:
+def _linear(name: str, module: Foreign) -> Part:
     return Part(name, Linear(module.in_features, module.out_features), bias=module.bias is not None)
 
 
@@ -166,6 +166,6 @@ MODULES = {
 }
 
 # Fields with values that have no counterpart.
-FIXED: dict[str, dict[str, Any]] = {
+FIXED: dict[str, Named] = {
     "Embedding": {"max_norm": None, "scale_grad_by_freq": False},
 }

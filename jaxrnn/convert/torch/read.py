@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
-from jaxrnn.cell import Cell
 from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.torch.forward import check_forwards
 from jaxrnn.convert.torch.modules import read_module, read_parts
 from jaxrnn.convert.torch.names import named_parts
 from jaxrnn.convert.torch.tensors import is_instance, named_arrays, state_dict
 from jaxrnn.engines.arrays import on_device
+from jaxrnn.typing import Foreign, WithParams
 
 
 def from_torch(
-    source: Any,
+    source: Foreign,
     *,
     parts: Mapping[str, str | None] | None = None,
     activation: str | None = None,
     epsilon: float | None = None,
-) -> tuple[Cell, Any]:
+) -> WithParams:
     """The cell that computes what a torch model does, and its params, in the model's dtype.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 
@@ -14,9 +12,10 @@ from jaxrnn.cells.gru import GRUCarry
 from jaxrnn.cells.lstm import LSTMCarry
 from jaxrnn.convert.torch.tensors import dense, tensor
 from jaxrnn.engines.arrays import on_device
+from jaxrnn.typing import Foreign, PyTree
 
 
-def carry_from_torch(cell: Cell, states: Any) -> Any:
+def carry_from_torch(cell: Cell, states: PyTree) -> PyTree:
     """torch's initial or final states as the carry of a recurrent cell, or of a model with one recurrent module.
 
     Args:
@@ -46,7 +45,7 @@ def carry_from_torch(cell: Cell, states: Any) -> Any:
     return jax.tree.map(on_device, jax.tree.unflatten(structure, carries))
 
 
-def carry_to_torch(cell: Cell, carry: Any) -> Any:
+def carry_to_torch(cell: Cell, carry: PyTree) -> PyTree:
     """The carry as torch has it: the tensor h_n, or (h_n, c_n) of LSTMs, with a row per layer and direction.
 
     Raises:
@@ -75,13 +74,13 @@ def carry_to_torch(cell: Cell, carry: Any) -> Any:
     return tuple(stacks) if len(stacks) > 1 else stacks[0]
 
 
-def _is_state(node: Any) -> bool:
+def _is_state(node: Foreign) -> bool:
     return isinstance(node, (ElmanCarry, GRUCarry, LSTMCarry))
 
 
-def _rows(cell: Cell) -> tuple[list[Any], Any]:
+def _rows(cell: Cell) -> tuple[list[PyTree], PyTree]:
     """The carries of the recurrent cells in torch's order, and the carry that they are in."""
-    rows: list[Any]
+    rows: list[PyTree]
     rows, structure = jax.tree.flatten(check.shapes_of_carry(cell), is_leaf=_is_state)
     kinds = {(type(row), *(state.shape for state in row)) if _is_state(row) else type(row) for row in rows}
     if len(kinds) != 1 or not all(map(_is_state, rows)):

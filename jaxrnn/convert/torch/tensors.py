@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.convert.arrays import refuse_tracer
+from jaxrnn.typing import Foreign, PyTree
 
 # safetensors' names of the dtypes that torch's recurrent modules compute in.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -18,7 +19,7 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 def is_instance(value: Any, *path: str) -> bool:
     """Whether this is a `torch.nn.Module`, ..., which it is not where nobody has imported torch."""
-    kind: Any = sys.modules.get("torch")
+    kind: Foreign = sys.modules.get("torch")
     for name in path:
         kind = getattr(kind, name, None)
     return kind is not None and isinstance(value, kind)
@@ -42,7 +43,7 @@ def dense(name: str, value: Any) -> np.ndarray:
         ) from error
 
 
-def tensor(array: Any) -> Any:
+def tensor(array: PyTree) -> PyTree:
     """A CPU tensor with a copy of the array."""
     import torch
 
@@ -52,7 +53,7 @@ def tensor(array: Any) -> Any:
     return torch.from_numpy(array)
 
 
-def named_arrays(source: str, named: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+def named_arrays(source: str, named: Mapping[PyTree, PyTree]) -> dict[str, np.ndarray]:
     """What has these names as NumPy arrays of one of the four dtypes, none of them empty."""
     arrays = {}
     for name, value in named.items():
@@ -69,7 +70,7 @@ def named_arrays(source: str, named: Mapping[Any, Any]) -> dict[str, np.ndarray]
     return arrays
 
 
-def state_dict(source: Any) -> tuple[str, Mapping[Any, Any], bool]:
+def state_dict(source: Foreign) -> tuple[str, Mapping[PyTree, PyTree], bool]:
     """What to call it in messages, its arrays, and whether the order of their names means anything."""
     if isinstance(source, Mapping):
         name, named, ordered = "state_dict", source, True

@@ -19,6 +19,7 @@ from jaxrnn.convert.activations import there
 from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
+from jaxrnn.typing import DTypeLike, Named, PyTree, Size
 
 # The blocks of rows in weight_ih and weight_hh: i f g o, and r z n.
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
@@ -73,7 +74,7 @@ def repeated(first: Cell, layers: int, dropout: Dropout | None) -> Cell:
     return Stack((first, *(*between, above) * (layers - 1)))
 
 
-def _reading(cell: Cell, size: Any) -> Cell:
+def _reading(cell: Cell, size: Size) -> Cell:
     match cell:
         case Bidirectional(forward=forward, backward=backward):
             cells = {"forward": _reading(forward, size), "backward": _reading(backward, size)}
@@ -89,7 +90,7 @@ def is_recurrent(cell: Cell) -> bool:
     return type(cell) in KINDS
 
 
-def read_part(part: Part, arrays: Arrays, dtype: Any) -> Any:
+def read_part(part: Part, arrays: Arrays, dtype: DTypeLike) -> PyTree:
     """The params of `part.cell`; `dtype` is that of arrays which torch leaves out."""
 
     def vector(name, size, wanted):
@@ -114,7 +115,7 @@ def read_part(part: Part, arrays: Arrays, dtype: Any) -> Any:
     return _layer(part, arrays, part.cell, 0)
 
 
-def _layer(part: Part, arrays: Arrays, cell: Cell, number: int) -> Any:
+def _layer(part: Part, arrays: Arrays, cell: Cell, number: int) -> PyTree:
     suffix = f"_l{number}" if part.layered else ""
     match cell:
         case Bidirectional(forward=forward, backward=backward):
@@ -124,7 +125,7 @@ def _layer(part: Part, arrays: Arrays, cell: Cell, number: int) -> Any:
     return _direction(part, arrays, cell, suffix)
 
 
-def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> Any:
+def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> PyTree:
     def take(name, *shape):
         return arrays.take(f"{part.name}{name}{suffix}", *shape)
 
@@ -147,7 +148,7 @@ def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> Any:
     )
 
 
-def _sum(name: str, b_x: np.ndarray, b_h: np.ndarray) -> Any:
+def _sum(name: str, b_x: np.ndarray, b_h: np.ndarray) -> PyTree:
     with np.errstate(over="ignore"):
         b = b_x + b_h
     if not np.isfinite(b).all():
@@ -199,25 +200,25 @@ def _arrays(placed: Placed) -> dict[str, np.ndarray]:
     return {key: array for key, array in WRITERS[type(cell)](placed, params).items() if array is not None}
 
 
-def _dropout(placed: Placed, params: Any) -> dict[str, Any]:
+def _dropout(placed: Placed, params: PyTree) -> Named:
     placed.only("rate", why="torch's Dropout draws at each step")
     return {}
 
 
-def _apply(placed: Placed, params: Any) -> dict[str, Any]:
+def _apply(placed: Placed, params: PyTree) -> Named:
     if there(placed.cell.fn, "torch") is None:
         placed.refuse("torch has no module of this function")
     return {}
 
 
-def _elman(placed: Placed, params: ElmanParams) -> dict[str, Any]:
+def _elman(placed: Placed, params: ElmanParams) -> Named:
     if placed.cell.activation not in ("tanh", "relu"):
         placed.refuse("torch's RNN has tanh and relu only")
     placed.only("activation", why="torch's RNN has no such option")
     return _weights(params) | _biases(params, np.zeros_like(params.w_x[0]))
 
 
-def _gru(placed: Placed, params: GRUParams) -> dict[str, Any]:
+def _gru(placed: Placed, params: GRUParams) -> Named:
     placed.only("input_size", "hidden_size", why="torch's GRU resets after the product and has no such option")
     b_h = np.zeros_like(params.w_x[0])
     if params.b_hn is not None:
@@ -225,24 +226,24 @@ def _gru(placed: Placed, params: GRUParams) -> dict[str, Any]:
     return _weights(params) | _biases(params, b_h)
 
 
-def _lstm(placed: Placed, params: LSTMParams) -> dict[str, Any]:
+def _lstm(placed: Placed, params: LSTMParams) -> Named:
     placed.only("input_size", "hidden_size", "projection_size", why="torch's LSTM has no such option")
     w_p = {} if params.w_p is None else {"weight_hr": params.w_p.T}
     return _weights(params) | _biases(params, np.zeros_like(params.w_x[0])) | w_p
 
 
-def _weights(params: Any) -> dict[str, Any]:
+def _weights(params: PyTree) -> Named:
     return {"weight_ih": params.w_x.T, "weight_hh": params.w_h.T}
 
 
-def _biases(params: Any, b_h: np.ndarray) -> dict[str, Any]:
+def _biases(params: PyTree, b_h: np.ndarray) -> Named:
     if params.b is None and not b_h.any():
         return {}
     return {"bias_ih": np.zeros_like(b_h) if params.b is None else params.b, "bias_hh": b_h}
 
 
 # What torch calls the params, which come as NumPy arrays.
-WRITERS: dict[type[Cell], Callable[[Placed, Any], dict[str, Any]]] = {
+WRITERS: dict[type[Cell], Callable[[Placed, PyTree], Named]] = {
     Elman: _elman,
     GRU: _gru,
     LSTM: _lstm,

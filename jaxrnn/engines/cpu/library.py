@@ -7,17 +7,18 @@ import functools
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import jax
 import jaxlib.version
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-_lowerings: dict[Primitive, Callable[..., Any]] = {}
+from jaxrnn.typing import PyTree
+
+_lowerings: dict[Primitive, Callable[..., PyTree]] = {}
 
 
-def register(primitive: Primitive, lowering: Callable[..., Any]) -> None:
+def register(primitive: Primitive, lowering: Callable[..., PyTree]) -> None:
     """Says how `primitive` is lowered on the CPU, where the kernel of its name can run."""
     _lowerings[primitive] = lowering
 

@@ -9,6 +9,7 @@ carry', y = update(θ, carry, u, v, w)
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +22,7 @@ from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated import primitives
 from jaxrnn.engines.loop import in_chunks, time_loop
 from jaxrnn.engines.walk import Flags, Walk
+from jaxrnn.typing import DTypeLike, PyTree
 
 REFUSALS = {
     "associative": "the recurrence is not linear",
@@ -39,7 +41,7 @@ class GatedWeights(NamedTuple):
     b: Array | None
     w_h: Array
     w_2: Array | None = None
-    theta: Any = ()
+    theta: PyTree = ()
 
 
 class Kernel(NamedTuple):
@@ -60,9 +62,9 @@ class GatedRecurrence(Protocol):
 
     def kernel(self, weights: GatedWeights) -> Kernel | str: ...
 
-    def update(self, theta: Any, carry: Any, u: Array, v: Array, w: Array | None) -> tuple[Any, Array]: ...
+    def update(self, theta: PyTree, carry: PyTree, u: Array, v: Array, w: Array | None) -> tuple[PyTree, Array]: ...
 
-    def second_input(self, theta: Any, carry: Any, s: Array, u: Array, v: Array) -> Array: ...
+    def second_input(self, theta: PyTree, carry: PyTree, s: Array, u: Array, v: Array) -> Array: ...
 
 
 def recurrent_product(s: Array, w_h: Array) -> Array:
@@ -132,31 +134,50 @@ def _dtypes(weights, carry, x):
     return dtype, accumulator(dtype, *(leaf.dtype for leaf in carry))
 
 
-def gated_products(cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None):
+class Recurrence(NamedTuple):
+    """What happens after the products of a step, as functions: a `GatedRecurrence` without a kernel."""
+
+    update: Callable[..., tuple[PyTree, Array]]
+    second_input: Callable[..., Array] | None = None
+    recurrent_state: str = "h"
+
+
+def gated_products(
+    recurrence: GatedRecurrence | Recurrence, weights: GatedWeights, carry: PyTree, x: Array, mask: Array | None = None
+):
     """What `update` takes at one step: (θ, carry, u, v, w), in the dtype that gates compute in."""
     dtype, wide = _dtypes(weights, carry, x)
     weights = cast(weights, dtype)
-    return _products(cell, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
+    return _products(recurrence, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
 
 
 def gated_step(
-    cell: GatedRecurrence, weights: GatedWeights, carry: Any, x: Array, mask: Array | None = None
-) -> tuple[Any, Array]:
-    """One step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation."""
-    new, y = cell.update(*gated_products(cell, weights, carry, x, mask))
-    return cast_like(new, carry, owner=type(cell).__name__), y.astype(compute_dtype(x, weights))
+    recurrence: GatedRecurrence | Recurrence,
+    weights: GatedWeights,
+    carry: PyTree,
+    x: Array,
+    mask: Array | None = None,
+    *,
+    owner: str,
+) -> tuple[PyTree, Array]:
+    """One step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation.
+
+    `owner` is what messages call it.
+    """
+    new, y = recurrence.update(*gated_products(recurrence, weights, carry, x, mask))
+    return cast_like(new, carry, owner=owner), y.astype(compute_dtype(x, weights))
 
 
 def gated_scan(
     cell: GatedRecurrence,
     weights: GatedWeights,
-    carry: Any,
+    carry: PyTree,
     xs: Array,
     *,
-    fresh: Any,
+    fresh: PyTree,
     mask: Array | None,
     walk: Walk,
-) -> tuple[Any, Array]:
+) -> tuple[PyTree, Array]:
     """The recurrence over the first axis of `xs`: (final carry, ys).
 
     Args:
@@ -188,7 +209,7 @@ class _How(NamedTuple):
     """What is no array."""
 
     cell: GatedRecurrence
-    dtype: Any
+    dtype: DTypeLike
     wide: Any
     reverse: bool
     platform: str | None
@@ -295,12 +316,12 @@ def _recurrence_jvp(how: _How, primals, tangents):
 _recurrence.defjvp(_recurrence_jvp, symbolic_zeros=True)
 
 
-def _moves(tangent: Any) -> bool:
+def _moves(tangent: PyTree) -> bool:
     """Whether part of a tangent is not known to be zero."""
     return not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangent))
 
 
-def _instantiated(tangent: Any) -> Any:
+def _instantiated(tangent: PyTree) -> PyTree:
     def instantiate(leaf):
         if not isinstance(leaf, SymbolicZero):
             return leaf
@@ -310,7 +331,9 @@ def _instantiated(tangent: Any) -> Any:
     return jax.tree.map(instantiate, tangent)
 
 
-def gated_scan_both(cell: GatedRecurrence, weights, carry, xs, *, fresh, mask, walk: Walk) -> list[tuple[Any, Array]]:
+def gated_scan_both(
+    cell: GatedRecurrence, weights, carry, xs, *, fresh, mask, walk: Walk
+) -> list[tuple[PyTree, Array]]:
     """`gated_scan` of pairs, along the walk and along the opposite one, at once where a kernel can."""
     walks = walk, walk.opposite
     if walk.remat_every is None:

@@ -36,6 +36,7 @@ from jaxrnn.engines.gated.programs import (
 )
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Walk, starts
+from jaxrnn.typing import PyTree
 
 FEW = 8  # members whose cotangents are added one by one, since XLA is slow to reduce a short axis
 KINDS = {"elman_tanh": 0, "elman_relu": 1, "lstm": 2, "gru": 3, "gru_before": 4}
@@ -70,7 +71,7 @@ def _abstract(primitive):
         rows = next((spec for spec in specs if spec is not None), None)
 
         def abstract(out, name):
-            spec: list[Any] = [None] * len(out.shape)
+            spec: list[PyTree] = [None] * len(out.shape)
             axis = axis_of(name)
             if axis is not None and out.size:
                 spec[axis] = rows
@@ -232,7 +233,7 @@ def _on_cpu(primitive):
             members=np.int64(count_members(aval.shape[0] for aval in ctx.avals_in)),
             here=np.int64(sum(1 << k for k in arguments) + sum(1 << 32 + k for k in results)),
         )
-        whole: list[Any] = [
+        whole: list[PyTree] = [
             None if aval.size else mlir.ir_constant(np.zeros(aval.shape, aval.dtype)) for aval in ctx.avals_out
         ]
         for k, value in zip(results, found, strict=True):
@@ -262,8 +263,8 @@ class Layer(NamedTuple):
     """One recurrence of a call."""
 
     weights: tuple[Array, Array | None, Array, Array | None]  # w_x (D, G), b (G,), w_h (H, G), b_hn (H,)
-    carry: Any  # a named tuple of h, or h and c, (*batch, H)
-    fresh: Any
+    carry: PyTree  # a named tuple of h, or h and c, (*batch, H)
+    fresh: PyTree
     reverse: bool
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import dot, lifted, select
+from jaxrnn.typing import PyTree
 
 
 def _split(array: Array, parts: int) -> list[Array]:
@@ -151,25 +152,25 @@ def _tangent_one(
 class Read(NamedTuple):
     """What `forward` reads: inputs, weights, the carry and the fresh one, which steps are valid, which start fresh."""
 
-    xs: Any
-    w_x: Any
-    w_h: Any
-    h: Any
-    c: Any
-    fresh_h: Any
-    fresh_c: Any
-    valid: Any
-    start: Any
-    b: Any
-    b_hn: Any
+    xs: PyTree
+    w_x: PyTree
+    w_h: PyTree
+    h: PyTree
+    c: PyTree
+    fresh_h: PyTree
+    fresh_c: PyTree
+    valid: PyTree
+    start: PyTree
+    b: PyTree
+    b_hn: PyTree
 
 
 class Written(NamedTuple):
     """What `forward` puts out: the outputs, the last carry; and with `save` the gates and every c."""
 
-    ys: Any
-    h: Any
-    c: Any
+    ys: PyTree
+    h: PyTree
+    c: PyTree
     kept: Any
     cs: Any
 
@@ -177,16 +178,16 @@ class Written(NamedTuple):
 class Fixed(NamedTuple):
     """What `tangent` and `backward` read beside what they are linear in."""
 
-    xs: Any
-    w_x: Any
-    w_h: Any
-    h: Any
-    c: Any
-    fresh_h: Any
-    fresh_c: Any
-    valid: Any
-    start: Any
-    ys: Any
+    xs: PyTree
+    w_x: PyTree
+    w_h: PyTree
+    h: PyTree
+    c: PyTree
+    fresh_h: PyTree
+    fresh_c: PyTree
+    valid: PyTree
+    start: PyTree
+    ys: PyTree
     kept: Any
     cs: Any
 
@@ -194,23 +195,23 @@ class Fixed(NamedTuple):
 class Moving(NamedTuple):
     """What `tangent` is linear in, and `backward` puts out the cotangents of."""
 
-    xs: Any
-    w_x: Any
-    w_h: Any
-    h: Any
-    c: Any
-    fresh_h: Any
-    fresh_c: Any
-    b: Any
-    b_hn: Any
+    xs: PyTree
+    w_x: PyTree
+    w_h: PyTree
+    h: PyTree
+    c: PyTree
+    fresh_h: PyTree
+    fresh_c: PyTree
+    b: PyTree
+    b_hn: PyTree
 
 
 class Moved(NamedTuple):
     """What `tangent` puts out the tangents of, and `backward` is linear in."""
 
-    ys: Any
-    h: Any
-    c: Any
+    ys: PyTree
+    h: PyTree
+    c: PyTree
 
 
 class Kind(enum.Enum):

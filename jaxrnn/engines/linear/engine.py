@@ -12,16 +12,17 @@ from jaxrnn.engines.arrays import accumulator, select, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.linear.primitive import ELSEWHERE, bind
 from jaxrnn.engines.walk import Flags, Implementation, Walk, checked
+from jaxrnn.typing import Bools, PyTree
 
 
 def linear_scan(
-    a: Any,
-    b: Any,
+    a: PyTree,
+    b: PyTree,
     h0: Any = None,
     *,
     reverse: bool = False,
-    reset: Any = None,
-    mask: Any = None,
+    reset: Bools | None = None,
+    mask: Bools | None = None,
     time_axis: int = 0,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]:
