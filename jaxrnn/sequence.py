@@ -346,14 +346,14 @@ def explain(
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
-      >>> cell = jaxrnn.GRU(3, 4)
+      >>> cell = jaxrnn.MGU(3, 4)
       >>> params = cell.init(jax.random.key(0))
       >>> jaxrnn.explain(cell, params, None, jnp.ones((7, 3)), platform="gpu").calls[0].implementation
       'xla'
       >>> print(jaxrnn.explain(cell, params, None, jnp.ones(3), platform="gpu", one_step=True))
       on gpu:
-      gated_scan: xla  for GRU(input_size=3, hidden_size=4)
-        not native: the kernels are compiled for the CPU
+      gated_scan: xla (loop)  for MGU(input_size=3, hidden_size=4)
+        not native: no kernel computes a MGU
         not associative: the recurrence is not linear
         not chunked: the recurrence is not linear
     """

@@ -20,15 +20,22 @@ Implementation = str | Mapping[str, str] | None
 
 
 class EngineCall(NamedTuple):
-    """One call of an engine: what runs it, and why the other implementations do not."""
+    """One call of an engine: what runs it, and why the other implementations do not.
+
+    `program` says which of several programs it is, where XLA has more than one: "loop", over the cell's own update,
+    which the name "xla" asks for; or "primitives", the kernels' form with derivatives written by hand, which
+    accelerators run.
+    """
 
     engine: str
     cell: str
     implementation: str
     refused: dict[str, str]
+    program: str | None = None
 
     def __str__(self):
-        lines = [f"{self.engine}: {self.implementation}  for {self.cell}"]
+        program = "" if self.program is None else f" ({self.program})"
+        lines = [f"{self.engine}: {self.implementation}{program}  for {self.cell}"]
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.refused.items()])
 
 
@@ -139,10 +146,18 @@ class Walk:
         """What is `chosen` where it is known, or None where each platform takes its own."""
         return None if self.platform is None and self.named(engine) is None else chosen
 
-    def record(self, engine: str, implementation: str, refusals: Mapping[str, str], *, cell: object) -> None:
+    def record(
+        self,
+        engine: str,
+        implementation: str,
+        refusals: Mapping[str, str],
+        *,
+        cell: object,
+        program: str | None = None,
+    ) -> None:
         """Tells `explain` of a call."""
         if self.question is not None:
-            self.question.calls.append(EngineCall(engine, repr(cell), implementation, dict(refusals)))
+            self.question.calls.append(EngineCall(engine, repr(cell), implementation, dict(refusals), program))
 
 
 def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:

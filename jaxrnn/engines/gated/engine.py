@@ -351,8 +351,10 @@ def _kernel(cell, weights, carries, xs, masks, walk: Walk):
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
     if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
+        by_primitives = refusal is None and walk.named("gated_scan") is None
+        program = None if chosen == "native" else "primitives" if by_primitives else "loop"
         for _ in weights:
-            walk.record("gated_scan", chosen, refusals, cell=cell)
+            walk.record("gated_scan", chosen, refusals, cell=cell, program=program)
     if chosen != "native":
         return None
 
