@@ -86,39 +86,9 @@ def _floating(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def reorder(array: np.ndarray, given: str, wanted: str) -> PyTree:
-    """The gates of the last axis, one letter each, from one order in another.
-
-    Examples:
-      >>> import numpy as np
-      >>> reorder(np.arange(6), "zrn", "rzn")
-      array([2, 3, 0, 1, 4, 5])
-    """
-    if sorted(given) != sorted(wanted) or array.shape[-1] % len(given):
-        raise ValueError(f"gates: expected {len(wanted)} blocks {wanted!r} of one size, got {given!r} in {array.shape}")
-    blocks = dict(zip(given, np.split(array, len(given), axis=-1), strict=True))
-    return np.concatenate([blocks[gate] for gate in wanted], axis=-1)
-
-
-def negate(array: np.ndarray, gates: str, which: str) -> PyTree:
-    """The array with the blocks of the gates `which` negated; σ(−x) = 1 − σ(x) turns a gate round."""
-    return array * _each(array, gates, which, -1, 1)
-
-
-def add(array: np.ndarray, gates: str, which: str, amount: float) -> PyTree:
-    """The array with `amount` added to the blocks of the gates `which`."""
-    return array + _each(array, gates, which, amount, 0)
-
-
 def ones(size: int, dtype: DTypeLike) -> PyTree:
     """The scale of a LayerNorm that has none."""
     return np.ones(size, dtype)
-
-
-def _each(array: np.ndarray, gates: str, which: str, on: float, off: float) -> np.ndarray:
-    """One number for each entry of the last axis: `on` in the blocks of the gates `which`."""
-    numbers = np.array([on if gate in which else off for gate in gates], array.dtype)
-    return np.repeat(numbers, array.shape[-1] // len(gates))
 
 
 def to_numpy(params: PyTree) -> PyTree:

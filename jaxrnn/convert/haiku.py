@@ -14,8 +14,9 @@ from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMParams
 from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
-from jaxrnn.convert.arrays import Arrays, add, negate, reorder
+from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.cells import Placed, layers, placed, stacked
+from jaxrnn.convert.gates import HAIKU
 from jaxrnn.engines.arrays import on_device
 from jaxrnn.layers import Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
 from jaxrnn.typing import Foreign, Named, PyTree, WithParams
@@ -268,8 +269,7 @@ def _read_lstm(at: _At, options: _Options) -> WithParams:
         raise ValueError(
             f"Haiku: {at.module}/linear: w: expected more than {hidden} rows, those of x and of h, got {len(w)}"
         )
-    w = reorder(w, "igfo", "ifgo")
-    b = add(reorder(at.take("linear", "b", 4 * hidden), "igfo", "ifgo"), "ifgo", "f", 1.0)
+    w, b = HAIKU["LSTM"].read(w), HAIKU["LSTM"].read(at.take("linear", "b", 4 * hidden), bias=True)
     return LSTM(len(w) - hidden, hidden), LSTMParams(w[:-hidden], w[-hidden:], b)
 
 
@@ -279,16 +279,7 @@ def _read_gru(at: _At, options: _Options) -> WithParams:
     if len(w_h) != hidden:
         raise ValueError(f"Haiku: {at.module}: w_h: expected shape ({hidden}, {3 * hidden}), got {w_h.shape}")
     w_x, b = at.take("", "w_i", None, 3 * hidden), at.take("", "b", 3 * hidden)
-    return GRU(len(w_x), hidden, reset_after=False), GRUParams(*map(_gates_from_haiku, (w_x, w_h, b)))
-
-
-def _gates_from_haiku(array: PyTree) -> PyTree:
-    """z r n as r z n, and z as 1 − z."""
-    return reorder(negate(array, "zrn", "z"), "zrn", "rzn")
-
-
-def _gates_to_haiku(array: PyTree) -> PyTree:
-    return reorder(negate(array, "rzn", "z"), "rzn", "zrn")
+    return GRU(len(w_x), hidden, reset_after=False), GRUParams(*map(HAIKU["GRU"].read, (w_x, w_h, b)))
 
 
 def _read_vanilla(at: _At, options: _Options) -> WithParams:
@@ -308,9 +299,9 @@ def _read_conv(dimensions: int) -> Callable[[_At, _Options], WithParams]:
         hidden = _blocks(at, w_x, "input_to_hidden: w", 4)
         w_h = at.take("hidden_to_hidden", "w", *kernel, hidden, columns)
         b = at.take("input_to_hidden", "b", columns) + at.take("hidden_to_hidden", "b", columns)
-        w_x, w_h, b = (reorder(array, "igfo", "ifgo") for array in (w_x, w_h, b))
+        gates = HAIKU["LSTM"]
         cell = ConvLSTM(options.spatial_shape, inputs, hidden, tuple(kernel))
-        return cell, ConvLSTMParams(w_x, w_h, add(b, "ifgo", "f", 1.0))
+        return cell, ConvLSTMParams(gates.read(w_x), gates.read(w_h), gates.read(b, bias=True))
 
     return read
 
@@ -357,13 +348,12 @@ def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, Named]]:
     match cell:
         case LSTM():
             model.only(why="hk.LSTM has no such option")
-            b = add(_bias(params, params.w_x), "ifgo", "f", -1.0)
-            w = np.concatenate([params.w_x, params.w_h])
-            return "lstm", {"linear": {"w": reorder(w, "ifgo", "igfo"), "b": reorder(b, "ifgo", "igfo")}}
+            w, b = np.concatenate([params.w_x, params.w_h]), _bias(params, params.w_x)
+            return "lstm", {"linear": {"w": HAIKU["LSTM"].write(w), "b": HAIKU["LSTM"].write(b, bias=True)}}
         case GRU(reset_after=False):
             model.only("reset_after", why="hk.GRU has no such option")
             arrays = {"w_i": params.w_x, "w_h": params.w_h, "b": _bias(params, params.w_x)}
-            return "gru", {"": {name: _gates_to_haiku(array) for name, array in arrays.items()}}
+            return "gru", {"": {name: HAIKU["GRU"].write(array) for name, array in arrays.items()}}
         case GRU():
             model.refuse("hk.GRU resets before the product, which is another function")
         case Elman(activation="relu"):
@@ -396,8 +386,8 @@ def _written_conv(model: Placed, params: ConvLSTMParams) -> tuple[str, dict[str,
             model.refuse(f"{name}: {why}")
     names = ("spatial_shape", "input_channels", "hidden_size", "kernel_size", "strides", "dilation")
     model.only(*names, why=why)
-    b = add(_bias(params, params.w_x), "ifgo", "f", -1.0)
-    w_x, w_h, b = (reorder(array, "ifgo", "igfo") for array in (params.w_x, params.w_h, b))
+    w_x, w_h = map(HAIKU["LSTM"].write, (params.w_x, params.w_h))
+    b = HAIKU["LSTM"].write(_bias(params, params.w_x), bias=True)
     below = {"input_to_hidden": {"w": w_x, "b": b}, "hidden_to_hidden": {"w": w_h, "b": np.zeros_like(b)}}
     return f"conv{dimensions}_dlstm", below
 

@@ -20,7 +20,7 @@ from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.convert.activations import name_of
-from jaxrnn.convert.arrays import add, reorder
+from jaxrnn.convert.gates import FLAX, Gates
 from jaxrnn.convert.trees import join
 from jaxrnn.layers import Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
 from jaxrnn.typing import DTypeLike, Foreign, PyTree
@@ -102,16 +102,19 @@ _GRU = _Layout(GRU, GRUParams, 3, {"gate_activation": "gate_fn", "activation": "
 
 def _lstm(forget: str) -> _Layout:
     kernels = ("ii/kernel", f"{forget}/kernel", "ig/kernel", "io/kernel")
-    return _LSTM._replace(names={"w_x": kernels, "w_h": _each("ifgo", "kernel"), "b": _each("ifgo", "bias")})
+    return _LSTM._replace(
+        names={"w_x": kernels, "w_h": _each(FLAX["LSTM"], "kernel"), "b": _each(FLAX["LSTM"], "bias")}
+    )
 
 
-def _each(gates: str, name: str, side: str = "h") -> tuple[str, ...]:
-    return tuple(f"{side}{gate}/{name}" for gate in gates)
+def _each(gates: Gates, name: str, side: str = "h") -> tuple[str, ...]:
+    return tuple(f"{side}{gate}/{name}" for gate in gates.order)
 
 
 def _gru() -> _Layout:
-    kernels = {"w_x": _each("rzn", "kernel", "i"), "w_h": _each("rzn", "kernel")}
-    return _GRU._replace(names={**kernels, "b": _each("rzn", "bias", "i"), "b_hn": ("hn/bias",)})
+    gates = FLAX["GRU"]
+    kernels = {"w_x": _each(gates, "kernel", "i"), "w_h": _each(gates, "kernel")}
+    return _GRU._replace(names={**kernels, "b": _each(gates, "bias", "i"), "b_hn": ("hn/bias",)})
 
 
 def _fused(layout: _Layout, bias: str) -> _Layout:
@@ -165,14 +168,15 @@ def _conv_lstm(path: str, module: Foreign, spatial_shape: tuple[int, ...] | None
     def cell(params):
         return ConvLSTM(spatial_shape, params.w_x.shape[-2], hidden, kernel)
 
-    # Flax adds 1 to the forget gate as it runs.
+    gates = FLAX["ConvLSTM"]
+
     def arrange(params):
-        w_x, w_h, b = (reorder(array, "igfo", "ifgo") for array in (*params[:2], _bias(params)))
-        return ConvLSTMParams(w_x, w_h, add(b, "ifgo", "f", 1.0))
+        w_x, w_h = map(gates.read, params[:2])
+        return ConvLSTMParams(w_x, w_h, gates.read(_bias(params), bias=True))
 
     def restore(params):
-        arrays = (*params[:2], add(_bias(params), "ifgo", "f", -1.0))
-        return ConvLSTMParams(*(reorder(array, "ifgo", "igfo") for array in arrays))
+        w_x, w_h = map(gates.write, params[:2])
+        return ConvLSTMParams(w_x, w_h, gates.write(_bias(params), bias=True))
 
     return Weighted(path, module, ConvLSTMParams, fields, cell, arrange, restore)
 

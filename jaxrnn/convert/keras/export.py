@@ -21,8 +21,9 @@ from jaxrnn.compose.pool import Pool
 from jaxrnn.compose.repeat import Repeat
 from jaxrnn.compose.wrap import Backward
 from jaxrnn.convert.activations import canonical, there
-from jaxrnn.convert.arrays import Arrays, reorder
+from jaxrnn.convert.arrays import Arrays
 from jaxrnn.convert.cells import Placed, layers, placed
+from jaxrnn.convert.gates import KERAS, recurrent_bias
 from jaxrnn.convert.keras.config import NAMES
 from jaxrnn.convert.keras.layers import POOLINGS
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
@@ -317,11 +318,10 @@ def _gru(model: Placed) -> _Written:
     model.only("reset_after", "gate_activation", "activation", why=LACKS)
     if cell.reset_after and (p.b is None) != (p.b_hn is None):
         model.refuse("Keras has both b and b_hn or neither, and one is None")
-    b = None if p.b is None else reorder(p.b, "rzn", "zrn")
-    if b is not None and p.b_hn is not None:
-        b = np.stack([b, np.concatenate([np.zeros(2 * cell.hidden_size, b.dtype), p.b_hn])])
+    biases = () if p.b is None else (p.b,) if p.b_hn is None else (p.b, recurrent_bias(p.b_hn))
+    w_x, w_h, *b = map(KERAS["GRU"].write, (p.w_x, p.w_h, *biases))
     config = {"units": cell.hidden_size, "reset_after": cell.reset_after, **_gates(model)}
-    return _Written("GRU", config, [reorder(p.w_x, "rzn", "zrn"), reorder(p.w_h, "rzn", "zrn"), b])
+    return _Written("GRU", config, [w_x, w_h, np.stack(b) if len(b) == 2 else b[0] if b else None])
 
 
 def _gates(model: Placed) -> Named:

@@ -14,7 +14,8 @@ from jaxrnn.cells.elman import Elman, ElmanParams
 from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.compose.noise import RecurrentDropout
-from jaxrnn.convert.arrays import Arrays, ones, reorder
+from jaxrnn.convert.arrays import Arrays, ones
+from jaxrnn.convert.gates import KERAS, KERAS_1, gru_biases, one_bias
 from jaxrnn.convert.keras.config import ACTIVATION_LAYERS, REQUIRED, Fields, is_size, list_of
 from jaxrnn.layers import Apply, Dropout, LayerNorm, LayerNormParams, Linear, LinearParams
 from jaxrnn.typing import Foreign, PyTree, WithParams
@@ -53,7 +54,7 @@ def _simple(fields: Fields, weights: Weights) -> WithParams:
 
 
 class _Kernels(NamedTuple):
-    """The weights of gates, one block of columns each; b_x and b_h None where the layer has none."""
+    """The weights of gates in our order, one block of columns each; b_x and b_h None where the layer has none."""
 
     w_x: PyTree
     w_h: PyTree
@@ -61,25 +62,27 @@ class _Kernels(NamedTuple):
     b_h: PyTree = None
 
 
-def _kernels(fields: Fields, weights: Weights, h: int, gates: str, *, apart: str, two_biases: bool) -> _Kernels:
-    """The weights of a gated layer; `apart` is the order where every gate has arrays of its own."""
-    n = len(gates) * h
+def _kernels(fields: Fields, weights: Weights, h: int, kind: str, *, two_biases: bool) -> _Kernels:
+    """The weights of a gated layer of one of the kinds in the table."""
+    gates = KERAS[kind]
+    n = len(gates.order) * h
     if fields.version < (2, 0) and fields.take("implementation", "cpu") != "gpu":
         rows, each = None, []
-        for gate in apart:
+        for gate in KERAS_1[kind].order:
             shapes = {"W": (rows, h), "U": (h, h), "b": (h,)}
             each.append([weights.take(fields, f"{name}_{gate}", *shape) for name, shape in shapes.items()])
             rows = each[0][0].shape[0]
-        return _Kernels(*(reorder(np.concatenate(arrays, axis=-1), apart, gates) for arrays in zip(*each, strict=True)))
+        whole = (np.concatenate(arrays, axis=-1) for arrays in zip(*each, strict=True))
+        return _Kernels(*map(KERAS_1[kind].read, whole))
     w_x, w_h = weights.take(fields, "kernel", None, n), weights.take(fields, "recurrent_kernel", h, n)
     if fields.kind.startswith("CuDNN"):
         b_x, b_h = weights.take(fields, "bias", 2 * n).reshape(2, n)
-        return _Kernels(_from_cudnn(w_x, len(gates)), _from_cudnn(w_h, len(gates)), b_x, b_h)
+        w_x, w_h = (_from_cudnn(kernel, len(gates.order)) for kernel in (w_x, w_h))
+        return _Kernels(*map(gates.read, (w_x, w_h, b_x, b_h)))
     if not fields.flag("use_bias", True):
-        return _Kernels(w_x, w_h, None)
-    if two_biases:
-        return _Kernels(w_x, w_h, *weights.take(fields, "bias", 2, n))
-    return _Kernels(w_x, w_h, weights.take(fields, "bias", n))
+        return _Kernels(gates.read(w_x), gates.read(w_h), None)
+    biases = weights.take(fields, "bias", 2, n) if two_biases else [weights.take(fields, "bias", n)]
+    return _Kernels(*map(gates.read, (w_x, w_h, *biases)))
 
 
 def _from_cudnn(kernel: np.ndarray, gates: int) -> PyTree:
@@ -91,21 +94,19 @@ def _from_cudnn(kernel: np.ndarray, gates: int) -> PyTree:
 def _lstm(fields: Fields, weights: Weights) -> WithParams:
     h, ψ = fields.size("units"), fields.activation("activation", "tanh", elementwise=True)
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
-    w_x, w_h, b_x, b_h = _kernels(fields, weights, h, "ifgo", apart="igfo", two_biases=False)
+    w_x, w_h, b_x, b_h = _kernels(fields, weights, h, "LSTM", two_biases=False)
     cell = LSTM(w_x.shape[0], h, gate_activation=φ, activation=ψ, output_activation=ψ)
-    return cell, LSTMParams(w_x, w_h, b_x if b_h is None else b_x + b_h)
+    return cell, LSTMParams(w_x, w_h, b_x if b_h is None else one_bias(f"{fields.place}: bias", b_x, b_h))
 
 
 def _gru(fields: Fields, weights: Weights) -> WithParams:
     h, ψ = fields.size("units"), fields.activation("activation", "tanh", elementwise=True)
     φ = fields.activation("recurrent_activation", "sigmoid", elementwise=True)
     after = fields.flag("reset_after", True)
-    found = _kernels(fields, weights, h, "zrn", apart="zrn", two_biases=after)
-    arrays: list[PyTree] = [array if array is None else reorder(array, "zrn", "rzn") for array in found]
-    w_x, _, b, b_h = arrays
-    if b_h is not None:
-        arrays[2:] = np.concatenate([b[: 2 * h] + b_h[: 2 * h], b[2 * h :]]), b_h[2 * h :]
-    return GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ), GRUParams(*arrays)
+    w_x, w_h, b, b_h = _kernels(fields, weights, h, "GRU", two_biases=after)
+    b, b_hn = (b, None) if b_h is None else gru_biases(f"{fields.place}: bias", b, b_h)
+    cell = GRU(w_x.shape[0], h, reset_after=after, gate_activation=φ, activation=ψ)
+    return cell, GRUParams(w_x, w_h, b, b_hn)
 
 
 def _conv_lstm(dimensions: int) -> Callable[[Fields, Weights, PyTree], WithParams]:

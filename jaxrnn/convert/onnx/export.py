@@ -18,7 +18,8 @@ from jaxrnn.compose.stack import Stack
 from jaxrnn.compose.wrap import Backward, LearnedCarry, Residual
 from jaxrnn.convert.activations import there
 from jaxrnn.convert.cells import Placed, layers, placed
-from jaxrnn.convert.onnx.recurrent import FUNCTIONS, OPERATORS, WITHOUT_DEFAULTS, rearranged
+from jaxrnn.convert.gates import ONNX, ONNX_PEEPHOLES, PEEPHOLES, recurrent_bias, reorder
+from jaxrnn.convert.onnx.recurrent import FUNCTIONS, WITHOUT_DEFAULTS
 from jaxrnn.layers import Apply, Dropout, Embed, LayerNorm, Linear
 from jaxrnn.typing import DTypeLike, Named, PyTree
 
@@ -310,12 +311,10 @@ def _weights(way: Placed) -> tuple[str, Named, list[Activation], Named]:
             p = None if params.peephole is None else params.peephole.reshape(-1)
         case _:
             raise AssertionError
-    operator = OPERATORS[op]
-    w, r, b = params.w_x, params.w_h, params.b
-    recurrent_bias = None
+    w, r, b, b_h = params.w_x, params.w_h, params.b, None
     if op == "GRU" and params.b_hn is not None:
         b = np.zeros_like(w[0]) if b is None else b
-        recurrent_bias = np.concatenate([np.zeros_like(params.b_hn)] * 2 + [params.b_hn])
+        b_h = recurrent_bias(params.b_hn)
     if isinstance(cell, LSTM) and cell.coupled:
         sign = 1 if cell.coupled == "input" else -1
         if sign < 0 and not odd_about_half(specs[0]):
@@ -323,13 +322,11 @@ def _weights(way: Placed) -> tuple[str, Named, list[Activation], Named]:
         w, r, b = (None if a is None else _uncoupled(a, 3, sign) for a in (w, r, b))
         p = None if p is None else _uncoupled(p, 2, sign)
 
-    def theirs(array, ours=operator.ours, order=operator.gates):
-        return rearranged(array, ours, order)
-
+    theirs = ONNX[op].write
     if b is not None:
-        b = theirs(b)
-        b = np.concatenate([b, np.zeros_like(b) if recurrent_bias is None else theirs(recurrent_bias)])
-    arrays = {"W": theirs(w).T, "R": theirs(r).T, "B": b, "P": None if p is None else theirs(p, "ifo", "iof")}
+        b = np.concatenate([theirs(b), np.zeros_like(b) if b_h is None else theirs(b_h)])
+    p = None if p is None else reorder(p, PEEPHOLES, ONNX_PEEPHOLES)
+    arrays = {"W": theirs(w).T, "R": theirs(r).T, "B": b, "P": p}
     for spec in specs:
         found = there(spec, "onnx")
         if found is None or found[0] not in FUNCTIONS:

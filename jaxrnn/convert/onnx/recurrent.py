@@ -12,6 +12,7 @@ from jaxrnn.cells.gru import GRU, GRUParams
 from jaxrnn.cells.lstm import LSTM, LSTMParams
 from jaxrnn.convert.activations import KNOWN, here
 from jaxrnn.convert.arrays import Arrays
+from jaxrnn.convert.gates import ONNX, ONNX_PEEPHOLES, PEEPHOLES, Gates, gru_biases, one_bias, reorder
 from jaxrnn.convert.onnx.read import Node
 from jaxrnn.typing import Named, PyTree, WithParams
 
@@ -29,18 +30,17 @@ DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, 
 
 
 class Operator(NamedTuple):
-    """Gates in ONNX's order and in ours, the activations of one direction, and attributes beside the common ones."""
+    """The gates of an operator, the activations of one direction, and attributes beside the common ones."""
 
-    gates: str
-    ours: str
+    gates: Gates
     activations: tuple[str, ...]
     attributes: tuple[str, ...]
 
 
 OPERATORS = {
-    "RNN": Operator("h", "h", ("Tanh",), ()),
-    "GRU": Operator("zrn", "rzn", ("Sigmoid", "Tanh"), ("linear_before_reset",)),
-    "LSTM": Operator("iofg", "ifgo", ("Sigmoid", "Tanh", "Tanh"), ("input_forget",)),
+    "RNN": Operator(ONNX["RNN"], ("Tanh",), ()),
+    "GRU": Operator(ONNX["GRU"], ("Sigmoid", "Tanh"), ("linear_before_reset",)),
+    "LSTM": Operator(ONNX["LSTM"], ("Sigmoid", "Tanh", "Tanh"), ("input_forget",)),
 }
 _COMMON = ("activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size", "layout")
 
@@ -58,7 +58,7 @@ def cells(node: Node, arrays: Named) -> list[WithParams]:
     operator = OPERATORS[node.op]
     node.only(*_COMMON, *operator.attributes)
     weights = Arrays(node.place, arrays)
-    count, gates = len(reversed_directions(node)), len(operator.gates)
+    count, gates = len(reversed_directions(node)), len(operator.gates.order)
     shape = weights.shape("R")
     hidden = shape[-1] if shape else 0
     if node.get("hidden_size", hidden) != hidden:
@@ -74,8 +74,7 @@ def cells(node: Node, arrays: Named) -> list[WithParams]:
     specs = _activations(node, count)
     make = {"RNN": _rnn, "GRU": _gru, "LSTM": _lstm}[node.op]
 
-    def ours(array):
-        return rearranged(array, operator.gates, operator.ours)
+    ours = operator.gates.read
 
     def one(d):
         biases = None if b is None else (ours(b[d][: gates * hidden]), ours(b[d][gates * hidden :]))
@@ -85,7 +84,7 @@ def cells(node: Node, arrays: Named) -> list[WithParams]:
 
 
 def _rnn(node, specs, w, r, biases, p):
-    b = None if biases is None else biases[0] + biases[1]
+    b = None if biases is None else one_bias(f"{node.place}: B", *biases)
     return Elman(*w.shape, activation=specs[0], gate_clip=_clip(node)), ElmanParams(w, r, b)
 
 
@@ -94,11 +93,9 @@ def _gru(node, specs, w, r, biases, p):
     b: PyTree = None
     b_hn: PyTree = None
     if biases is not None and after:
-        wb, rb = biases
-        rz = 2 * hidden
-        b, b_hn = np.concatenate((wb[:rz] + rb[:rz], wb[rz:])), rb[rz:]
+        b, b_hn = gru_biases(f"{node.place}: B", *biases)
     elif biases is not None:
-        b = biases[0] + biases[1]
+        b = one_bias(f"{node.place}: B", *biases)
     cell = GRU(
         w.shape[0], hidden, reset_after=after, gate_clip=_clip(node), gate_activation=specs[0], activation=specs[1]
     )
@@ -107,11 +104,11 @@ def _gru(node, specs, w, r, biases, p):
 
 def _lstm(node, specs, w, r, biases, p):
     coupled = node.get("input_forget", 0) != 0
-    b = None if biases is None else biases[0] + biases[1]
-    peephole = None if p is None else rearranged(p, "iof", "io" if coupled else "ifo")
+    b = None if biases is None else one_bias(f"{node.place}: B", *biases)
+    peephole = None if p is None else reorder(p, ONNX_PEEPHOLES, "io" if coupled else PEEPHOLES)
     if coupled:
-        w, r = rearranged(w, "ifgo", "igo"), rearranged(r, "ifgo", "igo")
-        b = None if b is None else rearranged(b, "ifgo", "igo")
+        w, r = reorder(w, "ifgo", "igo"), reorder(r, "ifgo", "igo")
+        b = None if b is None else reorder(b, "ifgo", "igo")
     cell = LSTM(
         w.shape[0],
         r.shape[0],
@@ -123,12 +120,6 @@ def _lstm(node, specs, w, r, biases, p):
         output_activation=specs[2],
     )
     return cell, LSTMParams(w, r, b, None if peephole is None else peephole.reshape(-1, r.shape[0]))
-
-
-def rearranged(array: np.ndarray, given: str, wanted: str) -> PyTree:
-    """The gates of the last axis in another order, or some of them."""
-    blocks = dict(zip(given, np.split(array, len(given), axis=-1), strict=True))
-    return np.concatenate([blocks[gate] for gate in wanted], axis=-1)
 
 
 def _clip(node: Node) -> float | None:

@@ -18,11 +18,12 @@ from jaxrnn.compose.stack import Stack
 from jaxrnn.convert.activations import there
 from jaxrnn.convert.arrays import Arrays, ones
 from jaxrnn.convert.cells import Placed
+from jaxrnn.convert.gates import TORCH, gru_biases, one_bias, recurrent_bias
 from jaxrnn.layers import Apply, Dropout, Embed, EmbedParams, LayerNorm, LayerNormParams, Linear, LinearParams
 from jaxrnn.typing import DTypeLike, Named, PyTree, Size
 
 # The blocks of rows in weight_ih and weight_hh: i f g o, and r z n.
-GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+GATES = {kind: len(gates.order) for kind, gates in TORCH.items()}  # in our order, all of them
 
 KINDS: dict[type[Cell], str] = {Elman: "RNN", GRU: "GRU", LSTM: "LSTM"}
 
@@ -137,23 +138,13 @@ def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> PyTree:
         case GRU():
             if b_x is None or b_h is None:
                 return GRUParams(w_x, w_h, None)
-            # n reads b_ih + r (… + b_hh): only r and z see the sum.
-            b = _sum(f"{part.name}bias_ih{suffix}", b_x, np.concatenate([b_h[: 2 * hidden], 0 * b_h[2 * hidden :]]))
-            return GRUParams(w_x, w_h, b, b_h[2 * hidden :])
-    b = None if b_x is None or b_h is None else _sum(f"{part.name}bias_ih{suffix}", b_x, b_h)
+            return GRUParams(w_x, w_h, *gru_biases(f"{part.name}bias_ih{suffix}", b_x, b_h))
+    b = None if b_x is None or b_h is None else one_bias(f"{part.name}bias_ih{suffix}", b_x, b_h)
     if isinstance(cell, Elman):
         return ElmanParams(w_x, w_h, b)
     return LSTMParams(
         w_x, w_h, b, w_p=take("weight_hr", cell.projection_size, hidden).T if cell.projection_size else None
     )
-
-
-def _sum(name: str, b_x: np.ndarray, b_h: np.ndarray) -> PyTree:
-    with np.errstate(over="ignore"):
-        b = b_x + b_h
-    if not np.isfinite(b).all():
-        raise ValueError(f"{name}: its sum with the other bias overflows {b.dtype}")
-    return b
 
 
 def write_part(name: str, layered: bool, cells: list[Placed]) -> dict[str, np.ndarray]:
@@ -220,9 +211,7 @@ def _elman(placed: Placed, params: ElmanParams) -> Named:
 
 def _gru(placed: Placed, params: GRUParams) -> Named:
     placed.only("input_size", "hidden_size", why="torch's GRU resets after the product and has no such option")
-    b_h = np.zeros_like(params.w_x[0])
-    if params.b_hn is not None:
-        b_h[-params.hidden_size :] = params.b_hn
+    b_h = np.zeros_like(params.w_x[0]) if params.b_hn is None else recurrent_bias(params.b_hn)
     return _weights(params) | _biases(params, b_h)
 
 
