@@ -153,9 +153,8 @@ TRAPS = {
     ),
     "a clip before the peephole": (
         "cells/lstm.py",
-        "pre = pre if theta.peephole is None else pre + lifted(theta.peephole[row], c) * c",
-        "p = theta.peephole; pre = clip(pre, self.gate_clip)\n"
-        "            return φ(pre if p is None else pre + lifted(p[row], c) * c)",
+        "else pre + lifted(theta.peephole[row], c) * c)",
+        "else clip(pre, 0.7) + lifted(theta.peephole[row], c) * c)",
         "test_oracles.py::test_scan_is_the_oracle"
         "[LSTM peephole coupled projection_size layer_norm cell_clip gate_clip]",
     ),

@@ -281,13 +281,13 @@ def _second_input(φ, theta, carry, s, u, v):
 def _gates(φ, ψ, theta, u, v, w) -> GRUGates:
     """Without a second product w, the reset comes after the one product v."""
     u, v, w = _normalized(theta, u, v, w)
-    size = u.shape[-1] // 3
-    r = _reset(φ, u, v)
-    z = φ(u[..., size : 2 * size] + v[..., size : 2 * size])
+    _, u_z, u_n = jnp.split(u, 3, axis=-1)
+    r, size = _reset(φ, u, v), u_z.shape[-1]
+    z = φ(u_z + v[..., size : 2 * size])
     if w is None:
         v_n = v[..., 2 * size :]
         w = r * (v_n if theta.b_hn is None else v_n + lifted(theta.b_hn, v_n))
-    return GRUGates(r, z, ψ(u[..., 2 * size :] + w))
+    return GRUGates(r, z, ψ(u_n + w))
 
 
 def _update(φ, ψ, theta, carry, u, v, w):
