@@ -10,8 +10,11 @@ import pytest
 import jaxrnn
 from jaxrnn import (
     GRU,
+    HGRN,
     LSTM,
     MGU,
+    S4D,
+    S5,
     Apply,
     Bidirectional,
     Cell,
@@ -411,6 +414,56 @@ def test_rollout_checks_the_feedback():
         jaxrnn.rollout(CELL, PARAMS, None, x, -1, feedback=lambda y, key: (x, y))
     with pytest.raises(TypeError, match="length: expected an integer"):
         jaxrnn.rollout(CELL, PARAMS, None, x, 2.0, feedback=lambda y, key: (x, y))
+
+
+@pytest.mark.parametrize(
+    ("cell", "step", "options", "error", "words"),
+    [
+        (Elman(2, 3), jaxrnn.elman_step, {"activation": "softmax"}, ValueError, "activation: expected an elementwise"),
+        (Elman(2, 3), jaxrnn.elman_step, {"gate_clip": -1.0}, ValueError, "gate_clip: expected a positive number, got"),
+        (GRU(2, 3), jaxrnn.gru_step, {"reset_after": False}, ValueError, r"params.b_hn: gru_init\(2, 3\) has no such"),
+        (
+            LSTM(2, 3),
+            jaxrnn.lstm_step,
+            {"coupled": "x"},
+            ValueError,
+            "coupled: expected False, True or 'input', got 'x'",
+        ),
+        (
+            LSTM(2, 3),
+            jaxrnn.lstm_step,
+            {"coupled": True},
+            ValueError,
+            r"params.w_x: .* expects shape \(2, 9\), got \(2, 12\)",
+        ),
+        (
+            LSTM(2, 3),
+            jaxrnn.lstm_step,
+            {"cell_clip": 0.0},
+            ValueError,
+            "cell_clip: expected a positive number, got 0.0",
+        ),
+        (HGRN(2, 3), jaxrnn.hgrn_step, {"lower_bound": 1.0}, ValueError, "lower_bound: expected a number in"),
+        (
+            S5(2, 3),
+            jaxrnn.s5_step,
+            {"discretization": "euler"},
+            ValueError,
+            "discretization: expected one of .* got 'euler'",
+        ),
+        (S4D(2, 3), jaxrnn.s4d_step, {"discretization": ""}, ValueError, "discretization: expected one of .* got ''"),
+    ],
+)
+def test_free_functions_name_an_option_that_is_none(cell, step, options, error, words):
+    params = cell.init(jax.random.key(0))
+    with pytest.raises(error, match=words):
+        step(params, cell.initial_carry(params), jnp.ones(2), **options)
+
+
+@pytest.mark.parametrize("step", [v for k, v in vars(jaxrnn).items() if k.endswith("_step")])
+def test_free_functions_name_params_of_another_cell(step):
+    with pytest.raises(TypeError, match=r"params: expected \w+Params, got EmbedParams"):
+        step(jaxrnn.EmbedParams(jnp.ones((3, 2))), None, jnp.ones(2))
 
 
 def test_explain_and_summary():
