@@ -101,7 +101,7 @@ class Unhashable(Cell):
         ),
         (lambda: jaxrnn.residual_block(jaxrnn.Dropout(0.1)), ValueError, "cell: expected one whose output is a vector"),
         (lambda: LSTM(2, 3, projection_size=0), ValueError, "projection_size: expected at least 1"),
-        (lambda: LSTM(2, 3, cell_clip=0.0), ValueError, "cell_clip: expected a positive number, got"),
+        (lambda: LSTM(2, 3, cell_clip=0.0), ValueError, "cell_clip: expected a positive number, got 0.0"),
         (lambda: LSTM(2, 3, gate_clip="x"), TypeError, "gate_clip: expected a number"),
         (lambda: GRU(2, 3, gate_clip=-1), ValueError, "gate_clip: expected a positive number"),
         (lambda: Elman(2, 3, activation="tanhh"), ValueError, "activation: expected one of .* got 'tanhh'"),
@@ -221,7 +221,7 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
         (
             {"params": GRU(2, 4).init(jax.random.key(0))},
             ValueError,
-            r"params.w_x: .* shape \(2, 9\), got \(2, 12\)",
+            r"params.w_x: .* expects shape \(2, 9\), got \(2, 12\)",
         ),
         ({"cell": GRU(2, 3, reset_after=False)}, ValueError, "params.b_hn: .* expects None"),
         ({"key": 0}, TypeError, "key: expected a jax.random key, got int"),
