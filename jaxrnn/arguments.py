@@ -83,6 +83,16 @@ def flags_of(name: str, flags: Any, length: int, batch_shape: tuple[int, ...], t
     return jnp.moveaxis(flags, time_axis, 0)
 
 
+def single_flags(name: str, flags: PyTree, batch_shape: tuple[int, ...]) -> Array:
+    """Booleans of one step."""
+    flags = jnp.asarray(flags)
+    if flags.dtype != bool:
+        raise TypeError(f"{name}: expected bool, got {flags.dtype}")
+    if flags.shape != batch_shape:
+        raise ValueError(f"{name}: expected the batch shape {batch_shape}, got {flags.shape}")
+    return flags
+
+
 class Names(NamedTuple):
     """What the caller calls two of the arguments."""
 
@@ -108,7 +118,9 @@ def valid_steps(
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
     if lengths.shape != batch_shape:
-        raise ValueError(f"{name}: expected the batch shape {batch_shape}, got {lengths.shape}")
+        batch_first = lengths.shape == (length,) and time_axis == 0
+        hint = "; if the batch comes first in xs, pass time_axis=1" if batch_first else ""
+        raise ValueError(f"{name}: expected the batch shape {batch_shape}, got {lengths.shape}{hint}")
     if check.concrete(lengths) and lengths.size and (lengths.min() < 0 or lengths.max() > length):
         raise ValueError(f"{name}: expected 0 to {length}, got {lengths.min()} to {lengths.max()}")
     return jnp.arange(length).reshape(length, *(1,) * len(batch_shape)) < lengths[None]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import Array
 from jaxrnn.engines.arrays import cast_like
 from jaxrnn.engines.loop import in_chunks, time_loop
 from jaxrnn.engines.walk import IMPLEMENTATIONS, Walk
+from jaxrnn.foreign_names import ARGUMENTS, method_hint
 from jaxrnn.typing import DTypeLike, Named, Noise, PyTree, WithParams
 
 _XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
@@ -35,7 +37,15 @@ class CellType(ABCMeta):
         dataclasses.dataclass(frozen=True, repr=False)(cls)  # type: ignore[call-overload]
         jax.tree_util.register_static(cls)
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the fields, for `help` and editors."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:], return_annotation=cls)
+
     def __call__(cls, *args: Any, **kwargs: Any):
+        for name in kwargs.keys() & ARGUMENTS.keys() - {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+            raise TypeError(f"{cls.__name__}: no argument {name!r}; here it is {ARGUMENTS[name]}")
         cell = super().__call__(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
         for field in dataclasses.fields(cell):
             value = _plain(getattr(cell, field.name))
@@ -144,7 +154,7 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
 
         def step(params, carry, inputs):
             x, drawn = inputs
-            new, y = self.step(params, carry, x, None if noise is None else (sequence, drawn))
+            new, y = take_step(self, params, carry, x, None if noise is None else (sequence, drawn))
             return cast_like(new, carry, owner=type(self).__name__), y
 
         def run(constant, carry, inputs):
@@ -181,6 +191,14 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
         """This composition, made of other parts, and its params; of `self.parts(params)`, itself and its own."""
         return self, params
 
+    if not TYPE_CHECKING:  # else a type checker would take any attribute for one
+
+        def __getattr__(self, name):
+            raise AttributeError(method_hint(type(self).__name__, name))
+
+        def __call__(self, *args, **kwargs):
+            raise TypeError(f"{self!r} is no function: jaxrnn.scan(cell, params, None, xs) runs it over a sequence")
+
     def __repr__(self):
         def default(field):
             value = getattr(self, field.name)
@@ -197,6 +215,13 @@ class Part(NamedTuple):
     cell: Cell
     params: PyTree
     given: Any
+
+
+def take_step(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, noise: Noise) -> tuple[PyTree, PyTree]:
+    """`cell.step`, which need not take noise where the cell draws none."""
+    if noise is None or type(cell).noise is Cell.noise:
+        return cell.step(params, carry, x)
+    return cell.step(params, carry, x, noise)
 
 
 def scan_one_step(

@@ -19,13 +19,14 @@ from jaxrnn.arguments import (
     carries,
     check_feedback,
     flags_of,
+    single_flags,
     single_key,
     time_first,
     to_jax,
     valid_steps,
 )
 from jaxrnn.cell import Carry, Cell, Params, scan_one_step
-from jaxrnn.engines.arrays import cast_like, varying_like, widened, zero_where_not
+from jaxrnn.engines.arrays import cast_like, select, varying_like, widened, zero_where_not
 from jaxrnn.engines.walk import EngineCall, Implementation, Question, Walk, checked, final
 from jaxrnn.typing import Bools, Integers, Noise, PyTree
 
@@ -161,6 +162,7 @@ def step(
     carry: Carry | None,
     x: PyTree,
     *,
+    reset: Bools | None = None,
     noise: Noise = None,
     implementation: Implementation = None,
 ) -> tuple[Carry, PyTree]:
@@ -176,6 +178,7 @@ def step(
       params: As in `scan`.
       carry: Leaves (*batch, ...), or None to start fresh.
       x: (*batch, D).
+      reset: bool (*batch): where it is true a new sequence begins, from the fresh carry; None for nowhere.
       noise: None (deterministic), or `(sequence, steps[t])` of `cell.noise(key, length, batch_shape)`.
       implementation: As in `scan`.
 
@@ -192,7 +195,7 @@ def step(
       >>> y.shape
       (4,)
     """
-    return step_asked(None, cell, params, carry, x, noise=noise, implementation=implementation)
+    return step_asked(None, cell, params, carry, x, reset=reset, noise=noise, implementation=implementation)
 
 
 def step_asked(
@@ -202,6 +205,7 @@ def step_asked(
     carry: PyTree,
     x: PyTree,
     *,
+    reset: Bools | None = None,
     noise: Noise = None,
     implementation: Implementation = None,
 ) -> tuple[PyTree, PyTree]:
@@ -215,7 +219,9 @@ def step_asked(
             f"{cell!r} cannot run step by step: a backward cell begins at the end of the sequence. "
             "Run whole sequences with jaxrnn.scan."
         )
-    carry, _ = carries(cell, params, carry, x, batch_shape)
+    carry, fresh = carries(cell, params, carry, x, batch_shape)
+    if reset is not None:
+        carry = select(single_flags("reset", reset, batch_shape), fresh, carry)
     return scan_one_step(cell, params, carry, x, noise=noise, walk=walk)
 
 

@@ -122,6 +122,8 @@ def test_the_readme_has_its_two_commands_and_every_cell():
 
 LAYERS = [
     "typing",
+    "foreign_names",
+    "attributes",
     "engines",
     "cell",
     "check",

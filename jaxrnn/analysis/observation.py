@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell
+from jaxrnn.cell import Cell, take_step
 from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import accumulator, inexact
 from jaxrnn.sequence import scan
@@ -56,7 +56,7 @@ class Observed(Wrapper):
             leaves, structure = jax.tree.flatten(carry)
             offset = iter(offsets)
             carry = jax.tree.unflatten(structure, [leaf + next(offset) if inexact(leaf) else leaf for leaf in leaves])
-        new, y = self.cell.step(params.cell, carry, x, noise)
+        new, y = take_step(self.cell, params.cell, carry, x, noise)
         return new, (y, Reads(carry, x))
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):

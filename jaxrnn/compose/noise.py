@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import check
-from jaxrnn.cell import Carry, Params
+from jaxrnn.cell import Carry, Params, take_step
 from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.typing import Noise, PyTree
@@ -55,7 +55,7 @@ class RecurrentDropout(Wrapper[Params, Carry]):
         return jnp.where(keep, 1 / (1 - self.rate), 0.0), None
 
     def step(self, params, carry, x, noise=None):
-        return self.cell.step(params, carry, x, noise)
+        return take_step(self.cell, params, carry, x, noise)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         return self.cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
@@ -117,7 +117,7 @@ class WeightDrop(Wrapper[Params, Carry]):
 
     def step(self, params, carry, x, noise=None):
         params, noise = self._drop(params, noise)
-        return self.cell.step(params, carry, x, noise)
+        return take_step(self.cell, params, carry, x, noise)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         params, noise = self._drop(params, noise)
@@ -206,7 +206,7 @@ class Zoneout(Wrapper[Params, Carry]):
 
     def step(self, params, carry, x, noise=None):
         inner = None if noise is None else (noise[0], noise[1].cell)
-        new, y = self.cell.step(params, carry, x, inner)
+        new, y = take_step(self.cell, params, carry, x, inner)
         old_leaves, rates, structure = self._rates(carry)
         stay = [None] * len(rates) if noise is None else noise[1].stay
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell, Part, input_size, output_size
+from jaxrnn.cell import Cell, Part, input_size, output_size, take_step
 from jaxrnn.compose.stack import Several, fits, part
 from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
@@ -55,7 +55,8 @@ class Parallel(Several):
     Params and carry are tuples, one entry per cell.
 
     Args:
-      cells: Cells of equal input.
+      branches: Cells of equal input, one by one or as one tuple.
+      cells: The same tuple by name.
       merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of the outputs as they are), or a callable of all
         outputs, compared by identity.
 
@@ -71,6 +72,14 @@ class Parallel(Several):
     """
 
     merge: str | Callable[..., PyTree] = "concat"
+
+    def __init__(
+        self,
+        *branches: Cell | Sequence[Cell],
+        cells: Sequence[Cell] = (),
+        merge: str | Callable[..., PyTree] = "concat",
+    ):
+        self._fill(branches, cells, merge=merge)
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,7 +112,7 @@ class Parallel(Several):
 
     def step(self, params, carry, x, noise=None):
         self._check(params)
-        return self._run([cell.step(params[k], carry[k], x, part(noise, k)) for k, cell in enumerate(self.cells)])
+        return self._run([take_step(cell, params[k], carry[k], x, part(noise, k)) for k, cell in enumerate(self.cells)])
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         self._check(params)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cell import Cell, output_size
+from jaxrnn.cell import Cell, output_size, take_step
 from jaxrnn.compose.parallel import Bidirectional
 from jaxrnn.compose.stack import Stack
 from jaxrnn.compose.wrap import Backward, Wrapper
@@ -130,7 +130,7 @@ class Pool(Wrapper):
     def step(self, params, carry, x, noise=None):
         if self._by_direction:
             return self._by_direction.step(params, carry, x, noise)
-        cell, y = self.cell.step(params, carry.cell, x, noise)
+        cell, y = take_step(self.cell, params, carry.cell, x, noise)
         seen = carry.count > 0
 
         def pooled(how, value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Cell, Part, input_size, output_size, scan_one_step
+from jaxrnn.cell import Cell, Part, input_size, output_size, scan_one_step, take_step
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.layers import Layer
 from jaxrnn.typing import DTypeLike, PyTree
@@ -37,6 +38,15 @@ class Several(Cell[tuple, tuple]):
             raise TypeError(f"{self._name}.cells: expected a tuple of at least one cell, got {self.cells!r}")
         for k, cell in enumerate(self.cells):
             check.a_cell(f"{self._name}.cells[{k}]", cell)
+
+    def _fill(self, layers: tuple, cells: Sequence[Cell], **fields: Any) -> None:
+        """Sets the fields of a frozen value: the cells come one by one, as one sequence, or by name."""
+        if layers and cells:
+            raise TypeError(f"{self._name}: expected cells one by one or as `cells`, got both")
+        one = len(layers) == 1 and isinstance(layers[0], (tuple, list))
+        for name, value in {"cells": (layers[0] if one else layers) or cells, **fields}.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
 
     @property
     def _name(self):
@@ -80,7 +90,9 @@ class Stack(Several):
     A sequence runs layer by layer; a step runs through all of them. Params and carry are tuples, one entry per cell.
 
     Args:
-      cells: Cells of any sizes and kinds. After a `Pool` only layers without time may follow.
+      layers: Cells of any sizes and kinds, one by one or as one tuple. After a `Pool` only layers without time may
+        follow.
+      cells: The same tuple by name.
       skip: Every cell reads (x, output below), and the output is that of all cells, concatenated (Graves 2013).
 
     Raises:
@@ -98,6 +110,9 @@ class Stack(Several):
     """
 
     skip: bool = False
+
+    def __init__(self, *layers: Cell | Sequence[Cell], cells: Sequence[Cell] = (), skip: bool = False):
+        self._fill(layers, cells, skip=skip)
 
     def __post_init__(self):
         super().__post_init__()
@@ -167,7 +182,7 @@ class Stack(Several):
         self._check(params)
         carries, ys = [], []
         for k, cell in enumerate(self.cells):
-            new, y = cell.step(params[k], carry[k], self._input(x, ys), part(noise, k))
+            new, y = take_step(cell, params[k], carry[k], self._input(x, ys), part(noise, k))
             carries.append(new)
             ys.append(y)
         return tuple(carries), self._output(ys)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cell import Carry, Cell, Params, Part, input_size, output_size
+from jaxrnn.cell import Carry, Cell, Params, Part, input_size, output_size, take_step
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.typing import DTypeLike, PyTree
 
@@ -97,7 +97,7 @@ class Residual(Wrapper[Params, Carry]):
             )
 
     def step(self, params, carry, x, noise=None):
-        carry, y = self.cell.step(params, carry, x, noise)
+        carry, y = take_step(self.cell, params, carry, x, noise)
         return carry, _add(x, y)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
@@ -192,7 +192,7 @@ class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
         return ()  # they lie one level down
 
     def step(self, params, carry, x, noise=None):
-        return self.cell.step(params.cell, carry, x, noise)
+        return take_step(self.cell, params.cell, carry, x, noise)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         return self.cell.scan(params.cell, carry, xs, fresh=fresh, noise=noise, walk=walk)
@@ -236,5 +236,5 @@ class EmitCarry(Wrapper[Params, Carry]):
         return None
 
     def step(self, params, carry, x, noise=None):
-        carry, y = self.cell.step(params, carry, x, noise)
+        carry, y = take_step(self.cell, params, carry, x, noise)
         return carry, Emitted(y, carry)

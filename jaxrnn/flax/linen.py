@@ -67,6 +67,7 @@ class RNN(nn.Module):
     def __post_init__(self):
         if isinstance(self.implementation, Mapping):
             self.implementation = FrozenDict(self.implementation)  # which hashes
+        bridge.check_cell(self.cell)
         nn.Module.__post_init__(self)
 
     def setup(self):

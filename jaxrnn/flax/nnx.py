@@ -76,6 +76,7 @@ class RNN(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rng_collection: str = "dropout",
     ):
+        bridge.check_cell(cell)
         if rngs is not None and not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs: expected flax.nnx.Rngs, got {type(rngs).__name__}")
         if params is None:

@@ -2,10 +2,7 @@
 
 from jaxrnn.training.batches import Arrays, Batch, Source
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, restore
-from jaxrnn.training.evaluation import Validation, evaluate
-from jaxrnn.training.fitting import NonFiniteError, fit
-from jaxrnn.training.history import BadStep, History
-from jaxrnn.training.losses import (
+from jaxrnn.training.errors import (
     Mean,
     Perplexity,
     absolute_error,
@@ -13,19 +10,22 @@ from jaxrnn.training.losses import (
     binary_accuracy,
     binary_cross_entropy,
     cross_entropy,
-    make_loss,
-    make_truncated_loss,
     mean,
     perplexity,
     squared_error,
 )
+from jaxrnn.training.evaluation import Validation, evaluate
+from jaxrnn.training.fitting import NonFiniteError, fit
+from jaxrnn.training.history import BadStep, History
+from jaxrnn.training.losses import make_loss, make_truncated_loss
 from jaxrnn.training.prediction import predict
 from jaxrnn.training.ragged import Bucketed, Buckets, bucket, pad, unpad
 from jaxrnn.training.saving import load, save
 from jaxrnn.training.series import Scaler, windows
 from jaxrnn.training.slow_weights import labels
-from jaxrnn.training.step import Best, TrainState, make_eval, make_step, train_state
+from jaxrnn.training.step import Best, TrainState, best_params, make_eval, make_step, train_state
 from jaxrnn.training.streams import Streams
+from jaxrnn.training.trained import Trained, train
 
 __all__ = [
     "Arrays",
@@ -45,9 +45,11 @@ __all__ = [
     "Source",
     "Streams",
     "TrainState",
+    "Trained",
     "Validation",
     "absolute_error",
     "accuracy",
+    "best_params",
     "binary_accuracy",
     "binary_cross_entropy",
     "bucket",
@@ -67,6 +69,7 @@ __all__ = [
     "restore",
     "save",
     "squared_error",
+    "train",
     "train_state",
     "unpad",
     "windows",

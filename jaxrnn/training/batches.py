@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     xs: (B, T, ...), a pytree where the cell's x is one.
     targets: (B, T, ...), or (B, ...) for a cell that ends time.
     lengths: None or integers (B,). mask, reset: None or bool (B, T). As in `jaxrnn.scan`, with `time_axis=1`.
+    weights: None or (B,), or (B, T) for targets of every step: how much each counts in the loss and in metrics.
     """
 
     xs: PyTree
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     lengths: PyTree = None
     mask: PyTree = None
     reset: PyTree = None
+    weights: PyTree = None
 
 
 class Source(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrnn.training.feeding import as_source, checked
 from jaxrnn.training.losses import CellLoss
-from jaxrnn.training.step import make_eval
+from jaxrnn.training.step import TrainState, check_loss, make_eval
 from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
@@ -36,7 +36,7 @@ def evaluate(
     params: PyTree,
     data: PyTree,
     *,
-    batch_size: int | None = None,
+    batch_size: int = 128,
     carry: PyTree = None,
     compute_dtype: DTypeLike | None = None,
     members: bool = False,
@@ -66,6 +66,8 @@ def evaluate(
       >>> sorted(evaluate(make_loss(model, squared_error), model.init(jax.random.key(0)), (xs, xs), batch_size=2))
       ['loss']
     """
+    check_loss(loss)
+    check_params(params)
     if members:
         check_members(params)
     run = _runner(loss, "data", data, batch_size, members=members, compute_dtype=compute_dtype)
@@ -112,6 +114,12 @@ def _runner(loss, name, data, batch_size, *, members, compute_dtype):
 def _step(loss, compute_dtype, *, members: bool):
     step = make_eval(loss, compute_dtype=compute_dtype)
     return jax.jit(jax.vmap(step, in_axes=(0, 0, None)) if members else step)
+
+
+def check_params(params: PyTree) -> None:
+    """They are no state of training."""
+    if isinstance(params, TrainState):
+        raise TypeError("params: expected the model's, got a TrainState; pass best_params(state), or state.params")
 
 
 def check_members(params: PyTree) -> None:

@@ -99,6 +99,10 @@ def checked(loss: Callable, source: Foreign, name: str = "targets") -> Callable[
     """`batch -> batch` of NumPy arrays, whose targets `loss` can learn from; what is known now is checked at once."""
 
     def take(batch):
+        if isinstance(loss, CellLoss) and isinstance(source, Listed) and hasattr(batch, "shape"):
+            raise TypeError(
+                "data: a list holds batches, and its first entry is an array; xs and targets come as a tuple, (xs, targets)"
+            )
         batch = as_batch(batch)
         if isinstance(loss, CellLoss):
             loss.check(batch, name)

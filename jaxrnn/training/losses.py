@@ -1,194 +1,47 @@
-"""Losses and metrics as sums with a weight, so that batches of any size and padding add up exactly."""
+"""The loss of a model: an error of what a cell puts out for a batch, with what can be checked before training."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size, output_size
-from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
+from jaxrnn.compose.pool import Pool
+from jaxrnn.compose.stack import Stack
 from jaxrnn.engines.walk import Implementation
+from jaxrnn.layers import Apply, Embed
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import Batch
-from jaxrnn.training.targets import Check, chances, classes, finite, is_chance
+from jaxrnn.training.errors import (
+    Error,
+    Metrics,
+    absolute_error,
+    accuracy,
+    binary_accuracy,
+    binary_cross_entropy,
+    check_error,
+    cross_entropy,
+    named_metrics,
+    not_ignored,
+    perplexity,
+    squared_error,
+    unbound,
+)
+from jaxrnn.training.targets import Check, chances, classes, finite, require
 from jaxrnn.typing import PyTree
-
-
-class Mean(NamedTuple):
-    """A weighted mean that is still to be added up: value = total / weight, 0 where the weight is 0.
-
-    A metric is any NamedTuple of sums with a `value`; those of several batches are added field by field.
-
-    Examples:
-      >>> float(Mean(6.0, 3.0).value)
-      2.0
-    """
-
-    total: Any
-    weight: PyTree
-
-    @property
-    def value(self) -> Array:
-        return jnp.where(self.weight == 0, 0, self.total / jnp.where(self.weight == 0, 1, self.weight))
-
-
-class Perplexity(NamedTuple):
-    """exp of a mean cross-entropy: value = exp(total / weight)."""
-
-    total: Any
-    weight: PyTree
-
-    @property
-    def value(self) -> Array:
-        return jnp.exp(Mean(self.total, self.weight).value)
-
-
-Metric = Mean | Perplexity
-Error = Callable[[Array, Array, Array | None], Mean]
-
-
-def mean(values: Array, mask: Array | None = None) -> Mean:
-    """The mean over all entries of `values`, or those where `mask`, a prefix of its axes, is true.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([True, False])).value
-      Array(2., dtype=float32)
-    """
-    wide = accumulator(values.dtype) if inexact(values) else accumulator()
-    if mask is None:
-        return Mean(values.sum(dtype=wide), jnp.asarray(values.size, wide))
-    if mask.shape != values.shape[: mask.ndim]:
-        raise ValueError(f"mask: expected shape {values.shape[: mask.ndim]}, axes of the values, got {mask.shape}")
-    each = values.size // mask.size if mask.size else 0
-    return Mean(zero_where_not(mask, values).sum(dtype=wide), mask.sum(dtype=wide) * each)
-
-
-def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """−log softmax(logits)[target], averaged.
-
-    Args:
-      logits: (..., C).
-      targets: Classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows (...,
-        C).
-      mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> cross_entropy(jnp.zeros((5, 4)), jnp.array([0, 1, 2, 3, 0])).value.round(4)
-      Array(1.3863, dtype=float32)
-    """
-    logits, targets, mask = _masked(logits, targets, mask)
-    if inexact(targets):
-        _probability_shape(logits, targets)
-        return mean(optax.softmax_cross_entropy(logits, targets.astype(logits.dtype)), mask)
-    targets = _classes(logits, targets)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    # An integer out of range would otherwise be wrapped or clipped in silence.
-    return mean(_known((targets >= 0) & (targets < logits.shape[-1]), losses), mask)
-
-
-def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """−t log σ(logit) − (1 − t) log(1 − σ(logit)), averaged.
-
-    Args:
-      logits: (...) or (..., 1) for targets (...).
-      targets: In [0, 1], bool, integers or floating. Others, such as −1, give NaN.
-      mask: As in `cross_entropy`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> binary_cross_entropy(jnp.array([0.0, 0.0]), jnp.array([1, 0])).value.round(4)
-      Array(0.6931, dtype=float32)
-    """
-    logits, targets, mask = _masked(logits, targets, mask)
-    logits = _match(logits, targets)
-    losses = optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
-    return mean(_known(is_chance(targets), losses), mask)
-
-
-def squared_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """(prediction − target)², averaged.
-
-    Args:
-      predictions: (...) or (..., 1) for targets (...).
-      targets: (...).
-      mask: As in `cross_entropy`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> squared_error(jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0])).value
-      Array(2., dtype=float32)
-    """
-    predictions, targets, mask = _masked(predictions, targets, mask)
-    predictions = _match(predictions, targets)
-    return mean(optax.squared_error(predictions, targets.astype(predictions.dtype)), mask)
-
-
-def absolute_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """|prediction − target|, averaged; arguments as in `squared_error`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> absolute_error(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])).value
-      Array(1., dtype=float32)
-    """
-    predictions, targets, mask = _masked(predictions, targets, mask)
-    predictions = _match(predictions, targets)
-    return mean(jnp.abs(predictions - targets.astype(predictions.dtype)), mask)
-
-
-def accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> accuracy(jnp.array([[0.0, 1.0], [2.0, 1.0]]), jnp.array([1, 1])).value
-      Array(0.5, dtype=float32)
-    """
-    logits, targets, mask = _masked(logits, targets, mask)
-    if inexact(targets):
-        _probability_shape(logits, targets)
-        targets = targets.argmax(-1)
-    return mean(logits.argmax(-1) == _classes(logits, targets), mask)
-
-
-def binary_accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """The share of logits on the target's side of 0; arguments as in `binary_cross_entropy`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> binary_accuracy(jnp.array([0.3, 2.0]), jnp.array([1, 0])).value
-      Array(0.5, dtype=float32)
-    """
-    logits, targets, mask = _masked(logits, targets, mask)
-    return mean((_match(logits, targets) > 0) == (targets.astype(logits.dtype) > 0.5), mask)
-
-
-def perplexity(logits: Array, targets: Array, mask: Array | None = None) -> Perplexity:
-    """exp of the mean cross-entropy; arguments as in `cross_entropy`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> perplexity(jnp.zeros((3, 8)), jnp.array([1, 5, 7])).value.round(4)
-      Array(8., dtype=float32)
-    """
-    return Perplexity(*cross_entropy(logits, targets, mask))
 
 
 def make_loss(
     cell: Cell,
     error: Error,
     *,
-    metrics: Mapping[str, Callable[[Array, Array, Array | None], Metric]] | None = None,
+    metrics: Metrics = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
 ) -> CellLoss:
@@ -200,7 +53,7 @@ def make_loss(
     Args:
       cell: The model.
       error: `(ys, targets, mask) -> Mean`, for instance `cross_entropy`.
-      metrics: By name, more of the kind.
+      metrics: More functions like `error`, by name or as a list, which takes the functions' own names.
       remat_every: As in `jaxrnn.scan`.
       implementation: As in `jaxrnn.scan`.
 
@@ -224,7 +77,7 @@ def make_truncated_loss(
     cell: Cell,
     error: Error,
     *,
-    metrics: Mapping[str, Callable[[Array, Array, Array | None], Metric]] | None = None,
+    metrics: Metrics = None,
     remat_every: int | None = None,
     implementation: Implementation = None,
 ) -> CellLoss:
@@ -245,9 +98,9 @@ def make_truncated_loss(
       (5, 1)
     """
     check.a_cell("cell", cell)
-    metrics = {} if metrics is None else dict(metrics)
-    if "loss" in metrics:
-        raise ValueError("metrics: the name 'loss' is that of the error itself")
+    check_error("error", error)
+    metrics = named_metrics(metrics)
+    _check_head(cell, [error, *metrics.values()])
 
     def loss(params, carry, batch, key):
         batch = _as_batch(cell, batch)
@@ -266,8 +119,8 @@ def make_truncated_loss(
         )
         mask = None if cell.ends_time else valid_steps(batch)
         targets = jax.tree.map(jnp.asarray, batch.targets)
-        measured = {"loss": error(ys, targets, mask)}
-        measured |= {name: metric(ys, targets, mask) for name, metric in metrics.items()}
+        weighted = {} if batch.weights is None else {"weights": jnp.asarray(batch.weights)}
+        measured = {name: each(ys, targets, mask, **weighted) for name, each in ({"loss": error} | metrics).items()}
         return measured["loss"].value, (carry, measured)
 
     return CellLoss(loss, cell, (error, *metrics.values()))
@@ -287,13 +140,42 @@ class CellLoss:
     def check(self, batch: PyTree, name: str = "targets") -> None:
         """Raises where the targets of a batch of NumPy arrays are none for its errors. Padding is not looked at."""
         batch = _as_batch(self.cell, batch)
+        _check_inputs(self.cell, batch)
         if not isinstance(batch.targets, np.ndarray):
             return  # trees are for errors of the user's own
         size = output_size(self.cell, input_size(self.cell))
         size = size[-1] if isinstance(size, tuple) else size
         mask = None if self.cell.ends_time else valid_steps(batch, np)
-        for expect in dict.fromkeys(expect for known, expect in CHECKS.items() if known in self.errors):
-            expect(name, batch.targets, mask, size)
+        for error in self.errors:
+            function, options = unbound(error)
+            if function in CHECKS:
+                seen = not_ignored(batch.targets, mask, options.get("ignore"), np)
+                CHECKS[function](name, batch.targets, seen, size)
+
+
+_SIGMOIDS = ("sigmoid", "hard_sigmoid", "keras_hard_sigmoid", jax.nn.sigmoid, jax.nn.hard_sigmoid)
+_SOFTMAX = ("softmax", jax.nn.softmax)
+
+
+def _check_head(cell: Cell, errors: Sequence[Callable]) -> None:
+    """A model for an error of logits does not end in the function that the error applies itself."""
+    top = cell
+    while isinstance(top, (Stack, Pool)):
+        top = top.cells[-1] if isinstance(top, Stack) else top.cell
+    spec = top.fn[0] if isinstance(top, Apply) and isinstance(top.fn, tuple) else getattr(top, "fn", None)
+    for error in errors:
+        function, _ = unbound(error)
+        wrong = {
+            cross_entropy: _SIGMOIDS + _SOFTMAX,
+            perplexity: _SIGMOIDS + _SOFTMAX,
+            binary_cross_entropy: _SIGMOIDS + _SOFTMAX,
+            binary_accuracy: _SIGMOIDS + _SOFTMAX,
+        }.get(function, ())
+        if isinstance(top, Apply) and spec in wrong:
+            raise ValueError(
+                f"cell: it ends in {top!r}, and {function.__name__} takes logits, what comes before it: train the model "
+                "without this last layer, Stack(cell.cells[:-1]) with params[:-1], and apply it to predictions"
+            )
 
 
 CHECKS: dict[Callable, Check] = {
@@ -305,6 +187,28 @@ CHECKS: dict[Callable, Check] = {
     squared_error: finite,
     absolute_error: finite,
 }
+
+
+def _check_inputs(cell: Cell, batch: Batch) -> None:
+    """xs of valid steps are finite, and tokens are in the vocabulary."""
+    valid = valid_steps(batch, np)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch.xs):
+        if isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            known = np.isfinite(leaf)
+            what = "finite numbers; say which steps are missing by lengths or mask"
+        elif isinstance(leaf, np.ndarray) and isinstance(first := _first(cell), Embed):
+            known = (leaf >= 0) & (leaf < first.vocabulary)
+            what = f"tokens 0 to {first.vocabulary - 1}, those of {first!r}"
+        else:
+            continue
+        require(known, f"xs{jax.tree_util.keystr(path)}", what, leaf, valid)
+
+
+def _first(cell: Cell) -> Cell:
+    """The cell that reads xs."""
+    while isinstance(cell, (Stack, Pool)):
+        cell = cell.cells[0] if isinstance(cell, Stack) else cell.cell
+    return cell
 
 
 def valid_steps(batch: Batch, xp: Any = jnp) -> PyTree:
@@ -332,55 +236,3 @@ def check_axes(cell: Cell, xs: PyTree) -> None:
     for leaf, ndim in zip(jax.tree.leaves(xs), jax.tree.leaves(cell.input_ndim), strict=False):
         if jnp.ndim(leaf) < ndim + 2:
             raise ValueError(f"xs: expected batch, time and {ndim} more axes for {cell!r}, got shape {jnp.shape(leaf)}")
-
-
-def _masked(ys, targets, mask):
-    """ys in at least float32, and both zero where the mask is false, so that nothing there is ever differentiated."""
-    for name, value in (("predictions", ys), ("targets", targets)):
-        if not jax.tree_util.all_leaves([value]):
-            raise TypeError(f"{name}: expected one array, got {type(value).__name__}; an error of your own takes trees")
-    ys, targets = jnp.asarray(ys), jnp.asarray(targets)
-    ys = ys.astype(accumulator(ys.dtype))
-    if mask is None:
-        return ys, targets, None
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        raise TypeError(f"mask: expected bool, got {mask.dtype}")
-    for name, array in (("predictions", ys), ("targets", targets)):
-        if array.shape[: mask.ndim] != mask.shape:
-            raise ValueError(f"mask: expected shape {array.shape[: mask.ndim]}, axes of the {name}, got {mask.shape}")
-    return zero_where_not(mask, ys), zero_where_not(mask, targets), mask
-
-
-def _known(known, losses):
-    """The losses, or NaN: a constant, not a result, which `jax_debug_nans` would report."""
-    return jnp.where(known, losses, np.array(np.nan, losses.dtype))
-
-
-def _classes(logits, targets):
-    """The targets in a dtype that can tell all classes, which uint8 cannot of 256."""
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.dtype} "
-            f"of shape {targets.shape}"
-        )
-    return targets.astype(int)
-
-
-def _probability_shape(logits, targets):
-    if targets.shape == logits.shape[:-1]:
-        raise TypeError(f"targets: expected classes as integers, or probabilities {logits.shape}, got {targets.dtype}")
-    _same_shape(logits, targets)
-
-
-def _same_shape(ys, targets):
-    if targets.shape != ys.shape:
-        raise ValueError(f"targets: expected shape {ys.shape} as the predictions, got {targets.shape}")
-
-
-def _match(ys, targets):
-    """ys in the shape of the targets; a last axis of 1 may be missing there."""
-    if ys.shape == (*targets.shape, 1):
-        return ys[..., 0]
-    _same_shape(ys, targets)
-    return ys

@@ -13,7 +13,7 @@ from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.sequence import scan
 from jaxrnn.training.batches import check_valid, host
-from jaxrnn.training.evaluation import check_members, to_host
+from jaxrnn.training.evaluation import check_members, check_params, to_host
 from jaxrnn.training.losses import check_axes
 from jaxrnn.training.ragged import Bucketed, bucket, pad
 from jaxrnn.typing import Bools, Integers, PyTree
@@ -57,6 +57,8 @@ def predict(
       >>> [y.shape for y in ys]
       [(7, 4), (2, 4)]
     """
+    check.a_cell("cell", cell)
+    check_params(params)
     batch_size = check.integer("batch_size", batch_size)
     for name, value in (("xs", xs), ("lengths", lengths), ("mask", mask)):
         if not all(map(check.concrete, jax.tree.leaves(value))):

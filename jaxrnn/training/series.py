@@ -120,5 +120,11 @@ class Scaler(NamedTuple):
         return deviations * self._like(deviations)[1]
 
     def _like(self, xs):
+        size = np.shape(self.mean)[-1] if np.ndim(self.mean) else None
+        if size is not None and np.shape(xs)[-1:] != (size,):
+            raise ValueError(
+                f"series: expected (..., {size}), all features that the scaler was fitted on, got {np.shape(xs)}; for "
+                f"one of them use Scaler(scaler.mean[k], scaler.scale[k])"
+            )
         mean, scale = cast(self, xs.dtype) if inexact(xs) else self
         return lifted(mean, xs), lifted(scale, xs)

@@ -11,9 +11,10 @@ import optax
 from jax import Array, lax
 
 from jaxrnn import check
+from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import accumulator, cast, inexact, select
 from jaxrnn.training.batches import Batch
-from jaxrnn.training.losses import Mean
+from jaxrnn.training.errors import Mean
 from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
@@ -68,8 +69,36 @@ def train_state(
       >>> state.step
       Array(0, dtype=int32)
     """
+    check_optimizer(optimizer)
+    if isinstance(params, Cell):
+        raise TypeError(f"params: expected those that {type(params).__name__}(...).init(key) returns, got the cell")
     step, stopped = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     return TrainState(params, optimizer.init(params), carry, step, key, stopped=stopped)
+
+
+def best_params(state: TrainState) -> PyTree:
+    """The params of the best validation so far, or the last ones where there was no validation.
+
+    Examples:
+      >>> import jax, jaxrnn, optax
+      >>> model = jaxrnn.GRU(3, 4)
+      >>> state = train_state(model.init(jax.random.key(0)), optax.adam(1e-3), jax.random.key(1))
+      >>> best_params(state) is state.params
+      True
+    """
+    return state.params if state.best is None else state.best.params
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """It is one of Optax."""
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        raise TypeError(f"optimizer: expected one of Optax, such as optax.adam(1e-3), got {optimizer!r}")
+
+
+def check_loss(loss: Any) -> None:
+    """It is a function, and no cell."""
+    if isinstance(loss, Cell) or not callable(loss):
+        raise TypeError(f"loss: expected a function, such as make_loss(cell, error) returns, got {loss!r}")
 
 
 def make_step(
@@ -141,6 +170,8 @@ def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None):
     `bad` is −1 where all is finite, 0 for the loss itself, and 1 + k for the gradient of leaf k of the params.
     """
     accumulate = check.integer("accumulate", accumulate)
+    check_loss(loss)
+    check_optimizer(optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def value_and_gradient(params, carry, batch, key):

@@ -31,12 +31,12 @@ def is_chance(targets: PyTree) -> PyTree:
 def finite(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Size) -> None:
     """The targets are numbers, neither NaN nor infinite."""
     if jnp.issubdtype(targets.dtype, jnp.inexact):
-        _require(np.isfinite(targets), name, "finite numbers", targets, mask)
+        require(np.isfinite(targets), name, "finite numbers", targets, mask)
 
 
 def chances(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Size) -> None:
     """The targets lie in [0, 1]."""
-    _require(is_chance(targets), name, "0, 1 or a probability between", targets, mask)
+    require(is_chance(targets), name, "0, 1 or a probability between", targets, mask)
 
 
 def classes(name: str, targets: np.ndarray, mask: np.ndarray | None, size: int | None) -> None:
@@ -45,12 +45,12 @@ def classes(name: str, targets: np.ndarray, mask: np.ndarray | None, size: int |
         return
     if jnp.issubdtype(targets.dtype, jnp.integer):
         known = targets >= 0 if size is None else (targets >= 0) & (targets < size)
-        _require(known, name, f"classes 0 to {'C − 1' if size is None else size - 1}", targets, mask)
+        require(known, name, f"classes 0 to {'C − 1' if size is None else size - 1}", targets, mask)
     elif targets.ndim and size in (None, targets.shape[-1]):
-        _require(targets >= -rounding(targets.dtype), name, "probabilities, or classes as integers", targets, mask)
+        require(targets >= -rounding(targets.dtype), name, "probabilities, or classes as integers", targets, mask)
         sums = targets.sum(-1, dtype=np.float64)
         # A table of two decimals will do.
-        _require(
+        require(
             np.abs(sums - 1) <= max(0.01, rounding(targets.dtype)),
             name,
             "probabilities of sum 1 over the last axis",
@@ -59,7 +59,8 @@ def classes(name: str, targets: np.ndarray, mask: np.ndarray | None, size: int |
         )
 
 
-def _require(right: np.ndarray, name: str, expected: str, values: np.ndarray, mask: np.ndarray | None) -> None:
+def require(right: np.ndarray, name: str, expected: str, values: np.ndarray, mask: np.ndarray | None) -> None:
+    """Raises for the first entry that is not right where the mask, a prefix of the axes, is true."""
     if right.all():
         return
     wrong = ~right

@@ -1,0 +1,404 @@
+"""Errors and metrics as sums with a weight, so that batches of any size and padding add up exactly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jaxrnn.cell import Cell
+from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
+from jaxrnn.training.targets import is_chance
+from jaxrnn.typing import Named, PyTree
+
+
+class Mean(NamedTuple):
+    """A weighted mean that is still to be added up: value = total / weight, 0 where the weight is 0.
+
+    A metric is any NamedTuple of sums with a `value`; those of several batches are added field by field.
+
+    Examples:
+      >>> float(Mean(6.0, 3.0).value)
+      2.0
+    """
+
+    total: Any
+    weight: PyTree
+
+    @property
+    def value(self) -> Array:
+        return jnp.where(self.weight == 0, 0, self.total / jnp.where(self.weight == 0, 1, self.weight))
+
+
+class Perplexity(NamedTuple):
+    """exp of a mean cross-entropy: value = exp(total / weight)."""
+
+    total: Any
+    weight: PyTree
+
+    @property
+    def value(self) -> Array:
+        return jnp.exp(Mean(self.total, self.weight).value)
+
+
+Metric = Mean | Perplexity
+Error = Callable[..., Mean]  # of (ys, targets, mask), and weights by name where a batch has them
+Metrics = Mapping[str, Callable[..., Metric]] | Sequence[Callable[..., Metric]] | None
+
+
+def mean(values: Array, mask: Array | None = None, weights: Array | None = None) -> Mean:
+    """The mean over all entries of `values`, or those where `mask`, a prefix of its axes, is true.
+
+    Args:
+      values: Any numbers.
+      mask: bool, axes from the first: which entries count.
+      weights: Axes from the first: how much each entry counts; None for 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([True, False])).value
+      Array(2., dtype=float32)
+    """
+    wide = accumulator(values.dtype) if inexact(values) else accumulator()
+    if mask is not None and mask.shape != values.shape[: mask.ndim]:
+        raise ValueError(f"mask: expected shape {values.shape[: mask.ndim]}, axes of the values, got {mask.shape}")
+    if weights is not None:
+        return _weighted(values, mask, weights)
+    if mask is None:
+        return Mean(values.sum(dtype=wide), jnp.asarray(values.size, wide))
+    each = values.size // mask.size if mask.size else 0
+    return Mean(zero_where_not(mask, values).sum(dtype=wide), mask.sum(dtype=wide) * each)
+
+
+def _weighted(values: Array, mask: Array | None, weights: Array) -> Mean:
+    wide = accumulator(values.dtype) if inexact(values) else accumulator()
+    weights = jnp.asarray(weights).astype(wide)
+    if weights.shape != values.shape[: weights.ndim]:
+        raise ValueError(
+            f"weights: expected shape {values.shape[: weights.ndim]}, axes of the values, got {weights.shape}"
+        )
+    weights = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim)), values.shape)
+    weights = zero_where_not(mask, weights)
+    return Mean((zero_where_not(mask, values).astype(wide) * weights).sum(), weights.sum())
+
+
+def cross_entropy(
+    logits: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    weights: Array | None = None,
+    class_weights: Array | Sequence[float] | None = None,
+    ignore: int | None = None,
+) -> Mean:
+    """−log softmax(logits)[target], averaged.
+
+    Args:
+      logits: (..., C).
+      targets: Classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows (...,
+        C).
+      mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
+      weights: Axes from the first: how much each sample, or step, counts; the mean is divided by their sum.
+      class_weights: (C,), how much the samples of each class count, targets being classes.
+      ignore: A class that does not count, such as −100 in PyTorch's data.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> cross_entropy(jnp.zeros((5, 4)), jnp.array([0, 1, 2, 3, 0])).value.round(4)
+      Array(1.3863, dtype=float32)
+
+      Options of an error are bound by `functools.partial`:
+
+      >>> import functools, jaxrnn
+      >>> error = functools.partial(cross_entropy, ignore=-100, class_weights=(1.0, 5.0))
+      >>> loss = make_loss(jaxrnn.Stack(jaxrnn.Pool(jaxrnn.GRU(3, 8)), jaxrnn.Linear(8, 2)), error)
+    """
+    mask = not_ignored(targets, mask, ignore)
+    logits, targets, mask = _masked(logits, targets, mask)
+    if logits.shape[-1:] == (1,):
+        raise ValueError("predictions: expected logits of at least two classes, got 1; use binary_cross_entropy")
+    if inexact(targets):
+        _probability_shape(logits, targets)
+        if class_weights is not None:
+            raise TypeError(f"class_weights: expected classes as integers for targets, got {targets.dtype}")
+        return mean(optax.softmax_cross_entropy(logits, targets.astype(logits.dtype)), mask, weights)
+    targets = _classes(logits, targets)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # An integer out of range would otherwise be wrapped or clipped in silence.
+    losses = _known((targets >= 0) & (targets < logits.shape[-1]), losses)
+    return mean(losses, mask, _of_classes(class_weights, targets, logits.shape[-1], weights))
+
+
+def binary_cross_entropy(
+    logits: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    weights: Array | None = None,
+    class_weights: tuple[float, float] | None = None,
+    ignore: int | None = None,
+) -> Mean:
+    """−t log σ(logit) − (1 − t) log(1 − σ(logit)), averaged.
+
+    Args:
+      logits: (...) or (..., 1) for targets (...).
+      targets: In [0, 1], bool, integers or floating. Others, such as −1, give NaN.
+      mask: As in `cross_entropy`.
+      weights: As in `cross_entropy`.
+      class_weights: How much targets of 0 and of 1 count; a probability between counts in proportion.
+      ignore: As in `cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> binary_cross_entropy(jnp.array([0.0, 0.0]), jnp.array([1, 0])).value.round(4)
+      Array(0.6931, dtype=float32)
+    """
+    mask = not_ignored(targets, mask, ignore)
+    logits, targets, mask = _masked(logits, targets, mask)
+    logits = _match(logits, targets)
+    chance = targets.astype(logits.dtype)
+    losses = optax.sigmoid_binary_cross_entropy(logits, chance)
+    if class_weights is not None:
+        of_class = class_weights[0] * (1 - chance) + class_weights[1] * chance
+        weights = (
+            of_class if weights is None else of_class * _lifted_after(jnp.asarray(weights, of_class.dtype), of_class)
+        )
+    return mean(_known(is_chance(targets), losses), mask, weights)
+
+
+def squared_error(
+    predictions: Array, targets: Array, mask: Array | None = None, *, weights: Array | None = None
+) -> Mean:
+    """(prediction − target)², averaged.
+
+    Args:
+      predictions: (...) or (..., 1) for targets (...).
+      targets: (...).
+      mask: As in `cross_entropy`.
+      weights: As in `cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> squared_error(jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0])).value
+      Array(2., dtype=float32)
+    """
+    predictions, targets, mask = _masked(predictions, targets, mask)
+    predictions = _match(predictions, targets)
+    return mean(optax.squared_error(predictions, targets.astype(predictions.dtype)), mask, weights)
+
+
+def absolute_error(
+    predictions: Array, targets: Array, mask: Array | None = None, *, weights: Array | None = None
+) -> Mean:
+    """|prediction − target|, averaged; arguments as in `squared_error`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> absolute_error(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])).value
+      Array(1., dtype=float32)
+    """
+    predictions, targets, mask = _masked(predictions, targets, mask)
+    predictions = _match(predictions, targets)
+    return mean(jnp.abs(predictions - targets.astype(predictions.dtype)), mask, weights)
+
+
+def accuracy(
+    logits: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    weights: Array | None = None,
+    ignore: int | None = None,
+) -> Mean:
+    """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> accuracy(jnp.array([[0.0, 1.0], [2.0, 1.0]]), jnp.array([1, 1])).value
+      Array(0.5, dtype=float32)
+    """
+    mask = not_ignored(targets, mask, ignore)
+    logits, targets, mask = _masked(logits, targets, mask)
+    if inexact(targets):
+        _probability_shape(logits, targets)
+        targets = targets.argmax(-1)
+    return mean(logits.argmax(-1) == _classes(logits, targets), mask, weights)
+
+
+def binary_accuracy(
+    logits: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    weights: Array | None = None,
+    ignore: int | None = None,
+) -> Mean:
+    """The share of logits on the target's side of 0; arguments as in `binary_cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> binary_accuracy(jnp.array([0.3, 2.0]), jnp.array([1, 0])).value
+      Array(0.5, dtype=float32)
+    """
+    mask = not_ignored(targets, mask, ignore)
+    logits, targets, mask = _masked(logits, targets, mask)
+    return mean((_match(logits, targets) > 0) == (targets.astype(logits.dtype) > 0.5), mask, weights)
+
+
+def perplexity(
+    logits: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    weights: Array | None = None,
+    ignore: int | None = None,
+) -> Perplexity:
+    """exp of the mean cross-entropy; arguments as in `cross_entropy`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> perplexity(jnp.zeros((3, 8)), jnp.array([1, 5, 7])).value.round(4)
+      Array(8., dtype=float32)
+    """
+    return Perplexity(*cross_entropy(logits, targets, mask, weights=weights, ignore=ignore))
+
+
+def unbound(error: Callable) -> tuple[Callable, Named]:
+    """An error and the options that `functools.partial` gave it."""
+    if isinstance(error, functools.partial) and not error.args:
+        return error.func, error.keywords
+    return error, {}
+
+
+def named_metrics(metrics: Metrics) -> dict[str, Callable[..., Metric]]:
+    """Metrics by name."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+            raise TypeError(f"metrics: expected functions by name, or a list of them, got {metrics!r}")
+        for metric in metrics:
+            check_error("metrics", metric)
+        metrics = {unbound(metric)[0].__name__: metric for metric in metrics}
+    for name, metric in metrics.items():
+        check_error(f"metrics[{name!r}]", metric)
+    if "loss" in metrics:
+        raise ValueError("metrics: the name 'loss' is that of the error itself")
+    return dict(metrics)
+
+
+def check_error(name: str, error: Any) -> None:
+    """It is a function of (ys, targets, mask)."""
+    if isinstance(error, Cell) or not callable(error):
+        ours = OTHER_NAMES.get(error) if isinstance(error, str) else None
+        hint = f"; pass the function jaxrnn.training.{ours}" if ours else ""
+        raise TypeError(f"{name}: expected a function such as jaxrnn.training.cross_entropy, got {error!r}{hint}")
+
+
+OTHER_NAMES = {
+    "mse": "squared_error",
+    "mean_squared_error": "squared_error",
+    "squared_error": "squared_error",
+    "mae": "absolute_error",
+    "mean_absolute_error": "absolute_error",
+    "cross_entropy": "cross_entropy",
+    "categorical_crossentropy": "cross_entropy",
+    "sparse_categorical_crossentropy": "cross_entropy",
+    "binary_crossentropy": "binary_cross_entropy",
+    "acc": "accuracy",
+    "accuracy": "accuracy",
+    "binary_accuracy": "binary_accuracy",
+    "perplexity": "perplexity",
+}
+
+
+def _masked(ys, targets, mask):
+    """ys in at least float32, and both zero where the mask is false, so that nothing there is ever differentiated."""
+    for name, value in (("predictions", ys), ("targets", targets)):
+        if not jax.tree_util.all_leaves([value]):
+            raise TypeError(f"{name}: expected one array, got {type(value).__name__}; an error of your own takes trees")
+    ys, targets = jnp.asarray(ys), jnp.asarray(targets)
+    ys = ys.astype(accumulator(ys.dtype))
+    if mask is None:
+        return ys, targets, None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask: expected bool, got {mask.dtype}")
+    for name, array in (("predictions", ys), ("targets", targets)):
+        if array.shape[: mask.ndim] != mask.shape:
+            raise ValueError(f"mask: expected shape {array.shape[: mask.ndim]}, axes of the {name}, got {mask.shape}")
+    return zero_where_not(mask, ys), zero_where_not(mask, targets), mask
+
+
+def not_ignored(targets: PyTree, mask: PyTree, ignore: int | None, xp: Any = jnp) -> PyTree:
+    """The mask without targets that do not count; `xp` is jax.numpy or numpy."""
+    if ignore is None:
+        return mask
+    counts = xp.asarray(targets) != ignore
+    return counts if mask is None else counts & xp.asarray(mask).reshape(mask.shape + (1,) * (counts.ndim - mask.ndim))
+
+
+def _lifted_after(array: Array, like: Array) -> Array:
+    """`array` with the axes at its end that it lacks beside `like`."""
+    return array.reshape(array.shape + (1,) * (like.ndim - array.ndim))
+
+
+def _of_classes(class_weights, targets, size, weights):
+    """The weight of every target: that of its class, times its own."""
+    if class_weights is None:
+        return weights
+    table = jnp.asarray(class_weights, accumulator())
+    if table.shape != (size,):
+        raise ValueError(f"class_weights: expected ({size},), one for each class, got {table.shape}")
+    found = table[jnp.clip(targets, 0, size - 1)]
+    return found if weights is None else found * _lifted_after(jnp.asarray(weights, found.dtype), found)
+
+
+def _known(known, losses):
+    """The losses, or NaN: a constant, not a result, which `jax_debug_nans` would report."""
+    return jnp.where(known, losses, np.array(np.nan, losses.dtype))
+
+
+def _classes(logits, targets):
+    """The targets in a dtype that can tell all classes, which uint8 cannot of 256."""
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.dtype} "
+            f"of shape {targets.shape}{_advice(logits, targets, targets.ndim + 2)}"
+        )
+    return targets.astype(int)
+
+
+def _advice(ys, targets, per_step: int) -> str:
+    """What to do about targets of one sequence where there is a prediction of every step, and about an axis of 1."""
+    if ys.ndim == per_step and targets.shape[:1] == ys.shape[:1]:
+        return "; the model has one output for each step: wrap it in Pool(...) for one for each sequence"
+    if targets.shape[-1:] == (1,):
+        return "; leave out the last axis of the targets, targets[..., 0]"
+    return ""
+
+
+def _probability_shape(logits, targets):
+    if targets.shape == logits.shape[:-1]:
+        raise TypeError(f"targets: expected classes as integers, or probabilities {logits.shape}, got {targets.dtype}")
+    _same_shape(logits, targets)
+
+
+def _same_shape(ys, targets):
+    if targets.shape != ys.shape:
+        advice = _advice(ys, targets, targets.ndim + (2 if ys.shape[-1:] == (1,) else 1))
+        raise ValueError(f"targets: expected shape {ys.shape} as the predictions, got {targets.shape}{advice}")
+
+
+def _match(ys, targets):
+    """ys in the shape of the targets; a last axis of 1 may be missing there."""
+    if ys.shape == (*targets.shape, 1):
+        return ys[..., 0]
+    _same_shape(ys, targets)
+    return ys
