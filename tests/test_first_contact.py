@@ -161,7 +161,7 @@ def test_ignored_targets_and_weights_reach_nothing():
 
 
 def test_weights_of_a_batch_train_and_padding_stays_out():
-    """Two rows of weight 2 are four rows; steps ignored or padded do not count, with lengths, masks and options bound."""
+    """Two rows of weight 2 are four rows; steps that are ignored or padded do not count."""
     error = functools.partial(cross_entropy, ignore=-100)
     model = Stack(GRU(3, 4), Linear(4, 2))
     targets = np.where(np.arange(5) < 3, KINDS[:, None], -100)
@@ -230,7 +230,8 @@ def test_modules_are_attributes_and_dir_is_short():
     code = (
         "import sys, jaxrnn; shown = dir(jaxrnn); assert not {'flax', 'optax'} & set(sys.modules); "
         "assert 50 <= len(shown) <= 70 and {'LSTM', 'Stack', 'training', 'linen'} <= set(shown), shown; "
-        "jaxrnn.training.train, jaxrnn.convert.from_torch, jaxrnn.analysis.gradient_flow, jaxrnn.linen.RNN, jaxrnn.nnx.RNN"
+        "jaxrnn.training.train, jaxrnn.convert.from_torch, jaxrnn.analysis.gradient_flow; "
+        "jaxrnn.linen.RNN, jaxrnn.nnx.RNN"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -166,9 +166,7 @@ def binary_cross_entropy(
     losses = optax.sigmoid_binary_cross_entropy(logits, chance)
     if class_weights is not None:
         of_class = class_weights[0] * (1 - chance) + class_weights[1] * chance
-        weights = (
-            of_class if weights is None else of_class * _lifted_after(jnp.asarray(weights, of_class.dtype), of_class)
-        )
+        weights = _product(of_class, weights)
     return mean(_known(is_chance(targets), losses), mask, weights)
 
 
@@ -344,9 +342,12 @@ def not_ignored(targets: PyTree, mask: PyTree, ignore: int | None, xp: Any = jnp
     return counts if mask is None else counts & xp.asarray(mask).reshape(mask.shape + (1,) * (counts.ndim - mask.ndim))
 
 
-def _lifted_after(array: Array, like: Array) -> Array:
-    """`array` with the axes at its end that it lacks beside `like`."""
-    return array.reshape(array.shape + (1,) * (like.ndim - array.ndim))
+def _product(of_class: Array, weights: PyTree) -> Array:
+    """The weights of classes times those of samples, if any, which may lack axes at the end."""
+    if weights is None:
+        return of_class
+    weights = jnp.asarray(weights, of_class.dtype)
+    return of_class * weights.reshape(weights.shape + (1,) * (of_class.ndim - weights.ndim))
 
 
 def _of_classes(class_weights, targets, size, weights):
@@ -356,8 +357,7 @@ def _of_classes(class_weights, targets, size, weights):
     table = jnp.asarray(class_weights, accumulator())
     if table.shape != (size,):
         raise ValueError(f"class_weights: expected ({size},), one for each class, got {table.shape}")
-    found = table[jnp.clip(targets, 0, size - 1)]
-    return found if weights is None else found * _lifted_after(jnp.asarray(weights, found.dtype), found)
+    return _product(table[jnp.clip(targets, 0, size - 1)], weights)
 
 
 def _known(known, losses):

@@ -101,7 +101,8 @@ def checked(loss: Callable, source: Foreign, name: str = "targets") -> Callable[
     def take(batch):
         if isinstance(loss, CellLoss) and isinstance(source, Listed) and hasattr(batch, "shape"):
             raise TypeError(
-                "data: a list holds batches, and its first entry is an array; xs and targets come as a tuple, (xs, targets)"
+                "data: a list is one of batches, and its first entry is an array; pass xs and targets as a tuple, "
+                "(xs, targets)"
             )
         batch = as_batch(batch)
         if isinstance(loss, CellLoss):
