@@ -173,7 +173,7 @@ def _check_head(cell: Cell, errors: Sequence[Callable]) -> None:
         }.get(function, ())
         if isinstance(top, Apply) and spec in wrong:
             raise ValueError(
-                f"cell: it ends in {top!r}, and {function.__name__} takes logits, which are what comes before it: train "
+                f"cell: it ends in {top!r}, and {function.__name__} takes logits, which are what it reads: train "
                 "without this last layer, Stack(cell.cells[:-1]) with params[:-1], and apply it to predictions"
             )
 
