@@ -50,6 +50,10 @@ class Summary(NamedTuple):
         rule = "─" * (sum(widths) + 2 * len(widths) - 2)
         return "\n".join([head, rule, *body, rule, total])
 
+    def _repr_pretty_(self, printer, cycle):
+        """As a table in a notebook."""
+        printer.text(str(self))
+
 
 def summary(cell: Cell, dtype: DTypeLike = jnp.float32) -> Summary:
     """The layers of `cell` with output size, parameter shapes, numbers and bytes. Allocates no parameters.

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import io
+import re
 import subprocess
 import sys
 
@@ -12,9 +14,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from matplotlib.figure import Figure
+from rich.console import Console
 
 import jaxrnn
 from jaxrnn import GRU, LSTM, Apply, Bidirectional, Embed, Linear, Parallel, Pool, Stack
+from jaxrnn.analysis import gradient_flow, plot_gradient_flow, plot_history
 from jaxrnn.training import (
     Batch,
     Scaler,
@@ -108,6 +113,117 @@ def test_a_step_begins_where_reset_says(cell):
         jaxrnn.step(cell, params, carry, x, reset=np.ones(5, bool))
     with pytest.raises(TypeError, match="reset: expected bool"):
         jaxrnn.step(cell, params, carry, x, reset=np.ones(6))
+
+
+# What training shows.
+
+
+def by_hand(loss, batches, params):
+    total = None
+    for batch in batches:
+        _, metrics = loss(params, batch, None)
+        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+    return {name: float(metric.value) for name, metric in total.items()}
+
+
+def test_an_epoch_is_the_mean_of_its_batches_by_weight(capsys):
+    """Batches of 4 and of 2 rows, with padding; a perplexity is that of the whole epoch."""
+    lengths = np.array([5, 1, 2, 0, 3, 4])
+    model = Stack(GRU(3, 4), Linear(4, 2))
+    data = Batch(XS, np.tile(KINDS[:, None], 5), lengths=lengths)
+    options = {"metrics": [accuracy, perplexity], "batch_size": 4, "shuffle": False}
+    trained = train(model, data, cross_entropy, optimizer=optax.set_to_zero(), validation=data, epochs=2, **options)
+    halves = [jax.tree.map(lambda leaf, at=at: leaf[at], data) for at in (slice(4), slice(4, 6))]
+    expected = by_hand(trained.loss, halves, trained.params)
+    table = trained.history.epochs()
+    np.testing.assert_array_equal(table["epoch"], [1, 2])
+    for name, value in expected.items():
+        np.testing.assert_allclose(table[name], [value, value], rtol=1e-5)
+        np.testing.assert_allclose(table[f"validation {name}"], [value, value], rtol=1e-5)
+    np.testing.assert_array_equal(trained.history.epoch_step, [2, 4])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    number = r"[0-9.]+"
+    words = rf"epoch 2/2  loss {number}  accuracy {number}  perplexity {number}  val loss {number}  .*  {number} s"
+    assert re.fullmatch(words, printed[1]), printed
+    assert str(trained.history).splitlines()[0].split()[:3] == ["epoch", "loss", "accuracy"]
+
+
+def test_progress_false_is_silent_and_a_console_is_drawn_on(capsys):
+    fitted(MODEL, (XS, KINDS), cross_entropy)
+    assert capsys.readouterr().out == ""
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True)
+    train(MODEL, (XS, KINDS), cross_entropy, metrics=[accuracy], validation=(XS, KINDS), epochs=2, progress=console)
+    assert capsys.readouterr().out == ""
+    lines = [line for line in file.getvalue().splitlines() if "val accuracy" in line]
+    assert len(lines) == 2
+
+
+def test_an_interrupted_epoch_counts_whole(tmp_path):
+    """The same table, whether the run was interrupted within an epoch or not."""
+    model, optimizer = GRU(3, 3), optax.sgd(0.1)
+    loss, data = make_loss(model, squared_error), (XS, XS)
+    options = {"optimizer": optimizer, "batch_size": 1, "key": KEY, "steps_per_call": 1, "progress": False}
+
+    def start():
+        return train_state(model.init(KEY), optimizer, jax.random.key(1))
+
+    _, whole = fit(loss, start(), data, epochs=2, **options)
+
+    class Interrupted(Exception):
+        pass
+
+    saver = jaxrnn.training.Checkpoints(tmp_path, every=2)
+    calls = []
+
+    original = jaxrnn.training.fitting._train
+
+    def train_some(*arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            raise Interrupted
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(jaxrnn.training.fitting, "_train", train_some)
+        fit(loss, start(), data, epochs=2, checkpoints=saver, **options)
+    _, resumed = fit(loss, start(), data, epochs=2, checkpoints=saver, **options)
+    jax.tree.map(np.testing.assert_array_equal, resumed.epochs(), whole.epochs())
+
+
+def test_members_have_columns_of_their_own():
+    model, optimizer = GRU(3, 3), optax.sgd(0.1)
+    keys = jax.random.split(KEY, 3)
+    state = jax.vmap(lambda key: train_state(model.init(key), optimizer, key))(keys)
+    _, history = fit(
+        make_loss(model, squared_error),
+        state,
+        (XS, XS),
+        optimizer=optimizer,
+        epochs=2,
+        batch_size=2,
+        key=KEY,
+        validation=(XS, XS),
+        progress=False,
+    )
+    table = history.epochs()
+    assert table["loss"].shape == table["validation loss"].shape == (2, 3)
+    np.testing.assert_allclose(table["loss"], history.train["loss"].reshape(2, 3, 3).mean(1), rtol=1e-5)
+    assert "…" in str(history)
+    assert len(plot_history(history).axes) == 1
+
+
+def test_plots_draw_where_they_are_told():
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    trained = fitted(MODEL, (XS, KINDS), cross_entropy, metrics=[accuracy])
+    assert plot_history(trained.history, axes=axes) is figure
+    assert [ax.get_ylabel() for ax in axes] == ["loss", "accuracy"]
+    with pytest.raises(ValueError, match="axes: expected 2, one for each panel, got 1"):
+        plot_history(trained.history, axes=axes[0])
+    flow = gradient_flow(GRU(3, 4), GRU(3, 4).init(KEY), None, XS, lambda carry, ys: ys.sum())
+    assert plot_gradient_flow(flow, axes=axes[0]) is figure
 
 
 # Weights, classes, targets to ignore.

@@ -8,6 +8,7 @@
 | gates that are shut or open | `gate_saturation` | `plot_gate_saturation` |
 | how far back it remembers | `memory_length` | `plot_memory_length` |
 | bytes of a training step | `training_memory` | `plot_training_memory` |
+| how training went | the `History` of `fit` | `plot_history` |
 """
 
 from jaxrnn.analysis.footprint import TrainingMemory, training_memory
@@ -18,6 +19,7 @@ from jaxrnn.analysis.memory import MemoryLength, memory_length
 from jaxrnn.analysis.plots import (
     plot_gate_saturation,
     plot_gradient_flow,
+    plot_history,
     plot_lyapunov_exponents,
     plot_memory_length,
     plot_singular_values,
@@ -37,6 +39,7 @@ __all__ = [
     "memory_length",
     "plot_gate_saturation",
     "plot_gradient_flow",
+    "plot_history",
     "plot_lyapunov_exponents",
     "plot_memory_length",
     "plot_singular_values",

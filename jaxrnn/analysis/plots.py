@@ -1,7 +1,8 @@
 """A figure for each analysis, of one result or of several side by side: `plot_...({"LSTM": a, "GRU": b})`.
 
 They are `matplotlib.figure.Figure`s, sized for a column of a paper: `figure.savefig("flow.pdf")`. No global state of
-matplotlib is touched, and matplotlib is imported only when one is drawn.
+matplotlib is touched, and matplotlib is imported only when one is drawn. With `axes` (one of matplotlib's, or one for
+each panel) they are drawn there, and the figure of these is returned.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
+    from jaxrnn.training.history import History
+
 # Okabe & Ito 2008: told apart by the colour-blind.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#808080"
 COLUMN, PAGE = 3.5, 7.0  # inches
+# Where to draw in place of a new figure: one of matplotlib's Axes, or one for each panel.
+Panels = Any
 
 
-def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow]) -> Figure:
+def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow], *, axes: Panels = None) -> Figure:
     """‖∂L/∂c_t‖ over time, on a logarithmic axis: the median of the rows, and their 10 to 90 % as a band.
 
     Of a dict, one line for each total; of one result, one for each leaf of the carry. What is 0 is left out.
@@ -52,14 +57,16 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow]) -> F
         series = {_path(path) or "carry": leaf for path, leaf in norms}
     else:
         series = {label: flow.total for label, flow in _several("flows", flows, GradientFlow).items()}
-    figure, (ax,) = _figure(COLUMN, 2.5)
+    figure, (ax,) = _figure(COLUMN, 2.5, given=axes)
     for k, (label, values) in enumerate(series.items()):
         _median_line(ax, k, np.asarray(values), label=str(label))
     _finish(ax, "time step $t$", r"gradient norm $\|\partial L/\partial c_t\|$", log=True, legend=len(series) > 1)
     return figure
 
 
-def plot_singular_values(spectra: JacobianSpectrum | Mapping[PyTree, JacobianSpectrum]) -> Figure:
+def plot_singular_values(
+    spectra: JacobianSpectrum | Mapping[PyTree, JacobianSpectrum], *, axes: Panels = None
+) -> Figure:
     """The singular values of J_t over time, a panel for each result: greatest, median and least, of the median row.
 
     The dark band holds the middle half of them. Above the dashed line, at 1, a step stretches.
@@ -72,7 +79,7 @@ def plot_singular_values(spectra: JacobianSpectrum | Mapping[PyTree, JacobianSpe
       'GRU'
     """
     results = _several("spectra", spectra, JacobianSpectrum)
-    figure, axes = _figure(COLUMN if len(results) == 1 else PAGE, 2.4, len(results), sharey=True)
+    figure, axes = _figure(COLUMN if len(results) == 1 else PAGE, 2.4, len(results), sharey=True, given=axes)
     for k, (ax, (label, spectrum)) in enumerate(zip(axes, results.items(), strict=True)):
         values, color = np.asarray(spectrum.singular_values), COLORS[k % len(COLORS)]
         values = values.reshape(len(values), -1, values.shape[-1])
@@ -93,7 +100,9 @@ def plot_singular_values(spectra: JacobianSpectrum | Mapping[PyTree, JacobianSpe
     return figure
 
 
-def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[PyTree, LyapunovSpectrum]) -> Figure:
+def plot_lyapunov_exponents(
+    spectra: LyapunovSpectrum | Mapping[PyTree, LyapunovSpectrum], *, axes: Panels = None
+) -> Figure:
     """The Lyapunov exponents in their order: the mean of the rows, and their standard deviation as bars.
 
     Examples:
@@ -104,7 +113,7 @@ def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[PyTree, Lyapunov
       'index $k$'
     """
     results = _several("spectra", spectra, LyapunovSpectrum)
-    figure, (ax,) = _figure(COLUMN, 2.5)
+    figure, (ax,) = _figure(COLUMN, 2.5, given=axes)
     for k, (label, spectrum) in enumerate(results.items()):
         rows = np.asarray(spectrum.exponents)
         rows = rows.reshape(-1, rows.shape[-1])[np.ravel(spectrum.steps) > 0]
@@ -118,13 +127,14 @@ def plot_lyapunov_exponents(spectra: LyapunovSpectrum | Mapping[PyTree, Lyapunov
     return figure
 
 
-def plot_gate_saturation(saturations: Any) -> Figure:
+def plot_gate_saturation(saturations: Any, *, axes: Panels = None) -> Figure:
     """A panel for each gate, a point for each unit: how often it is low, and how often high.
 
     Near the origin a unit is in its linear range, near the diagonal a switch, at its ends stuck.
 
     Args:
       saturations: What `gate_saturation` returns, of a composition too, or a dict of label to such.
+      axes: Where to draw, one for each panel; None for a new figure.
 
     Examples:
       >>> import numpy as np, jaxrnn
@@ -142,7 +152,7 @@ def plot_gate_saturation(saturations: Any) -> Figure:
         raise TypeError(f"saturations: expected what gate_saturation returns, got {saturations!r}")
     gates = list(dict.fromkeys(name for node in series.values() for name in node.low._fields))
     columns = min(len(gates), 4)
-    figure, axes = _figure(max(COLUMN, 1.75 * columns), 2.3, len(gates), columns, sharey=True)
+    figure, axes = _figure(max(COLUMN, 1.75 * columns), 2.3, len(gates), columns, sharey=True, given=axes)
     handles = {}
     for gate, ax in zip(gates, axes, strict=True):
         ax.plot([0, 1], [1, 0], color=GREY, linestyle="--", linewidth=0.8, zorder=0)
@@ -159,7 +169,7 @@ def plot_gate_saturation(saturations: Any) -> Figure:
     return figure
 
 
-def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength]) -> Figure:
+def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength], *, axes: Panels = None) -> Figure:
     """The influence of the input k steps back on a logarithmic axis, as `plot_gradient_flow`; the mean lag as a mark.
 
     Examples:
@@ -170,7 +180,7 @@ def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength]) -
       'log'
     """
     results = _several("memories", memories, MemoryLength)
-    figure, (ax,) = _figure(COLUMN, 2.5)
+    figure, (ax,) = _figure(COLUMN, 2.5, given=axes)
     for k, (label, memory) in enumerate(results.items()):
         lag = float(np.mean(memory.mean_lag))
         middle = _median_line(ax, k, np.asarray(memory.influence), label=f"{label}, mean lag {lag:.3g}".strip(", "))
@@ -180,7 +190,7 @@ def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength]) -
     return figure
 
 
-def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemory]) -> Figure:
+def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemory], *, axes: Panels = None) -> Figure:
     """The memory of a training step as bars, estimated (residuals and what is recomputed) beside measured.
 
     Of a dict, a group for each; keys that are integers or None are values of `remat_every`.
@@ -192,7 +202,7 @@ def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemo
       'memory (KiB)'
     """
     results = _several("memories", memories, TrainingMemory)
-    figure, (ax,) = _figure(COLUMN, 2.5)
+    figure, (ax,) = _figure(COLUMN, 2.5, given=axes)
     residuals, recomputed, measured = (
         np.array([getattr(memory, name) or 0 for memory in results.values()], float)
         for name in ("residuals", "recomputed", "measured")
@@ -213,6 +223,45 @@ def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemo
     return figure
 
 
+def plot_history(history: History, *, axes: Panels = None) -> Figure:
+    """A panel for each metric of training: every step, the mean over each epoch, and the validations.
+
+    Of many members the median is drawn, and their 10 to 90 % as a band.
+
+    Examples:
+      >>> import numpy as np, jaxrnn
+      >>> from jaxrnn.analysis import plot_history
+      >>> from jaxrnn.training import squared_error, train
+      >>> xs = np.ones((6, 3, 1), np.float32)
+      >>> trained = train(jaxrnn.GRU(1, 1), (xs, xs), squared_error, epochs=2, progress=False)
+      >>> plot_history(trained.history).axes[0].get_ylabel()
+      'loss'
+    """
+    names = [name for name in history.train if name != "gradient_norm"]
+    if not names:
+        raise ValueError("history: expected at least one step of training, got none")
+    figure, panels = _figure(COLUMN if len(names) == 1 else PAGE, 2.4, len(names), given=axes)
+    for ax, name in zip(panels, names, strict=True):
+        epochs, held_out = history.epoch.get(name, np.zeros(0)), history.validation.get(name, np.zeros(0))
+        ax.plot(history.step, _middle(history.train[name]), color=COLORS[0], alpha=0.3, linewidth=0.8, label="step")
+        for k, (label, at, rows) in enumerate(
+            (("epoch", history.epoch_step, epochs), ("validation", history.validation_step, held_out))
+        ):
+            if len(rows):
+                ax.plot(at, _middle(rows), label=label, **_look(k, marker=True), markersize=3)
+            if np.ndim(rows) > 1:
+                low, high = np.nanquantile(rows, (0.1, 0.9), axis=1)
+                ax.fill_between(at, low, high, color=COLORS[k], alpha=0.2, linewidth=0)
+        _finish(ax, "training step", name)
+    _legend_above(figure, *panels[0].get_legend_handles_labels())
+    return figure
+
+
+def _middle(rows: np.ndarray) -> np.ndarray:
+    """The median of the members, if there are such."""
+    return np.nanmedian(rows, axis=1) if np.ndim(rows) > 1 else rows
+
+
 def _several(name: str, results: PyTree, kind: type) -> dict:
     """Results by label."""
     results = {"": results} if isinstance(results, kind) else results
@@ -222,9 +271,20 @@ def _several(name: str, results: PyTree, kind: type) -> dict:
 
 
 def _figure(
-    width: float, height: float, panels: int = 1, columns: int | None = None, *, sharey: bool = False
+    width: float,
+    height: float,
+    panels: int = 1,
+    columns: int | None = None,
+    *,
+    sharey: bool = False,
+    given: Panels = None,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure and its panels, side by side, in rows of `columns` panels and the given height."""
+    """A figure and its panels, side by side, in rows of `columns` panels and the given height; or those given."""
+    if given is not None:
+        axes = list(np.ravel(np.asarray(given, object)))
+        if len(axes) != panels:
+            raise ValueError(f"axes: expected {panels}, one for each panel, got {len(axes)}")
+        return axes[0].get_figure(), axes
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -251,7 +311,8 @@ def _finish(ax: Axes, xlabel: str, ylabel: str, *, log: bool = False, legend: bo
 
 
 def _legend_above(figure: Figure, handles: list, labels: list[str]) -> Legend:
-    return figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    place = "outside upper center" if figure.get_layout_engine() else "upper center"
+    return figure.legend(handles, labels, loc=place, ncols=4, fontsize=8, frameon=False)
 
 
 def _look(k: int, marker: bool = False) -> Named:

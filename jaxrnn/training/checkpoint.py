@@ -25,7 +25,7 @@ from jaxrnn.training.step import Best, TrainState
 from jaxrnn.typing import Named, PyTree
 
 MARK = "jaxrnn-run.json"
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(ValueError):
@@ -112,6 +112,7 @@ class Saver:
             "ended": history.ended,
             "train": list(history.train),
             "validation": list(history.validation),
+            "epoch": list(history.epoch),
             "leaves": [list(leaf) for leaf in leaves],
         }
         about["checksum"] = _text_checksum(about)
@@ -174,12 +175,11 @@ def _read(
         abstract = _abstract(leaves)
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
         arrays = manager.restore(step, args=items)["arrays"] if abstract else {}
-        history = about["train"], about["validation"]
-    train, validation = (dict.fromkeys(names, 0) for names in history)
-    target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation)
-    state, (steps_, train, validation_step, validation) = _unpack(target, leaves, arrays, where)
-    bad = tuple(BadStep(*each) for each in about["bad"])
-    record = History(steps_, train, validation_step, validation, bad, about["ended"])
+        names = about["train"], about["validation"], about["epoch"]
+    train, validation, epoch = (dict.fromkeys(each, 0) for each in names)
+    target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation, 0, epoch)
+    state, rows = _unpack(target, leaves, arrays, where)
+    record = History(*rows, tuple(BadStep(*each) for each in about["bad"]), about["ended"])
     return Restored(state._replace(data=about["data"]), record, about["start"])
 
 
@@ -295,7 +295,7 @@ def _claim(directory: Path) -> Lock:
 
 
 def _arrays_of(history: History):
-    return history.step, history.train, history.validation_step, history.validation
+    return history[:6]
 
 
 class Leaf(NamedTuple):

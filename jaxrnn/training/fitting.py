@@ -21,6 +21,7 @@ from jaxrnn.training.history import BadStep, History, empty_history
 from jaxrnn.training.identity import run_identity
 from jaxrnn.training.progress import on_screen
 from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
+from jaxrnn.training.totals import Totals, added, as_json, from_json, means
 from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
 
@@ -84,7 +85,8 @@ def fit(
         rows), params to begin with, keys, `batch_size`, `accumulate`, `compute_dtype` and the metric of `validation`
         must be the same; `epochs` and all else may differ, as may what `optax.inject_hyperparams` holds, which the
         checkpoint has.
-      progress: None draws on a terminal, False never, True always, a `rich.console.Console` there.
+      progress: None or True for a line after every epoch, and a bar on a terminal; False for nothing; or a
+        `rich.console.Console` to draw on.
 
     Returns:
       The last state (the best one's params are `state.best.params`), and the `History`.
@@ -107,6 +109,7 @@ def fit(
       ...     epochs=2,
       ...     batch_size=2,
       ...     key=jax.random.key(2),
+      ...     progress=False,
       ... )
       >>> history.train["loss"].shape
       (6,)
@@ -151,27 +154,29 @@ def fit(
             )
             run = stack.enter_context(run_in(checkpoints, validation or Validation(None), made_of))
             state, history, start = run.begin(state, history, start)
-        epoch = _go_to(source, state.data)
+        epoch, totals = _go_to(source, state.data)
         length = len(source) if callable(getattr(source, "__len__", None)) else None
         size = steps_per_call if length is None else max(1, min(steps_per_call, length))
-        report = stack.enter_context(on_screen(None if length is None else epochs * length, progress))
+        screen = stack.enter_context(on_screen(None if length is None else epochs * length, progress))
         history = history._replace(ended=_ended(epoch, epochs, state))
         while not history.ended:
             for group in groups(source, size, take):
                 if run and run.due(state):  # not after the last group, which belongs together with the validation
                     run.save(state, history)
                 before = np.array(state.stopped)  # a copy, since the call takes the memory
-                state, history, bad = _train(chunk, state, group, size, history, names)
-                state = state._replace(data={"epoch": epoch, "source": group.position})
-                report(f"epoch {epoch + 1}/{epochs}", _steps(state) - start, _latest(history, validation))
+                state, history, bad, totals = _train(chunk, state, group, size, history, names, totals)
+                state = state._replace(data={"epoch": epoch, "source": group.position, "totals": as_json(totals)})
+                screen.steps(f"epoch {epoch + 1}/{epochs}", _steps(state) - start, _latest(history))
                 if bad and nonfinite == "raise":
                     raise NonFiniteError(bad[0], state._replace(data=None, stopped=jnp.asarray(before)), history)
                 if np.all(state.stopped):
                     break
             epoch += 1
+            history, totals, validated = _ended_epoch(history, totals), None, False
             if judge and not np.all(state.stopped):
                 state, history = judge(state._replace(data=None), history)
-                report(f"epoch {epoch}/{epochs}", _steps(state) - start, _latest(history, validation))
+                validated = True
+            screen.epoch(f"epoch {epoch}/{epochs}", _shown(history, validated))
             state = state._replace(data={"epoch": epoch, "source": source.state()})
             history = history._replace(ended=_ended(epoch, epochs, state))
             if run and not history.ended and run.due(state):
@@ -232,7 +237,8 @@ def make_chunk(loss, optimizer, accumulate, compute_dtype, *, members: bool, hal
         else:
             after = after._replace(step=jnp.where(live, new.step, state.step))
         values = {name: jnp.where(live, metric.value, jnp.nan) for name, metric in metrics.items()}
-        return after, (values, jnp.where(live, bad, -1), live)
+        sums = jax.tree.map(lambda leaf: jnp.where(live, leaf, jnp.zeros_like(leaf)), metrics)
+        return after, (values, jnp.where(live, bad, -1), live, sums)
 
     each = jax.vmap(one, in_axes=(0, None)) if members else one
 
@@ -249,10 +255,10 @@ def make_chunk(loss, optimizer, accumulate, compute_dtype, *, members: bool, hal
     return jax.jit(chunk, donate_argnums=0)
 
 
-def _train(chunk, state, group: Group, size: int, history: History, names: list[str]):
-    """The state after a group, the history with its steps, and those that were not finite."""
+def _train(chunk, state, group: Group, size: int, history: History, names: list[str], totals: Totals | None):
+    """The state after a group, the history with its steps, those that were not finite, and the epoch's totals."""
     first, best = _steps(state) + 1, state.best
-    state, (values, bad, live) = chunk(
+    state, (values, bad, live, sums) = chunk(
         state._replace(data=None, best=None), group.batches, np.arange(size) < group.filled
     )
     live = np.asarray(live)
@@ -266,7 +272,7 @@ def _train(chunk, state, group: Group, size: int, history: History, names: list[
         train={name: np.asarray(value)[:rows] for name, value in values.items()},
         bad=found,
     )
-    return state._replace(best=best), history, found
+    return state._replace(best=best), history, found, added(totals, sums, live)
 
 
 def _unknown(state: TrainState, values: np.ndarray, monitor: str) -> tuple[BadStep, ...]:
@@ -290,12 +296,20 @@ def _no_best(state: TrainState, maximize: bool) -> Best:
     return Best(jax.tree.map(jnp.copy, state.params), worst, jnp.copy(state.step), jnp.zeros_like(state.step))
 
 
-def _go_to(source: Foreign, position: Any) -> int:
-    """Puts the source where `position` says: the epoch."""
+def _go_to(source: Foreign, position: Any) -> tuple[int, Totals | None]:
+    """Puts the source where `position` says: the epoch, and its totals so far."""
     if position is None:
-        return 0
+        return 0, None
     source.restore(position["source"])
-    return position["epoch"]
+    return position["epoch"], from_json(position.get("totals"))
+
+
+def _ended_epoch(history: History, totals: Totals | None) -> History:
+    """The history with a row for the epoch, if there was a step in it."""
+    if totals is None or not len(history.step):
+        return history
+    rows = {name: value[None] for name, value in means(totals).items()}
+    return history.extend(epoch_step=history.step[-1:], epoch=rows)
 
 
 def _ended(epoch: int, epochs: int, state: TrainState) -> str:
@@ -311,9 +325,14 @@ def _names(params: PyTree) -> list[str]:
     return ["the loss", *(f"the gradient of params{path}" for path in paths)]
 
 
-def _latest(history: History, validation: Validation | None) -> dict[str, np.ndarray]:
-    """What is shown while training: the last step's metrics, and the last validation's."""
-    shown = {name: rows[-1] for name, rows in history.train.items() if len(rows) and name != "gradient_norm"}
-    if validation and len(history.validation_step):
-        shown[f"validation {validation.monitor}"] = history.validation[validation.monitor][-1]
+def _latest(history: History) -> dict[str, np.ndarray]:
+    """The loss of the last step, which is shown while an epoch runs."""
+    return {name: rows[-1] for name, rows in history.train.items() if len(rows) and name == "loss"}
+
+
+def _shown(history: History, validated: bool) -> dict[str, np.ndarray]:
+    """What is shown of an epoch: its metrics, and those of its validation."""
+    shown = {name: rows[-1] for name, rows in history.epoch.items() if name != "gradient_norm"}
+    if validated:
+        shown |= {f"val {name}": rows[-1] for name, rows in history.validation.items()}
     return shown

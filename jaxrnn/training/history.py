@@ -26,6 +26,8 @@ class History(NamedTuple):
     train: each metric of each step's batch, (S,); NaN for a member that had stopped.
     validation_step: the steps after which validations were made, (E,).
     validation: each metric, (E,).
+    epoch_step: the last step of every epoch, (E',).
+    epoch: each metric over each epoch, every batch counting by its weight, (E',); see `epochs`.
     bad: the steps that were not finite.
     ended: "epochs" when all were trained, "stopped" when nothing was left to train (patience, or not finite), else "".
     """
@@ -34,8 +36,45 @@ class History(NamedTuple):
     train: dict[str, np.ndarray]
     validation_step: np.ndarray
     validation: dict[str, np.ndarray]
+    epoch_step: np.ndarray
+    epoch: dict[str, np.ndarray]
     bad: tuple[BadStep, ...] = ()
     ended: str = ""
+
+    def epochs(self) -> dict[str, np.ndarray]:
+        """A table with a row for each epoch: its number, the metrics over the epoch, those of its validation.
+
+        A metric over an epoch is over all its batches as they were trained, each with its weight; a validation's are
+        those after the epoch, NaN where there was none.
+
+        Examples:
+          >>> import numpy as np, jaxrnn
+          >>> from jaxrnn.training import squared_error, train
+          >>> xs = np.ones((6, 3, 1), np.float32)
+          >>> trained = train(jaxrnn.GRU(1, 1), (xs, xs), squared_error, epochs=2, progress=False)
+          >>> list(trained.history.epochs())
+          ['epoch', 'loss', 'gradient_norm']
+        """
+        table = {"epoch": np.arange(1, len(self.epoch_step) + 1)} | self.epoch
+        at = np.searchsorted(self.epoch_step, self.validation_step)
+        for name, rows in self.validation.items():
+            column = np.full((len(self.epoch_step), *rows.shape[1:]), np.nan)
+            inside = at < len(column)
+            column[at[inside]] = rows[inside]
+            table[f"validation {name}"] = column
+        return table
+
+    def __str__(self):
+        table = {name: [short(value) for value in column] for name, column in self.epochs().items()}
+        widths = {name: max(map(len, (name, *column))) for name, column in table.items()}
+        head = "  ".join(name.rjust(width) for name, width in widths.items())
+        rows = zip(*table.values(), strict=True)
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths.values(), strict=True)) for row in rows]
+        return "\n".join([head, "─" * len(head), *lines])
+
+    def _repr_pretty_(self, printer, cycle):
+        """As a table in a notebook."""
+        printer.text(str(self))
 
     def extend(
         self,
@@ -44,6 +83,8 @@ class History(NamedTuple):
         train: dict[str, np.ndarray] | None = None,
         validation_step: np.ndarray | None = None,
         validation: dict[str, np.ndarray] | None = None,
+        epoch_step: np.ndarray | None = None,
+        epoch: dict[str, np.ndarray] | None = None,
         bad: tuple[BadStep, ...] = (),
     ) -> History:
         """This history with more rows at its end."""
@@ -52,6 +93,8 @@ class History(NamedTuple):
             _append_each(self.train, train),
             _append(self.validation_step, validation_step),
             _append_each(self.validation, validation),
+            _append(self.epoch_step, epoch_step),
+            _append_each(self.epoch, epoch),
             self.bad + bad,
             self.ended,
         )
@@ -59,7 +102,17 @@ class History(NamedTuple):
 
 def empty_history() -> History:
     """The history before the first step."""
-    return History(np.zeros(0, np.int64), {}, np.zeros(0, np.int64), {})
+    none = np.zeros(0, np.int64)
+    return History(none, {}, none, {}, none, {})
+
+
+def short(value: np.ndarray) -> str:
+    """A number, or the range over members."""
+    if np.ndim(value) == 0:
+        return f"{float(value):.4g}"
+    if np.isnan(value).all():
+        return "nan"
+    return f"{np.nanmin(value):.4g}…{np.nanmax(value):.4g}"
 
 
 def _append(before: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
