@@ -160,7 +160,7 @@ def test_progress_false_is_silent_and_a_console_is_drawn_on(capsys):
     assert len(lines) == 2
 
 
-def test_an_interrupted_epoch_counts_whole(tmp_path):
+def test_an_interrupted_epoch_counts_whole(tmp_path, monkeypatch):
     """The same table, whether the run was interrupted within an epoch or not."""
     model, optimizer = GRU(3, 3), optax.sgd(0.1)
     loss, data = make_loss(model, squared_error), (XS, XS)
@@ -185,9 +185,10 @@ def test_an_interrupted_epoch_counts_whole(tmp_path):
             raise Interrupted
         return original(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(jaxrnn.training.fitting, "_train", train_some)
+    monkeypatch.setattr(jaxrnn.training.fitting, "_train", train_some)
+    with pytest.raises(Interrupted):
         fit(loss, start(), data, epochs=2, checkpoints=saver, **options)
+    monkeypatch.undo()
     _, resumed = fit(loss, start(), data, epochs=2, checkpoints=saver, **options)
     jax.tree.map(np.testing.assert_array_equal, resumed.epochs(), whole.epochs())
 
