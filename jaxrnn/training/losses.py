@@ -23,9 +23,9 @@ from jaxrnn.typing import PyTree
 
 
 class Mean(NamedTuple):
-    """A weighted mean that is still to be added up: value = total / weight, 0 where the weight is 0.
+    """A weighted mean that is still to be added up: value = total / weight, or 0 where the weight is 0.
 
-    A metric is any NamedTuple of sums with a `value`; those of several batches are added field by field.
+    A metric is any NamedTuple of sums with a `value`; the metrics of several batches are added field by field.
 
     Examples:
       >>> float(Mean(6.0, 3.0).value)
@@ -41,7 +41,7 @@ class Mean(NamedTuple):
 
 
 class Perplexity(NamedTuple):
-    """exp of a mean cross-entropy: value = exp(total / weight)."""
+    """The exponential of a mean cross-entropy: value = exp(total / weight)."""
 
     total: Any
     weight: PyTree
@@ -56,7 +56,7 @@ Error = Callable[[Array, Array, Array | None], Mean]
 
 
 def mean(values: Array, mask: Array | None = None) -> Mean:
-    """The mean over all entries of `values`, or those where `mask`, a prefix of its axes, is true.
+    """The mean over all entries of `values`, or over those where `mask`, which has its first axes, is true.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,13 +73,14 @@ def mean(values: Array, mask: Array | None = None) -> Mean:
 
 
 def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """−log softmax(logits)[target], averaged.
+    """The average of −log softmax(logits)[target].
 
     Args:
-      logits: (..., C).
-      targets: Classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows (...,
-        C).
-      mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
+      logits: The logits (..., C).
+      targets: Classes (...), integers in [0, C); other integers give NaN. Or probabilities (..., C), such as one-hot
+        rows.
+      mask: bool, with the first axes of the targets: True for the entries that count. NaN and invalid targets elsewhere
+        reach neither the value nor the gradient.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -97,11 +98,11 @@ def cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> M
 
 
 def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """−t log σ(logit) − (1 − t) log(1 − σ(logit)), averaged.
+    """The average of −t log σ(logit) − (1 − t) log(1 − σ(logit)).
 
     Args:
       logits: (...) or (..., 1) for targets (...).
-      targets: In [0, 1], bool, integers or floating. Others, such as −1, give NaN.
+      targets: Values t in [0, 1], bool, integers or floating. Other values, such as −1, give NaN.
       mask: As in `cross_entropy`.
 
     Examples:
@@ -116,11 +117,11 @@ def binary_cross_entropy(logits: Array, targets: Array, mask: Array | None = Non
 
 
 def squared_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """(prediction − target)², averaged.
+    """The average of (prediction − target)².
 
     Args:
       predictions: (...) or (..., 1) for targets (...).
-      targets: (...).
+      targets: The targets (...).
       mask: As in `cross_entropy`.
 
     Examples:
@@ -134,7 +135,7 @@ def squared_error(predictions: Array, targets: Array, mask: Array | None = None)
 
 
 def absolute_error(predictions: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """|prediction − target|, averaged; arguments as in `squared_error`.
+    """The average of |prediction − target|; the arguments are as in `squared_error`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -147,7 +148,7 @@ def absolute_error(predictions: Array, targets: Array, mask: Array | None = None
 
 
 def accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`.
+    """The share of rows whose greatest logit is that of the target; the arguments are as in `cross_entropy`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -162,7 +163,7 @@ def accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
 
 
 def binary_accuracy(logits: Array, targets: Array, mask: Array | None = None) -> Mean:
-    """The share of logits on the target's side of 0; arguments as in `binary_cross_entropy`.
+    """The share of logits on the target's side of 0; the arguments are as in `binary_cross_entropy`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -174,7 +175,7 @@ def binary_accuracy(logits: Array, targets: Array, mask: Array | None = None) ->
 
 
 def perplexity(logits: Array, targets: Array, mask: Array | None = None) -> Perplexity:
-    """exp of the mean cross-entropy; arguments as in `cross_entropy`.
+    """The exponential of the mean cross-entropy; the arguments are as in `cross_entropy`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -192,15 +193,15 @@ def make_loss(
     remat_every: int | None = None,
     implementation: Implementation = None,
 ) -> CellLoss:
-    """`loss(params, batch, key) -> (scalar, metrics)`: the error of what `cell` puts out for a `Batch`.
+    """Makes `loss(params, batch, key) -> (scalar, metrics)`, the error of the outputs of `cell` for a `Batch`.
 
     Padding, by `lengths` or `mask`, does not count: a padded batch and the same sequences one by one give the same loss
     and gradients.
 
     Args:
       cell: The model.
-      error: `(ys, targets, mask) -> Mean`, for instance `cross_entropy`.
-      metrics: By name, more of the kind.
+      error: A function `(ys, targets, mask) -> Mean`, for instance `cross_entropy`.
+      metrics: More functions of this kind, by name.
       remat_every: As in `jaxrnn.scan`.
       implementation: As in `jaxrnn.scan`.
 
@@ -228,10 +229,11 @@ def make_truncated_loss(
     remat_every: int | None = None,
     implementation: Implementation = None,
 ) -> CellLoss:
-    """`loss(params, carry, batch, key) -> (scalar, (carry, metrics))`, for truncated backpropagation through time.
+    """Makes the loss for truncated backpropagation through time.
 
-    The carry in which one window ends is where the next begins, and gradients stop between them. A reset begins with
-    the cell's own initial carry and its gradient: it is what trains a `LearnedCarry`. Arguments as in `make_loss`.
+    It is `loss(params, carry, batch, key) -> (scalar, (carry, metrics))`. Each window begins with the carry in which
+    the window before ended, and gradients stop between them. A reset begins with the cell's own initial carry and its
+    gradient, which is how a `LearnedCarry` is trained. The arguments are as in `make_loss`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -275,7 +277,7 @@ def make_truncated_loss(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellLoss:
-    """A loss that knows its cell, and so which targets it can learn from."""
+    """A loss that knows its cell, and therefore which targets it can learn from."""
 
     function: Callable
     cell: Cell
@@ -285,7 +287,7 @@ class CellLoss:
         return self.function(*arguments, **keywords)
 
     def check(self, batch: PyTree, name: str = "targets") -> None:
-        """Raises where the targets of a batch of NumPy arrays are none for its errors. Padding is not looked at."""
+        """Raises if its error functions are undefined for the targets of a NumPy batch; padding is ignored."""
         batch = _as_batch(self.cell, batch)
         if not isinstance(batch.targets, np.ndarray):
             return  # trees are for errors of the user's own
@@ -308,7 +310,7 @@ CHECKS: dict[Callable, Check] = {
 
 
 def valid_steps(batch: Batch, xp: Any = jnp) -> PyTree:
-    """The steps that are no padding, bool (B, T), or None for all; `xp` is jax.numpy or numpy."""
+    """The steps that are not padding, bool (B, T), or None if all are valid; `xp` is jax.numpy or numpy."""
     if batch.lengths is None:
         return None if batch.mask is None else xp.asarray(batch.mask)
     time = xp.arange(jnp.shape(jax.tree.leaves(batch.xs)[0])[1])
@@ -328,14 +330,17 @@ def _as_batch(cell: Cell, batch: PyTree) -> Batch:
 
 
 def check_axes(cell: Cell, xs: PyTree) -> None:
-    """xs has batch and time axes in front of those of one step."""
+    """Checks that xs has batch and time axes in front of the axes of one step."""
     for leaf, ndim in zip(jax.tree.leaves(xs), jax.tree.leaves(cell.input_ndim), strict=False):
         if jnp.ndim(leaf) < ndim + 2:
             raise ValueError(f"xs: expected batch, time and {ndim} more axes for {cell!r}, got shape {jnp.shape(leaf)}")
 
 
 def _masked(ys, targets, mask):
-    """ys in at least float32, and both zero where the mask is false, so that nothing there is ever differentiated."""
+    """Casts ys to at least float32, and sets ys and targets to zero where the mask is false.
+
+    So nothing there is ever differentiated.
+    """
     for name, value in (("predictions", ys), ("targets", targets)):
         if not jax.tree_util.all_leaves([value]):
             raise TypeError(f"{name}: expected one array, got {type(value).__name__}; an error of your own takes trees")
@@ -353,12 +358,12 @@ def _masked(ys, targets, mask):
 
 
 def _known(known, losses):
-    """The losses, or NaN: a constant, not a result, which `jax_debug_nans` would report."""
+    """The losses, or NaN where a target is not `known`; a constant, since `jax_debug_nans` would report a result."""
     return jnp.where(known, losses, np.array(np.nan, losses.dtype))
 
 
 def _classes(logits, targets):
-    """The targets in a dtype that can tell all classes, which uint8 cannot of 256."""
+    """Returns the targets in a dtype that can hold the number of classes; uint8 holds no 256."""
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.dtype} "
@@ -379,7 +384,7 @@ def _same_shape(ys, targets):
 
 
 def _match(ys, targets):
-    """ys in the shape of the targets; a last axis of 1 may be missing there."""
+    """Returns ys in the shape of the targets, which may lack a last axis of 1."""
     if ys.shape == (*targets.shape, 1):
         return ys[..., 0]
     _same_shape(ys, targets)

@@ -1,4 +1,4 @@
-"""A line on the terminal while training runs, and nothing where there is none."""
+"""A progress line on the terminal during training, and nothing where there is no terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Report = Callable[[str, int, dict[str, np.ndarray]], None]
 
 @contextlib.contextmanager
 def on_screen(total: int | None, show: bool | Console | None) -> Iterator[Report]:
-    """`report(text, steps done, metrics)`, drawn if `show` is true, or None on a terminal, or on the console given."""
+    """Gives `report(text, steps done, metrics)`, which draws if `show` is true or a console, or None on a terminal."""
     console = show if isinstance(show, Console) else Console()
     visible = show if isinstance(show, bool) else console.is_terminal
     columns = (
@@ -43,7 +43,7 @@ def on_screen(total: int | None, show: bool | Console | None) -> Iterator[Report
 
 
 def _short(value: np.ndarray) -> str:
-    """A number, or the range over members."""
+    """The text of a number, or of the range over members."""
     if np.ndim(value) == 0:
         return f"{float(value):.4g}"
     if np.isnan(value).all():
