@@ -3,10 +3,11 @@
     python examples/char_lm.py                                  # reads the topics of Python's own help()
     python examples/char_lm.py --text book.txt --cell gru --minutes 10
 
-The first nine tenths of the text train, the last tenth validates. Training is truncated backpropagation: the text is
-cut into parallel streams, and each window of a stream starts from the carry in which the window before it ended. Beside
-the network stand n-gram models of the same split, with Witten–Bell interpolation. Both sides choose by the validation
-part: the network keeps the parameters of its best validation, the n-grams their best order.
+The first nine tenths of the text are for training, the last tenth is for validation. Training is truncated
+backpropagation: the text is cut into parallel streams, and each window of a stream starts from the carry in which the
+window before it ended. The network is compared with n-gram models of the same split, with Witten–Bell interpolation.
+Both sides choose by the validation part: the network keeps the parameters of its best validation, and the n-grams keep
+their best order.
 
 Exit status: 0 if the network beats the strongest of them by --margin bits per character, 1 if not, 2 for a text or a
 flag that cannot be used, 130 after Ctrl-C.
@@ -348,9 +349,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("--lr", positive, 0.01, "the highest learning rate of Adam"),
         ("--clip", positive, 1.0, "the greatest norm of the gradient"),
         ("--minutes", positive, 2.5, "time until training ends, compilation and validation included"),
-        ("--seed", seed, 0, "of the weights, dropout and the sample; the schedule follows the clock"),
-        ("--margin", finite, 0.05, "bits per character below the strongest baseline for exit status 0"),
-        ("--prompt", letters, "The ", "what the sample begins with"),
+        ("--seed", seed, 0, "seed of the weights, dropout and the sample; the schedule follows the clock"),
+        ("--margin", finite, 0.05, "bits per character below the strongest baseline that give exit status 0"),
+        ("--prompt", letters, "The ", "the text that the sample begins with"),
         ("--sample", count, 400, "characters to sample"),
         ("--temperature", positive, 0.7, "below 1 the sample takes fewer risks"),
     ):

@@ -1,15 +1,16 @@
 """Many to one: real handwritten digits, read row by row, and named after any number of rows.
 
-What is read: scikit-learn's `load_digits`, 1,797 scanned digits of 8 x 8 pixels, in the order in which people wrote
-them. The first 900 train, the next 300 decide, the last 597 test, so the test is mostly on hands never seen.
+Data: scikit-learn's `load_digits`, 1,797 scanned digits of 8 x 8 pixels, in the order in which people wrote them. The
+first 900 are for training, the next 300 for validation, the last 597 for the test. So most of the test digits are by
+people whose handwriting was never seen.
 
-What is shown: one recurrent network, two layers of GRUs in both directions below `Pool`, whose sequences are the rows
-of a digit from the top, cut after 1, 2, ..., 8 of them: it has to name a digit of which it sees only so much. Lengths
-say how much.
+Model: one recurrent network, two layers of GRUs in both directions below `Pool`. Its sequences are the rows of a digit
+from the top, cut after 1, 2, ..., 8 of them. So it has to name a digit of which it sees only some rows. Lengths say how
+many.
 
-How it is compared: accuracy on the test part, averaged over the eight lengths. The baseline is logistic regression
-on the pixels of the same rows, and it is not one model but eight, each for one number of rows with a C of its own.
-The validation part chooses each C and the network's epoch; nothing looks at the test part before the end.
+Comparison: accuracy on the test part, averaged over the eight lengths. The baseline is logistic regression on the
+pixels of the same rows. It is not one model but eight, each for one number of rows and with a C of its own. The
+validation part chooses each C and the network's epoch; the test part is not used before the end.
 
 Exit status: 0 if the network is better than the baseline by at least `--margin`, 1 if not.
 """
@@ -147,7 +148,7 @@ def picture(result: Result, test: Digits) -> Figure:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small network and few epochs, for a first look")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, dropout and order (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and order (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.01, help="wanted gain in accuracy (default: %(default)s)")
     parser.add_argument("--out", default="digits.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

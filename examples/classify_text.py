@@ -1,17 +1,17 @@
 """Many to one on text: which mark comes next in this line of Python?
 
-What is read: lines of the standard library's modules. Each is cut at one of its marks `( ) [ ] , : . =`, at random:
-what stands before is the text, the mark is the label. Each text comes once, and modules, not lines, are divided: 60 %
-train, 20 % decide, 20 % test. `--data FILE` reads your own texts from a CSV file with the columns `text` and `label`,
-divided by row.
+Data: lines of the standard library's modules. Each is cut at random at one of its marks `( ) [ ] , : . =`: the part
+before the mark is the text, the mark is the label. Each text occurs once. Modules, not lines, are divided: 60 % for
+training, 20 % for validation, 20 % for the test. `--data FILE` reads your own texts from a CSV file with the columns
+`text` and `label`, divided by row.
 
-What is shown: a network that reads characters, `Stack((Embed, Pool(Bidirectional(GRU, GRU)), Dropout, Linear))`, on
-padded sequences with lengths. The order of the characters says what was begun, which bracket is open, and which word
-stands last.
+Model: a network that reads characters, `Stack((Embed, Pool(Bidirectional(GRU, GRU)), Dropout, Linear))`, on padded
+sequences with lengths. The order of the characters shows what was begun, which bracket is open, and which word is the
+last.
 
-How it is compared: accuracy on the test part. The baseline is logistic regression on a bag of words, TF-IDF weighted:
-words alone, or words and punctuation marks, and C, as the validation part decides; it decides on the network's epoch
-too. The same on character n-grams, which see some of the order, is shown beside it.
+Comparison: accuracy on the test part. The baseline is logistic regression on a bag of words with TF-IDF weights. The
+validation part chooses between words alone and words with punctuation marks, and it chooses C and the network's epoch.
+The same regression on character n-grams, which see some of the order, is shown beside it.
 
 Exit status: 0 if the network beats the bag of words by at least `--margin`, 1 if not, 2 for a file that is unusable.
 """
@@ -194,7 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="CSV", help="your own texts (default: lines of Python's library)")
     parser.add_argument("--quick", action="store_true", help="fewer texts, a small network and few epochs")
-    parser.add_argument("--seed", type=int, default=0, help="of the division, weights and order (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.03, help="wanted gain in accuracy (default: %(default)s)")
     parser.add_argument("--out", default="text.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

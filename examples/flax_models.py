@@ -1,14 +1,14 @@
 """Flax models around the cells of jaxrnn: the same network in linen and in NNX, trained with Optax.
 
-What is read: generated walks on a ring of four places, each step one of left, stay and right (cycle navigation). After
-each step the network says where the walk is. It trains on walks of 5 to 25 steps and is tested on new ones of 40.
+Data: generated walks on a ring of four places, where each step is left, stay or right (cycle navigation). After each
+step the network says where the walk is. It trains on walks of 5 to 25 steps and is tested on new ones of 40.
 
-What is shown: `jaxrnn.linen.RNN` and `jaxrnn.nnx.RNN` between Embed and Dense (Linear) layers of Flax; lengths;
-`fit`, which takes params of any kind; and weight decay on matrices alone, chosen by the names in their paths, which
-are the same for both.
+Shown here: `jaxrnn.linen.RNN` and `jaxrnn.nnx.RNN` between Embed and Dense (Linear) layers of Flax; lengths; `fit`,
+which takes params of any kind; and weight decay on matrices alone. The matrices are chosen by the names in their paths,
+which are the same for both.
 
-How it is compared: accuracy over all 40 steps. The baseline is the most frequent place after the same last k moves in
-the training walks, k = 0, ..., 8 chosen on validation walks of 40 steps. (Within the first k moves the place is known.)
+Comparison: accuracy over all 40 steps. The baseline is the most frequent place after the same last k moves in the
+training walks. k = 0, ..., 8 is chosen on validation walks of 40 steps. (Within the first k moves the place is known.)
 
 Exit status: 0 if both are better than the baseline by at least `--margin` and within `SAME` of each other, 1 if not.
 
@@ -188,7 +188,7 @@ def picture(result: Result) -> Figure:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps on short walks, for a first look")
-    parser.add_argument("--seed", type=int, default=0, help="of walks, weights and dropout (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of walks, weights and dropout (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.3, help="wanted gain in accuracy (default: %(default)s)")
     parser.add_argument("--out", default="flax.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

@@ -1,16 +1,18 @@
 """A real series with gaps, forecast a year ahead with an uncertainty band: carbon dioxide at Mauna Loa, week by week.
 
-What is read: statsmodels' `co2`, 2,284 weeks from 1958 to 2001, 59 of them without a value. The years before 1985
-train (scaling included), 1985 to 1989 decide, and every week of 1990 to 2000 is then the start of a forecast.
+Data: statsmodels' `co2`, 2,284 weeks from 1958 to 2001, 59 of them without a value. The years before 1985 are for
+training (scaling included), 1985 to 1989 for validation. Then every week of 1990 to 2000 is the start of a test
+forecast.
 
-What is shown: a GRU reads two years and gives mean and log variance of each of the next 52 weeks. A week without a
-value is False in `Batch.mask`, so that the network never sees it, and as a target it does not count. Several members
-are trained at once, by one `fit`; the forecast is their mixture, the band its mean ± 1.645 standard deviations, which
-should hold 90 % of the weeks.
+Model: a GRU reads two years and gives the mean and the log variance of each of the next 52 weeks. A week without a
+value is False in `Batch.mask`, so the network never sees it, and as a target it does not count. Several members are
+trained at once, by one `fit`. The forecast is their mixture, and the band is its mean ± 1.645 standard deviations,
+which should hold 90 % of the weeks.
 
-How it is compared: the mean absolute error over all 52 weeks, against persistence; the weeks of last year plus the
-rise of last year (seasonal naive with drift); and trend and harmonics fitted to the same training years and shifted
-to meet the last eight weeks. The validation part chooses the epoch of each member.
+Comparison: the mean absolute error over all 52 weeks, for the network and for three baselines. These are persistence;
+the weeks of last year plus the rise of last year (seasonal naive with drift); and trend and harmonics that are fitted
+to the same training years and shifted to meet the last eight weeks. The validation part chooses the epoch of each
+member.
 
 Exit status: 0 if the error is below that of the best baseline by at least `--margin` ppm, 1 if not.
 """
@@ -196,7 +198,7 @@ def picture(result: Result) -> Figure:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, for a first look")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, dropout and order (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and order (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.03, help="wanted gain in ppm (default: %(default)s)")
     parser.add_argument("--out", default="forecast.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

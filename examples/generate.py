@@ -4,16 +4,16 @@
     python examples/generate.py --forcing teacher       # learns with the right stroke before each, and drifts later
 
 The vector holds the letters of a word, one-hot, and five numbers for its style: slant, size, spacing, loops and pace.
-The script makes the curves: each letter is a stroke up (or below the line) and back to it; when the word is over the
-pen rests. The network reads the vector and its last offset of the pen, and puts out the next offset; `jaxrnn.rollout`
-runs it on its own output, in the test and, unless told otherwise, in training.
+The script makes the curves: each letter is a stroke up (or below the line) and back to it. When the word is over, the
+pen rests. The network reads the vector and the last offset of the pen, and puts out the next offset. `jaxrnn.rollout`
+runs it on its own output, in the test and, by default, in training.
 
-Every word and style of the test is new. The error is the root mean square distance between the pen and where it should
-be, in heights of an "e". The baselines map the vector to the whole curve, linearly and by kernel ridge regression. The
-validation part, other new words, chooses their settings and the network's epoch.
+Every word and style of the test is new. The error is the root mean square distance between the pen and its true
+position, in heights of an "e". The baselines map the vector to the whole curve, linearly and by kernel ridge
+regression. The validation part, which has other new words, chooses their settings and the network's epoch.
 
-Exit status: 0 if the network's error is less than the better baseline's by --margin (a share of it), 1 if not, 2 for
-an unusable flag.
+Exit status: 0 if the network's error is less than the better baseline's by --margin (a share of it), 1 if not, 2 for an
+unusable flag.
 """
 
 import argparse
@@ -174,10 +174,12 @@ def picture(result: Result) -> Figure:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forcing", choices=("own", "teacher"), default="own", help="(default: %(default)s)")
+    parser.add_argument(
+        "--forcing", choices=("own", "teacher"), default="own", help="offsets read in training (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="words of three letters and a small network")
-    parser.add_argument("--seed", type=int, default=0, help="of the words, weights and order (default: %(default)s)")
-    parser.add_argument("--margin", type=float, default=0.3, help="wanted gain, a share (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of words, weights and order (default: %(default)s)")
+    parser.add_argument("--margin", type=float, default=0.3, help="wanted gain, as a share (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("words.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.out.parent.is_dir():

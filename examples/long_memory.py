@@ -1,11 +1,11 @@
 """Long memory: a stack of linear recurrences and an LSTM learn to add two numbers, up to 1000 steps apart.
 
-What is read: generated sequences of 1000 steps, each a number in [0, 1) and a flag. Two steps are flagged, one in
-either half; the target, at the end, is the sum of their numbers. Every sequence is trained on once.
+Data: generated sequences of 1000 steps, each a number in [0, 1) and a flag. Two steps are flagged, one in either half.
+The target, at the end, is the sum of their numbers. Every sequence is trained on once.
 
-What is compared: two layers of `MinGRU`, each with a gated feed-forward layer (`residual_block`), and two layers of an
-LSTM with as many parameters, with the same batches, steps, optimizer and learning rate; by the mean squared error on
-new sequences. The baseline is chance, always to predict the mean, 1: an error of 1/6.
+Comparison: two layers of `MinGRU`, each with a gated feed-forward layer (`residual_block`), against two layers of an
+LSTM with as many parameters. Batches, steps, optimizer and learning rate are the same, and the mean squared error on
+new sequences is compared. The baseline is chance: always to predict the mean, 1, with an error of 1/6.
 
 Exit status: 0 if the linear recurrences are below the LSTM, and below chance by at least `--margin`, 1 if not.
 
@@ -122,9 +122,9 @@ def picture(result: Result) -> Figure:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="40 steps in place of 1000, for a first look")
-    parser.add_argument("--length", type=int, default=1000, help="of the sequences (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="of training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and sequences (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=1000, help="length of the sequences (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="steps of training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and sequences (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.1, help="wanted gain over chance (default: %(default)s)")
     parser.add_argument("--out", default="long_memory.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

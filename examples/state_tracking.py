@@ -1,23 +1,24 @@
-"""What a recurrence can and cannot learn: parity, and selective copying.
+"""Two tasks that some recurrences can learn and others cannot: parity, and selective copying.
 
-Parity: after every bit, whether the ones so far are odd. Trained on 20 bits, tested on 100. A state has to change its
-sign with every one, for ever; recurrences whose state decays by positive factors cannot do that, however long they are
-trained: at best they learn the lengths that they see. Those that are nonlinear in their state can.
+Parity: after every bit, the model says whether the number of ones so far is odd. It is trained on 20 bits and tested on
+100. A state has to change its sign with every bit that is one, for ever. Recurrences whose state decays by positive
+factors cannot do that, however long they are trained: at best they learn the lengths that they see. Recurrences that
+are nonlinear in their state can.
 
-Selective copying: a few marked tokens lie among noise in 256 steps, and have to be told at the end, in order. What to
-keep has to depend on the input; a recurrence that is the same at every step keeps the noise too. It takes about forty
-minutes, so that it runs only where `--tasks` asks for it: from three seeds, three layers of MinGRU tell 99.1, 99.4 and
-99.9% of the tokens, three of LRU 12.5, 19.7 and 20.0%, where chance is 12.5.
+Selective copying: a few marked tokens lie among noise in 256 steps, and the model has to name them at the end, in
+order. The input must decide what is kept; a recurrence that is the same at every step keeps the noise too. This task
+takes about forty minutes, so it runs only if `--tasks` asks for it. From three seeds, three layers of MinGRU name 99.1,
+99.4 and 99.9% of the tokens, and three layers of LRU 12.5, 19.7 and 20.0%, where chance is 12.5.
 
 Every model is trained from several seeds at once, in one program (`jax.vmap`), on sequences that are drawn anew at
-every step. Printed is, for each seed, the share of right answers on new sequences: at the last bit for parity, where
-chance is one half, and of all tokens for copying.
+every step. For each seed, the script prints the share of right answers on new sequences: at the last bit for parity,
+where chance is one half, and over all tokens for copying.
 
 Exit status: 0 if the best seed of every model that should learn its task exceeds `--wanted`, and every seed of the
 others stays below it, 1 if not.
 
-Reference: parity and eigenvalues: Grazzi et al. 2024, arXiv 2411.12537; selective copying: Gu & Dao 2023, Mamba,
-arXiv 2312.00752; Feng et al. 2024, arXiv 2410.01201.
+Reference: parity and eigenvalues: Grazzi et al. 2024, arXiv 2411.12537; selective copying: Gu & Dao 2023, Mamba, arXiv
+2312.00752; Feng et al. 2024, arXiv 2410.01201.
 """
 
 from __future__ import annotations
@@ -156,10 +157,10 @@ def learn(task: Task, model: Model, *, seeds: int, seed: int) -> tuple[Array, Ar
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, for a first look")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["parity"], help="(default: parity)")
-    parser.add_argument("--steps", type=int, help="of training (default: 2000 for parity, 4000 for copying)")
-    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first one (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["parity"], help="tasks (default: parity)")
+    parser.add_argument("--steps", type=int, help="steps of training (default: 2000 for parity, 4000 for copying)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of models of each kind (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first model (default: %(default)s)")
     parser.add_argument("--wanted", type=float, default=0.99, help="share of right answers (default: %(default)s)")
     parser.add_argument("--out", default="state_tracking.png", metavar="PATH", help="picture (default: %(default)s)")
     return parser.parse_args(argv)

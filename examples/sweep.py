@@ -1,13 +1,13 @@
 """A sweep: 32 models, of four seeds and eight learning rates, trained by one compiled program.
 
-What is read: scikit-learn's 1,797 handwritten digits, row by row; 900 train, the rest are held out.
+Data: scikit-learn's 1,797 handwritten digits, row by row; 900 are for training, the rest are held out.
 
-What is shown: `make_step` is a pure function of a state and a batch. A loop over it is `lax.scan`; many models at once
-are `jax.vmap` of it, over states in which seed and learning rate differ. (`fit` does the same for such a state.)
+Shown here: `make_step` is a pure function of a state and a batch. A loop over it is `lax.scan`. Many models at once are
+`jax.vmap` of it, over states with different seeds and learning rates. (`fit` does the same for such a state.)
 
-How it is compared: against a loop over the models that runs one compiled training again and again. Both train on the
-same batches in the same order. First the losses of their first 40 steps must be equal; later, rounding may have grown,
-as it does at high rates. Compile times are printed apart; run times are the least of a few, taken in turn.
+Comparison: a loop over the models that runs one compiled training again and again. Both train on the same batches in
+the same order. The losses of their first 40 steps must be equal; later, rounding errors may have grown, as they do at
+high rates. Compile times are printed separately. Each run time is the least of a few, taken in turn.
 
 Exit status: 0 if the sweep is at least `--margin` times as fast as the loop, 1 if not.
 """
@@ -146,7 +146,7 @@ def picture(result: Result) -> Figure:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 models and few steps, for a first look")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=1.5, help="wanted ratio of run times (default: %(default)s)")
     parser.add_argument("--out", default="sweep.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

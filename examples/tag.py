@@ -1,16 +1,16 @@
 """Many to many, aligned: what does each character of a line of Python belong to?
 
-What is read: single lines of the standard library's modules. Python's own `tokenize`, which reads whole files, gives
-every character its tag: keyword, name, called name (one before a parenthesis), number, operator, string, comment or
-space. The models see one line alone, so they have to tell code from the inside of a docstring too. Modules are
-divided, 60 % to train, 20 % to decide, 20 % to test, and each line comes once.
+Data: single lines of the standard library's modules. Python's own `tokenize`, which reads whole files, gives every
+character its tag: keyword, name, called name (one before a parenthesis), number, operator, string, comment or space.
+The models see one line alone, so they also have to tell code from the inside of a docstring. The modules are divided:
+60 % for training, 20 % for validation, 20 % for the test. Each line occurs once.
 
-What is shown: a stack of two bidirectional LSTMs that puts out one tag per step, padded sequences with lengths.
+Model: a stack of two bidirectional LSTMs that puts out one tag per step, on padded sequences with lengths.
 
-How it is compared: accuracy over the characters of the test part that are not white space. The baseline is logistic
-regression on the characters and pairs of characters in a window around the one to be tagged; the validation part
-chooses the window's width, as it chooses the network's epoch. The same stack with LSTMs of one direction and as many
-units is trained beside it, to show what the rest of the line is worth.
+Comparison: accuracy over the characters of the test part that are not white space. The baseline is logistic regression
+on the characters and pairs of characters in a window around the one to be tagged. The validation part chooses the
+window's width and the network's epoch. The same stack with LSTMs of one direction and as many units is trained too, to
+show what the rest of the line is worth.
 
 Exit status: 0 if the bidirectional stack beats both others by at least `--margin`, 1 if not.
 """
@@ -190,7 +190,7 @@ def picture(result: Result) -> Figure:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few lines, small networks and few epochs")
-    parser.add_argument("--seed", type=int, default=0, help="of the division, weights and order (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, weights and order (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.03, help="wanted gain in accuracy (default: %(default)s)")
     parser.add_argument("--out", default="tag.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

@@ -3,13 +3,14 @@
     python examples/translate_dates.py                     # an encoder, and a decoder with attention
     python examples/translate_dates.py --no-attention      # the decoder sees the encoder's last state and no other
 
-An encoder reads "tue 3rd of mrach, 1987" in both directions; a decoder writes "1987-03-03". It learns with the right
-characters before it (teacher forcing) and is tested on its own (free running). Its attention is a cell of this file:
-the encoder's states, constant over the sequence that it writes, come to it in its params.
+An encoder reads "tue 3rd of mrach, 1987" in both directions, and a decoder writes "1987-03-03". In training the decoder
+reads the right characters before each one (teacher forcing); in the test it reads its own (free running). Its attention
+is a cell of this file. The encoder's states, which are constant over the sequence that the decoder writes, are in the
+params of this cell.
 
-The script writes every day of a century twice, in one of eight styles, with a slip of the pen in one letter of six.
-Days kept apart choose the epoch and make the test. A date is right if all ten characters are. The baseline knows the
-formats of all styles: each word gives way to the most similar known one (difflib), and `strptime` parses the text.
+The script writes every day of a century twice, in one of eight styles, with a spelling mistake in one letter of six.
+Separate days choose the epoch and make the test. A date is right if all ten characters are. The baseline knows the
+formats of all styles: each word is replaced by the most similar known one (difflib), and `strptime` parses the text.
 
 Exit status: 0 if the network beats it by --margin of the dates, 1 if not, 2 for an unusable flag.
 """
@@ -197,9 +198,14 @@ def picture(result: Result) -> Figure:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", action=argparse.BooleanOptionalAction, default=True, help="(default: with it)")
+    parser.add_argument(
+        "--attention",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="attention in the decoder (default: with it)",
+    )
     parser.add_argument("--quick", action="store_true", help="five years and a small network, for a first look")
-    parser.add_argument("--seed", type=int, default=0, help="of the dates, weights and order (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of dates, weights and order (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.02, help="wanted gain in right dates (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("dates.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -1,15 +1,15 @@
 """Vanishing gradients, seen: Elman, LSTM and GRU on the adding problem, and how gradients flow back through each.
 
-What is read: generated sequences of 50 steps, each a number in [0, 1) and a flag. Two steps are flagged, one in either
-half; the target, at the end, is the sum of their numbers. Every sequence is trained on once.
+Data: generated sequences of 50 steps, each a number in [0, 1) and a flag. Two steps are flagged, one in either half.
+The target, at the end, is the sum of their numbers. Every sequence is trained on once.
 
-What is shown: the gradient of the prediction with respect to the state at each step, by `jaxrnn.analysis`, before and
-after training. Where it vanishes, what came early cannot be learnt; where training works, it has been made to flow.
-(`jaxrnn.analysis.plot_gradient_flow` draws a single such panel.)
+Shown here: the gradient of the prediction with respect to the state at each step, by `jaxrnn.analysis`, before and
+after training. Where it vanishes, the early steps cannot be learnt. Where training works, it has made the gradient
+flow. (`jaxrnn.analysis.plot_gradient_flow` draws a single such panel.)
 
-How it is compared: the mean squared error on new sequences, with the same sizes, steps, batches and learning rate for
-all. The baseline is chance, always to predict the mean, 1: an error of 1/6. LSTM and GRU have to beat it. Elman
-need not, and usually stays there.
+Comparison: the mean squared error on new sequences, with the same sizes, steps, batches and learning rate for all. The
+baseline is chance: always to predict the mean, 1, with an error of 1/6. LSTM and GRU have to beat it. Elman need not,
+and its error usually stays at chance.
 
 Exit status: 0 if LSTM and GRU are both below chance by at least `--margin`, 1 if not.
 
@@ -121,7 +121,7 @@ def picture(result: Result) -> Figure:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10 steps in place of 50, for a first look")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and sequences (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and sequences (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.1, help="wanted gain over chance (default: %(default)s)")
     parser.add_argument("--out", default="vanishing.png", metavar="PATH", help="the picture (default: %(default)s)")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What `scan`, `step`, `rollout` and `last` are given: checked, and in the form that cells take."""
+"""Checks the arguments of `scan`, `step`, `rollout` and `last`, and brings them into the form that cells take."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxrnn.typing import PyTree
 
 
 def to_jax(params: PyTree) -> PyTree:
-    """`params` with NumPy arrays as JAX's, so that a cell may index them by what is traced."""
+    """Converts NumPy arrays in `params` to JAX arrays, so that a cell may index them by traced values."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
 
 
 def single_key(key: Array) -> Array:
-    """One key of `jax.random`, of the new kind."""
+    """Returns `key` as a single `jax.random` key of the new kind."""
     if not isinstance(key, jax.Array):
         raise TypeError(f"key: expected a jax.random key, got {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -35,7 +35,7 @@ def single_key(key: Array) -> Array:
 
 
 def batch_shape_of(cell: Cell, name: str, x: PyTree) -> tuple[int, ...]:
-    """The leading axes of x, those that do not belong to one step."""
+    """The shape of the leading axes of x, which do not belong to one step."""
     ndims = cell.input_ndim
     if isinstance(ndims, int):
         ndims = jax.tree.map(lambda _: cell.input_ndim, x)
@@ -60,7 +60,7 @@ def batch_shape_of(cell: Cell, name: str, x: PyTree) -> tuple[int, ...]:
 
 
 def time_first(cell: Cell, xs: PyTree, time_axis: Any) -> tuple[PyTree, int, tuple[int, ...], int]:
-    """xs with time first, its length, the batch shape, and the time axis."""
+    """Returns xs with time first, its length, the batch shape, and the time axis."""
     time_axis = check.integer("time_axis", time_axis, least=0)
     xs = jax.tree.map(jnp.asarray, xs)
     shape = batch_shape_of(cell, "xs", xs)
@@ -73,7 +73,7 @@ def time_first(cell: Cell, xs: PyTree, time_axis: Any) -> tuple[PyTree, int, tup
 
 
 def flags_of(name: str, flags: Any, length: int, batch_shape: tuple[int, ...], time_axis: int) -> Array:
-    """Booleans with time first."""
+    """Returns boolean flags with time first."""
     flags = jnp.asarray(flags)
     if flags.dtype != bool:
         raise TypeError(f"{name}: expected bool, got {flags.dtype}")
@@ -94,7 +94,7 @@ def single_flags(name: str, flags: PyTree, batch_shape: tuple[int, ...]) -> Arra
 
 
 class Names(NamedTuple):
-    """What the caller calls two of the arguments."""
+    """The names that the caller uses for two of the arguments."""
 
     carry: str = "carry"
     lengths: str = "lengths"
@@ -106,7 +106,7 @@ NAMES = Names()
 def valid_steps(
     lengths: PyTree, mask: PyTree, length: int, batch_shape: tuple[int, ...], time_axis: int, name: str = "lengths"
 ) -> Array | None:
-    """The valid steps with time first, of lengths or of a mask; None for all."""
+    """The valid steps with time first, from lengths or from a mask; None if all are valid."""
     if lengths is not None and mask is not None:
         raise ValueError(f"mask: expected {name} or mask, got both")
     if mask is not None:
@@ -135,7 +135,7 @@ def carries(
     at: int = 0,
     name: str = "carry",
 ) -> tuple[PyTree, PyTree]:
-    """The carry to start from, and the fresh one in the same dtypes; batch axes begin at axis `at` of xs."""
+    """Returns the carry to start from and the fresh carry in the same dtypes; batch axes begin at axis `at` of xs."""
     fresh = cell.initial_carry(params, batch_shape)
     first = jax.tree.leaves(xs)[0]
     fresh = with_rows_of(fresh, first, at, len(batch_shape))
@@ -160,7 +160,7 @@ def carries(
 
 
 def _handed_on(carry: PyTree) -> PyTree:
-    """The carry that another cell goes on from: parts that name another carry as their `handed_on` become that one."""
+    """The carry from which another cell continues: every part that has a `handed_on` is replaced by it."""
 
     def names_another(node):
         return hasattr(node, "handed_on")
@@ -169,14 +169,14 @@ def _handed_on(carry: PyTree) -> PyTree:
 
 
 def _widen(carry: PyTree, params: PyTree, xs: PyTree) -> PyTree:
-    """`carry` in the widest precision of float32, the params and floating xs."""
+    """Casts `carry` to the widest precision among float32, the params and floating xs."""
     leaves = [leaf for leaf in jax.tree.leaves((params, xs)) if inexact(leaf)]
     real = accumulator(*(jnp.finfo(leaf.dtype).dtype for leaf in leaves))
     return jax.tree.map(lambda leaf: leaf.astype(accumulator(leaf.dtype, real)) if inexact(leaf) else leaf, carry)
 
 
 def check_feedback(following: Any, x: PyTree) -> None:
-    """The next x of a rollout is like x."""
+    """Checks that the next x of a rollout has the structure, shapes and dtypes of x."""
 
     def describe(tree):
         return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)

@@ -1,4 +1,4 @@
-"""Cell: what a recurrence is, to everything that runs it."""
+"""`Cell`: the interface between a recurrence and everything that runs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Carry = TypeVar("Carry")
 
 @dataclass_transform(frozen_default=True)
 class CellType(ABCMeta):
-    """Makes every subclass of `Cell` a frozen dataclass, a pytree without leaves, and guards its fields."""
+    """Makes every subclass of `Cell` a frozen dataclass and a pytree without leaves, and checks its fields."""
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: Named, **kwargs: Any):
         super().__init__(name, bases, namespace, **kwargs)
@@ -55,7 +55,7 @@ class CellType(ABCMeta):
 
 
 def _plain(value: Any) -> PyTree:
-    """Lists as tuples, NumPy scalars as Python's."""
+    """Converts lists to tuples, and NumPy scalars to Python scalars."""
     if type(value) in (list, tuple):
         return tuple(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
@@ -77,14 +77,14 @@ def _check_hashable(value: object, name: str) -> None:
 
 
 class Cell(Generic[Params, Carry], metaclass=CellType):
-    """A recurrence as a frozen value: `step(params, carry, x) -> (carry, y)`, and how to begin.
+    """A recurrence as a frozen value: `step(params, carry, x) -> (carry, y)`, initial params and an initial carry.
 
-    A subclass lists its configuration as annotated fields and defines `init`, `initial_carry` and `step`; it is then a
-    frozen, hashable dataclass that `jit` takes as an ordinary argument. `jaxrnn.scan` gives it lengths, masks, resets,
-    both directions, rematerialisation, and every composition.
+    A subclass lists its configuration as annotated fields and defines `init`, `initial_carry` and `step`. It is then a
+    frozen, hashable dataclass that `jit` takes as an ordinary argument. `jaxrnn.scan` adds lengths, masks, resets, both
+    directions, gradient checkpointing, and every composition.
 
-    A step keeps the structure and shapes of the carry. Numbers to differentiate or vmap belong in the params; what is
-    constant over a sequence (an image vector, encoder states) can be passed in them too.
+    A step keeps the structure and shapes of the carry. Numbers to differentiate or vmap belong in the params. Data that
+    are constant over a sequence (an image vector, encoder states) can be passed in the params too.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -127,27 +127,31 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
 
     @abstractmethod
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
-        """Parameters drawn at random, a pytree of arrays."""
+        """Draws random parameters, a pytree of arrays."""
 
     @abstractmethod
     def initial_carry(self, params: Params, batch_shape: tuple[int, ...] = ()) -> Carry:
-        """The carry that a sequence starts from, leaves (*batch_shape, ...)."""
+        """The carry that a sequence starts from, with leaves (*batch_shape, ...)."""
 
     @abstractmethod
     def step(self, params: Params, carry: Carry, x: PyTree, noise: Noise = None) -> tuple[Carry, PyTree]:
-        """One step: (carry', y). `noise` is None (deterministic) or `(sequence, steps[t])`, drawn by `self.noise`."""
+        """Runs one step: (carry', y).
+
+        `noise` is None (deterministic) or `(sequence, steps[t])`, drawn by `self.noise`.
+        """
 
     def noise(self, key: Array, length: int, batch_shape: tuple[int, ...]) -> tuple[PyTree, PyTree]:
-        """Noise of one call: what is drawn once per sequence, and what per step, with a leading axis `length`."""
+        """Draws the noise of one call: a part per sequence, and a part per step, which has a leading axis `length`."""
         return None, None
 
     def scan(
         self, params: Params, carry: Carry, xs: PyTree, *, fresh: Carry, noise: Noise, walk: Walk
     ) -> tuple[Carry, PyTree]:
-        """`step` over the first axis of `xs`: (final carry, ys). Call `jaxrnn.scan` instead, which prepares all this.
+        """Runs `step` over the first axis of `xs`: (final carry, ys).
 
-        An override honours every argument: `carry` and `fresh` are given, `xs` is zero at invalid steps and `ys` must
-        be, `noise` is None or `(sequence, steps)`, and `walk` says all else.
+        Call `jaxrnn.scan` instead, which prepares all these arguments. An override honours every argument: `carry` and
+        `fresh` are given, `xs` is zero at invalid steps and `ys` must be zero there too, `noise` is None or
+        `(sequence, steps)`, and `walk` holds everything else.
         """
         walk.record("scan", *walk.choose("scan", REFUSALS, cell=self), cell=self)
         sequence, steps = (None, None) if noise is None else noise
@@ -176,7 +180,7 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
         noise: Sequence[Noise],
         walk: Walk,
     ) -> list[tuple[Carry, PyTree]]:
-        """`scan` along the walk and along the opposite one, of pairs of params, carries and noise.
+        """Runs `scan` along `walk` and along the opposite walk, with pairs of params, carries and noise.
 
         An override runs both at once where it can.
         """
@@ -184,11 +188,14 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
         return [self.scan(params[k], carry[k], xs, fresh=fresh[k], noise=noise[k], walk=walks[k]) for k in range(2)]
 
     def parts(self, params: PyTree, given: Any = None) -> tuple[Part, ...]:
-        """The cells that this one is made of, where `params` are its own and x has the size `given`, if known."""
+        """The cells that this one is made of; `params` are its own, and `given` is the size of x, if known."""
         return ()
 
     def with_parts(self, params: PyTree, parts: Sequence[Part]) -> WithParams:
-        """This composition, made of other parts, and its params; of `self.parts(params)`, itself and its own."""
+        """Returns this composition made of other parts, and its params.
+
+        For the parts `self.parts(params)` it returns itself and its own params.
+        """
         return self, params
 
     if not TYPE_CHECKING:  # else a type checker would take any attribute for one
@@ -209,7 +216,7 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
 
 
 class Part(NamedTuple):
-    """One of the cells that a composition is made of: its name there, its params, and the size of its x, if known."""
+    """One cell of a composition: its name there, the cell, its params, and the size of its x, if known."""
 
     name: str
     cell: Cell
@@ -227,7 +234,7 @@ def take_step(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, noise: Noise
 def scan_one_step(
     cell: Cell, params: PyTree, carry: PyTree, x: PyTree, *, noise: Noise, walk: Walk
 ) -> tuple[PyTree, PyTree]:
-    """A sequence of one step, by the engines of a sequence: (carry', y)."""
+    """Runs one step as a sequence of length one, by the engines of a sequence: (carry', y)."""
 
     def one(tree):
         return jax.tree.map(lambda leaf: leaf[None], tree)
@@ -249,7 +256,7 @@ def input_size(cell: Cell) -> PyTree:
 
 
 def output_size(cell: Cell, given: Any = None) -> PyTree:
-    """The size of one step's output, for an input of size `given`, or None where it is not known."""
+    """The size of one step's output for an input of size `given`, or None where it is not known."""
     if cell.keeps_size:
         return given
     size = getattr(cell, "output_size", None)

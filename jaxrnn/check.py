@@ -1,4 +1,4 @@
-"""Checks of arguments: every message names the argument, what was expected and what came."""
+"""Checks of arguments: every message names the argument, the expected value and the given one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxrnn.typing import PyTree
 
 
 def a_cell(name: str, value: object) -> Cell:
-    """`value`, which is a cell."""
+    """Checks that `value` is a cell, and returns it."""
     if not isinstance(value, Cell):
         hint = " (the class; write e.g. GRU(3, 16))" if isinstance(value, type) else ""
         raise TypeError(f"{name}: expected a jaxrnn.Cell, got {value!r}{hint}")
@@ -24,7 +24,7 @@ def a_cell(name: str, value: object) -> Cell:
 
 
 def integer(name: str, value: Any, *, least: int = 1) -> int:
-    """`value` as Python's integer, which is at least so large."""
+    """Checks that `value` is an integer of at least `least`, and returns it as a Python integer."""
     if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if operator.index(value) < least:
@@ -33,14 +33,14 @@ def integer(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def positive(name: str, value: Any) -> None:
-    """`value` is a positive number."""
+    """Checks that `value` is a positive number."""
     _number(name, value)
     if not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 def rate(name: str, value: Any, *, one_allowed: bool = False) -> None:
-    """`value` is a probability, below 1 unless `one_allowed`."""
+    """Checks that `value` is a probability, and below 1 unless `one_allowed`."""
     _number(name, value)
     if not (0 <= value < 1 or (one_allowed and value == 1)):
         interval = "[0, 1]" if one_allowed else "[0, 1)"
@@ -53,7 +53,7 @@ def _number(name: str, value: object) -> None:
 
 
 def fields(owner: Cell, **checks: Callable[..., Any]) -> None:
-    """Checks fields of a cell, by functions of a name and a value; what is None by default may be None."""
+    """Checks fields of a cell with functions of a name and a value; a field whose default is None may be None."""
     for name, expect in checks.items():
         value = getattr(owner, name)
         if value is not None or getattr(type(owner), name, ...) is not None:
@@ -61,7 +61,7 @@ def fields(owner: Cell, **checks: Callable[..., Any]) -> None:
 
 
 def sizes(owner: Cell, *names: str) -> None:
-    """Fields of a cell are integers of at least 1; what is None by default may be None."""
+    """Checks that fields of a cell are integers of at least 1; a field whose default is None may be None."""
     fields(owner, **dict.fromkeys(names, integer))
 
 
@@ -85,18 +85,18 @@ def shapes_of_carry(cell, batch_shape: tuple[int, ...] = ()) -> PyTree:
 
 
 def params(cell: Cell, given: PyTree) -> None:
-    """`given` has the type and shapes of `cell.init`, or None in place of one of the cell's `optional_params`."""
+    """Checks that `given` has the type and shapes of `cell.init`; the cell's `optional_params` may be None instead."""
     _as_expected(repr(cell), shapes_of_params(cell), given, cell.optional_params)
 
 
 def kind(given: PyTree, expected: type) -> None:
-    """`given` are params of the type that a free function takes."""
+    """Checks that `given` are params of the type that a free function takes."""
     if type(given) is not expected:
         raise TypeError(f"params: expected {expected.__name__}, got {type(given).__name__}")
 
 
 def drawn(given: PyTree, init: Callable[..., PyTree], *arguments: Any, **options: Any) -> None:
-    """`given` has the shapes of `init(key, *arguments, **options)`, or None in place of biases and peepholes."""
+    """Checks that `given` has the shapes of `init(key, *arguments, **options)`; biases and peepholes may be None."""
     expected = _shapes_of_drawn(init, arguments, tuple(options.items()))
     _as_expected(f"{init.__name__}{arguments}", expected, given, Cell.optional_params)
 

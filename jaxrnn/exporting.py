@@ -1,4 +1,4 @@
-"""Names for the types of params and carries, with which `jax.export` writes them to a file and finds them again."""
+"""Names for the types of params and carries, so that `jax.export` can write them to a file and find them again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxrnn.typing import PyTree
 
 
 def name_types(values: Iterable[PyTree]) -> None:
-    """Registers those of `values` that are types of named tuples."""
+    """Registers every named tuple type among `values`."""
     for each in values:
         if isinstance(each, type) and issubclass(each, tuple) and hasattr(each, "_fields"):
             jax.export.register_namedtuple_serialization(each, serialized_name=f"jaxrnn.{each.__name__}")

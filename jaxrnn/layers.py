@@ -1,4 +1,4 @@
-"""Layers without time: cells with an empty carry, which act on each step by itself."""
+"""Layers without memory: cells with an empty carry, which act on each step separately."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from jaxrnn.typing import DTypeLike, Noise, PyTree
 
 
 class Layer(Cell[Params, tuple[()]]):
-    """A cell that remembers nothing: y = apply(params, x). It accepts every implementation name."""
+    """A cell that remembers nothing: y = apply(params, x).
+
+    It accepts every implementation name.
+    """
 
     @abstractmethod
     def apply(self, params: PyTree, x: Array, noise: Noise = None) -> Array:
-        """The output of one step."""
+        """Computes the output of one step."""
 
     def initial_carry(self, params: PyTree, batch_shape: tuple[int, ...] = ()) -> tuple[()]:
         return ()
@@ -42,7 +45,7 @@ class Layer(Cell[Params, tuple[()]]):
 
 
 class LinearParams(NamedTuple):
-    """w (D, O), b (O,) or None."""
+    """The params of `Linear`: w (D, O), and b (O,) or None."""
 
     w: Array
     b: Array | None
@@ -52,8 +55,8 @@ class Linear(Layer[LinearParams]):
     """y = x w + b.
 
     Args:
-      input_size: D.
-      output_size: O.
+      input_size: D, the size of x.
+      output_size: O, the size of y.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -69,7 +72,7 @@ class Linear(Layer[LinearParams]):
         check.sizes(self, "input_size", "output_size")
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LinearParams:
-        """w LeCun normal, b zero."""
+        """Draws w from the LeCun normal distribution; b is zero."""
         w = lecun_normal(key, self.input_size, self.output_size, 1, dtype)
         return LinearParams(w, jnp.zeros(self.output_size, dtype))
 
@@ -83,7 +86,7 @@ class Linear(Layer[LinearParams]):
 
 
 class EmbedParams(NamedTuple):
-    """w (V, O)."""
+    """The params of `Embed`: w (V, O)."""
 
     w: Array
 
@@ -91,11 +94,11 @@ class EmbedParams(NamedTuple):
 class Embed(Layer[EmbedParams]):
     """y = w[x] for integers x: one row per token.
 
-    A token outside [0, V) raises where its value is known, and gives NaN where it is traced.
+    A token outside [0, V) raises an error where its value is known, and gives NaN where it is traced.
 
     Args:
-      vocabulary: V.
-      output_size: O.
+      vocabulary: V, the number of tokens.
+      output_size: O, the size of y.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -113,7 +116,7 @@ class Embed(Layer[EmbedParams]):
         check.sizes(self, "vocabulary", "output_size")
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> EmbedParams:
-        """w normal of variance 1/O."""
+        """Draws w from a normal distribution of variance 1/O."""
         w = jax.random.normal(key, (self.vocabulary, self.output_size), accumulator(dtype))
         return EmbedParams((w / self.output_size**0.5).astype(dtype))
 
@@ -137,19 +140,19 @@ class Embed(Layer[EmbedParams]):
 
 
 class LayerNormParams(NamedTuple):
-    """scale (D,), b (D,) or None."""
+    """The params of `LayerNorm`: scale (D,), and b (D,) or None."""
 
     scale: Array
     b: Array | None
 
 
 class LayerNorm(Layer[LayerNormParams]):
-    """y = (x − mean) / √(variance + ε) · scale + b over the last axis, or each of its groups.
+    """y = (x − mean) / √(variance + ε) · scale + b over the last axis, or over each of its groups.
 
     Args:
-      size: D.
-      epsilon: Ε.
-      groups: Parts of the last axis that are normalised by themselves; it divides D.
+      size: D, the size of the last axis.
+      epsilon: The constant ε.
+      groups: The number of parts of the last axis that are normalised separately; it divides D.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -183,7 +186,7 @@ class LayerNorm(Layer[LayerNormParams]):
         return self.size
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LayerNormParams:
-        """scale one, b zero."""
+        """Sets scale to one and b to zero."""
         return LayerNormParams(jnp.ones(self.size, dtype), jnp.zeros(self.size, dtype))
 
     def apply(self, params, x, noise=None):
@@ -200,11 +203,11 @@ class LayerNorm(Layer[LayerNormParams]):
 
 
 class Apply(Layer[tuple[()]]):
-    """y = fn(x), for an activation by name or a function of one step's x with any leading axes.
+    """y = fn(x), where fn is an activation given by name, or a function of one step's x with any leading axes.
 
     Args:
-      fn: A name or `(name, alpha, beta)`, see `jaxrnn.activation`, or a callable. A callable is compared by identity
-        and may neither print as an expression nor pickle.
+      fn: A name or `(name, alpha, beta)`, see `jaxrnn.activation`, or a callable. A callable is compared by identity,
+        and it may be impossible to print it as an expression or to pickle it.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn
@@ -229,17 +232,17 @@ class Apply(Layer[tuple[()]]):
 
 
 def row_keys(key: Array, shape: tuple[int, ...]) -> Array:
-    """A key for each row; of threefry, whose draws do not depend on vmap."""
+    """Makes a threefry key for each row; the draws of such keys do not depend on vmap."""
     key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
     return jax.random.split(key, shape)
 
 
 class Dropout(Layer[tuple[()]]):
-    """y = m x / (1 − rate), m Bernoulli(1 − rate), where a key is given; else y = x.
+    """y = m x / (1 − rate), with m drawn from Bernoulli(1 − rate), where a key is given; else y = x.
 
     Args:
       rate: The probability that an entry becomes 0, in [0, 1).
-      per_sequence: Draw one m per sequence (variational) and not one per step.
+      per_sequence: Whether to draw one m per sequence (variational dropout) instead of one per step.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

@@ -1,4 +1,4 @@
-"""Running cells: over a sequence, one step, on their own output; and seeing how."""
+"""Runs cells over a sequence, for one step or on their own output, and explains which implementation runs."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def scan(
     remat_every: int | None = None,
     implementation: Implementation = None,
 ) -> tuple[Carry, PyTree]:
-    """`lax.scan` for cells: runs `cell` over a sequence, or a batch of them.
+    """Runs `cell` over a sequence, or a batch of sequences: `lax.scan` for cells.
 
-    Without options it is
+    Without options it does the same as
 
         ys = []
         for x in xs:
@@ -56,33 +56,38 @@ def scan(
             ys.append(y)
         return carry, jnp.stack(ys)
 
-    Shapes: T time, `*batch` any number of axes, none included; xs (T, *batch, D), or with `time_axis=1` (B, T, D).
+    Shapes: T is the number of steps, and `*batch` stands for any number of batch axes, including none. xs has shape
+    (T, *batch, D), or (B, T, D) with `time_axis=1`.
 
     Args:
       cell: Any cell or composition.
-      params: Its parameters, as `cell.init` gives them.
-      carry: The carry to start from, leaves (*batch, ...), or None for `cell.initial_carry`. A given carry keeps its
-        dtypes; None starts in the widest of float32, the params' and floating xs' dtype.
+      params: The parameters of the cell, as `cell.init` returns them.
+      carry: The carry to start from, with leaves (*batch, ...), or None for `cell.initial_carry`. A given carry keeps
+        its dtypes; with None, the carry has the widest dtype among float32, that of the params and that of floating xs.
       xs: The inputs.
-      lengths: Integers (*batch): the steps that are valid, from the first. Beyond T they act as T, below 0 as 0, where
-        their values are not known at trace time; else they raise.
-      mask: bool, time and batch axes as in xs: the valid steps, in any pattern. An invalid step does nothing at all: no
-        input, no reset, the carry stays, ys is 0; NaN in it reaches no number and no gradient.
-      reset: bool, time and batch axes as in xs: a new sequence begins at step t. Forward, t starts fresh; in reverse,
-        the valid step before t does. Nothing crosses the boundary, in values or in gradients.
-      reverse: Run from the last valid step to the first; ys stay aligned with xs.
-      time_axis: Where time lies among time and batch axes, for xs, ys, mask and reset.
-      key: A PRNG key: noise (dropout, zoneout) is drawn; None: deterministic.
-      remat_every: Gradient checkpointing: keep the carry only every so many steps and recompute the steps between
+      lengths: Integers (*batch): the number of valid steps, counted from the first step. Where the values are not known
+        at trace time, a length above T acts as T and one below 0 as 0; where they are known, such a length raises an
+        error.
+      mask: bool, with time and batch axes as in xs: the valid steps, in any pattern. An invalid step does nothing at
+        all: it reads no input and no reset, the carry stays the same, and ys is 0. NaN in it reaches no number and no
+        gradient.
+      reset: bool, with time and batch axes as in xs: True where a new sequence begins at step t. Forward, step t starts
+        from a fresh carry; in reverse, the valid step before t does. Nothing crosses the boundary, neither values nor
+        gradients.
+      reverse: Whether to run from the last valid step to the first; ys stay aligned with xs.
+      time_axis: The position of the time axis among the time and batch axes of xs, ys, mask and reset.
+      key: A PRNG key from which noise (dropout, zoneout) is drawn; with None, the run is deterministic.
+      remat_every: Gradient checkpointing: keep the carry only every `remat_every` steps and recompute the steps between
         during the backward pass, in every layer.
-      implementation: None for the fastest correct one; a name for exactly that one; a mapping from engine to name.
+      implementation: None for the fastest correct one; a name for exactly that one; or a mapping from engine to name.
 
     Returns:
-      The final carry, and ys (T, *batch, O) with time at `time_axis`, or (*batch, O) from a cell that ends time.
+      The final carry, and ys (T, *batch, O) with time at `time_axis`, or (*batch, O) for a cell that gives one output
+      per sequence (`ends_time`).
 
     Raises:
-      ValueError: For shapes, dtypes, values and names that do not fit, at trace time.
-      TypeError: For shapes, dtypes, values and names that do not fit, at trace time.
+      ValueError: If shapes, dtypes, values or names do not fit. It is raised at trace time.
+      TypeError: If shapes, dtypes, values or names do not fit. It is raised at trace time.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -127,7 +132,7 @@ def scan_asked(
     implementation: Implementation = None,
     names: Names = NAMES,
 ) -> tuple[PyTree, PyTree]:
-    """`scan`, as it would run where the question says; every call of an engine is added to its answers."""
+    """Runs `scan`; with a `question`, as on its platform, and every call of an engine is added to its answers."""
     check.a_cell("cell", cell)
     if remat_every is not None:
         remat_every = check.integer("remat_every", remat_every)
@@ -148,7 +153,7 @@ def scan_asked(
 def walked(
     cell: Cell, params: PyTree, carry: PyTree, xs: PyTree, key: Array | None, walk: Walk, name: str = "carry"
 ) -> tuple[PyTree, PyTree]:
-    """`cell` along `walk`, with the carry to start from, or None, and the noise of a key, or none; time is first."""
+    """Runs `cell` along `walk` from `carry`, or a fresh carry for None, with noise if given a `key`; time is first."""
     length, *batch = batch_shape_of(cell, "xs", xs)
     carry, fresh = carries(cell, params, carry, xs, tuple(batch), 1, name)
     noise = None if key is None else cell.noise(single_key(key), length, tuple(batch))
@@ -166,25 +171,27 @@ def step(
     noise: Noise = None,
     implementation: Implementation = None,
 ) -> tuple[Carry, PyTree]:
-    """One step of `cell`, by the fastest engine: (carry', y).
+    """Runs one step of `cell` by the fastest engine: (carry', y).
 
-    For the least delay jit it, and hand back the carry as it comes. On the CPU the environment variable
-    JAXRNN_NUM_THREADS bounds the threads of the kernels, and, before the first computation,
-    `jax.config.update("jax_cpu_enable_async_dispatch", False)` spares what is no single kernel (a stack of layers) the
-    way to another thread: only the program as a whole can decide on either.
+    For the lowest latency, jit it and pass the carry back as it was returned. On the CPU, the environment variable
+    JAXRNN_NUM_THREADS limits the number of threads of the kernels. Calling
+    `jax.config.update("jax_cpu_enable_async_dispatch", False)` before the first computation avoids a switch to another
+    thread for models that are not a single kernel (a stack of layers). Only the program as a whole can decide on
+    either.
 
     Args:
       cell: As in `scan`.
       params: As in `scan`.
-      carry: Leaves (*batch, ...), or None to start fresh.
-      x: (*batch, D).
-      reset: bool (*batch): where it is true a new sequence begins, from the fresh carry; None for nowhere.
-      noise: None (deterministic), or `(sequence, steps[t])` of `cell.noise(key, length, batch_shape)`.
+      carry: The carry, with leaves (*batch, ...), or None to start from a fresh carry.
+      x: The input of one step, (*batch, D).
+      reset: bool (*batch): where it is true, a new sequence begins from the fresh carry. None for nowhere.
+      noise: None for a deterministic step, or `(sequence, steps[t])`, where `cell.noise(key, length, batch_shape)`
+        returned `(sequence, steps)`.
       implementation: As in `scan`.
 
     Raises:
-      ValueError: For what does not fit, and for cells that cannot run step by step.
-      TypeError: For what does not fit, and for cells that cannot run step by step.
+      ValueError: If an argument does not fit, or if the cell cannot run step by step.
+      TypeError: If an argument does not fit, or if the cell cannot run step by step.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -209,7 +216,7 @@ def step_asked(
     noise: Noise = None,
     implementation: Implementation = None,
 ) -> tuple[PyTree, PyTree]:
-    """`step`, as `scan_asked` is `scan`."""
+    """Runs `step` with a `question`, as `scan_asked` runs `scan`."""
     check.a_cell("cell", cell)
     walk = Walk(implementation=checked(implementation), question=question)
     params, x = to_jax(params), jax.tree.map(jnp.asarray, x)
@@ -246,16 +253,17 @@ def rollout(
     Args:
       cell: As in `scan`.
       params: As in `scan`.
-      carry: Leaves (*batch, ...), or None to start fresh.
+      carry: The carry, with leaves (*batch, ...), or None to start from a fresh carry.
       x: The first input, (*batch, D).
       length: The number of steps.
-      feedback: `(y, key) -> (next x, what to keep)`, the next x with the shape and dtype of x.
-      inputs: A tree of arrays (length, ...), or None. Entry t is the third argument of `feedback` at step t: what is
-        known beforehand of the step that follows (covariates, a schedule, targets to feed now and then).
-      key: Split into one key per step for `feedback`; None hands it None.
+      feedback: A function `(y, key) -> (next x, keep)`. The next x has the shape and dtype of x.
+      inputs: A pytree of arrays (length, ...), or None. Entry t is the third argument of `feedback` at step t. It holds
+        data of the next step that are known beforehand (covariates, a schedule, or targets for occasional teacher
+        forcing).
+      key: A PRNG key, which is split into one key per step for `feedback`. With None, `feedback` gets None.
 
     Returns:
-      The final carry, and what was kept, stacked, (length, ...)
+      The final carry, and the values of `keep`, stacked, (length, ...).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -290,13 +298,13 @@ def rollout(
 
 
 def last(ys: PyTree, lengths: Integers | None = None, *, mask: Bools | None = None, time_axis: int = 0) -> PyTree:
-    """The outputs of the last valid step, zeros where there is none.
+    """The outputs of the last valid step, or zeros where there is none.
 
     Args:
       ys: Leaves with time and batch axes first, (T, *batch, ...) for `time_axis` 0.
-      lengths: Integers (*batch), or None for all steps.
-      mask: bool, time and batch axes as in ys.
-      time_axis: Where time lies.
+      lengths: Integers (*batch), the number of valid steps, or None for all steps.
+      mask: bool, with time and batch axes as in ys: the valid steps.
+      time_axis: The position of the time axis.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn
@@ -320,7 +328,7 @@ def last(ys: PyTree, lengths: Integers | None = None, *, mask: Bools | None = No
 
 
 class Explanation(NamedTuple):
-    """Which implementation runs each call of an engine, on a platform."""
+    """The implementation that runs each call of an engine on one platform."""
 
     platform: str
     calls: tuple[EngineCall, ...]
@@ -339,16 +347,19 @@ def explain(
     one_step: bool = False,
     **keywords: Any,
 ) -> Explanation:
-    """Which implementation `scan` with the same arguments runs for each call of an engine, and why not the others.
+    """Explains which implementation `scan` runs for each call of an engine, and why it does not run the others.
+
+    The arguments are those of `scan`; nothing is computed.
 
     Args:
       cell: As in `scan`.
       params: As in `scan`.
       carry: As in `scan`.
       xs: As in `scan`.
-      platform: "cpu", "gpu" or "tpu"; None for the default one.
-      one_step: Whether to explain `step` in place of `scan`; then xs is the x of one step, and keywords are `step`'s.
-      keywords: As in `scan`. Nothing is computed.
+      platform: "cpu", "gpu" or "tpu"; None for the default platform.
+      one_step: Whether to explain `step` in place of `scan`. Then xs is the input x of one step, and `keywords` are
+        those of `step`.
+      keywords: As in `scan`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

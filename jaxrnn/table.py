@@ -14,7 +14,7 @@ from jaxrnn.typing import DTypeLike, PyTree, Size
 
 
 class SummaryRow(NamedTuple):
-    """One cell: its path, what it is, its output size or None; shapes, number and bytes of its own parameters."""
+    """One cell: its path, class and output size or None, and the shapes, number and bytes of its own parameters."""
 
     path: str
     layer: str
@@ -25,7 +25,7 @@ class SummaryRow(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The rows of a table, and the totals of parameters and bytes; prints as the table."""
+    """The rows of a table, and the total numbers of parameters and bytes; it prints as the table."""
 
     rows: tuple[SummaryRow, ...]
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -56,11 +56,13 @@ class Summary(NamedTuple):
 
 
 def summary(cell: Cell, dtype: DTypeLike = jnp.float32) -> Summary:
-    """The layers of `cell` with output size, parameter shapes, numbers and bytes. Allocates no parameters.
+    """Lists the layers of `cell` with their output sizes and the shapes, numbers and bytes of their parameters.
+
+    It allocates no parameters.
 
     Args:
       cell: Any cell.
-      dtype: Of the parameters.
+      dtype: The dtype of the parameters.
 
     Examples:
       >>> import jaxrnn

@@ -1,14 +1,14 @@
-"""Seeing what happens in a recurrent network: numbers first, and a figure for each.
+"""Analysis of a recurrent network: numbers first, and a figure for each.
 
-| what | numbers | figure |
+| topic | numbers | figure |
 |---|---|---|
 | vanishing and exploding gradients | `gradient_flow` | `plot_gradient_flow` |
-| how much a step stretches | `singular_values` | `plot_singular_values` |
-| how much it does in the long run | `lyapunov_exponents` | `plot_lyapunov_exponents` |
+| how much a step stretches the carry | `singular_values` | `plot_singular_values` |
+| how much it does so in the long run | `lyapunov_exponents` | `plot_lyapunov_exponents` |
 | gates that are shut or open | `gate_saturation` | `plot_gate_saturation` |
-| how far back it remembers | `memory_length` | `plot_memory_length` |
-| bytes of a training step | `training_memory` | `plot_training_memory` |
-| how training went | the `History` of `fit` | `plot_history` |
+| how far back the network remembers | `memory_length` | `plot_memory_length` |
+| memory of a training step in bytes | `training_memory` | `plot_training_memory` |
+| the course of training | the `History` of `fit` | `plot_history` |
 """
 
 from jaxrnn.analysis.footprint import TrainingMemory, training_memory

@@ -1,4 +1,4 @@
-"""What a training step needs of memory: estimated, and measured from the compiled program."""
+"""The memory of a training step: estimated, and measured from the compiled program."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from jaxrnn.typing import PyTree
 
 
 class TrainingMemory(NamedTuple):
-    """Bytes of one training step.
+    """The memory of one training step, in bytes.
 
-    activations: the final carry and ys. residuals: kept from the forward for the backward pass. recomputed: one chunk's
-    residuals, which exist while the backward pass is in it; 0 without `remat_every`. estimated: residuals + recomputed.
-    measured: what the compiled step allocates besides its arguments and results; None where the platform does not say.
+    activations: the final carry and ys.
+    residuals: the arrays that the forward pass keeps for the backward pass.
+    recomputed: the residuals of one chunk, which exist while the backward pass is in it; 0 without `remat_every`.
+    estimated: residuals + recomputed.
+    measured: the memory that the compiled step allocates besides its arguments and results; None where the platform
+    does not say.
     """
 
     activations: int
@@ -41,29 +44,32 @@ def training_memory(
     remat_every: int | None = None,
     **keywords: Any,
 ) -> TrainingMemory:
-    """The memory of one training step, the loss and its gradient with respect to the params. Nothing is run.
+    """The memory of one training step (the loss and its gradient with respect to the params); nothing is run.
 
         M    = T r            residuals without remat_every, r bytes a step
         M(k) ≈ (T/k) c + k r  with remat_every = k, c bytes a carry: least at k = √(T c / r)
 
-    The residuals are counted in JAX's own program, before XLA: the distinct arrays that the forward pass hands to the
-    backward pass, not counting params, carry and xs. What the loss and the layers without time keep is part of them.
-    In a `Stack` one layer after the other is recomputed, so that `recomputed` is an upper bound. `measured` is XLA's:
-    it has the backward pass's own buffers beside the residuals, and fuses some of them away.
+    The residuals are counted in JAX's own program, before XLA: they are the distinct arrays that the forward pass hands
+    to the backward pass, not counting params, carry and xs. They include the arrays that the loss and the layers
+    without memory keep. In a `Stack`, one layer after the other is recomputed, so `recomputed` is an upper bound.
+    `measured` comes from XLA: it includes the buffers of the backward pass besides the residuals, and XLA fuses some of
+    the residuals away.
 
-    With φ = identity an `Elman` keeps of each step h_{t−1}, for w_h, and where the loss is Σ y², y_t: r = 2 H numbers.
+    For example, an `Elman` with φ = identity keeps h_{t−1} of each step, for w_h, and y_t if the loss is Σ y²: r = 2 H
+    numbers.
 
     Args:
       cell: Any cell or composition.
-      params: As in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
-      carry: As in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
-      xs: As in `jaxrnn.scan`; `jax.ShapeDtypeStruct`s in place of arrays do, and take no memory.
-      loss: `(carry, ys) -> scalar` of what `jaxrnn.scan` returns.
+      params: As in `jaxrnn.scan`. Here and in carry and xs, a `jax.ShapeDtypeStruct` can replace an array and takes no
+        memory.
+      carry: As in `jaxrnn.scan`.
+      xs: As in `jaxrnn.scan`.
+      loss: A function `(carry, ys) -> scalar` of the results of `jaxrnn.scan`.
       remat_every: As in `jaxrnn.scan`.
       keywords: As in `jaxrnn.scan`.
 
     Returns:
-      `TrainingMemory`; for several k, `{k: training_memory(..., remat_every=k) for k in (None, 8, 32)}`.
+      A `TrainingMemory`. For several k, use `{k: training_memory(..., remat_every=k) for k in (None, 8, 32)}`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -117,8 +123,10 @@ def _bytes(array: PyTree) -> int:
 
 
 def _distinct_bytes(jaxpr: Any) -> int:
-    """Of the arrays that a program returns, those that are neither constant nor its arguments, also under another
-    shape, once each."""
+    """The bytes of the arrays that a program returns, each counted once.
+
+    Constants and the arguments of the program, also in another shape, are not counted.
+    """
     given = {id(variable) for variable in jaxpr.invars}
     for equation in jaxpr.eqns:
         name, source = equation.primitive.name, equation.invars[:1]

@@ -19,9 +19,9 @@ CANDIDATES = {"g": (-1.0, 1.0), "n": (-1.0, 1.0), "h": (-1.0, 1.0)}
 
 
 class Saturation(NamedTuple):
-    """Per gate and unit, the fraction of valid steps at which it is low and at which it is high.
+    """The fractions of valid steps at which each unit of each gate is low and at which it is high.
 
-    Each is a named tuple like the cell's gates, leaves (H,).
+    Each is a named tuple like the gates of the cell, with leaves (H,).
     """
 
     low: Any
@@ -30,7 +30,7 @@ class Saturation(NamedTuple):
 
 @runtime_checkable
 class Gated(Protocol):
-    """A cell whose gates can be read: a named tuple of arrays (*batch, ...)."""
+    """A cell whose gates can be read, as a named tuple of arrays (*batch, ...)."""
 
     def gates(self, params: PyTree, carry: PyTree, x: PyTree) -> PyTree: ...
 
@@ -49,20 +49,20 @@ def gate_saturation(
     reverse: bool = False,
     time_axis: int = 0,
 ) -> PyTree:
-    """How often each unit of each gate is saturated.
+    """Measures how often each unit of each gate is saturated.
 
         low  = mean over valid (t, row) of [gate < a + margin (b − a)]
         high = mean over valid (t, row) of [gate > b − margin (b − a)],    (a, b) the gate's range
 
-    A gate that is mostly low or high has almost no gradient through it; a forget gate that is high remembers, and one
-    that is always low makes the layer a feed-forward one. With input 0 and a large bias β a sigmoid gate is σ(β): high
-    everywhere for β > log 9, at the default margin.
+    Almost no gradient passes through a gate that is mostly low or high. A forget gate that is high remembers, and one
+    that is always low makes the layer a feed-forward one. With input 0 and a large bias β, a sigmoid gate is σ(β): at
+    the default margin it is high everywhere for β > log 9.
 
     Args:
-      cell: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
-      params: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
-      carry: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
-      xs: As in `jaxrnn.scan`, for cells with `gates(params, carry, x)`, alone or in compositions.
+      cell: As in `jaxrnn.scan`; a cell with `gates(params, carry, x)`, alone or in a composition.
+      params: As in `jaxrnn.scan`.
+      carry: As in `jaxrnn.scan`.
+      xs: As in `jaxrnn.scan`.
       margin: The part of the range at either end that counts as saturated, in (0, 0.5).
       ranges: The range (a, b) of gates by name, where it is not (−1, 1) for g, n and h and (0, 1) for the rest.
       lengths: As in `jaxrnn.scan`.
@@ -72,11 +72,12 @@ def gate_saturation(
       time_axis: As in `jaxrnn.scan`.
 
     Returns:
-      `Saturation`, of a composition one for each cell in the structure of the carry, None for a cell without gates.
+      A `Saturation`. For a composition, one for each cell in the structure of the carry, and None for a cell without
+      gates.
 
     Raises:
       TypeError: If no cell has gates.
-      ValueError: For a margin or range that is none.
+      ValueError: If the margin or a range is not valid.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

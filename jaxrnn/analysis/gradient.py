@@ -16,9 +16,10 @@ from jaxrnn.typing import Bools, Integers, Named, PyTree
 
 
 class GradientFlow(NamedTuple):
-    """The loss; ‖∂L/∂c_t‖ of each leaf of the carry, a tree like the carry; and of all together; (T, *batch) each.
+    """The loss, the norm ‖∂L/∂c_t‖ for each leaf of the carry, and the norm for all leaves together.
 
-    None stands for what has no gradient (integers) and for what a `Pool` adds.
+    `norms` is a tree like the carry; each norm and `total` have shape (T, *batch). None stands for leaves that have no
+    gradient (integers) and for leaves that a `Pool` adds.
     """
 
     loss: Array
@@ -45,19 +46,20 @@ def gradient_flow(
         norms[t] = ‖∂L/∂c_t‖,    c_t the carry that step t reads, c_{t+1} = step(c_t, x_t)
         ∂L/∂c_t  = (∂c_{t+1}/∂c_t)ᵀ ∂L/∂c_{t+1} + (∂y_t/∂c_t)ᵀ ∂L/∂y_t
 
-    It vanishes or explodes backwards in time with the products of the step's Jacobians. All steps and all cells come
-    from one backward pass: a zero is added to every carry, and the loss differentiated with respect to it. Of
-    h' = a h + x and a loss of the final carry it is |a|^(T − t).
+    The norm vanishes or explodes backwards in time with the products of the step's Jacobians. All steps and all cells
+    come from one backward pass: a zero is added to every carry, and the loss is differentiated with respect to it. For
+    h' = a h + x and a loss of the final carry, the norm is |a|^(T − t).
 
-    An invalid step reads nothing, and nothing flows across a reset: there the norm is 0. In a `Bidirectional` the
-    backward cell's step t reads the carry that comes from step t + 1.
+    An invalid step reads nothing, and no gradient flows across a reset: there the norm is 0. In a `Bidirectional`, step
+    t of the backward cell reads the carry that comes from step t + 1.
 
     Args:
       cell: As in `jaxrnn.scan`; any composition.
-      params: As in `jaxrnn.scan`; any composition.
-      carry: As in `jaxrnn.scan`; any composition.
-      xs: As in `jaxrnn.scan`; any composition.
-      loss: `(carry, ys) -> scalar` of what `jaxrnn.scan` returns. Summed over rows, each row has its own gradient.
+      params: As in `jaxrnn.scan`.
+      carry: As in `jaxrnn.scan`.
+      xs: As in `jaxrnn.scan`.
+      loss: A function `(carry, ys) -> scalar` of the results of `jaxrnn.scan`. If it is a sum over rows, each row has
+        its own gradient.
       lengths: As in `jaxrnn.scan`.
       mask: As in `jaxrnn.scan`.
       reset: As in `jaxrnn.scan`.
@@ -66,11 +68,11 @@ def gradient_flow(
       key: As in `jaxrnn.scan`.
 
     Returns:
-      `GradientFlow`, time first whatever `time_axis` is.
+      A `GradientFlow`, with time first whatever `time_axis` is.
 
     Raises:
-      ValueError: As `jaxrnn.scan`, and where the loss is no real scalar.
-      TypeError: As `jaxrnn.scan`, and where the loss is no real scalar.
+      ValueError: As in `jaxrnn.scan`, and if the loss is not a real scalar.
+      TypeError: As in `jaxrnn.scan`, and if the loss is not a real scalar.
 
     Examples:
       >>> import jax, jax.numpy as jnp

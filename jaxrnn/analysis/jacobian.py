@@ -1,4 +1,4 @@
-"""The Jacobian of a step along a trajectory: how much it stretches, at once and in the long run."""
+"""The Jacobian of a step along a trajectory: how much it stretches in one step and in the long run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from jaxrnn.typing import Bools, Integers, PyTree
 
 
 class JacobianSpectrum(NamedTuple):
-    """The singular values of J_t, descending, (T, *batch, N), 0 at invalid steps; and which are valid, (T, *batch)."""
+    """The singular values of J_t, descending, (T, *batch, N), 0 at invalid steps; and the valid steps, (T, *batch)."""
 
     singular_values: Array
     valid: Array
 
 
 class LyapunovSpectrum(NamedTuple):
-    """The exponents in nats per step, (*batch, K); the number of steps that they are a mean over, (*batch)."""
+    """The exponents in nats per step, (*batch, K), and the number of steps that they are a mean over, (*batch)."""
 
     exponents: Array
     steps: Array
@@ -46,17 +46,18 @@ def singular_values(
         J_t = ∂c_{t+1}/∂c_t,    c_{t+1}, y_t = step(c_t, x_t)
         σ_1 ≥ … ≥ σ_N of J_t
 
-    c is all of the carry, flattened to N numbers; a complex entry is two real ones. Gradients explode only if σ_1 > 1
-    somewhere, and vanish if σ_1 ≤ γ < 1 everywhere. At a reset, c_t is the fresh carry. A `Stack` is one recurrence,
-    whose J_t holds all layers; give a `Bidirectional`'s directions one by one. Of h' = h A + x they are those of A.
+    c is the whole carry, flattened to N numbers; a complex entry counts as two real ones. Gradients explode only if
+    σ_1 > 1 somewhere, and vanish if σ_1 ≤ γ < 1 everywhere. At a reset, c_t is the fresh carry. A `Stack` is one
+    recurrence, whose J_t holds all layers. Analyse the directions of a `Bidirectional` one by one. For h' = h A + x
+    they are the singular values of A.
 
-    The cost is one N × N decomposition for each step and row.
+    The cost is one decomposition of an N × N matrix for each step and row.
 
     Args:
-      cell: As in `jaxrnn.scan`, for a cell that runs step by step.
-      params: As in `jaxrnn.scan`, for a cell that runs step by step.
-      carry: As in `jaxrnn.scan`, for a cell that runs step by step.
-      xs: As in `jaxrnn.scan`, for a cell that runs step by step.
+      cell: As in `jaxrnn.scan`; a cell that runs step by step.
+      params: As in `jaxrnn.scan`.
+      carry: As in `jaxrnn.scan`.
+      xs: As in `jaxrnn.scan`.
       lengths: As in `jaxrnn.scan`.
       mask: As in `jaxrnn.scan`.
       reset: As in `jaxrnn.scan`.
@@ -64,7 +65,7 @@ def singular_values(
       time_axis: As in `jaxrnn.scan`.
 
     Returns:
-      `JacobianSpectrum`, time first whatever `time_axis` is.
+      A `JacobianSpectrum`, with time first whatever `time_axis` is.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -108,18 +109,19 @@ def lyapunov_exponents(
         Q_{t+1} R_{t+1} = J_t Q_t,    J_t = ∂c_{t+1}/∂c_t,  Q_0 random, orthonormal, N × K
         λ_k = mean over t of log (R_{t+1})_kk
 
-    They are the rates at which a perturbation of the carry grows or shrinks: λ_1 > 0 is chaos, where gradients explode,
-    and λ_1 < 0 a memory of about −1/λ_1 steps. They are those of a finite trajectory; `warmup` leaves out the steps in
-    which Q_t still turns into place. An invalid step does nothing; a reset goes on with Q_t from the fresh carry. No
-    N × N matrix is made. Of h' = h A + x they are the logarithms of the moduli of A's eigenvalues.
+    They are the rates at which a perturbation of the carry grows or shrinks: λ_1 > 0 means chaos, where gradients
+    explode, and λ_1 < 0 a memory of about −1/λ_1 steps. They belong to a finite trajectory; `warmup` leaves out the
+    steps in which Q_t still turns into place. An invalid step does nothing. After a reset, Q_t continues from the fresh
+    carry. No N × N matrix is made. For h' = h A + x they are the logarithms of the absolute values of the eigenvalues
+    of A.
 
     Args:
-      cell: As in `jaxrnn.scan`, for a cell that runs step by step.
-      params: As in `jaxrnn.scan`, for a cell that runs step by step.
-      carry: As in `jaxrnn.scan`, for a cell that runs step by step.
-      xs: As in `jaxrnn.scan`, for a cell that runs step by step.
+      cell: As in `jaxrnn.scan`; a cell that runs step by step.
+      params: As in `jaxrnn.scan`.
+      carry: As in `jaxrnn.scan`.
+      xs: As in `jaxrnn.scan`.
       count: K, the number of exponents, the greatest ones; None for all N.
-      warmup: How many valid steps go before the mean.
+      warmup: The number of valid steps before the mean.
       lengths: As in `jaxrnn.scan`.
       mask: As in `jaxrnn.scan`.
       reset: As in `jaxrnn.scan`.
@@ -127,7 +129,7 @@ def lyapunov_exponents(
       time_axis: As in `jaxrnn.scan`.
 
     Returns:
-      `LyapunovSpectrum`, the exponents about in descending order.
+      A `LyapunovSpectrum`, with the exponents in approximately descending order.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -172,14 +174,14 @@ def lyapunov_exponents(
 
 
 def _rows(seen: Observation, function):
-    """`function` of one row, for all of them."""
+    """Applies `function`, which takes one row, to all rows."""
     for _ in range(seen.valid.ndim - 1):
         function = jax.vmap(function)
     return function
 
 
 def _flat_step(seen: Observation, carry, x):
-    """c ↦ c' of one row, both as vectors of real numbers."""
+    """The map c ↦ c' of one row, with both as vectors of real numbers."""
 
     def step(vector):
         new, _ = seen.cell.step(seen.params, from_real(vector, carry), x)
@@ -189,9 +191,9 @@ def _flat_step(seen: Observation, carry, x):
 
 
 def _orthonormal(vectors: Array) -> tuple[Array, Array]:
-    """The rows made orthonormal, one after the other, and the logarithm of what is left of each.
+    """Makes the rows orthonormal, one after the other; also returns the logarithm of the remaining length of each.
 
-    By Gram–Schmidt, twice, and no call of LAPACK's QR: jaxlib's CPU backend can hang where several of them run at once.
+    It uses Gram–Schmidt twice and not LAPACK's QR: jaxlib's CPU backend can hang if several calls of QR run at once.
     """
 
     def row(k, state):

@@ -43,25 +43,26 @@ def memory_length(
         I_k      = ‖∂y_T/∂x_{T−k}‖_F,    y_T the output of the last valid step, k valid steps later than x_{T−k}
         mean_lag = Σ_k k I_k / Σ_k I_k
 
-    The mean lag is that of a distributed lag (Koyck 1954). Of h' = a h + x, I_k = |a|^k, and the mean lag of a long
-    sequence |a|/(1 − |a|): 1 step for a = 0.5, 99 for 0.99.
+    The mean lag is that of a distributed lag model (Koyck 1954). For h' = a h + x, I_k = |a|^k, and the mean lag of a
+    long sequence is |a|/(1 − |a|): 1 step for a = 0.5, and 99 for 0.99.
 
     Args:
-      cell: As in `jaxrnn.scan`; any composition. Of one that ends the time axis, y_T is its output.
+      cell: As in `jaxrnn.scan`; any composition. For a cell that gives one output per sequence (`ends_time`), y_T is
+        that output.
       params: As in `jaxrnn.scan`.
       carry: As in `jaxrnn.scan`.
-      xs: Floating inputs. Of tokens, embed them first and give the cells above.
-      samples: None for all entries of y_T, one backward pass each; or this many random directions v ∈ {±1}, whose mean
-        of ‖vᵀ ∂y_T/∂x‖² is I_k² (Hutchinson), for large outputs.
+      xs: Floating inputs. For tokens, embed them first and pass the cells above the embedding.
+      samples: None to use all entries of y_T, with one backward pass each. Or, for large outputs, the number of random
+        directions v ∈ {±1}, over which the mean of ‖vᵀ ∂y_T/∂x‖² is I_k² (Hutchinson).
       key: A `jax.random` key for the directions.
       lengths: As in `jaxrnn.scan`.
       mask: As in `jaxrnn.scan`.
-      reset: As in `jaxrnn.scan`.
+      reset: As in `jaxrnn.scan`. Beyond a reset the influence is 0.
       reverse: As in `jaxrnn.scan`.
-      time_axis: As in `jaxrnn.scan`. Beyond a reset the influence is 0.
+      time_axis: As in `jaxrnn.scan`.
 
     Returns:
-      `MemoryLength`, lag first whatever `time_axis` is; 0 where the last output depends on no input.
+      A `MemoryLength`, with the lag first whatever `time_axis` is; 0 where the last output depends on no input.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,7 +113,7 @@ def memory_length(
 
 
 def _valid(shape: tuple[int, ...], lengths, mask, time_axis) -> Array:
-    """The valid steps, of the given shape (T, *batch); `scan` checks the arguments."""
+    """The valid steps in the given shape (T, *batch); `scan` checks the arguments."""
     if mask is not None:
         return jnp.moveaxis(jnp.asarray(mask), time_axis, 0)
     steps = jnp.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
@@ -120,7 +121,7 @@ def _valid(shape: tuple[int, ...], lengths, mask, time_axis) -> Array:
 
 
 def _by_lag(influence: Array, valid: Array, reverse: bool) -> Array:
-    """The first axis counted in valid steps, back from the one that is processed last; 0 at the end."""
+    """Sorts the first axis by the number of valid steps back from the one processed last; the rest is 0."""
     after = lax.cumsum(valid.astype(jnp.int32), reverse=not reverse) - 1
     order = jnp.argsort(jnp.where(valid, after, len(valid)), axis=0)
     return jnp.take_along_axis(select(valid, influence, jnp.zeros_like(influence)), order, axis=0)

@@ -1,4 +1,7 @@
-"""What the recurrent cells of a model read at every step, and offsets on it. The numbers stay what they are."""
+"""Records the values that recurrent cells of a model read at every step, and can add offsets to them.
+
+Recording does not change the results.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from jaxrnn.typing import PyTree
 
 
 class Reads(NamedTuple):
-    """What each step reads: the carry, after a reset the fresh one, and x; leaves (T, *batch, ...), 0 if invalid."""
+    """The values that each step reads: the carry (fresh after a reset) and x; leaves (T, *batch, ...), 0 if invalid."""
 
     carry: PyTree
     x: PyTree
 
 
 class Observation(NamedTuple):
-    """One cell of a model after a run: its final carry, what its steps read, and which were valid, (T, *batch)."""
+    """One cell of a model after a run: its final carry, the values its steps read, and the valid steps, (T, *batch)."""
 
     cell: Cell
     params: PyTree
@@ -35,14 +38,14 @@ class Observation(NamedTuple):
 
 
 class ObservedParams(NamedTuple):
-    """The cell's params, and what is added to the floating leaves of the carry at each step, (T, *batch, ...)."""
+    """The params of the cell, and the offsets to the floating leaves of the carry at each step, (T, *batch, ...)."""
 
     cell: Any
     offsets: list[Array] | None
 
 
 class Observed(Wrapper):
-    """A cell that leaves an `Observation` in place of its final carry; its step takes (x, offsets) for x."""
+    """A cell that returns an `Observation` in place of its final carry; its step takes (x, offsets) for x."""
 
     def init(self, key, dtype=jnp.float32):
         return ObservedParams(self.cell.init(key, dtype), None)
@@ -73,10 +76,10 @@ class Observed(Wrapper):
 def observe(
     cell: Cell, params: PyTree, carry: PyTree, xs: PyTree, offsets: Any = None, **keywords: Any
 ) -> tuple[PyTree, PyTree]:
-    """`jaxrnn.scan` with an `Observation` in place of the final carry of every recurrent cell.
+    """Runs `jaxrnn.scan` with an `Observation` in place of the final carry of every recurrent cell.
 
-    Compositions that hand the carries of their parts on as they are (`Cell.transparent`) are seen through; any other
-    cell is observed as a whole, by its step. `offsets` holds one list for each observed cell, in order.
+    In compositions that pass the carries of their parts on unchanged (`Cell.transparent`), the parts are observed; any
+    other cell is observed as a whole, by its step. `offsets` holds one list for each observed cell, in order.
     """
     check.a_cell("cell", cell)
     jax.eval_shape(cell.initial_carry, params)  # raises where the params are of another cell
@@ -85,7 +88,7 @@ def observe(
 
 
 def observe_whole(cell: Cell, params: PyTree, carry: PyTree, xs: PyTree, **keywords: Any) -> Observation:
-    """The `Observation` of `cell`, a composition too, as one recurrence."""
+    """Returns the `Observation` of `cell`, which may be a composition, as one recurrence."""
     check.a_cell("cell", cell)
     if cell.ends_time:
         raise TypeError(f"cell: expected one that runs step by step; analyse the cell inside the Pool of {cell!r}")
@@ -95,7 +98,7 @@ def observe_whole(cell: Cell, params: PyTree, carry: PyTree, xs: PyTree, **keywo
 
 
 def _observed(cell, params, offsets):
-    """`cell` and `params` with every recurrent cell observed."""
+    """Returns `cell` and `params` with every recurrent cell observed."""
     if not jax.tree.leaves(jax.eval_shape(cell.initial_carry, params)):
         return cell, params
     if cell.transparent:
@@ -112,7 +115,7 @@ def _is_observation(node):
 
 
 def observations(carry: PyTree) -> list[Observation]:
-    """The observations in what `observe` returns for the carry."""
+    """The observations in the carry that `observe` returns."""
     return list(filter(_is_observation, jax.tree.leaves(carry, is_leaf=_is_observation)))
 
 
@@ -122,7 +125,7 @@ def final_carry(carry: PyTree) -> PyTree:
 
 
 def arrange(carry: PyTree, results: list) -> PyTree:
-    """`results`, one for each observation, in the structure of the carry, and None for whatever is not observed."""
+    """Arranges `results`, one for each observation, in the structure of the carry, and None for unobserved nodes."""
     result = iter(results)
     return jax.tree.map(lambda node: next(result) if _is_observation(node) else None, carry, is_leaf=_is_observation)
 
@@ -132,7 +135,7 @@ def _flat(leaf: Array, batch_ndim: int) -> Array:
 
 
 def as_real(tree: PyTree, batch_ndim: int = 0) -> Array:
-    """The floating leaves in one array, (*batch, N), of at least float32; a complex one as (real, imaginary)."""
+    """Joins the floating leaves to one array, (*batch, N), of at least float32; a complex one as (real, imaginary)."""
     parts = []
     for leaf in filter(inexact, jax.tree.leaves(tree)):
         rows = _flat(leaf, batch_ndim)
@@ -142,7 +145,7 @@ def as_real(tree: PyTree, batch_ndim: int = 0) -> Array:
 
 
 def from_real(vector: Array, like: PyTree) -> PyTree:
-    """The tree `like` with its floating leaves from the vector that `as_real` makes of them."""
+    """The tree `like` with its floating leaves taken from a vector that `as_real` made."""
     leaves, structure = jax.tree.flatten(like)
     start = 0
 
@@ -161,7 +164,7 @@ def from_real(vector: Array, like: PyTree) -> PyTree:
 
 
 def norm(leaf: Array, batch_ndim: int) -> Array:
-    """‖leaf‖ over all but the first axes, also where its square would overflow or vanish."""
+    """The norm ‖leaf‖ over all but the first axes, also where its square would overflow or vanish."""
     rows = jnp.abs(_flat(leaf, batch_ndim))
     greatest = rows.max(-1, initial=0)
     regular = (greatest > 0) & jnp.isfinite(greatest)

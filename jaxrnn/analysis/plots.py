@@ -1,8 +1,8 @@
 """A figure for each analysis, of one result or of several side by side: `plot_...({"LSTM": a, "GRU": b})`.
 
-They are `matplotlib.figure.Figure`s, sized for a column of a paper: `figure.savefig("flow.pdf")`. No global state of
-matplotlib is touched, and matplotlib is imported only when one is drawn. With `axes` (one of matplotlib's, or one for
-each panel) they are drawn there, and the figure of these is returned.
+The figures are `matplotlib.figure.Figure`s, sized for a column of a paper: `figure.savefig("flow.pdf")`. They touch no
+global state of matplotlib, which is imported only when a figure is drawn. With `axes` (one Axes, or one
+for each panel) they draw there, and return the figure of these axes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ Panels = Any
 
 
 def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow], *, axes: Panels = None) -> Figure:
-    """‖∂L/∂c_t‖ over time, on a logarithmic axis: the median of the rows, and their 10 to 90 % as a band.
+    """Plots ‖∂L/∂c_t‖ over time, on a logarithmic axis: the median of the rows, and a band for their 10 to 90 %.
 
-    Of a dict, one line for each total; of one result, one for each leaf of the carry. What is 0 is left out.
+    For a dict, there is one line for the total of each result; for one result, one line for each leaf of the carry.
+    Zeros are left out.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -67,9 +68,10 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow], *, a
 def plot_singular_values(
     spectra: JacobianSpectrum | Mapping[PyTree, JacobianSpectrum], *, axes: Panels = None
 ) -> Figure:
-    """The singular values of J_t over time, a panel for each result: greatest, median and least, of the median row.
+    """Plots the greatest, median and least singular value of J_t over time, with a panel for each result.
 
-    The dark band holds the middle half of them. Above the dashed line, at 1, a step stretches.
+    The lines show the median of the rows. The dark band holds the middle half of the singular values. Above the dashed
+    line, at 1, a step stretches.
 
     Examples:
       >>> import numpy as np
@@ -103,7 +105,7 @@ def plot_singular_values(
 def plot_lyapunov_exponents(
     spectra: LyapunovSpectrum | Mapping[PyTree, LyapunovSpectrum], *, axes: Panels = None
 ) -> Figure:
-    """The Lyapunov exponents in their order: the mean of the rows, and their standard deviation as bars.
+    """Plots the Lyapunov exponents in their order: the mean of the rows, with their standard deviation as error bars.
 
     Examples:
       >>> import numpy as np
@@ -128,13 +130,14 @@ def plot_lyapunov_exponents(
 
 
 def plot_gate_saturation(saturations: Any, *, axes: Panels = None) -> Figure:
-    """A panel for each gate, a point for each unit: how often it is low, and how often high.
+    """Plots how often each unit is low and how often it is high, with a panel for each gate and a point for each unit.
 
-    Near the origin a unit is in its linear range, near the diagonal a switch, at its ends stuck.
+    A unit near the origin is in its linear range, one near the diagonal is a switch, and one at the ends of the
+    diagonal is stuck.
 
     Args:
-      saturations: What `gate_saturation` returns, of a composition too, or a dict of label to such.
-      axes: Where to draw, one for each panel; None for a new figure.
+      saturations: The result of `gate_saturation`, also for a composition, or a dict from labels to such results.
+      axes: The axes to draw in, one for each panel; None for a new figure.
 
     Examples:
       >>> import numpy as np, jaxrnn
@@ -170,7 +173,9 @@ def plot_gate_saturation(saturations: Any, *, axes: Panels = None) -> Figure:
 
 
 def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength], *, axes: Panels = None) -> Figure:
-    """The influence of the input k steps back on a logarithmic axis, as `plot_gradient_flow`; the mean lag as a mark.
+    """Plots the influence of the input k steps back on a logarithmic axis, with the mean lag as a mark.
+
+    The lines are drawn as in `plot_gradient_flow`.
 
     Examples:
       >>> import numpy as np
@@ -191,9 +196,9 @@ def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength], *
 
 
 def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemory], *, axes: Panels = None) -> Figure:
-    """The memory of a training step as bars, estimated (residuals and what is recomputed) beside measured.
+    """Plots the memory of a training step as bars: estimated (residuals and recomputed) beside measured.
 
-    Of a dict, a group for each; keys that are integers or None are values of `remat_every`.
+    For a dict, there is a group of bars for each result; keys that are integers or None are values of `remat_every`.
 
     Examples:
       >>> from jaxrnn.analysis import TrainingMemory, plot_training_memory
@@ -263,7 +268,7 @@ def _middle(rows: np.ndarray) -> np.ndarray:
 
 
 def _several(name: str, results: PyTree, kind: type) -> dict:
-    """Results by label."""
+    """Returns the results as a dict by label."""
     results = {"": results} if isinstance(results, kind) else results
     if not isinstance(results, Mapping) or not results or not all(isinstance(r, kind) for r in results.values()):
         raise TypeError(f"{name}: expected {kind.__name__} or a dict of label to {kind.__name__}, got {results!r}")
@@ -279,7 +284,7 @@ def _figure(
     sharey: bool = False,
     given: Panels = None,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure and its panels, side by side, in rows of `columns` panels and the given height; or those given."""
+    """Makes a figure and its panels, side by side, in rows of `columns` panels and the given height; or uses those given."""
     if given is not None:
         axes = list(np.ravel(np.asarray(given, object)))
         if len(axes) != panels:
@@ -321,7 +326,7 @@ def _look(k: int, marker: bool = False) -> Named:
 
 
 def _median_line(ax: Axes, k: int, values: np.ndarray, *, label: str) -> np.ndarray:
-    """Draws the median of the rows of (T, *batch) that are not 0, and 10 to 90 % as a band; returns the median."""
+    """Draws the median of the rows of (T, *batch) that are not 0, and a band for 10 to 90 %; returns the median."""
     rows = values.reshape(len(values), -1)[..., None]
     time, seen = np.arange(len(rows)), rows[..., 0] > 0
     middle = _over_rows(rows, seen, np.median)[:, 0]
@@ -336,7 +341,7 @@ def _median_line(ax: Axes, k: int, values: np.ndarray, *, label: str) -> np.ndar
 
 
 def _over_rows(values: np.ndarray, chosen: np.ndarray, summary: Any) -> np.ndarray:
-    """`summary` of (T, R, N) over the chosen rows of each step, NaN where there is none."""
+    """Applies `summary` to the chosen rows of each step of (T, R, N); NaN where none is chosen."""
     nothing = np.full(values.shape[2:], np.nan)
     steps = zip(values, chosen, strict=True)
     return np.array([summary(step[flags], axis=0) if flags.any() else nothing for step, flags in steps])

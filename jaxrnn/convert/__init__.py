@@ -1,4 +1,7 @@
-"""Weights and models from and to other frameworks. None of them is imported unless one of its objects comes or goes."""
+"""Converts weights and models from and to other frameworks.
+
+A framework is imported only if one of its objects is converted or made.
+"""
 
 from jaxrnn.convert.equinox import from_equinox, to_equinox
 from jaxrnn.convert.flax import from_flax, to_flax

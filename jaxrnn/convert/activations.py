@@ -1,4 +1,4 @@
-"""Activations in other frameworks: one table, and the ways there and back."""
+"""The activations in other frameworks: one table, and functions that look up in both directions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Framework = Literal["jax", "torch", "keras", "onnx"]
 class There(NamedTuple):
     """An activation in another framework.
 
-    name: of its function (in JAX the function itself), module, layer or operator. numbers: its options that are α (0)
-    or β (1). fixed: other options, and the value of each that makes it this activation.
+    name: The name of its function (in JAX the function itself), module, layer or operator. numbers: The options that
+    are its numbers α (0) or β (1). fixed: The other options, each with the value that makes it this activation.
     """
 
     name: Any
@@ -32,10 +32,11 @@ class There(NamedTuple):
 
 
 class Known(NamedTuple):
-    """The counterparts of an activation, None where there is none.
+    """The counterparts of an activation in other frameworks, or None where there is none.
 
-    jax: of Flax and Equinox too. torch: a module. keras: an activation by name, or a layer where it has numbers.
-    onnx: an operator, or a name that only an RNN has. rnn: whether ONNX's RNN, LSTM and GRU have it.
+    jax: The function, for Flax and Equinox too. torch: The module. keras: The name of the activation, or a layer if the
+    activation has numbers. onnx: The operator, or a name that only an RNN has. rnn: Whether ONNX's RNN, LSTM and GRU
+    have it.
     """
 
     jax: There | None
@@ -138,7 +139,7 @@ _SAME_IN_JAX = ((lax.tanh, jnp.tanh), (lax.logistic, jax.nn.sigmoid), (lax.exp, 
 
 
 def canonical(spec: Activation) -> Activation:
-    """An activation without the numbers that are its defaults, and with all of them where one is not."""
+    """An activation in one form: without its numbers if all are the defaults, otherwise with all of them."""
     if callable(spec):
         return spec
     name, *given = spec if isinstance(spec, tuple) else (spec,)
@@ -148,7 +149,7 @@ def canonical(spec: Activation) -> Activation:
 
 
 def there(spec: Activation, framework: Framework) -> tuple[PyTree, Named] | None:
-    """What an activation is called in a framework, and all its options; None where it has none."""
+    """The name of an activation in a framework and all its options, or None if the framework does not have it."""
     spec = canonical(spec)
     if callable(spec):
         return None
@@ -160,13 +161,13 @@ def there(spec: Activation, framework: Framework) -> tuple[PyTree, Named] | None
 
 
 def options(framework: Framework, name: Any) -> Named:
-    """The options that tell apart what is called so in a framework: a value that one may have, None for any number."""
+    """The options that distinguish activations of one name: a value that an option may have, or None for any number."""
     places = [place for place in _places(framework).values() if _same(place.name, name)]
     return {option: place.fixed.get(option) for place in places for option in (*place.fixed, *place.numbers)}
 
 
 def here(framework: Framework, name: Any, given: Mapping[str, PyTree]) -> Activation | None:
-    """The activation that is called so in a framework and has these options there; None if there is none."""
+    """The activation with this name and these options in a framework, or None if there is none."""
     single = np.float32 if framework == "onnx" else float  # which ONNX's numbers are
     for ours, place in _places(framework).items():
         if not _same(place.name, name) or any(not _equal(single, given[key], v) for key, v in place.fixed.items()):
@@ -184,12 +185,12 @@ def here(framework: Framework, name: Any, given: Mapping[str, PyTree]) -> Activa
 
 
 def names(framework: Framework) -> list[PyTree]:
-    """What a framework calls its activations, each once."""
+    """The framework's names of all activations, each once."""
     return list(dict.fromkeys(place.name for place in _places(framework).values()))
 
 
 def name_of(place: str, function: Foreign, *, elementwise: bool = False) -> Activation:
-    """One of JAX's functions, or a `functools.partial` of one, by name; `place` says where it was, for the message."""
+    """The name of a JAX function, or of a `functools.partial` of one. `place` says where it was, for error messages."""
     inner, given = function, {}
     if isinstance(function, partial) and not function.args:
         inner, given = function.func, function.keywords
@@ -205,7 +206,7 @@ def name_of(place: str, function: Foreign, *, elementwise: bool = False) -> Acti
 
 
 def function_of(spec: Activation) -> Callable[..., PyTree] | None:
-    """JAX's function of this name, with options where they are not its defaults, or None where it has none."""
+    """The JAX function of this name, with the options that differ from its defaults, or None if JAX has none."""
     found = there(spec, "jax")
     if found is None:
         return None

@@ -1,6 +1,7 @@
-"""Arrays from elsewhere: named, checked, each taken once.
+"""Arrays from other frameworks: each has a name, is checked, and is taken once.
 
-Converters compute with NumPy and hand over to JAX at last, since JAX would compile every operation for every shape.
+Converters compute with NumPy and convert to JAX arrays only at the end, since JAX would compile every operation for
+every shape.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from jaxrnn.typing import DTypeLike, PyTree
 
 
 class Arrays:
-    """Named arrays of one floating dtype, without NaN or infinity, each to be taken once and none to be left over.
+    """Named arrays of one floating dtype, without NaN or infinity. Each must be taken once, and none may be left over.
 
     Args:
-      source: What they are of, for messages.
-      arrays: By name, whatever NumPy can read.
+      source: The name of their source, for error messages.
+      arrays: The arrays by name, as anything that NumPy can read.
 
     Raises:
-      TypeError: For what is no array of floating numbers.
-      ValueError: For dtypes that differ, numbers that are not finite, and float64 where `jax.enable_x64` is off.
+      TypeError: If a value is not an array of floating numbers.
+      ValueError: If the dtypes differ, if a number is not finite, or if the dtype is float64 and `jax.enable_x64` is
+        off.
     """
 
     def __init__(self, source: str, arrays: Mapping[str, PyTree]):
@@ -40,11 +42,11 @@ class Arrays:
         return name in self._left
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an array that is still to be taken."""
+        """The shape of an array that has not been taken yet."""
         return self._array(name).shape
 
     def take(self, name: str, *shape: int | None) -> PyTree:
-        """The array of this name, which must have this shape; None stands for any size."""
+        """Takes the array of this name, which must have this shape; None stands for any size."""
         array = self._array(name)
         if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
@@ -52,7 +54,7 @@ class Arrays:
         return self._left.pop(name)
 
     def finish(self) -> None:
-        """Every array has been taken."""
+        """Raises unless every array has been taken."""
         if self._left:
             raise ValueError(f"{self.source}: unexpected arrays: {', '.join(map(repr, self._left))}")
 
@@ -64,7 +66,7 @@ class Arrays:
 
 
 def refuse_tracer(name: str, value: Any) -> None:
-    """Raises for an array that has no numbers yet, since it belongs to a function that JAX is tracing."""
+    """Raises if `value` is a tracer: an array in a function that JAX is tracing, which has no numbers yet."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
             f"{name}: expected numbers, got a tracer: convert outside of jax.jit, jax.grad, jax.vmap and the like"
@@ -87,12 +89,12 @@ def _floating(name: str, value: Any) -> np.ndarray:
 
 
 def ones(size: int, dtype: DTypeLike) -> PyTree:
-    """The scale of a LayerNorm that has none."""
+    """The scale for a LayerNorm that has none."""
     return np.ones(size, dtype)
 
 
 def to_numpy(params: PyTree) -> PyTree:
-    """The tree with NumPy leaves; raises for NaN, infinity and tracers."""
+    """The tree with NumPy arrays as leaves. It raises for NaN, infinity and tracers."""
 
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _floating(f"params{jax.tree_util.keystr(path)}", leaf), params

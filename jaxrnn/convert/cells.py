@@ -1,4 +1,4 @@
-"""What converters ask of cells: a model as its layers in order, and refusals that name the place."""
+"""Helpers for all converters: a model as its layers in order, and errors that name the place."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from jaxrnn.typing import PyTree, WithParams
 
 
 class Placed(NamedTuple):
-    """A cell of a model with its params, and where it is: `cell`, `cell.cells[2]`, `cell.cells[2].forward`."""
+    """A cell of a model, its params, and its place: `cell`, `cell.cells[2]`, `cell.cells[2].forward`."""
 
     cell: Any  # a Cell, whose fields converters ask for by its class
     params: PyTree
     place: str = "cell"
 
     def part(self, name: str, params: PyTree) -> Placed:
-        """The cell in the field `name`, which has these params."""
+        """The cell in the field `name`, with these params."""
         return Placed(getattr(self.cell, name), params, f"{self.place}.{name}")
 
     def refuse(self, why: str) -> NoReturn:
-        """Raises the `ValueError` that says what cannot be converted, and why."""
+        """Raises the `ValueError` that says which cell cannot be converted, and why."""
         raise ValueError(f"{self.place}: {self.cell!r}: {why}")
 
     def only(self, *fields: str, why: str) -> None:
-        """Raises unless all fields but these have their defaults."""
+        """Raises unless all fields except these have their default values."""
         for field in dataclasses.fields(self.cell):
             value = getattr(self.cell, field.name)
             if field.name not in fields and field.default is not dataclasses.MISSING and value != field.default:
@@ -36,14 +36,14 @@ class Placed(NamedTuple):
 
 
 def placed(cell: Cell, params: PyTree) -> Placed:
-    """The whole model, checked to be a cell with finite params of its shapes, which become NumPy arrays."""
+    """The whole model, with params as NumPy arrays. Checks that they are finite and have the shapes of the cell."""
     check.a_cell("cell", cell)
     check.params(cell, params)
     return Placed(cell, to_numpy(params))
 
 
 def layers(model: Placed) -> list[Placed]:
-    """The cells that are run one after another: a `Stack`, and those in it, taken apart."""
+    """The cells that run one after another: a `Stack`, and every `Stack` in it, is replaced by its cells."""
     match model.cell:
         case Stack(cells=cells, skip=skip):
             if skip:
@@ -58,7 +58,7 @@ def layers(model: Placed) -> list[Placed]:
 
 
 def stacked(cells: list[WithParams]) -> WithParams:
-    """One cell as it is, several as a `Stack`."""
+    """Returns a single cell as it is, and several cells as a `Stack`."""
     if len(cells) == 1:
         return cells[0]
     return Stack(tuple(cell for cell, _ in cells)), tuple(params for _, params in cells)

@@ -1,4 +1,4 @@
-"""From and to Equinox."""
+"""Converts models from and to Equinox."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ from jaxrnn.typing import Foreign, Named, PyTree, WithParams
 
 
 def from_equinox(module: Foreign) -> WithParams:
-    """A module of Equinox as a cell and its params: the same function.
+    """Converts a module of Equinox to a cell and its params that compute the same function.
 
-    Equinox's modules take one step of one example; `jaxrnn.scan` runs them over sequences, with or without batch axes.
-    Its states are our carries: (h, c) is `LSTMCarry(h, c)`, an array h is `GRUCarry(h)`.
+    Equinox's modules take one step of one example. `jaxrnn.scan` runs the cell over sequences, with or without batch
+    axes. Equinox's states are our carries: (h, c) is `LSTMCarry(h, c)`, and an array h is `GRUCarry(h)`.
 
     Args:
-      module: LSTMCell, GRUCell, Linear, Embedding, LayerNorm, Dropout, Identity, Lambda of one of JAX's activations; or
-        a Sequential, tuple or list of them, in the order in which they run, which becomes a `Stack`. Dropout acts where
-        `scan` is given a key, whatever its `inference` is. A class of your own, a subclass of these too, is refused,
-        since its `__call__` may do anything: convert a tuple of the modules in it.
+      module: An LSTMCell, GRUCell, Linear, Embedding, LayerNorm, Dropout, Identity, or Lambda of one of JAX's
+        activations. Or a Sequential, tuple or list of them, in the order in which they run, which becomes a `Stack`.
+        Dropout acts where `scan` is given a key, whatever its `inference` is. A class of your own is refused, even a
+        subclass of these, since its `__call__` may do anything: convert a tuple of the modules in it.
 
     Returns:
-      The cell and its params, in the dtype of the weights. A LayerNorm without weight gets one of ones.
+      The cell and its params, in the dtype of the weights. A LayerNorm without a weight gets a weight of ones.
 
     Raises:
-      ValueError: For a module or function without counterpart, arrays of other shapes or dtypes, or not finite.
-      TypeError: For what is no module, or has no arrays of floating numbers. Each names the place.
+      ValueError: If a module or function has no counterpart, or if arrays have other shapes or dtypes or are not
+        finite. The message names the place.
+      TypeError: If an object is not a module, or has no arrays of floating numbers. The message names the place.
 
     Examples:
       >>> import jax, jaxrnn
@@ -69,7 +70,7 @@ Read = Callable[[Arrays], tuple[Cell, Any]]
 
 
 def _read(place: str, module: Foreign, weights: Named, above: frozenset[int]) -> Read:
-    """Collects the weights of a module, and returns what makes its cell of them."""
+    """Collects the weights of a module, and returns the function that makes its cell from them."""
     kind = type(module)
     if id(module) in above:
         raise ValueError(f"{place}: {kind.__name__} contains itself")
@@ -162,17 +163,18 @@ _KINDS: dict[str, Callable[[str, PyTree, Arrays], WithParams]] = {
 
 
 def to_equinox(cell: Cell, params: PyTree) -> Foreign:
-    """A cell as Equinox's module with these weights: the same function. `from_equinox` is the way back.
+    """Converts a cell to a module of Equinox that computes the same function; `from_equinox` is the inverse.
 
     Args:
-      cell: LSTM, GRU (reset after the product), Linear, Embed, LayerNorm, Dropout, Apply of a name, or a Stack.
+      cell: An LSTM, GRU (reset after the product), Linear, Embed, LayerNorm, Dropout, Apply of a name, or Stack.
       params: Its params, as `cell.init` gives them.
 
     Returns:
-      The module of `equinox.nn`, whose `use_bias` says whether there are biases; of a Stack a tuple, one per cell.
+      The module of `equinox.nn`, whose `use_bias` says whether there are biases. A Stack becomes a tuple, with one
+      module for each cell.
 
     Raises:
-      ValueError: For a cell or an option that Equinox lacks, naming the place.
+      ValueError: If Equinox has no counterpart for a cell or an option. The message names the place.
 
     Examples:
       >>> import jax, jaxrnn

@@ -1,4 +1,4 @@
-"""Gates in other frameworks: one table of their orders, and what becomes of the two biases that some have."""
+"""The gates in other frameworks: one table of their orders, and how two biases are converted to one and back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ OURS = ("h", "rzn", "ifgo")  # of Elman, GRU and LSTM: n is a GRU's candidate, g
 
 
 class Gates(NamedTuple):
-    """The gates of a layer in another framework, one letter each, in the order of the columns there.
+    """The gates of a layer in another framework, one letter each, in the order of its columns.
 
-    negated: Gates that stand for 1 minus ours there, so that their columns have the other sign.
-    forget: The number that is added to the forget gate as the layer runs.
+    negated: The gates that stand for 1 minus our gate, so that their columns have the opposite sign.
+    forget: The number that the framework adds to the forget gate each time the layer runs.
     """
 
     order: str
@@ -28,7 +28,7 @@ class Gates(NamedTuple):
         return next(order for order in OURS if set(order) == set(self.order))
 
     def read(self, array: PyTree, *, bias: bool = False) -> PyTree:
-        """Weights of all gates, or their bias, on the last axis, as we have them."""
+        """Converts the weights or the bias of all gates, which lie on the last axis, to our form."""
         return self._forget_added(reorder(self._turned(array, self.order), self.order, self.ours), bias, 1)
 
     def write(self, array: PyTree, *, bias: bool = False) -> PyTree:
@@ -52,7 +52,7 @@ FLAX = {"GRU": Gates("rzn"), "LSTM": Gates("ifgo"), "ConvLSTM": Gates("igfo", fo
 
 
 def reorder(array: PyTree, given: str, wanted: str) -> PyTree:
-    """The gates of the last axis, one letter each, from one order in another, or some of them.
+    """Rearranges the gates on the last axis, one letter each, from one order into another, which may leave some out.
 
     Examples:
       >>> import numpy as np
@@ -68,13 +68,13 @@ def reorder(array: PyTree, given: str, wanted: str) -> PyTree:
 
 
 def _each(array, order, which, on, off):
-    """One number for each entry of the last axis: `on` in the blocks of the gates `which`."""
+    """One number for each entry of the last axis: `on` in the blocks of the gates `which`, `off` in the others."""
     numbers = np.array([on if gate in which else off for gate in order], array.dtype)
     return np.repeat(numbers, array.shape[-1] // len(order))
 
 
 def one_bias(place: str, b_x: PyTree, b_h: PyTree) -> PyTree:
-    """The sum of the biases of both products; raises where it overflows."""
+    """The sum of the biases of both matrix products. It raises if the sum overflows."""
     with np.errstate(over="ignore"):
         b = b_x + b_h
     if not np.isfinite(b).all():
@@ -83,13 +83,13 @@ def one_bias(place: str, b_x: PyTree, b_h: PyTree) -> PyTree:
 
 
 def gru_biases(place: str, b_x: PyTree, b_h: PyTree) -> tuple[PyTree, PyTree]:
-    """(b, b_hn) of a GRU that resets after the product: only r and z see the sum of both biases."""
+    """(b, b_hn) for a GRU that resets after the product, where only r and z read the sum of both biases."""
     candidate = _candidate(b_h)
     return one_bias(place, b_x, np.where(candidate, np.zeros_like(b_h), b_h)), b_h[candidate]
 
 
 def recurrent_bias(b_hn: PyTree) -> PyTree:
-    """The bias of the recurrent product of which all but b_hn is in b."""
+    """The bias of the recurrent product, for params in which b holds all of it except b_hn."""
     return np.concatenate([np.zeros_like(b_hn), np.zeros_like(b_hn), b_hn])
 
 

@@ -1,4 +1,4 @@
-"""From and to Haiku: its dicts of parameters. Haiku itself is not needed."""
+"""Converts dicts of parameters from and to Haiku. Haiku itself is not needed."""
 
 from __future__ import annotations
 
@@ -29,37 +29,39 @@ def from_haiku(
     spatial_shape: tuple[int, ...] | None = None,
     epsilon: float = 1e-5,
 ) -> WithParams:
-    """Haiku's parameters as a cell and its params: the same function as the modules that they are of.
+    """Converts Haiku's parameters to a cell and its params that compute the same function as their modules.
 
-    The modules are LSTM, GRU, VanillaRNN, Conv1DLSTM to Conv3DLSTM, Linear, Embed and LayerNorm over the last axis.
-    What else a model does is not in its parameters: several modules must run one after another, as in a `DeepRNN`, with
-    nothing between them but Dropout and IdentityCores. They become a `Stack`. Whether that is so cannot be seen here:
-    compare `apply` with `jaxrnn.scan` once.
+    The modules are LSTM, GRU, VanillaRNN, Conv1DLSTM to Conv3DLSTM, Linear, Embed and LayerNorm over the last axis. The
+    parameters do not show what else a model does. So several modules must run one after another, as in a `DeepRNN`,
+    with nothing between them but Dropout and IdentityCores. They become a `Stack`. This cannot be checked here: compare
+    `apply` with `jaxrnn.scan` once.
 
-    A module is known by the last part of its name: "my_model/~/lstm_1/linear" is of an LSTM. A `linear` below a name
-    that is none of Haiku's may be a Linear of its own or part of a renamed core, so `modules` has to say.
+    A module is recognised by the last part of its name: "my_model/~/lstm_1/linear" belongs to an LSTM. A `linear` below
+    a name that is not one of Haiku's may be a Linear of its own or part of a renamed core, so `modules` has to say
+    which.
 
-    `dynamic_unroll` is `jaxrnn.scan`; an `LSTMState(hidden, cell)` is `LSTMCarry(h, c)`, an array h `GRUCarry(h)` or
-    `ElmanCarry(h)`. Where a `ResetCore` reads `should_reset`, `scan` takes `reset`.
+    `dynamic_unroll` corresponds to `jaxrnn.scan`. An `LSTMState(hidden, cell)` corresponds to `LSTMCarry(h, c)`, and an
+    array h to `GRUCarry(h)` or `ElmanCarry(h)`. Where a `ResetCore` reads `should_reset`, `scan` takes `reset`.
 
-    VanillaRNN (with `double_bias`) and Conv*LSTM have two biases, of which `b` is the sum, so training moves the sum
-    twice as far in Haiku as `b` moves here; see `from_torch` for a way to do the same.
+    VanillaRNN (with `double_bias`) and Conv*LSTM have two biases, and `b` is their sum. So training moves the sum twice
+    as far in Haiku as it moves `b` here; see `from_torch` for a way to do the same.
 
     Args:
-      params: As `init` returns them: module names to dicts of arrays, which may be NumPy's.
+      params: The parameters that `init` returns: module names to dicts of arrays, which may be NumPy's.
       modules: The names of the modules in the order in which they run, "lstm" and not "lstm/linear". A mapping also
-        says the kind of each: "lstm", "gru", "vanilla_rnn", "conv1_dlstm" (2, 3), "linear", "embed", "layer_norm". None
-        takes the order of `params`, unless it is alphabetical: `jax.tree.map` sorts, so it may not be theirs.
-      spatial_shape: S of x (..., *S, D), which the weights of a Conv*LSTM do not tell.
-      epsilon: `eps` of the LayerNorms.
+        gives the kind of each: "lstm", "gru", "vanilla_rnn", "conv1_dlstm" (2, 3), "linear", "embed", "layer_norm".
+        None takes the order of `params`, unless it is alphabetical: `jax.tree.map` sorts the names, so this may not be
+        the order in which the modules run.
+      spatial_shape: S of x (..., *S, D), which the weights of a Conv*LSTM do not show.
+      epsilon: The `eps` of the LayerNorms.
 
     Returns:
       The cell and its params, in the dtype of the weights.
 
     Raises:
-      ValueError: For modules of unknown kind or order, and arrays that are missing, unexpected, of another shape, of
-        several dtypes or not finite, by name.
-      TypeError: For what are no dicts of arrays of floating numbers.
+      ValueError: If the kind or the order of modules is unknown, or if arrays are missing, unexpected, of another
+        shape, of several dtypes or not finite. The message names them.
+      TypeError: If the parameters are not dicts of arrays of floating numbers.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn, numpy as np
@@ -93,22 +95,22 @@ def from_haiku(
 def to_haiku(
     cell: Cell, params: PyTree, *, modules: Iterable[str] | None = None, epsilon: float = 1e-5
 ) -> dict[str, Named]:
-    """A cell's params as Haiku's, for modules that compute the same; `from_haiku` is the way back.
+    """Converts a cell's params to Haiku's, for modules that compute the same function; `from_haiku` is the inverse.
 
     Args:
-      cell: LSTM, GRU(reset_after=False), Elman(activation="relu"), ConvLSTM, Linear, Embed, LayerNorm, or a Stack of
+      cell: An LSTM, GRU(reset_after=False), Elman(activation="relu"), ConvLSTM, Linear, Embed, LayerNorm, or a Stack of
         them.
       params: Its params, as `cell.init` gives them.
-      modules: The name of each module in order; None for those that Haiku gives: "lstm", "lstm_1", "linear".
-      epsilon: `eps` of the LayerNorms that will read them.
+      modules: The names of the modules in order, or None for the names that Haiku gives: "lstm", "lstm_1", "linear".
+      epsilon: The `eps` of the LayerNorms that will read the parameters.
 
     Returns:
-      {module name: {name: array}}, in the order of the cells. Biases that are None are zeros, but for a Linear (with
-      `with_bias=False`) and a LayerNorm (with `create_offset=False`).
+      {module name: {name: array}}, in the order of the cells. Biases that are None become zeros, except those of a
+      Linear (with `with_bias=False`) and a LayerNorm (with `create_offset=False`).
 
     Raises:
-      ValueError: For a cell or an option that Haiku lacks (peepholes, a GRU that resets after the product), naming the
-        place; for layers without params, which Haiku's dict cannot hold.
+      ValueError: If Haiku has no counterpart for a cell or an option (peepholes, a GRU that resets after the product),
+        or if a layer has no params, since Haiku's dict cannot hold such a layer. The message names the place.
 
     Examples:
       >>> import jax, jaxrnn
@@ -160,14 +162,14 @@ def _names(modules: Foreign) -> list[str]:
 
 
 def _base(name: str) -> tuple[str, int]:
-    """The last part of a name without the number that tells it from others of its kind, and the number."""
+    """The last part of a name without the number that distinguishes modules of one kind, and that number."""
     last = name.rsplit("/", 1)[-1]
     found = re.fullmatch(r"(.+)_([1-9][0-9]{0,8})", last)
     return (found[1], int(found[2])) if found else (last, 0)
 
 
 def _groups(given: Mapping[str, PyTree], kinds: Mapping[str, Foreign], ordered: list[str] | None) -> dict[str, str]:
-    """The modules of `from_haiku`, each with its kind, in the order of the dict."""
+    """The modules that `from_haiku` reads, each with its kind, in the order of the dict."""
     for name, kind in kinds.items():
         if kind not in _KINDS:
             raise ValueError(f"modules: {name}: expected a kind of {', '.join(_KINDS)}, got {kind!r}")
@@ -182,7 +184,7 @@ def _groups(given: Mapping[str, PyTree], kinds: Mapping[str, Foreign], ordered: 
 
 
 def _group(name: str, kinds: Mapping[str, Foreign], ordered: list[str] | None) -> str:
-    """The module that runs: "lstm" for its "lstm/linear"."""
+    """The name of the module that runs: "lstm" for its part "lstm/linear"."""
     above, _, last = name.rpartition("/")
     if name in kinds or (ordered is not None and name in ordered):
         return name
@@ -221,7 +223,7 @@ def _check_order(order: list[str], groups: Mapping[str, str]) -> None:
 
 
 def _numbered(kinds: Iterable[str]) -> Iterable[str]:
-    """The names that Haiku gives to modules made one after another."""
+    """The names that Haiku gives to modules that are made one after another."""
     seen: dict[str, int] = {}
     for kind in kinds:
         number = seen.get(kind, 0)
@@ -245,7 +247,7 @@ class _At(NamedTuple):
         return self.arrays.take(self.name(below, name), *shape)
 
     def maybe(self, below: str, name: str, *shape: int | None) -> PyTree:
-        """None where it is not there."""
+        """Takes the array, or returns None if there is none."""
         return self.take(below, name, *shape) if self.name(below, name) in self.arrays else None
 
 
@@ -255,7 +257,7 @@ class _Options(NamedTuple):
 
 
 def _blocks(at: _At, array: PyTree, name: str, gates: int) -> int:
-    """H, of an array with gates · H columns."""
+    """The size H of an array that has gates · H columns."""
     columns = array.shape[-1]
     if columns % gates or not columns:
         raise ValueError(f"Haiku: {name} of {at.module}: expected {gates} gates of one size, got {columns} columns")
@@ -322,7 +324,7 @@ def _read_layer_norm(at: _At, options: _Options) -> WithParams:
 
 
 class _Kind(NamedTuple):
-    """How the cell of a module is read, and the modules inside."""
+    """The function that reads the cell of a module, and the names of the modules inside that module."""
 
     read: Callable[[_At, _Options], WithParams]
     inside: tuple[str, ...] = ()
@@ -343,7 +345,7 @@ _KINDS = {
 
 
 def _written(model: Placed, epsilon: float) -> tuple[str, dict[str, Named]]:
-    """The kind of a cell, and its arrays by module inside."""
+    """The kind of a cell's module, and its arrays, grouped by the module inside that holds them."""
     cell, params = model.cell, model.params
     match cell:
         case LSTM():

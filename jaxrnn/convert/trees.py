@@ -1,4 +1,4 @@
-"""Nested dicts of arrays as paths with slashes, and back."""
+"""Converts nested dicts of arrays to paths with slashes, and back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _DEEPEST = 64
 
 
 def join(path: str, name: str) -> str:
-    """The name below a path."""
+    """The path of `name` below `path`."""
     return f"{path}/{name}" if path else name
 
 
 def leaves(tree: PyTree) -> Named:
-    """What nested dicts hold, by path.
+    """The leaves of nested dicts, by path.
 
     Raises:
-      ValueError: If they are nested deeper than any model is.
+      ValueError: If the dicts are nested more deeply than those of any model.
 
     Examples:
       >>> leaves({"cell": {"i": {"kernel": 1}, "h": 2}})

@@ -1,4 +1,4 @@
-"""Training: from arrays to a trained, saved, resumed model, in pure pieces and one loop above them."""
+"""Training: from arrays to a trained, saved and resumed model, with pure functions and one loop above them."""
 
 from jaxrnn.training.batches import Arrays, Batch, Source
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, restore

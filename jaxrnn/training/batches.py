@@ -1,4 +1,4 @@
-"""Batches, and sources of them that know where they are."""
+"""Batches, and sources of batches that know their position in the data."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxrnn.typing import Foreign, Named, PyTree
 
 
 class Batch(NamedTuple):
-    """What a training step reads; every leaf has the batch axis first.
+    """The data of one training step; every leaf has the batch axis first.
 
-    xs: (B, T, ...), a pytree where the cell's x is one.
-    targets: (B, T, ...), or (B, ...) for a cell that ends time.
-    lengths: None or integers (B,). mask, reset: None or bool (B, T). As in `jaxrnn.scan`, with `time_axis=1`.
-    weights: None or (B,), or (B, T) for targets of every step: how much each counts in the loss and in metrics.
+    xs: the inputs (B, T, ...), a pytree if the cell's x is one.
+    targets: (B, T, ...), or (B, ...) for a cell that gives one output per sequence.
+    lengths: None or integers (B,). mask, reset: None or bool (B, T). All are as in `jaxrnn.scan`, with `time_axis=1`.
+    weights: None or (B,), or (B, T) for targets of every step: how much each one counts in the loss and in metrics.
     """
 
     xs: PyTree
@@ -32,16 +32,16 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """Where batches come from, epoch after epoch.
+    """A source of batches, epoch after epoch.
 
-    Each iteration gives what remains of the current epoch, then the next epoch begins: a second `for` loop runs the
-    second epoch, and one that comes after a `break` the rest of the first. `restore(state())` in another process, on
-    a source made with the same arguments, goes on with exactly the batches that would have come. A source of a known
-    number of batches per epoch also has `__len__`.
+    Each iteration gives the remaining batches of the current epoch, and then the next epoch begins. A second `for` loop
+    runs the second epoch; a loop that comes after a `break` runs the rest of the first. `restore(state())` in another
+    process, on a source made with the same arguments, continues with exactly the batches that would have come. A source
+    with a known number of batches per epoch also has `__len__`.
     """
 
     def __iter__(self) -> Iterator[PyTree]:
-        """The batches that remain of the current epoch, pytrees of NumPy arrays."""
+        """The remaining batches of the current epoch, as pytrees of NumPy arrays."""
         ...
 
     def state(self) -> Named:
@@ -49,21 +49,21 @@ class Source(Protocol):
         ...
 
     def restore(self, state: Named) -> None:
-        """Goes to the position that `state()` told."""
+        """Goes to the position that `state()` returned."""
         ...
 
 
 class Epochs(ABC):
-    """A source whose batches are a pure function of the epoch and of their number in it.
+    """A source whose batches are a pure function of the epoch and of their position in it.
 
-    A subclass says how many batches an epoch has, what it plans for an epoch (one entry per batch), how it makes a
-    batch of an entry, and what else must be equal for a state to fit.
+    A subclass defines the number of batches of an epoch, the plan of an epoch (one entry per batch), the batch for an
+    entry, and the settings that must be equal for a state to fit.
     """
 
     epoch: int = 0
-    """The current epoch, from 0."""
+    """The current epoch, counted from 0."""
     position: int = 0
-    """How many batches of the current epoch have been given."""
+    """The number of batches of the current epoch that have been given."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -71,15 +71,15 @@ class Epochs(ABC):
 
     @abstractmethod
     def plan(self, epoch: int) -> Sequence[PyTree]:
-        """One entry per batch of the epoch, in order."""
+        """The plan of an epoch: one entry per batch, in order."""
 
     @abstractmethod
     def batch(self, entry: Foreign) -> PyTree:
-        """The batch of one entry of a plan."""
+        """Makes the batch for one entry of a plan."""
 
     @abstractmethod
     def identity(self) -> Named:
-        """What the order of the batches depends on, as a JSON value."""
+        """The settings that the order of the batches depends on, as a JSON value."""
 
     def __iter__(self) -> Iterator[PyTree]:
         epoch = self.epoch
@@ -114,16 +114,16 @@ class Arrays(Epochs):
     """Batches of a pytree of arrays with a common leading axis, in a new order each epoch.
 
     Args:
-      data: A pytree, leaves (N, ...): a `Batch`, a tuple, a dict, an array. Kept as NumPy and gathered on the host. A
-        tuple is one pytree: `Arrays((xs, targets), 32)` gives tuples.
-      batch_size: B. The last batch of an epoch holds what is left, unless `drop_last`.
-      key: The order of an epoch is a pure function of the key and of the epoch.
-      shuffle: False for the order given, in every epoch; `key` is then not needed.
-      drop_last: Whether to leave out the last batch of an epoch where it is smaller.
+      data: A pytree with leaves (N, ...): a `Batch`, a tuple, a dict or an array. It is kept in NumPy, and batches are
+        gathered on the host. A tuple is one pytree: `Arrays((xs, targets), 32)` gives tuples.
+      batch_size: B. The last batch of an epoch holds the remaining rows, unless `drop_last`.
+      key: A PRNG key. The order of an epoch is a pure function of the key and of the epoch.
+      shuffle: False to keep the given order in every epoch; `key` is then not needed.
+      drop_last: Whether to leave out the last batch of an epoch if it is smaller.
 
     Raises:
-      ValueError: For leaves without a common leading axis, for no data, where no whole batch exists but `drop_last` is
-        set, and where `shuffle` has no key.
+      ValueError: If the leaves have no common leading axis, if there is no data, if `drop_last` is set but no whole
+        batch exists, or if `shuffle` is set without a key.
 
     Examples:
       >>> import jax, numpy as np
@@ -162,7 +162,7 @@ class Arrays(Epochs):
 
 
 def host(tree: PyTree, name: str) -> tuple[PyTree, int]:
-    """The tree with NumPy leaves, and the length of their common leading axis. A list is taken for an array."""
+    """The tree with NumPy leaves, and the length of their common leading axis; a list is treated as an array."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_list)
     if not leaves:
         raise ValueError(f"{name}: expected at least one array, got {tree!r}")
@@ -179,7 +179,7 @@ def host(tree: PyTree, name: str) -> tuple[PyTree, int]:
 
 
 def as_array(value: Any, name: str) -> np.ndarray:
-    """`value` as a NumPy array of numbers or booleans."""
+    """Returns `value` as a NumPy array of numbers or booleans."""
     try:
         array = np.asarray(value)
         numbers = array.dtype.kind in "biufc" or jnp.issubdtype(array.dtype, np.number)
@@ -197,7 +197,7 @@ def is_list(node: Foreign) -> bool:
 
 
 def check_valid(lengths: PyTree, mask: PyTree, rows: int, steps: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Lengths, int32 (N,), or a mask, bool (N, T), of so many rows and steps, in NumPy."""
+    """Checks lengths or a mask and returns them in NumPy: lengths as int32 (rows,), a mask as bool (rows, steps)."""
     if lengths is not None and mask is not None:
         raise ValueError("mask: expected lengths or mask, got both")
     if mask is not None:
@@ -215,7 +215,7 @@ def check_valid(lengths: PyTree, mask: PyTree, rows: int, steps: int) -> tuple[n
 
 
 def order_key(key: Any, shuffle: bool) -> list[int]:
-    """The words of a single key, or none where nothing is shuffled."""
+    """The words of a single key, or an empty list if nothing is shuffled."""
     if not shuffle:
         return []
     if key is None:
@@ -230,7 +230,7 @@ def order_key(key: Any, shuffle: bool) -> list[int]:
 
 
 def permutation(size: int, key: list[int], *numbers: int) -> np.ndarray:
-    """An order of 0, ..., size − 1: a pure function of key and numbers, the identity without a key."""
+    """An order of 0, ..., size − 1: a pure function of the key and the numbers, and the identity without a key."""
     if not key:
         return np.arange(size)
     # The stream of a bit generator is the same in every version of NumPy; that of `Generator.permutation` need not be.

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, written by Orbax: whole or not at all, and checked when they are read."""
+"""Checkpoints of a training run: Orbax writes them completely or not at all, and they are checked when read."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ FORMAT = 3
 
 
 class CheckpointError(ValueError):
-    """A directory or checkpoint that cannot be used; nothing in it was changed."""
+    """A directory or checkpoint cannot be used; nothing in it was changed."""
 
 
 class Checkpoints(NamedTuple):
-    """Where and how often `fit` saves.
+    """The settings of `fit` for saving: where and how often.
 
-    directory: of this run alone: new, empty, or holding its earlier checkpoints, from which `fit` goes on.
-    every: steps between two of them; they lie at the ends of jitted calls, and one at the end of training.
-    keep: how many are kept beside the last: the best by the monitored value of the validation before them.
+    directory: a directory for this run alone. It is new, empty, or holds earlier checkpoints of the run, from which
+    `fit` continues.
+    every: the number of steps between two checkpoints. They are saved at the ends of jitted calls, and one at the end
+    of training.
+    keep: the number of checkpoints to keep besides the last one: those with the best monitored value in the validation
+    before them.
     """
 
     directory: str | os.PathLike
@@ -46,7 +49,7 @@ class Checkpoints(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """A training run at one step. `start` is the step at which it began."""
+    """A training run as it was at one step; `start` is the step at which it began."""
 
     state: TrainState
     history: History
@@ -54,9 +57,9 @@ class Restored(NamedTuple):
 
 
 class Saver:
-    """Writes and reads the checkpoints of one run, in a directory that nobody else writes to meanwhile.
+    """Writes and reads the checkpoints of one run, in a directory that no other run writes to meanwhile.
 
-    `identity` says what the run is made of, see `jaxrnn.training.identity`.
+    `identity` describes the parts of the run, see `jaxrnn.training.identity`.
     """
 
     def __init__(self, where: Checkpoints, *, maximize: bool = False, identity: Mapping[str, str] | None = None):
@@ -94,7 +97,7 @@ class Saver:
             self.lock.close()
 
     def save(self, state: TrainState, history: History, *, start: int, value: float | None) -> None:
-        """Saves the run after its last step; `value` is what the best are chosen by."""
+        """Saves the run after its last step; the best checkpoints are chosen by `value`."""
         if self.lock.lost():
             raise CheckpointError(
                 f"{self.directory}: was deleted, moved or replaced while training saved its checkpoints there"
@@ -120,7 +123,7 @@ class Saver:
         self.manager.save(step, args=items, metrics=None if value is None else {"value": value})
 
     def restore(self, like: TrainState, start: int) -> Restored | None:
-        """The last one saved of the same run, which began at `start`; None where there is none."""
+        """Reads the last checkpoint of the same run, which began at `start`; None if there is none."""
 
         def check(about):
             if about["start"] != start:
@@ -141,7 +144,7 @@ class Saver:
 def _read(
     manager: Any, directory: Path, like: TrainState, step: int | None, check: Callable[[Named], None]
 ) -> Restored | None:
-    """The run at `step`, or the last one saved; None where there is none. `like` has its structure and shapes."""
+    """Reads the run at `step`, or the last one saved; None if there is none. `like` has its structure and shapes."""
     import orbax.checkpoint as ocp
 
     steps = sorted(manager.all_steps())
@@ -188,14 +191,14 @@ def _text_checksum(about: Named) -> int:
 
 
 class Run:
-    """The checkpoints of a `fit`: where it goes on, when it saves."""
+    """The checkpoints of one `fit`: the step from which it continues, and the steps at which it saves."""
 
     def __init__(self, saver: Saver, every: int, monitor: str):
         self.saver, self.every, self.monitor = saver, every, monitor
         self.start = self.saved = 0
 
     def begin(self, state: TrainState, history: History, start: int) -> tuple[TrainState, History, int]:
-        """What is given, or what an interrupted run of the same start left."""
+        """Returns the given state, history and start, or those that an interrupted run with the same start saved."""
         restored = self.saver.restore(state, start)
         if restored is not None:
             state, history = restored.state, restored.history
@@ -216,7 +219,7 @@ class Run:
 def run_in(
     checkpoints: Checkpoints | str | os.PathLike, validation: Validation, identity: Mapping[str, str]
 ) -> Iterator[Run]:
-    """The run whose checkpoints lie there, which nobody else has meanwhile."""
+    """Opens the run whose checkpoints lie in a directory, and locks it against other runs meanwhile."""
     where = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
     saver = Saver(where, maximize=validation.maximize, identity=identity)
     try:
@@ -226,16 +229,16 @@ def run_in(
 
 
 def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None = None) -> Restored:
-    """The run that `fit` saved in `directory`, as it was at `step`, or at the last.
+    """Reads the run that `fit` saved in `directory`, as it was at `step`, or at the last checkpoint.
 
     Args:
       directory: As in `Checkpoints`.
-      like: A state of the same structure and shapes, for instance the one that training began with, or `jax.eval_shape`
-        of what makes it.
-      step: Of which step; None for the last.
+      like: A state of the same structure and shapes, for instance the one that training began with, or the result of
+        `jax.eval_shape` of the function that makes it.
+      step: The step of the checkpoint; None for the last one.
 
     Raises:
-      CheckpointError: If there is none, or it is damaged, or of another model.
+      CheckpointError: If there is no checkpoint, or it is damaged, or it belongs to another model.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn, optax, tempfile
@@ -265,7 +268,7 @@ def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None 
 
 
 def _claim(directory: Path) -> Lock:
-    """Locks a new or empty directory, marked as one of training runs, or one that is marked already."""
+    """Locks a directory that is marked as one of training runs, or marks and locks one that is new or empty."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: expected a directory, found a file")
     directory.mkdir(parents=True, exist_ok=True)
@@ -299,9 +302,9 @@ def _arrays_of(history: History):
 
 
 class Leaf(NamedTuple):
-    """One leaf as it is written down: where it is, its shape and dtype, the checksum of its numbers.
+    """The saved description of one leaf: its path, its shape and dtype, and the checksum of its numbers.
 
-    `key` is the implementation of a PRNG key, whose numbers are its words; None for other arrays.
+    `key` is the implementation of a PRNG key, whose numbers are its words; it is None for other arrays.
     """
 
     path: str
@@ -320,7 +323,7 @@ def _named(tree: PyTree) -> list[tuple[str, PyTree]]:
 
 
 def _pack(tree: PyTree) -> tuple[dict[str, np.ndarray], list[Leaf]]:
-    """The leaves as plain arrays, and what is written down of them; empty ones are only written down."""
+    """Returns the leaves as plain arrays, and their descriptions; empty leaves have only a description."""
     arrays, leaves = {}, []
     for k, (path, leaf) in enumerate(_named(tree)):
         key = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
@@ -340,7 +343,7 @@ def _abstract(leaves: list[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, PyTree], where: str) -> PyTree:
-    """The tree of `target`'s structure; raises where path, shape, dtype or checksum is another."""
+    """Builds the tree with the structure of `target`; raises an error if a path, shape, dtype or checksum differs."""
     other = f"{where} is of another model, optimizer or setting"
     wanted = _named(target)
     for (path, _), leaf in zip(wanted, leaves, strict=False):
@@ -365,7 +368,7 @@ def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, PyTree], where
 
 
 def _with_best(like: TrainState, leaves: list[Leaf]) -> TrainState:
-    """`like` with the place of a best, where one was saved: a state before training has none yet."""
+    """Adds a place for `best` to `like` if one was saved: a state before training has none yet."""
     if like.best is not None or not any(leaf.path.startswith("[0].best") for leaf in leaves):
         return like
     value = jax.ShapeDtypeStruct(like.step.shape, jax.dtypes.canonicalize_dtype(float))

@@ -19,9 +19,9 @@ from jaxrnn.typing import Named, PyTree
 
 
 class Mean(NamedTuple):
-    """A weighted mean that is still to be added up: value = total / weight, 0 where the weight is 0.
+    """A weighted mean that is still to be added up: value = total / weight, or 0 where the weight is 0.
 
-    A metric is any NamedTuple of sums with a `value`; those of several batches are added field by field.
+    A metric is any NamedTuple of sums with a `value`; the metrics of several batches are added field by field.
 
     Examples:
       >>> float(Mean(6.0, 3.0).value)
@@ -37,7 +37,7 @@ class Mean(NamedTuple):
 
 
 class Perplexity(NamedTuple):
-    """exp of a mean cross-entropy: value = exp(total / weight)."""
+    """The exponential of a mean cross-entropy: value = exp(total / weight)."""
 
     total: Any
     weight: PyTree
@@ -53,12 +53,12 @@ Metrics = Mapping[str, Callable[..., Metric]] | Sequence[Callable[..., Metric]] 
 
 
 def mean(values: Array, mask: Array | None = None, weights: Array | None = None) -> Mean:
-    """The mean over all entries of `values`, or those where `mask`, a prefix of its axes, is true.
+    """The mean over all entries of `values`, or over those where `mask`, which has its first axes, is true.
 
     Args:
-      values: Any numbers.
-      mask: bool, axes from the first: which entries count.
-      weights: Axes from the first: how much each entry counts; None for 1.
+      values: The numbers.
+      mask: bool, with the first axes of the values: True for the entries that count.
+      weights: With the first axes of the values: how much each entry counts; None for 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -97,16 +97,18 @@ def cross_entropy(
     class_weights: Array | Sequence[float] | None = None,
     ignore: int | None = None,
 ) -> Mean:
-    """−log softmax(logits)[target], averaged.
+    """The average of −log softmax(logits)[target].
 
     Args:
-      logits: (..., C).
-      targets: Classes (...), integers in [0, C), of which others give NaN; or probabilities such as one-hot rows (...,
-        C).
-      mask: bool, axes from the first: what counts. NaN and any target elsewhere reach neither value nor gradient.
-      weights: Axes from the first: how much each sample, or step, counts; the mean is divided by their sum.
-      class_weights: (C,), how much the samples of each class count, targets being classes.
-      ignore: A class that does not count, such as −100 in PyTorch's data.
+      logits: The logits (..., C).
+      targets: Classes (...), integers in [0, C); other integers give NaN. Or probabilities (..., C), such as one-hot
+        rows.
+      mask: bool, with the first axes of the targets: True for the entries that count. NaN and invalid targets elsewhere
+        reach neither the value nor the gradient.
+      weights: With the first axes of the targets: how much each sample, or each step, counts. The result is divided by
+        the sum of the weights.
+      class_weights: How much the samples of each class count, (C,); the targets are then classes.
+      ignore: A class that does not count, for instance −100, as in PyTorch's data.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -144,14 +146,14 @@ def binary_cross_entropy(
     class_weights: tuple[float, float] | None = None,
     ignore: int | None = None,
 ) -> Mean:
-    """−t log σ(logit) − (1 − t) log(1 − σ(logit)), averaged.
+    """The average of −t log σ(logit) − (1 − t) log(1 − σ(logit)).
 
     Args:
       logits: (...) or (..., 1) for targets (...).
-      targets: In [0, 1], bool, integers or floating. Others, such as −1, give NaN.
+      targets: Values t in [0, 1], bool, integers or floating. Other values, such as −1, give NaN.
       mask: As in `cross_entropy`.
       weights: As in `cross_entropy`.
-      class_weights: How much targets of 0 and of 1 count; a probability between counts in proportion.
+      class_weights: How much a target of 0 and a target of 1 count; a probability counts in proportion.
       ignore: As in `cross_entropy`.
 
     Examples:
@@ -173,11 +175,11 @@ def binary_cross_entropy(
 def squared_error(
     predictions: Array, targets: Array, mask: Array | None = None, *, weights: Array | None = None
 ) -> Mean:
-    """(prediction − target)², averaged.
+    """The average of (prediction − target)².
 
     Args:
       predictions: (...) or (..., 1) for targets (...).
-      targets: (...).
+      targets: The targets (...).
       mask: As in `cross_entropy`.
       weights: As in `cross_entropy`.
 
@@ -194,7 +196,7 @@ def squared_error(
 def absolute_error(
     predictions: Array, targets: Array, mask: Array | None = None, *, weights: Array | None = None
 ) -> Mean:
-    """|prediction − target|, averaged; arguments as in `squared_error`.
+    """The average of |prediction − target|; the arguments are as in `squared_error`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -214,7 +216,7 @@ def accuracy(
     weights: Array | None = None,
     ignore: int | None = None,
 ) -> Mean:
-    """The share of rows whose greatest logit is the target's; arguments as in `cross_entropy`.
+    """The share of rows whose greatest logit is that of the target; the arguments are as in `cross_entropy`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -237,7 +239,7 @@ def binary_accuracy(
     weights: Array | None = None,
     ignore: int | None = None,
 ) -> Mean:
-    """The share of logits on the target's side of 0; arguments as in `binary_cross_entropy`.
+    """The share of logits on the target's side of 0; the arguments are as in `binary_cross_entropy`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -257,7 +259,7 @@ def perplexity(
     weights: Array | None = None,
     ignore: int | None = None,
 ) -> Perplexity:
-    """exp of the mean cross-entropy; arguments as in `cross_entropy`.
+    """The exponential of the mean cross-entropy; the arguments are as in `cross_entropy`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -317,7 +319,10 @@ OTHER_NAMES = {
 
 
 def _masked(ys, targets, mask):
-    """ys in at least float32, and both zero where the mask is false, so that nothing there is ever differentiated."""
+    """Casts ys to at least float32, and sets ys and targets to zero where the mask is false.
+
+    So nothing there is ever differentiated.
+    """
     for name, value in (("predictions", ys), ("targets", targets)):
         if not jax.tree_util.all_leaves([value]):
             raise TypeError(f"{name}: expected one array, got {type(value).__name__}; an error of your own takes trees")
@@ -361,12 +366,12 @@ def _of_classes(class_weights, targets, size, weights):
 
 
 def _known(known, losses):
-    """The losses, or NaN: a constant, not a result, which `jax_debug_nans` would report."""
+    """The losses, or NaN where a target is not `known`; a constant, since `jax_debug_nans` would report a result."""
     return jnp.where(known, losses, np.array(np.nan, losses.dtype))
 
 
 def _classes(logits, targets):
-    """The targets in a dtype that can tell all classes, which uint8 cannot of 256."""
+    """Returns the targets in a dtype that can hold the number of classes; uint8 holds no 256."""
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.dtype} "
@@ -397,7 +402,7 @@ def _same_shape(ys, targets):
 
 
 def _match(ys, targets):
-    """ys in the shape of the targets; a last axis of 1 may be missing there."""
+    """Returns ys in the shape of the targets, which may lack a last axis of 1."""
     if ys.shape == (*targets.shape, 1):
         return ys[..., 0]
     _same_shape(ys, targets)

@@ -18,11 +18,11 @@ from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
 class Validation(NamedTuple):
-    """Held-out data for `fit`, and what decides by them which params are the best.
+    """Held-out data for `fit`, and the rule by which they decide which params are the best.
 
-    data: as the data of `fit`. monitor: the metric that decides. maximize: whether more of it is better.
-    patience: stop after so many validations in a row that were no better; None for never. A member of many keeps the
-    params of its stopping step while the others go on.
+    data: as the data of `fit`. monitor: the metric that decides. maximize: whether a higher value is better.
+    patience: the number of validations in a row without improvement after which training stops; None to never stop.
+    With many members, one that has stopped keeps the params of that step while the others go on.
     """
 
     data: PyTree
@@ -41,22 +41,23 @@ def evaluate(
     compute_dtype: DTypeLike | None = None,
     members: bool = False,
 ) -> Named:
-    """The metrics of `loss` over all of `data`, without noise, every batch counting by its weight.
+    """Computes the metrics of `loss` over all of `data`, without noise; every batch counts by its weight.
 
     Args:
       loss: As in `fit`.
-      params: The model's.
-      data: As in `fit`; arrays stay in their order, and their last batch may be smaller.
-      batch_size: As in `fit`; arrays stay in their order, and their last batch may be smaller.
-      carry: For a loss that takes one, what the first window starts from.
+      params: The params of the model.
+      data: As in `fit`; arrays stay in their order.
+      batch_size: As in `fit`; the last batch of arrays may be smaller.
+      carry: For a loss that takes a carry, the one that the first window starts from.
       compute_dtype: As in `make_step`.
-      members: Whether params and carry have an axis of members in front, as `fit` leaves them for many models.
+      members: Whether params and carry have a leading axis of members, as `fit` returns them for many models.
 
     Returns:
-      Every metric as a float; with members as an array (members,).
+      Every metric as a float; with `members` as an array (members,).
 
     Raises:
-      ValueError: For targets that the errors of `make_loss` cannot be taken of, a class that there is not for instance.
+      ValueError: If an error function of `make_loss` is not defined for the targets, for instance because a class does
+        not exist.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -80,9 +81,9 @@ def _number(value):
 
 
 def evaluator(loss, data, batch_size, *, members: bool, compute_dtype):
-    """`(params, carry) -> metrics` as arrays, over data that can be gone through again and again.
+    """Makes `(params, carry) -> metrics` with arrays as metrics, over data that can be iterated over repeatedly.
 
-    It begins anew, with a carry like the one given.
+    Each call begins anew, with a fresh carry like the given one.
     """
     if iter_once(data):
         raise TypeError("validation: expected data that can be gone through after every epoch, got an iterator")
@@ -91,7 +92,7 @@ def evaluator(loss, data, batch_size, *, members: bool, compute_dtype):
 
 
 def _runner(loss, name, data, batch_size, *, members, compute_dtype):
-    """`(params, begin) -> metrics`, where `begin(rows)` is the carry of the first window."""
+    """Makes `(params, begin) -> metrics`, where `begin(rows)` is the carry of the first window."""
     step = _step(loss, compute_dtype, members=members)
     source = as_source(name, data, batch_size, None, shuffle=False)
     take = checked(loss, source, "targets" if name == "data" else f"{name}.targets")
@@ -123,7 +124,7 @@ def check_params(params: PyTree) -> None:
 
 
 def check_members(params: PyTree) -> None:
-    """Every leaf has the same number of members first."""
+    """Checks that every leaf has a leading axis with the same number of members."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(leaves[0][1])[0]:
@@ -139,12 +140,12 @@ def iter_once(data: PyTree) -> bool:
 
 
 def to_host(array: PyTree) -> PyTree:
-    """`array` in NumPy, unless it is being traced."""
+    """Converts `array` to NumPy, unless it is traced."""
     return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
 
 def _begin(loss, params, carry, rows, members):
-    """A carry for so many rows in the dtypes of `carry`: the cell's own, or zeros where the cell is not known."""
+    """A carry for `rows` rows in the dtypes of `carry`: the cell's own, or zeros where the cell is not known."""
     if carry is None:
         return None
     if isinstance(loss, CellLoss):

@@ -1,4 +1,4 @@
-"""From whatever holds batches to groups of equal shapes, stacked for one jitted call."""
+"""Turns any form of training data into groups of batches of equal shapes, stacked for one jitted call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrnn.typing import Foreign, Named, PyTree
 
 
 class Group(NamedTuple):
-    """Up to K batches of one shape: leaves (K, B, ...), how many of the K are real, and the position after it."""
+    """Up to K batches of one shape: leaves (K, B, ...), the number of real batches, and the position after them."""
 
     batches: Any
     filled: int
@@ -22,7 +22,7 @@ class Group(NamedTuple):
 
 
 class Listed(Epochs):
-    """A list of batches as a source, in its order."""
+    """A source that gives the batches of a list in its order."""
 
     def __init__(self, batches: Sequence[PyTree], name: str):
         if not batches:
@@ -43,7 +43,7 @@ class Listed(Epochs):
 
 
 class Plain:
-    """Any iterable of batches; it cannot say where it stands."""
+    """A source made of any iterable of batches; it cannot tell its position."""
 
     def __init__(self, batches: Iterable[PyTree]):
         self.batches = batches
@@ -67,7 +67,7 @@ class Plain:
 
 
 def as_source(name: str, data: PyTree, batch_size: int | None, key: Any, shuffle: bool) -> PyTree:
-    """`data` as a source: arrays and pytrees of arrays are cut into batches; lists and iterables are of batches."""
+    """Makes a source of `data`: arrays and pytrees of arrays are cut into batches; lists and iterables hold batches."""
     if callable(getattr(data, "state", None)) and callable(getattr(data, "restore", None)):
         return data
     if isinstance(data, list):
@@ -82,9 +82,10 @@ def as_source(name: str, data: PyTree, batch_size: int | None, key: Any, shuffle
 
 
 def as_batch(batch: PyTree) -> PyTree:
-    """A batch with NumPy arrays for leaves, those of PyTorch among others.
+    """Converts the leaves of a batch to NumPy arrays, also those of PyTorch.
 
-    PyTorch's loaders make a list of what was a tuple, so a list of arrays is a tuple; a list of numbers is an array.
+    PyTorch's data loaders turn a tuple into a list, so a list of arrays is treated as a tuple; a list of numbers is an
+    array.
     """
 
     def leaf(path, value):
@@ -96,7 +97,10 @@ def as_batch(batch: PyTree) -> PyTree:
 
 
 def checked(loss: Callable, source: Foreign, name: str = "targets") -> Callable[[PyTree], PyTree]:
-    """`batch -> batch` of NumPy arrays, whose targets `loss` can learn from; what is known now is checked at once."""
+    """Makes `batch -> batch`, which converts to NumPy and checks that `loss` can learn from the targets.
+
+    Data that are known now are checked at once.
+    """
 
     def take(batch):
         if isinstance(loss, CellLoss) and isinstance(source, Listed) and hasattr(batch, "shape"):
@@ -121,9 +125,9 @@ def checked(loss: Callable, source: Foreign, name: str = "targets") -> Callable[
 
 
 def groups(source: Foreign, size: int, take: Callable[[PyTree], PyTree] = as_batch) -> Iterator[Group]:
-    """The batches that remain of the epoch, `size` at a time where their shapes agree; the rest is filled up.
+    """Groups the remaining batches of the epoch, `size` at a time if their shapes agree; smaller groups are filled up.
 
-    `take` makes NumPy arrays of a batch.
+    `take` converts a batch to NumPy arrays.
     """
     held: list[PyTree] = []
     position = None

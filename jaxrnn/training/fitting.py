@@ -1,4 +1,4 @@
-"""The training loop: epochs of jitted calls of several steps, validation, and the run's record."""
+"""The training loop: epochs of jitted calls of several steps, validation, and the history of the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, gradient or validation was not finite. `state` is the last good one, `history` all that came before."""
+    """A loss, gradient or validation was not finite.
+
+    `state` is the last good state, and `history` holds everything up to then.
+    """
 
     def __init__(self, bad: BadStep, state: TrainState, history: History):
         super().__init__(str(bad))
@@ -54,46 +57,47 @@ def fit(
     checkpoints: Any = None,
     progress: Any = None,
 ) -> tuple[TrainState, History]:
-    """Trains for `epochs` passes over `data`: (state, history).
+    """Trains for `epochs` passes over `data`, and returns (state, history).
 
     Args:
-      loss: `(params, batch, key) -> (scalar, metrics)`, see `make_step`; where the state has a carry, `(params, carry,
-        batch, key) -> (scalar, (carry, metrics))`.
-      state: From `train_state`. **Many models at once:** a state with an axis of members first on every leaf, as
-        `jax.vmap` of a function that makes one gives it, trains all in one compiled program, on the same batches in the
-        same order. Members may differ in what is an array: the key, the params, what `optax.inject_hyperparams` holds.
-        What is a field of a cell (sizes, dropout rates) is part of the program: each value needs its own `fit`.
-      data: Arrays with a common first axis, or a tuple, `Batch` or dict of such; or batches: a list, an iterable, a
-        source (see `Source`) such as `Buckets` or `Streams`.
+      loss: A function `(params, batch, key) -> (scalar, metrics)`, see `make_step`; if the state has a carry,
+        `(params, carry, batch, key) -> (scalar, (carry, metrics))`.
+      state: The state that `train_state` made. **Many models at once:** a state with a leading axis of members on every
+        leaf, as `jax.vmap` of a function that makes a state returns it, trains all members in one compiled program, on
+        the same batches in the same order. Members may differ in everything that is an array: the key, the params, the
+        values in `optax.inject_hyperparams`. The fields of a cell (sizes, dropout rates) are part of the program, so
+        each value needs its own `fit`.
+      data: Arrays with a common first axis, or a tuple, `Batch` or dict of such arrays; or batches: a list, an
+        iterable, or a source (see `Source`) such as `Buckets` or `Streams`.
       optimizer: The Optax optimizer that `state` was made with.
-      epochs: How many passes.
-      batch_size: Of arrays; the last batch of an epoch may be smaller.
-      key: Of the order of arrays, a new one each epoch. (Noise is drawn from the state's key.)
-      shuffle: False leaves arrays in their order and needs no key.
-      validation: Data of the same kinds, gone through after every epoch without noise; or `Validation(data, monitor,
-        maximize, patience)`, which says by what metric the best is known, and when to stop. The best is kept in
-        `state.best`; for a loss with a carry, validation begins with the cell's initial carry, or with zeros where the
-        loss is not of `make_truncated_loss`.
-      nonfinite: When a loss or gradient is not finite, "raise" `NonFiniteError`, "skip" the update and go on, or "stop"
-        at the last good state. Where a validation gives NaN: "raise", count it as no better, or "stop". Each is
-        reported in `history.bad`.
+      epochs: The number of passes over the data.
+      batch_size: The number of rows per batch, for arrays; the last batch of an epoch may be smaller.
+      key: A key for the order of arrays, which is new in each epoch. (Noise is drawn from the key of the state.)
+      shuffle: False to keep arrays in their order, which needs no key.
+      validation: Data of the same kinds, evaluated after every epoch without noise; or
+        `Validation(data, monitor, maximize, patience)`, which sets the metric that decides which params are the best,
+        and when to stop. The best params are kept in `state.best`. For a loss with a carry, validation begins with the
+        cell's initial carry, or with zeros if the loss is not from `make_truncated_loss`.
+      nonfinite: What to do if a loss or gradient is not finite: "raise" `NonFiniteError`, "skip" the update and go on,
+        or "stop" at the last good state. If a validation gives NaN, "raise" and "stop" do the same, and "skip" counts
+        it as no better. Each case is reported in `history.bad`.
       accumulate: As in `make_step`.
       compute_dtype: As in `make_step`.
-      steps_per_call: So many steps run in one jitted call.
-      checkpoints: A directory or `Checkpoints`: saves there, and goes on from what an interrupted run left there, to
-        the same bits as if it had not been interrupted. Its loss, optimizer, data (of arrays above a GiB evenly spaced
-        rows), params to begin with, keys, `batch_size`, `accumulate`, `compute_dtype` and the metric of `validation`
-        must be the same; `epochs` and all else may differ, as may what `optax.inject_hyperparams` holds, which the
-        checkpoint has.
+      steps_per_call: The number of steps that run in one jitted call.
+      checkpoints: A directory or `Checkpoints`: `fit` saves there, and continues from the state that an interrupted run
+        saved there, with the same bits as if it had not been interrupted. The loss, optimizer, data (for arrays above a
+        GiB, only evenly spaced rows are compared), initial params, keys, `batch_size`, `accumulate`, `compute_dtype`
+        and the metric of `validation` must be the same. `epochs` and everything else may differ. So may the values in
+        `optax.inject_hyperparams`, which the checkpoint holds.
       progress: None or True for a line after every epoch, and a bar on a terminal; False for nothing; or a
         `rich.console.Console` to draw on.
 
     Returns:
-      The last state (the best one's params are `state.best.params`), and the `History`.
+      The last state (the best params are `state.best.params`), and the `History`.
 
     Raises:
-      ValueError: For targets that the errors of `make_loss` cannot be taken of, such as a class that there is not:
-        before the first step in arrays and lists of batches, else as the batches come.
+      ValueError: If an error function of `make_loss` is not defined for the targets, for instance because a class does
+        not exist. For arrays and lists of batches it is raised before the first step, else as the batches come.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn, optax
@@ -187,7 +191,7 @@ def fit(
 
 
 def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *, members: bool) -> Callable:
-    """`judge(state, history) -> (state, history)`: a validation, whether it is the best, and what is done with NaN."""
+    """Makes `judge(state, history) -> (state, history)`, which validates, updates the best params and handles NaN."""
     monitor = validation.monitor
     validate = evaluator(loss, validation.data, batch_size, members=members, compute_dtype=compute_dtype)
     compare = make_compare(validation.maximize, validation.patience, members=members)
@@ -222,9 +226,10 @@ def _check_state(state: PyTree, optimizer: optax.GradientTransformation) -> None
 
 @functools.lru_cache(maxsize=16)  # so that a second `fit` with the same loss and optimizer does not compile again
 def make_chunk(loss, optimizer, accumulate, compute_dtype, *, members: bool, halt: bool) -> Callable:
-    """`chunk(state, batches, real) -> (state, (metrics, bad, live))`, jitted: one step for each batch that is `real`.
+    """Makes `chunk(state, batches, real) -> (state, (metrics, bad, live))`, jitted: one step per `real` batch.
 
-    A step that is not finite is not taken; with `halt` the state is then stopped. `live` says which steps were tried.
+    A step that is not finite is not taken, and with `halt` the state is then stopped. `live` says which steps were
+    tried.
     """
     update = make_update(loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype)
 
@@ -256,7 +261,7 @@ def make_chunk(loss, optimizer, accumulate, compute_dtype, *, members: bool, hal
 
 
 def _train(chunk, state, group: Group, size: int, history: History, names: list[str], totals: Totals | None):
-    """The state after a group, the history with its steps, those that were not finite, and the epoch's totals."""
+    """Trains on a group: returns the state, the history, the steps that were not finite, and the totals of the epoch."""
     first, best = _steps(state) + 1, state.best
     state, (values, bad, live, sums) = chunk(
         state._replace(data=None, best=None), group.batches, np.arange(size) < group.filled
@@ -276,7 +281,7 @@ def _train(chunk, state, group: Group, size: int, history: History, names: list[
 
 
 def _unknown(state: TrainState, values: np.ndarray, monitor: str) -> tuple[BadStep, ...]:
-    """Where a validation gave NaN, which is neither better nor worse than anything."""
+    """The validations that gave NaN, which is neither better nor worse than anything."""
     unknown = np.isnan(values) & ~np.asarray(state.stopped)
     return tuple(
         BadStep(_steps(state), int(at[0]) if len(at) else None, f"the validation {monitor}")
@@ -286,7 +291,7 @@ def _unknown(state: TrainState, values: np.ndarray, monitor: str) -> tuple[BadSt
 
 @functools.lru_cache(maxsize=16)
 def make_compare(maximize: bool, patience: int | None, *, members: bool) -> Callable:
-    """`compare(state, value) -> state` after a validation, jitted."""
+    """Makes `compare(state, value) -> state`, jitted, which is called after a validation."""
     compare = functools.partial(better, maximize=maximize, patience=patience)
     return jax.jit(jax.vmap(compare) if members else compare)
 
@@ -297,7 +302,7 @@ def _no_best(state: TrainState, maximize: bool) -> Best:
 
 
 def _go_to(source: Foreign, position: Any) -> tuple[int, Totals | None]:
-    """Puts the source where `position` says: the epoch, and its totals so far."""
+    """Moves the source to `position`, and returns the epoch and its totals so far."""
     if position is None:
         return 0, None
     source.restore(position["source"])

@@ -1,4 +1,4 @@
-"""What training recorded, as arrays."""
+"""The record of a training run, as arrays."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class BadStep(NamedTuple):
 
 
 class History(NamedTuple):
-    """S steps and E validations; with M members every metric has a second axis (M,).
+    """The record of S steps and E validations; with M members every metric has a second axis (M,).
 
     step: the numbers of the steps, (S,).
-    train: each metric of each step's batch, (S,); NaN for a member that had stopped.
+    train: each metric of the batch of each step, (S,); NaN for a member that had stopped.
     validation_step: the steps after which validations were made, (E,).
-    validation: each metric, (E,).
+    validation: each metric of each validation, (E,).
     epoch_step: the last step of every epoch, (E',).
-    epoch: each metric over each epoch, every batch counting by its weight, (E',); see `epochs`.
+    epoch: each metric over each epoch, where every batch counts by its weight, (E',); see `epochs`.
     bad: the steps that were not finite.
-    ended: "epochs" when all were trained, "stopped" when nothing was left to train (patience, or not finite), else "".
+    ended: "epochs" if all epochs were trained, "stopped" if nothing was left to train (patience, or not finite), else
+    "".
     """
 
     step: np.ndarray
@@ -87,7 +88,7 @@ class History(NamedTuple):
         epoch: dict[str, np.ndarray] | None = None,
         bad: tuple[BadStep, ...] = (),
     ) -> History:
-        """This history with more rows at its end."""
+        """Returns this history with more rows at its end."""
         return History(
             _append(self.step, step),
             _append_each(self.train, train),

@@ -1,4 +1,4 @@
-"""What a training run is made of, as text, so that a checkpoint is not taken for one of another run."""
+"""Describes the parts of a training run as text, so that a checkpoint of another run is not used by mistake."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from jaxrnn.training.batches import Epochs
 from jaxrnn.typing import PyTree
 
 SAMPLE = 2**30
-"""Of an array of more bytes, evenly spaced rows of so many in all are read."""
+"""For an array of more bytes, evenly spaced rows of this many bytes in all are read."""
 LISTED = 16
-"""Of a longer list, like one of batches or sequences, one checksum is kept."""
+"""For a longer list, for instance of batches or sequences, one checksum is kept."""
 _HERE = os.path.dirname(jaxrnn.__file__)
 LIBRARIES = (_HERE, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 def run_identity(**parts: Any) -> dict[str, str]:
-    """Every part as lines of text by their place in it, the same in every process that runs the same program.
+    """Describes every part by lines of text, the same in every process that runs the same program.
 
-    Arrays are told by shape, dtype and checksum; cells, tuples and dicts by what they hold; a function by its name,
-    its defaults and what its closure holds, and one that is not of an installed package also by its code and the
-    numbers, texts, cells and functions that it reads from its module. Of other objects only the type is told: where
-    the same program could look different, nothing is said.
+    Each line is named by its place in the part.
+    Arrays are described by shape, dtype and checksum; cells, tuples and dicts by their contents; a function by its
+    name, its defaults and the contents of its closure. A function that is not from an installed package is also
+    described by its code and by the numbers, strings, cells and functions that it reads from its module. Other objects
+    are described only by their type: where the same program could look different, nothing is said.
     """
     return dict(line for name, value in parts.items() for line in _lines(name, value, ()))
 
 
 def difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-    """The first place in which two identities differ, and how; None where they are equal."""
+    """The first place in which two identities differ, and how; None if they are equal."""
     for name in [*here, *(name for name in there if name not in here)]:
         old, new = there.get(name, "nothing"), here.get(name, "nothing")
         if old != new:
@@ -51,14 +52,15 @@ def difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
 
 
 def checksum(array: np.ndarray) -> int:
-    """Of the bytes of an array."""
+    """The checksum of the bytes of an array."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _lines(name: str, value: Any, above: tuple[int, ...], *, own: bool = False) -> Iterator[tuple[str, str]]:
-    """`value`, which is `name`; `above` are the ids of what holds it, and `own` says that a function of the user does.
+    """The lines for `value`, which is called `name`; `above` are the ids of the objects that hold it.
 
-    Containers there may hold settings that nothing depends on, like the number of epochs.
+    `own` says whether a function of the user holds it. Containers there may hold settings that nothing depends on, like
+    the number of epochs.
     """
     if id(value) in above:
         return
@@ -112,7 +114,7 @@ def _items(value: Any) -> Iterator[tuple[str, PyTree]]:
 
 
 def _fields(value: Any) -> Iterator[tuple[str, PyTree]]:
-    """The attributes of an object, but not where in its data a source stands, and what it does when it is called."""
+    """The attributes of an object and the code of its call, without the position of a source in its data."""
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
     else:
@@ -123,7 +125,7 @@ def _fields(value: Any) -> Iterator[tuple[str, PyTree]]:
 
 
 def _read_by(function: types.FunctionType, own: bool) -> Iterator[tuple[str, PyTree]]:
-    """What a function reads beside its arguments."""
+    """The values that a function reads besides its arguments."""
     yield from ((f".{name}", value) for name, value in (function.__kwdefaults__ or {}).items())
     yield from ((f".defaults[{k}]", value) for k, value in enumerate(function.__defaults__ or ()))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -153,7 +155,7 @@ def _code(code: types.CodeType) -> int:
 
 
 def _constant(value: Any) -> str:
-    """The order of a set of strings is another in every process."""
+    """The text of a constant, with sets sorted: the order of a set of strings differs in every process."""
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""A directory for one writer at a time: a lock that the system takes back from a process that ends, however it ends."""
+"""A lock on a directory, for one writer at a time; the system releases it when a process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NAME = ".jaxrnn-run.lock"
 
 
 class Held(Exception):
-    """Somebody has the lock. The text says who."""
+    """The lock is already held; the text says by whom."""
 
 
 class Lock:
-    """A lock on `directory`, held until `close`; raises `Held` where another has it.
+    """A lock on `directory`, held until `close`; raises `Held` if it is already held.
 
-    Its file stays, and is empty then.
+    The file of the lock stays, and is empty then.
     """
 
     def __init__(self, directory: Path):
@@ -37,7 +37,7 @@ class Lock:
         os.write(self.file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def lost(self) -> bool:
-        """Whether the file is no longer there: somebody deleted or replaced the directory."""
+        """Whether the file is no longer there, because the directory was deleted or replaced."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self.file))
         except FileNotFoundError:
@@ -54,7 +54,7 @@ if sys.platform == "win32":
     import msvcrt
 
     BYTE = 1 << 30
-    """Behind the text, which others must be able to read."""
+    """The byte that is locked, behind the text, which others must be able to read."""
 
     def _try_lock(file: int) -> None:
         os.lseek(file, BYTE, os.SEEK_SET)

@@ -45,15 +45,15 @@ def make_loss(
     remat_every: int | None = None,
     implementation: Implementation = None,
 ) -> CellLoss:
-    """`loss(params, batch, key) -> (scalar, metrics)`: the error of what `cell` puts out for a `Batch`.
+    """Makes `loss(params, batch, key) -> (scalar, metrics)`, the error of the outputs of `cell` for a `Batch`.
 
     Padding, by `lengths` or `mask`, does not count: a padded batch and the same sequences one by one give the same loss
     and gradients.
 
     Args:
       cell: The model.
-      error: `(ys, targets, mask) -> Mean`, for instance `cross_entropy`.
-      metrics: More functions like `error`, by name or as a list, which takes the functions' own names.
+      error: A function `(ys, targets, mask) -> Mean`, for instance `cross_entropy`.
+      metrics: More functions of this kind, by name, or as a list, where each has its own name.
       remat_every: As in `jaxrnn.scan`.
       implementation: As in `jaxrnn.scan`.
 
@@ -81,10 +81,11 @@ def make_truncated_loss(
     remat_every: int | None = None,
     implementation: Implementation = None,
 ) -> CellLoss:
-    """`loss(params, carry, batch, key) -> (scalar, (carry, metrics))`, for truncated backpropagation through time.
+    """Makes the loss for truncated backpropagation through time.
 
-    The carry in which one window ends is where the next begins, and gradients stop between them. A reset begins with
-    the cell's own initial carry and its gradient: it is what trains a `LearnedCarry`. Arguments as in `make_loss`.
+    It is `loss(params, carry, batch, key) -> (scalar, (carry, metrics))`. Each window begins with the carry in which
+    the window before ended, and gradients stop between them. A reset begins with the cell's own initial carry and its
+    gradient, which is how a `LearnedCarry` is trained. The arguments are as in `make_loss`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -128,7 +129,7 @@ def make_truncated_loss(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellLoss:
-    """A loss that knows its cell, and so which targets it can learn from."""
+    """A loss that knows its cell, and therefore which targets it can learn from."""
 
     function: Callable
     cell: Cell
@@ -138,7 +139,7 @@ class CellLoss:
         return self.function(*arguments, **keywords)
 
     def check(self, batch: PyTree, name: str = "targets") -> None:
-        """Raises where the targets of a batch of NumPy arrays are none for its errors. Padding is not looked at."""
+        """Raises if its error functions are undefined for the targets of a NumPy batch; padding is ignored."""
         batch = _as_batch(self.cell, batch)
         _check_inputs(self.cell, batch)
         if not isinstance(batch.targets, np.ndarray):
@@ -212,7 +213,7 @@ def _first(cell: Cell) -> Cell:
 
 
 def valid_steps(batch: Batch, xp: Any = jnp) -> PyTree:
-    """The steps that are no padding, bool (B, T), or None for all; `xp` is jax.numpy or numpy."""
+    """The steps that are not padding, bool (B, T), or None if all are valid; `xp` is jax.numpy or numpy."""
     if batch.lengths is None:
         return None if batch.mask is None else xp.asarray(batch.mask)
     time = xp.arange(jnp.shape(jax.tree.leaves(batch.xs)[0])[1])
@@ -232,7 +233,7 @@ def _as_batch(cell: Cell, batch: PyTree) -> Batch:
 
 
 def check_axes(cell: Cell, xs: PyTree) -> None:
-    """xs has batch and time axes in front of those of one step."""
+    """Checks that xs has batch and time axes in front of the axes of one step."""
     for leaf, ndim in zip(jax.tree.leaves(xs), jax.tree.leaves(cell.input_ndim), strict=False):
         if jnp.ndim(leaf) < ndim + 2:
             raise ValueError(f"xs: expected batch, time and {ndim} more axes for {cell!r}, got shape {jnp.shape(leaf)}")

@@ -1,4 +1,4 @@
-"""Predictions of a trained model over data of any length, by few programs."""
+"""Predictions of a trained model over data of any length, with few compiled programs."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ def predict(
     batch_size: int = 128,
     members: bool = False,
 ) -> PyTree:
-    """What `cell` puts out for every row of `xs`, without noise.
+    """Computes the outputs of `cell` for every row of `xs`, without noise.
 
     Args:
       cell: The model.
-      params: Its params. `jax.vmap` may go over them; the predictions are then JAX's arrays.
-      xs: (N, T, ...), or a pytree of such; or a list of N sequences (T_i, ...) of any lengths, which are padded to few
-        shapes.
+      params: The params of the model. `jax.vmap` may go over them; the predictions are then JAX arrays.
+      xs: An array (N, T, ...), or a pytree of such arrays; or a list of N sequences (T_i, ...) of any lengths, which
+        are padded to few shapes.
       lengths: For arrays, the number of valid steps, integers (N,).
       mask: For arrays, the valid steps in any pattern, bool (N, T), in place of lengths.
-      batch_size: Rows per jitted call. The last call is filled up, and what needs a single call has its rows and steps
-        rounded up by at most a quarter, so that requests of any size run by few programs.
-      members: Whether params have an axis of members in front, as `fit` leaves them for many models.
+      batch_size: The number of rows per jitted call. The last call is filled up. Data that fit into a single call have
+        their rows and steps rounded up by at most a quarter, so that few compiled programs serve requests of any size.
+      members: Whether the params have a leading axis of members, as `fit` returns them for many models.
 
     Returns:
-      NumPy arrays (N, T, ...), or (N, ...) from a cell that ends time; for a list and a cell that does not, a list of N
-      arrays (T_i, ...). In the order of xs. With members every array has their axis in front.
+      NumPy arrays (N, T, ...), or (N, ...) for a cell that gives one output per sequence (`ends_time`); for a list and
+      any other cell, a list of N arrays (T_i, ...). They are in the order of xs. With `members` every array has a
+      leading axis of members.
 
     Raises:
-      ValueError: For what does not fit.
-      TypeError: For what does not fit.
+      ValueError: If an argument does not fit.
+      TypeError: If an argument does not fit.
 
     Examples:
       >>> import jax, numpy as np, jaxrnn
@@ -93,7 +94,7 @@ def _outputs(cell, params, xs, lengths, mask, *, members):
 
 
 def _run(cell, params, xs, lengths, mask, *, shape, members):
-    """One call, for which rows and steps are filled up to `shape`; what was filled in is cut off its outputs."""
+    """Runs one call, with rows and steps filled up to `shape`; the added entries are cut off its outputs."""
     rows, steps = jax.tree.leaves(xs)[0].shape[:2]
     if lengths is None and mask is None and shape[1] > steps:
         lengths = np.full(rows, steps, np.int32)
@@ -114,7 +115,7 @@ def _rounded_shape(rows, steps, batch_size):
 
 
 def _rounded(number: int) -> int:
-    """The next number whose binary form has at most three digits before its zeros: four numbers for each power of 2."""
+    """Rounds up to a number with at most three binary digits before the zeros: four numbers for each power of 2."""
     unit = 1 << max(number.bit_length() - 3, 0)
     return -(-number // unit) * unit
 

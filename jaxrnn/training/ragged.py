@@ -24,20 +24,20 @@ from jaxrnn.typing import Bools, Integers, Named, PyTree
 
 
 def pad(sequences: Sequence[PyTree], *, length: int | None = None, value: float = 0) -> tuple[PyTree, np.ndarray]:
-    """Sequences of different lengths as one array, and their lengths.
+    """Pads sequences of different lengths to one array, and returns it with their lengths.
 
     Args:
-      sequences: N arrays (T_i, ...) of one dtype that agree in all other axes; T_i may be 0. Or pytrees of such, whose
-        leaves agree in T_i; a list is taken for an array.
-      length: T; None for the longest.
-      value: What fills the rest.
+      sequences: N arrays (T_i, ...) of one dtype that agree in all other axes; T_i may be 0. Or pytrees of such arrays,
+        whose leaves agree in T_i. A list is treated as an array.
+      length: T, the length to pad to; None for the longest length.
+      value: The value of the padding.
 
     Returns:
-      The padded (N, T, ...), in NumPy, and the lengths, int32 (N,).
+      The padded sequences (N, T, ...), in NumPy, and the lengths, int32 (N,).
 
     Raises:
-      ValueError: For what does not fit, naming the sequence.
-      TypeError: For what does not fit, naming the sequence.
+      ValueError: If an argument does not fit; the message names the sequence.
+      TypeError: If an argument does not fit; the message names the sequence.
 
     Examples:
       >>> from jaxrnn.training.ragged import pad
@@ -58,15 +58,15 @@ def pad(sequences: Sequence[PyTree], *, length: int | None = None, value: float 
 
 
 def unpad(padded: Any, lengths: Integers | None = None, *, mask: Bools | None = None) -> list:
-    """The sequences that `pad` put into one array: `[row[:length] for row, length in zip(padded, lengths)]`.
+    """Returns the sequences that `pad` put into one array: `[row[:length] for row, length in zip(padded, lengths)]`.
 
     Args:
-      padded: (N, T, ...), or a pytree of such, as NumPy or JAX arrays.
-      lengths: Integers (N,).
-      mask: In their place bool (N, T), the steps to keep, in any pattern.
+      padded: An array (N, T, ...), or a pytree of such arrays, in NumPy or JAX.
+      lengths: Integers (N,), the lengths of the sequences.
+      mask: bool (N, T), in place of lengths: the steps to keep, in any pattern.
 
     Returns:
-      N arrays (T_i, ...), or pytrees of such, in NumPy: of lengths views where `padded` is NumPy.
+      N arrays (T_i, ...), or pytrees of such arrays, in NumPy. With lengths they are views if `padded` is in NumPy.
 
     Examples:
       >>> from jaxrnn.training.ragged import pad, unpad
@@ -90,7 +90,7 @@ def unpad(padded: Any, lengths: Integers | None = None, *, mask: Bools | None = 
 
 
 class Bucketed(NamedTuple):
-    """Sequences padded to one length: which they are, (B,); the padded, (B, T, ...); their lengths, (B,)."""
+    """Sequences padded to one length: their indices, (B,); the padded arrays, (B, T, ...); their lengths, (B,)."""
 
     indices: np.ndarray
     xs: PyTree
@@ -98,12 +98,12 @@ class Bucketed(NamedTuple):
 
 
 def bucket(sequences: Sequence[PyTree], batch_size: int, *, buckets: int | Sequence[int] = 4) -> list[Bucketed]:
-    """All sequences in padded batches of few shapes, the shortest first, each with its place in `sequences`.
+    """Puts all sequences into padded batches of few shapes, the shortest first, each with its place in `sequences`.
 
     Args:
-      sequences: As of `Buckets`.
-      batch_size: As of `Buckets`.
-      buckets: As of `Buckets`.
+      sequences: As in `Buckets`.
+      batch_size: As in `Buckets`.
+      buckets: As in `Buckets`.
 
     Examples:
       Results go back to the order given by the indices:
@@ -123,24 +123,23 @@ def bucket(sequences: Sequence[PyTree], batch_size: int, *, buckets: int | Seque
 
 
 class Buckets(Epochs):
-    """Batches of sequences of like lengths: every sequence once per epoch, few shapes, little padding.
+    """Batches of sequences of similar lengths: every sequence once per epoch, with few shapes and little padding.
 
-    A sequence goes to the first bucket that it fits into, and is padded to the bucket's length. An epoch shuffles the
-    sequences of every bucket and cuts them into batches; those that fill no batch move on to the next bucket, so that
-    only one batch of an epoch can be smaller than the others. Then the batches are shuffled.
+    A sequence goes to the first bucket that it fits into, and is padded to the length of the bucket. An epoch shuffles
+    the sequences of every bucket and cuts them into batches. Sequences that do not fill a batch move on to the next
+    bucket, so that only one batch of an epoch can be smaller than the others. Then the batches are shuffled.
 
-
-    There are at most so many shapes, and one more for the smaller batch. `Batch.lengths` says which steps are valid.
+    There is at most one shape per bucket, and one more for the smaller batch. `Batch.lengths` gives the valid steps.
 
     Args:
-      sequences: A list of N arrays (T_i, ...), or pytrees, as of `pad`.
-      targets: A list of N arrays (T_i, ...), one per step, which are padded too; or arrays (N, ...), or a pytree of
-        such, one per sequence; or None.
+      sequences: A list of N arrays (T_i, ...), or of pytrees, as in `pad`.
+      targets: A list of N arrays (T_i, ...), with one target per step, which are padded too; or an array (N, ...), or a
+        pytree of such arrays, with one target per sequence; or None.
       batch_size: B.
-      key: The order of an epoch is a pure function of the key and of the epoch.
-      shuffle: False for the order of the lengths, in every epoch; `key` is then not needed.
-      buckets: How many lengths to pad to, or these lengths themselves, ascending. A number gives the lengths, all among
-        the T_i, of the least Σ_i (length of the bucket of i − T_i).
+      key: A PRNG key. The order of an epoch is a pure function of the key and of the epoch.
+      shuffle: False to order by length in every epoch; `key` is then not needed.
+      buckets: The number of lengths to pad to, or these lengths themselves, ascending. For a number, the lengths are
+        chosen among the T_i so that Σ_i (length of the bucket of i − T_i) is least.
 
     Examples:
       >>> import jax, numpy as np
@@ -209,13 +208,13 @@ class Buckets(Epochs):
 
 
 def concatenate(sequences: Sequence[PyTree], name: str) -> tuple[PyTree, np.ndarray]:
-    """Sequences one after another, (Σ T_i, ...), and their lengths."""
+    """Joins sequences one after another, (Σ T_i, ...), and returns their lengths too."""
     sequences, lengths = _sequences(sequences, name)
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *sequences), lengths
 
 
 def _sequences(sequences: Sequence[PyTree], name: str) -> tuple[list[PyTree], np.ndarray]:
-    """The sequences as pytrees of NumPy arrays that fit together, and their lengths."""
+    """Checks that the sequences fit together; returns them as pytrees of NumPy arrays, and their lengths."""
     if not isinstance(sequences, (list, tuple)) or not sequences:
         raise ValueError(f"{name}: expected a list of at least one sequence, got {type(sequences).__name__}")
     structure = jax.tree.structure(sequences[0], is_leaf=is_list)
@@ -285,7 +284,7 @@ def _pad(sequences: list[PyTree], length: int, value: float) -> PyTree:
 
 
 def _boundaries(buckets: int | Sequence[int], lengths: np.ndarray) -> tuple[int, ...]:
-    """The lengths of the buckets: at least 1, the last at least the longest sequence's."""
+    """The lengths of the buckets, all at least 1, and the last at least that of the longest sequence."""
     if not isinstance(buckets, Sequence):
         return _least_padding(np.maximum(lengths, 1), check.integer("buckets", buckets))
     boundaries = tuple(check.integer(f"buckets[{k}]", length) for k, length in enumerate(buckets))
@@ -300,10 +299,12 @@ def _boundaries(buckets: int | Sequence[int], lengths: np.ndarray) -> tuple[int,
 
 
 def _least_padding(lengths: np.ndarray, buckets: int) -> tuple[int, ...]:
-    """At most `buckets` of the lengths, the least Σ_i (smallest boundary ≥ length_i − length_i) among all choices.
+    """Chooses at most `buckets` of the lengths, with the least Σ_i (smallest boundary ≥ length_i − length_i).
 
-    With distinct lengths L_1 < ... < L_m, of which C_j sequences are no longer than L_j, the steps that k buckets cost
-    up to L_j are  S_k(j) = min_{i < j} S_{k-1}(i) + L_j (C_j − C_i).
+    Let L_1 < ... < L_m be the distinct lengths, and C_j the number of sequences that are no longer than L_j. Then the
+    steps that k buckets cost up to L_j are
+
+        S_k(j) = min_{i < j} S_{k-1}(i) + L_j (C_j − C_i).
     """
     distinct, counts = np.unique(lengths, return_counts=True)
     L, C = distinct.astype(np.int64), np.concatenate([[0], np.cumsum(counts)])

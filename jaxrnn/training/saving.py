@@ -1,4 +1,4 @@
-"""Models in files: the cell as JSON, its params as raw numbers beside it. Nothing in a file is ever run."""
+"""Models in files: the cell as JSON, and its params as raw numbers beside it. Nothing in a file is ever run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMAT, VERSION = "jaxrnn", 1
 INDEX = "cell.json"
 ARRAYS = re.compile(r"params-[0-9a-f]{64}\.bin")
 INDEX_LIMIT = 2**20
-"""Bytes of JSON, enough for 2000 layers, and for less than a minute of looking at shapes."""
+"""The largest size of the JSON in bytes: enough for 2000 layers, and for computing shapes in less than a minute."""
 
 _NAMES = """
     bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 int2 int4 uint2 uint4 float16 float32 float64 bfloat16
@@ -43,22 +43,23 @@ KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 def save(path: str | os.PathLike, cell: Cell, params: PyTree) -> None:
-    """Writes a model to the directory `path`, for `load`.
+    """Writes a model to the directory `path`, from which `load` reads it.
 
-    The directory holds `cell.json`, the cell's fields and the index of the params, and one file of the params' bytes,
-    which `cell.json` names by its SHA-256. The last thing written is `cell.json`, in one atomic step: whoever is
-    interrupted leaves the model that was there before, or none.
+    The directory holds `cell.json`, with the fields of the cell and the index of the params, and one file with the
+    bytes of the params, which `cell.json` names by its SHA-256. `cell.json` is written last, in one atomic step, so an
+    interrupted call leaves the model that was there before, or none.
 
     Args:
-      path: A directory that is not there yet or empty, or one that `save` wrote, whose model is replaced.
-      cell: Any cell or composition. Its fields are None, booleans, numbers, strings, cells and tuples of these.
-      params: Of the shapes of `cell.init`, in any dtype of the same kind; None may stand for an array. Or those of many
-        models, with an axis of members in front of every array.
+      path: A directory that does not exist yet or is empty, or one that `save` wrote, whose model is replaced.
+      cell: Any cell or composition. Its fields must be None, booleans, numbers, strings, cells, or tuples of these.
+      params: Params with the shapes of `cell.init`, in any dtype of the same kind; None may stand in place of an array.
+        Or the params of many models, with a leading axis of members on every array.
 
     Raises:
-      TypeError: For a field that is something else, like a function, naming it; use an activation's name.
-      TypeError: For params that are not the cell's, naming the leaf.
-      ValueError: For params that are not the cell's, naming the leaf.
+      TypeError: If a field is something else, like a function; the message names it. Use the name of an activation
+        instead.
+      TypeError: If the params are not those of the cell; the message names the leaf.
+      ValueError: If the params are not those of the cell; the message names the leaf.
       FileExistsError: If there is something else at `path`. It is left as it is.
 
     Examples:
@@ -106,23 +107,23 @@ def save(path: str | os.PathLike, cell: Cell, params: PyTree) -> None:
 
 
 def load(path: str | os.PathLike, *, cells: Sequence[type[Cell]] = ()) -> WithParams:
-    """The cell and the params that `save` wrote to `path`.
+    """Reads the cell and the params that `save` wrote to `path`.
 
-    A file can name only cells of jaxrnn, and those that `cells` lists. It says nothing but the values of their fields,
-    and is read only as far as the shapes of `cell.init` agree with the sizes of the files, so that one from elsewhere
-    can neither run code nor take more memory than its own size.
+    A file can name only cells of jaxrnn, and those that `cells` lists. It holds nothing but the values of their fields,
+    and its params are read only if the shapes of `cell.init` agree with the sizes of the files. So a file from
+    elsewhere can neither run code nor take more memory than its own size.
 
     Args:
       path: The directory.
-      cells: The classes of your own that the model is made of. They are known by their names alone.
+      cells: Your own cell classes that the model is made of. They are known by their names alone.
 
     Returns:
-      The cell, equal to that which was saved, and its params: JAX arrays of the dtypes and bits that were saved.
+      The cell, equal to the saved one, and its params, as JAX arrays with the dtypes and bits that were saved.
 
     Raises:
       FileNotFoundError: If nothing is there.
-      ValueError: If it is no model, is damaged, or names a cell that is not known, saying what is wrong; if it holds
-        64-bit numbers and `jax.enable_x64` is off.
+      ValueError: If it is not a model, is damaged, or names an unknown cell; the message says what is wrong. Also if it
+        holds 64-bit numbers and `jax.enable_x64` is off.
 
     Examples:
       >>> import jax, jaxrnn, tempfile
@@ -154,7 +155,7 @@ def load(path: str | os.PathLike, *, cells: Sequence[type[Cell]] = ()) -> WithPa
 
 
 def _encode(value: Any, name: str) -> PyTree:
-    """A field's value as JSON: a cell as an object with its class, an infinite number or NaN as one with a string."""
+    """Encodes a field's value as JSON: a cell as an object with its class, infinity or NaN as one with a string."""
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -226,7 +227,7 @@ def _leaves(tree: PyTree):
 
 
 def _matched(cell: Cell, expected: Any, params: PyTree) -> Iterator[tuple[str, PyTree, PyTree]]:
-    """The name of each leaf, what `cell.init` has there, and what `params` have, which fits."""
+    """Yields for each leaf its name, the leaf of `cell.init`, and the leaf of `params`, which fits."""
     (wanted, structure), (given, given_structure) = _leaves(expected), _leaves(params)
     if structure != given_structure:
         raise TypeError(f"params: {cell!r:.200} takes {structure}, got {given_structure}")
@@ -247,7 +248,7 @@ def _named(path: Any) -> str:
 
 
 def _members(leaves: Iterable[tuple[PyTree, PyTree]]) -> tuple[int, ...]:
-    """(M,) where the first array has an axis of members in front of the shape that is wanted, else ()."""
+    """(M,) if the first array has an axis of M members in front of the expected shape, else ()."""
     for want, have in leaves:
         if want is not None and have is not None:
             return have.shape[:1] if have.shape[1:] == want.shape and have.shape else ()
@@ -255,7 +256,7 @@ def _members(leaves: Iterable[tuple[PyTree, PyTree]]) -> tuple[int, ...]:
 
 
 def _check_leaf(name: str, members: tuple[int, ...], want: Any, have: Any) -> None:
-    """`have`, of the file or given, has the kind and the shape of `want`, with the axis of members."""
+    """Checks that `have`, read or given, has the kind and the shape of `want`, with the axis of members."""
     if want is None:
         raise ValueError(f"{name}: expected None, got shape {have.shape}")
     if have.shape != (*members, *want.shape):
@@ -281,7 +282,7 @@ def _is_save(path: str) -> bool:
 
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[BinaryIO]:
-    """A file that takes the place of that at `path` when it is complete."""
+    """Opens a file that replaces the one at `path` when it is complete."""
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
@@ -296,7 +297,7 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
 
 
 def _write_arrays(directory: str, arrays: list[np.ndarray | None]) -> str:
-    """Writes the bytes of all arrays to one file: its name, which tells their hash."""
+    """Writes the bytes of all arrays to one file, and returns its name, which contains their hash."""
     total = hashlib.sha256()
     blocks = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays if array is not None]
     for block in blocks:
@@ -338,7 +339,7 @@ def _read_index(path: str) -> Named:
 
 
 def _read_arrays(path: str, index: Named, cell: Cell, expected: Any) -> PyTree:
-    """The params, in the structure of `expected`; all is checked before the first array is read."""
+    """Reads the params, in the structure of `expected`; everything is checked before the first array is read."""
     wanted, structure = _leaves(expected)
     name, entries = index["arrays"], index["params"]
     if not isinstance(name, str) or not ARRAYS.fullmatch(name):
@@ -372,14 +373,14 @@ def _read_arrays(path: str, index: Named, cell: Cell, expected: Any) -> PyTree:
 
 
 class _Entry(NamedTuple):
-    """An array of the params as the index has it."""
+    """The entry of the index for one array of the params."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 def _entry(path: Any, entry: Foreign) -> _Entry | None:
-    """A leaf of the params; None where the leaf is."""
+    """Reads the entry for a leaf of the params; None if the leaf is None."""
     match entry:
         case None:
             return None

@@ -13,20 +13,20 @@ from jaxrnn.typing import PyTree
 
 
 def windows(series: PyTree, length: int, horizon: int, *, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Every stretch of `length` steps of a series, and the `horizon` steps that follow it.
+    """Cuts a series into windows of `length` steps, each with the `horizon` steps that follow it.
 
         xs[n] = series[n stride : n stride + length]
         targets[n] = series[n stride + length : n stride + length + horizon]
 
     Args:
-      series: (L, ...)
+      series: The series (L, ...).
       length: The number of steps that a model sees.
-      horizon: The number of steps that it foresees.
-      stride: How far the next window begins.
+      horizon: The number of steps that it predicts.
+      stride: The number of steps between the starts of two windows.
 
     Returns:
-      xs (N, length, ...) and targets (N, horizon, ...), N = (L − length − horizon) // stride + 1: read-only views,
-      which take no memory of their own; `Arrays` copies only what a batch holds.
+      xs (N, length, ...) and targets (N, horizon, ...), with N = (L − length − horizon) // stride + 1. They are
+      read-only views, which take no memory of their own; `Arrays` copies only the rows of a batch.
 
     Raises:
       ValueError: If the series is shorter than length + horizon.
@@ -54,9 +54,10 @@ def windows(series: PyTree, length: int, horizon: int, *, stride: int = 1) -> tu
 
 
 class Scaler(NamedTuple):
-    """z = (x − mean) / scale, per feature: mean and scale are those of the last axis of x, (D,), or scalars.
+    """Scales each feature by z = (x − mean) / scale; mean and scale have the last axis of x, (D,), or are scalars.
 
-    A pytree of two arrays. As JSON: `[a.tolist() for a in scaler]`, and back: `Scaler(*map(np.asarray, value))`.
+    It is a pytree of two arrays. As JSON it is `[a.tolist() for a in scaler]`; `Scaler(*map(np.asarray, value))` reads
+    it back.
 
     Examples:
       >>> import numpy as np
@@ -74,19 +75,19 @@ class Scaler(NamedTuple):
 
     @staticmethod
     def fit(series: PyTree) -> Scaler:
-        """Mean and standard deviation of every feature over all other axes, NaN left out.
+        """Computes the mean and standard deviation of every feature over all other axes, leaving out NaN.
 
-        Fit on the part that the model is trained on, lest it know of what comes later. A feature that is constant there
-        has scale 1. Padding is left out where it is NaN, as `pad(..., value=np.nan)` makes it.
+        Fit on the training part of the data, so that the model knows nothing of later values. A feature that is
+        constant there has scale 1. Padding is left out if it is NaN, as `pad(..., value=np.nan)` makes it.
 
         Args:
-          series: (..., D), or (L,) for a series of numbers.
+          series: The series (..., D), or (L,) for a series of numbers.
 
         Returns:
-          A scaler of float32, or of float64 for a series of float64 or of integers.
+          A scaler in float32, or in float64 for a series of float64 or of 32- or 64-bit integers.
 
         Raises:
-          ValueError: For a feature without a finite number, or with an infinite one.
+          ValueError: If a feature has no finite number, or an infinite one.
         """
         series = as_array(series, "series")
         axes = tuple(range(max(series.ndim - 1, 1)))
@@ -106,17 +107,17 @@ class Scaler(NamedTuple):
         return Scaler(mean.astype(dtype), np.where(scale > 0, scale, np.ones_like(scale)))
 
     def transform(self, xs: PyTree) -> PyTree:
-        """(xs − mean) / scale, of NumPy or JAX arrays (..., D), in the dtype of xs if it is floating."""
+        """Returns (xs − mean) / scale for NumPy or JAX arrays (..., D), in the dtype of xs if it is floating."""
         mean, scale = self._like(xs)
         return (xs - mean) / scale
 
     def inverse(self, zs: Any) -> PyTree:
-        """zs scale + mean."""
+        """Returns zs scale + mean."""
         mean, scale = self._like(zs)
         return zs * scale + mean
 
     def inverse_scale(self, deviations: Any) -> PyTree:
-        """deviations scale: standard deviations, or differences, in the units of the series."""
+        """Returns standard deviations, or differences, in the units of the series: deviations scale."""
         return deviations * self._like(deviations)[1]
 
     def _like(self, xs):

@@ -1,4 +1,4 @@
-"""Which parameters need a smaller learning rate."""
+"""Labels for the parameters that need a smaller learning rate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxrnn.typing import PyTree
 
 
 def labels(cell: Cell, params: PyTree) -> PyTree:
-    """ "slow" or "regular" for every parameter, for `optax.multi_transform`.
+    """Labels every parameter "slow" or "regular", for `optax.multi_transform`.
 
-    Slow are those that eigenvalues, decays and step lengths are made of, as the cell's class says in `slow_weights`: a
-    small change of one moves a memory by many steps, so that they are trained with a smaller learning rate and without
-    weight decay.
+    The slow parameters are those that determine eigenvalues, decays and step lengths; the class of the cell names them
+    in `slow_weights`. A small change of one changes the memory by many steps, so they are trained with a smaller
+    learning rate and without weight decay.
 
     Examples:
       >>> import jax, jaxrnn, optax

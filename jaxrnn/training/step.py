@@ -19,7 +19,7 @@ from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
 class Best(NamedTuple):
-    """The params of the best validation, its value and step, and how many validations since were no better."""
+    """The params of the best validation, its value and step, and the number of later ones that were no better."""
 
     params: PyTree
     value: Any
@@ -28,17 +28,18 @@ class Best(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that training changes. Every function of training takes one and gives one back.
+    """Everything that training changes; every function of training takes a state and returns one.
 
-    params, opt_state: the model's and the optimizer's.
-    carry: where the next window of truncated backpropagation begins, leaves (B, ...); None for whole sequences.
-    step: how many steps were taken, int32.
-    key: what noise is drawn from; step t draws from `fold_in(key, t)`.
-    data: the position in the data, kept by `fit`; None begins anew.
-    best: of the validations so far, kept by `fit`; None before the first.
+    params, opt_state: the params of the model and the state of the optimizer.
+    carry: the carry from which the next window of truncated backpropagation through time begins, leaves (B, ...); None
+    for whole sequences.
+    step: the number of steps taken, int32.
+    key: the key for noise; step t draws from `fold_in(key, t)`.
+    data: the position in the data, kept by `fit`; None to begin anew.
+    best: the best validation so far, kept by `fit`; None before the first validation.
     stopped: whether training ended here, by early stopping or at the last finite step.
 
-    With an axis of members in front of every leaf it is many models at once, see `fit`.
+    With a leading axis of members on every leaf it is the state of many models at once, see `fit`.
     """
 
     params: PyTree
@@ -54,13 +55,14 @@ class TrainState(NamedTuple):
 def train_state(
     params: PyTree, optimizer: optax.GradientTransformation, key: Array, *, carry: PyTree = None
 ) -> TrainState:
-    """The state before the first step.
+    """Makes the state before the first step.
 
     Args:
-      params: The model's.
-      optimizer: Any optimizer of Optax.
-      key: For the noise of all steps.
-      carry: For truncated backpropagation, the first window's, `cell.initial_carry(params, (B,))`.
+      params: The params of the model.
+      optimizer: Any Optax optimizer.
+      key: A key for the noise of all steps.
+      carry: For truncated backpropagation through time, the carry of the first window,
+        `cell.initial_carry(params, (B,))`.
 
     Examples:
       >>> import jax, jaxrnn, optax
@@ -108,19 +110,21 @@ def make_step(
     accumulate: int = 1,
     compute_dtype: DTypeLike | None = None,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, Named]]:
-    """`step(state, batch) -> (state, metrics)`, pure, to be jitted, vmapped or sharded by the caller.
+    """Makes `step(state, batch) -> (state, metrics)`, a pure function for the caller to jit, vmap or shard.
 
-    The metrics hold "gradient_norm" beside those of the loss.
+    The metrics hold "gradient_norm" beside the metrics of the loss.
 
     Args:
-      loss: `(params, batch, key) -> (scalar, metrics)`; where the state has a carry, `(params, carry, batch, key) ->
-        (scalar, (carry, metrics))`. Metrics are a dict of `Mean`s, of other NamedTuples of sums with a `value`, or of
-        scalars. The entry "loss", if there, says by its weight what the scalar is the mean of.
-      optimizer: Any optimizer of Optax.
-      accumulate: Compute the gradient in so many parts of the batch, one after the other. The parts count by the weight
-        of their loss, so the gradient is that of the whole batch, padding included.
-      compute_dtype: For instance `jnp.bfloat16`: params and floating leaves of the batch (of a `Batch` its xs) are cast
-        to it for the forward and the backward pass; params, carry and optimizer state stay as they are.
+      loss: A function `(params, batch, key) -> (scalar, metrics)`; if the state has a carry,
+        `(params, carry, batch, key) -> (scalar, (carry, metrics))`. Metrics are a dict of `Mean`s, of other NamedTuples
+        of sums with a `value`, or of scalars. The weight of the entry "loss", if there is one, is the total weight over
+        which the scalar is a mean.
+      optimizer: Any Optax optimizer.
+      accumulate: The number of parts of the batch over which the gradient is accumulated, one after the other. The
+        parts count by the weight of their loss, so the gradient is that of the whole batch, padding included.
+      compute_dtype: For instance `jnp.bfloat16`. The params and the floating leaves of the batch (for a `Batch`, only
+        its xs) are cast to it for the forward and the backward pass; params, carry and optimizer state keep their
+        dtypes in the state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn, optax
@@ -144,7 +148,7 @@ def make_step(
 def make_eval(
     loss: Callable, *, compute_dtype: DTypeLike | None = None
 ) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, Named]]:
-    """`evaluate(params, carry, batch) -> (carry, metrics)` without noise; carry None for a loss that takes none.
+    """Makes `evaluate(params, carry, batch) -> (carry, metrics)` without noise; carry is None for a loss without one.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -165,9 +169,9 @@ def make_eval(
 
 
 def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None):
-    """`(state, batch) -> (state, metrics, bad)`: `make_step`, with the place of the first leaf that is not finite.
+    """Makes `(state, batch) -> (state, metrics, bad)`: `make_step` with the place of the first leaf that is not finite.
 
-    `bad` is −1 where all is finite, 0 for the loss itself, and 1 + k for the gradient of leaf k of the params.
+    `bad` is −1 if all is finite, 0 for the loss itself, and 1 + k for the gradient of leaf k of the params.
     """
     accumulate = check.integer("accumulate", accumulate)
     check_loss(loss)
@@ -225,7 +229,7 @@ def first_bad(value: Array, gradient: Any) -> Array:
 
 
 def keep_if(flag: Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where `flag`, else `old`; the key and what the host keeps never change within a step."""
+    """`new` where `flag` is true, else `old`; the key and the fields of the host never change within a step."""
 
     def pick(a, b):
         return jax.tree.map(lambda a, b: jnp.where(flag, a, b), a, b)
@@ -235,9 +239,9 @@ def keep_if(flag: Array, new: TrainState, old: TrainState) -> TrainState:
 
 
 def better(state: TrainState, value: Array, *, maximize: bool, patience: int | None) -> TrainState:
-    """The state after a validation with `value`: the best of all, and whether patience is at its end.
+    """Updates the state after a validation with `value`: the best params, and whether patience has run out.
 
-    A member that stopped keeps its best.
+    A member that has stopped keeps its best params.
     """
     best = state.best
     assert best is not None
@@ -262,7 +266,7 @@ def _cast_arrays(tree, dtype):
 
 
 def _call(loss, params, carry, batch, key) -> tuple[Array, PyTree, Named]:
-    """(scalar, carry, metrics) of a loss of either kind."""
+    """Calls a loss of either kind: (scalar, carry, metrics)."""
     result = loss(params, batch, key) if carry is None else loss(params, carry, batch, key)
     match result:
         case (value, dict(metrics)) if carry is None:
@@ -279,7 +283,7 @@ def _call(loss, params, carry, batch, key) -> tuple[Array, PyTree, Named]:
 
 
 def _metrics(value: Array, metrics: Named) -> Named:
-    """The metrics with scalars as `Mean`s, and the loss among them."""
+    """Returns the metrics with scalars as `Mean`s, and the loss among them."""
     metrics = {"loss": value, **metrics}
 
     def as_metric(metric):

@@ -1,4 +1,4 @@
-"""Long sequences in windows, each batch going on where the one before ended: data for truncated backpropagation."""
+"""Long sequences in windows for truncated backpropagation through time: each batch continues the one before."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from jaxrnn.typing import Named, PyTree
 class Streams(Epochs):
     """Stateful batches of one long sequence, or of documents one after another.
 
-    The pairs of an input and its target are cut into `streams` rows of equal length (to one), and the rows into
-    windows: row r of batch k + 1 goes on where row r of batch k ended, so the carry after one batch is the carry to
-    start the next from. Every pair comes exactly once per epoch, always in this order.
+    The pairs of an input and its target are cut into `streams` rows of equal length (to within one pair), and the rows
+    into windows. Row r of batch k + 1 continues where row r of batch k ended, so the carry after one batch is the carry
+    to start the next from. Every pair comes exactly once per epoch, always in this order.
 
     `Batch.reset` is set at the first step of every document, and at the first step of every row in the first batch of
-    an epoch: a carry handed on from the epoch before does not leak into the next. `Batch.mask` is False where the last
-    window is filled up; it is always there, so that all batches have one shape, (streams, window, ...)
+    an epoch, so that a carry from the epoch before does not leak into the next. `Batch.mask` is False where the last
+    window is filled up. It is always there, so that all batches have one shape, (streams, window, ...).
 
     Args:
-      xs: One sequence, leaves (L, ...); or a list of documents, arrays (L_i, ...) or pytrees of such.
-      targets: As `xs`, one per step. None for language modelling: the target is the next element of the document, and a
-        document's last element is a target only.
-      streams: B, the rows of a batch.
-      window: T, the steps that a gradient reaches back.
-      starts: bool (L,), where a document begins in one sequence; a list of documents says so itself.
+      xs: One sequence with leaves (L, ...); or a list of documents, which are arrays (L_i, ...) or pytrees of such.
+      targets: Targets of the form of `xs`, one per step. None for language modelling: the target is the next element of
+        the document, and the last element of a document is only a target.
+      streams: B, the number of rows of a batch.
+      window: T, the number of steps that a gradient reaches back.
+      starts: bool (L,), True where a document begins in one sequence. Leave it None for a list of documents, which
+        shows where they begin.
 
     Examples:
       >>> import numpy as np
@@ -54,7 +55,7 @@ class Streams(Epochs):
         self.starts = _starts(starts, lengths, isinstance(xs, list))
         size = int(lengths.sum())
         self.at = None
-        """The element that is the input of each pair, where some are of none."""
+        """The element that is the input of each pair, if some are the input of none."""
         if targets is None:
             self.targets, self.shift = self.xs, 1
             if self.starts is None:
@@ -105,7 +106,7 @@ class Streams(Epochs):
 
 
 def _joined(tree: PyTree, name: str) -> tuple[PyTree, np.ndarray]:
-    """One sequence, or documents as one, and the lengths."""
+    """Returns one sequence, or documents joined to one, and the lengths."""
     if isinstance(tree, list):
         return concatenate(tree, name)
     tree, size = host(tree, name)
@@ -113,7 +114,7 @@ def _joined(tree: PyTree, name: str) -> tuple[PyTree, np.ndarray]:
 
 
 def _starts(starts: PyTree, lengths: np.ndarray, documents: bool) -> np.ndarray | None:
-    """Where documents begin, bool (L,), or None where there is a single one."""
+    """The places where documents begin, bool (L,), or None if there is a single document."""
     size = lengths.sum()
     if starts is None:
         if not documents:

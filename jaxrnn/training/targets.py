@@ -1,4 +1,4 @@
-"""Targets that an error can be taken of, as values: checked on the host, before any step is taken with them."""
+"""Checks on the host, before any step is taken, that an error function is defined for the values of the targets."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import numpy as np
 from jaxrnn.typing import DTypeLike, PyTree, Size
 
 Check = Callable[[str, np.ndarray, np.ndarray | None, Any], None]
-"""`check(name, targets, mask, size)`: of the entries where `mask`, a prefix of the axes, is true; `size` is the number
-of predictions for each of them, None where it is not known. Wrong shapes are left to the error itself."""
+"""`check(name, targets, mask, size)` checks the entries where `mask`, which has the first axes of the targets, is true.
+`size` is the number of predictions for each of them, or None if it is not known. Wrong shapes are left to the error
+function itself."""
 
 
 def rounding(dtype: DTypeLike) -> float:
-    """How far a probability that was computed in this dtype may be off."""
+    """The rounding error that is allowed for a probability computed in this dtype."""
     return float(jnp.finfo(dtype).eps) ** 0.5 if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
 def is_chance(targets: PyTree) -> PyTree:
-    """Where the targets, in NumPy or JAX, lie in [0, 1]."""
+    """Whether each of the targets, in NumPy or JAX, lies in [0, 1]."""
     slack = rounding(targets.dtype)
     if targets.dtype == bool:
         return targets | ~targets
@@ -29,18 +30,18 @@ def is_chance(targets: PyTree) -> PyTree:
 
 
 def finite(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Size) -> None:
-    """The targets are numbers, neither NaN nor infinite."""
+    """Checks that the targets are numbers, neither NaN nor infinite."""
     if jnp.issubdtype(targets.dtype, jnp.inexact):
         require(np.isfinite(targets), name, "finite numbers", targets, mask)
 
 
 def chances(name: str, targets: np.ndarray, mask: np.ndarray | None, size: Size) -> None:
-    """The targets lie in [0, 1]."""
+    """Checks that the targets lie in [0, 1]."""
     require(is_chance(targets), name, "0, 1 or a probability between", targets, mask)
 
 
 def classes(name: str, targets: np.ndarray, mask: np.ndarray | None, size: int | None) -> None:
-    """The targets are classes in [0, size), or probabilities of them that sum to 1 over the last axis."""
+    """Checks that the targets are classes in [0, size), or probabilities of them that sum to 1 over the last axis."""
     if targets.dtype == bool:
         return
     if jnp.issubdtype(targets.dtype, jnp.integer):

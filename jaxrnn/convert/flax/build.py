@@ -1,4 +1,4 @@
-"""Modules of linen out of cells."""
+"""Builds linen modules from cells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxrnn.typing import Foreign
 
 
 def build_module(model: Placed) -> Foreign:
-    """The linen module that computes a cell, as far as there is one; what it does not compute, `_write` refuses."""
+    """The linen module that computes a cell, if there is one. `_write` refuses the parts that it does not compute."""
 
     cell, params = model.cell, model.params
     leaves = jax.tree.leaves(params)

@@ -1,4 +1,4 @@
-"""Modules of Flax, linen and NNX, as the layers that they are made of: what each computes, and where its arrays lie."""
+"""Describes linen and NNX modules as layers: which cell each layer is, and where its arrays are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Fixed(NamedTuple):
 
 
 class Own(NamedTuple):
-    """A module of this package: its cell, and the arrays that were replaced by None."""
+    """A module of this package: its cell, and the names of the arrays that were replaced by None."""
 
     path: str
     cell: Cell
@@ -41,7 +41,7 @@ class Own(NamedTuple):
 
 
 class Reversed(NamedTuple):
-    """A layer that runs from the end."""
+    """A layer that runs from the end of the sequence to its start."""
 
     path: str
     layer: Foreign
@@ -57,14 +57,14 @@ class Both(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Layers one after another."""
+    """Layers that run one after another."""
 
     path: str
     layers: tuple[Foreign, ...]
 
 
 class _Walk(NamedTuple):
-    """What the walk through a model needs: S of its images, and the modules that were met."""
+    """The state of the walk through a model: the spatial shape S of its images, and the modules that it has met."""
 
     spatial_shape: tuple[int, ...] | None
     met: set[int]
@@ -74,8 +74,8 @@ def describe(module: Foreign, spatial_shape: tuple[int, ...] | None = None) -> P
     """The layers of a module.
 
     Raises:
-      TypeError: For what is no Flax module.
-      ValueError: For a module or an option without counterpart.
+      TypeError: If `module` is not a Flax module.
+      ValueError: If a module or an option has no counterpart.
     """
     if not isinstance(module, (nn.Module, nnx.Module)):
         raise TypeError(f"module: expected a module of flax.linen or flax.nnx, got {type(module).__name__}")
@@ -164,7 +164,7 @@ _MERGES = {
 
 
 def merge_function(name: str) -> Callable[..., PyTree]:
-    """What `merge_fn` is for a merge of ours."""
+    """The `merge_fn` of Flax that corresponds to a `merge` of ours."""
     return _MERGES[name][0]
 
 

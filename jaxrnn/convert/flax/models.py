@@ -1,4 +1,4 @@
-"""From and to Flax: the modules of linen and of NNX."""
+"""Converts linen and NNX modules from and to Flax."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from jaxrnn.typing import Foreign, PyTree, WithParams
 def from_flax(
     module: Foreign, variables: Mapping[str, PyTree] | None = None, *, spatial_shape: tuple[int, ...] | None = None
 ) -> WithParams:
-    """A module of Flax as a cell and its params: the same function.
+    """Converts a module of Flax to a cell and its params that compute the same function.
 
-    linen and NNX: SimpleCell (also with `residual`), LSTMCell, OptimizedLSTMCell and GRUCell, by themselves or in an
-    RNN; Bidirectional around two RNNs; Dense (Linear), Embed, LayerNorm, Dropout; Sequential of these and of JAX's
-    activations, which becomes a `Stack`; of linen also ConvLSTMCell. An RNN that runs in reverse becomes `Backward`.
-    A module `jaxrnn.linen.RNN` or `jaxrnn.nnx.RNN` gives back its own cell and params. A class of your own, a subclass
-    of these too, is refused, since its `__call__` may do anything: convert the modules in it, and stack their cells.
+    linen and NNX modules: SimpleCell (also with `residual`), LSTMCell, OptimizedLSTMCell and GRUCell, by themselves or
+    in an RNN; Bidirectional around two RNNs; Dense (Linear in NNX), Embed, LayerNorm, Dropout; Sequential of these and
+    of JAX's activations, which becomes a `Stack`; in linen also ConvLSTMCell. An RNN that runs in reverse becomes
+    `Backward`. A module `jaxrnn.linen.RNN` or `jaxrnn.nnx.RNN` gives back its own cell and params. A class of your own
+    is refused, even a subclass of these, since its `__call__` may do anything: convert the modules in it, and stack
+    their cells.
 
-    Flax's arguments of a call are those of `jaxrnn.scan`: batch-major is `time_axis=1`, `seq_lengths` are `lengths`
-    (ys are then 0 at padding, where Flax goes on), `initial_carry` is `carry`, with Flax's (c, h) as `LSTMCarry(h, c)`
-    and an array h as `GRUCarry(h)` or `ElmanCarry(h)`. Dropout acts where `key` is given.
+    The arguments of a Flax call correspond to those of `jaxrnn.scan`. Batch-major is `time_axis=1`. `seq_lengths` are
+    `lengths` (ys are then 0 at padding, while Flax goes on). `initial_carry` is `carry`, with Flax's (c, h) as
+    `LSTMCarry(h, c)` and an array h as `GRUCarry(h)` or `ElmanCarry(h)`. Dropout acts where `key` is given.
 
-    ConvLSTMCell has two biases that act as their sum, which is `b` here. An optimizer moves each of the two as far as
-    it moves `b`, so that training moves the sum twice as far in Flax; see `from_torch` for a way to do the same.
+    ConvLSTMCell has two biases that act as their sum, and `b` is that sum here. An optimizer moves each of the two as
+    far as it moves `b`, so training moves the sum twice as far in Flax; see `from_torch` for a way to do the same.
 
     Args:
       module: A linen module as it is built, or an NNX module.
-      variables: Of linen `{"params": ...}`, whose arrays may be NumPy's; of NNX None, or a state or nested dict of it
-        to read in place of the module's own.
-      spatial_shape: S of x (..., *S, D), which the weights of a ConvLSTMCell do not tell.
+      variables: For linen, `{"params": ...}`, whose arrays may be NumPy's. For NNX, None, or a state or nested dict of
+        the module to read in place of the module's own state.
+      spatial_shape: S of x (..., *S, D), which the weights of a ConvLSTMCell do not show.
 
     Returns:
       The cell and its params, in the dtype of the weights.
 
     Raises:
-      ValueError: For a module, an option or a function without counterpart (MGUCell, a carry that begins at random,
-        `reverse` without `keep_order`, another `dtype` to compute in), and for arrays that are missing, unexpected, of
-        another shape, of several dtypes or not finite. Each names the place.
-      TypeError: For what is no module, or no array of floating numbers.
+      ValueError: If a module, an option or a function has no counterpart (MGUCell, a carry that begins at random,
+        `reverse` without `keep_order`, another `dtype` to compute in), or if arrays are missing, unexpected, of another
+        shape, of several dtypes or not finite. The message names the place.
+      TypeError: If an object is not a module, or not an array of floating numbers.
 
     Examples:
       >>> import flax.linen as nn, jax.numpy as jnp, jaxrnn, numpy as np
@@ -59,24 +60,24 @@ def from_flax(
 
 
 def to_flax(cell: Cell, params: PyTree, *, module: Foreign = None) -> tuple[PyTree, PyTree]:
-    """A cell as a module of Flax, and its variables: `from_flax(*to_flax(cell, params))` gives them back.
+    """Converts a cell to a module of Flax and its variables; `from_flax(*to_flax(cell, params))` gives back both.
 
     Args:
-      cell: Elman, LSTM, GRU, ConvLSTM, Linear, Embed, LayerNorm, Dropout and Apply, also under Backward, Bidirectional
-        and Stack.
+      cell: An Elman, LSTM, GRU, ConvLSTM, Linear, Embed, LayerNorm, Dropout or Apply, also inside Backward,
+        Bidirectional and Stack.
       params: Its params, as `cell.init` gives them.
-      module: What the variables are for, linen or NNX: a module that computes this cell, laid out as `from_flax` reads
-        it. None builds one of linen: `nn.RNN` around SimpleCell, OptimizedLSTMCell, GRUCell or ConvLSTMCell, with
-        `reverse=True, keep_order=True` for Backward; nn.Bidirectional, nn.Dense, nn.Embed, nn.LayerNorm, nn.Dropout;
-        nn.Sequential for Stack.
+      module: The linen or NNX module that the variables are for. It must compute this cell, and be laid out as
+        `from_flax` reads it. None builds a linen module: `nn.RNN` around SimpleCell, OptimizedLSTMCell, GRUCell or
+        ConvLSTMCell, with `reverse=True, keep_order=True` for Backward; nn.Bidirectional, nn.Dense, nn.Embed,
+        nn.LayerNorm, nn.Dropout; nn.Sequential for Stack.
 
     Returns:
-      The module, as it came or as it was built, and its variables: of linen `{"params": ...}` for `module.apply`; of
-      NNX a nested dict for `nnx.update(module, variables)`.
+      The module, as given or as built, and its variables: for linen `{"params": ...}`, for `module.apply`; for NNX a
+      nested dict, for `nnx.update(module, variables)`.
 
     Raises:
       ValueError: If Flax, or the module, does not compute this: peepholes, a GRU that resets before the product, b_hn
-        in an NNX GRUCell. It names the place in the cell.
+        in an NNX GRUCell. The message names the place in the cell.
 
     Examples:
       >>> import jax, jaxrnn

@@ -1,4 +1,4 @@
-"""Cells and params out of modules of Flax."""
+"""Converts Flax modules to cells and params."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_module(
 
 
 def _flat(module: Foreign, variables: Any) -> Named:
-    """The arrays of a module by path, None for those that were replaced by None."""
+    """The arrays of a module by path, with None for arrays that were replaced by None."""
     if isinstance(module, nnx.Module):
         given = nnx.state(module, nnx.Param) if variables is None else variables
         if not isinstance(given, Mapping):

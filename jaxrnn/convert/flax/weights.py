@@ -1,4 +1,4 @@
-"""Modules of Flax with weights, linen and NNX: the cell that each is, and the arrays that its params are made of."""
+"""The linen and NNX modules with weights: the cell that each becomes, and the arrays that make up its params."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
 
 class Field(NamedTuple):
-    """A field of the params: the sum of `terms`, each of which is arrays of one shape side by side."""
+    """A field of the params: the sum of `terms`. Each term is several arrays of one shape, side by side."""
 
     shape: tuple[int | None, ...]
     terms: tuple[tuple[str, ...], ...]
 
 
 class Weighted(NamedTuple):
-    """A module with weights: `cell` of the params, which `arrange` makes of the fields; `restore` is the way back."""
+    """A module with weights.
+
+    `arrange` makes the params from the fields, `restore` is its inverse, and `cell` makes the cell from the params.
+    """
 
     path: str
     module: Foreign
@@ -46,24 +49,24 @@ class Weighted(NamedTuple):
 
 
 def place(path: str) -> str:
-    """What a message calls a path."""
+    """The name of a path in error messages."""
     return f"module/{path}" if path else "module"
 
 
 def refuse(path: str, module: Foreign, why: str) -> NoReturn:
-    """Raises the `ValueError` that says where in a model what has no counterpart, and why."""
+    """Raises the `ValueError` that says where a model has a part without a counterpart, and why."""
     raise ValueError(f"{place(path)}: {type(module).__name__}: {why}")
 
 
 def check_dtype(layer: Weighted, dtype: DTypeLike) -> None:
-    """A module computes in the dtype of its weights."""
+    """Raises unless the module computes in the dtype of its weights."""
     computes = layer.module.dtype
     if computes is not None and jnp.dtype(computes) != dtype:
         refuse(layer.path, layer.module, f"it computes in {jnp.dtype(computes)}, and its weights are {dtype}")
 
 
 def expect(path: str, module: Foreign, **expected: tuple[Any, ...]) -> None:
-    """The attributes, as far as the module has them, are one of the values that have a counterpart."""
+    """Raises if an attribute that the module has is not one of these values, which have a counterpart."""
     for name, values in expected.items():
         value = getattr(module, name, values[0])
         if not any(value is each or (type(value) is type(each) and value == each) for each in values):
@@ -75,12 +78,15 @@ def _size(module: Foreign, name: str) -> int:
 
 
 def _input_size(module: Foreign) -> int | None:
-    """What NNX says and linen does not."""
+    """The input size, which an NNX module states, or None for a linen module, which does not state it."""
     return _size(module, "in_features") if hasattr(module, "in_features") else None
 
 
 class _Layout(NamedTuple):
-    """A cell, its params and gates, its fields that are functions, and the arrays of each field, in our order."""
+    """A cell class, its params class and number of gates.
+
+    Then its fields that are functions, and the names of the arrays of each field, in our order.
+    """
 
     cell: type
     params: type
@@ -143,7 +149,7 @@ def _recurrent(layout: _Layout, path: str, module: Foreign, spatial_shape: tuple
 
 
 def _with_residual(weighted: Weighted) -> Weighted:
-    """φ(x w_x + h w_h + b + h): the identity goes into w_h."""
+    """φ(x w_x + h w_h + b + h): the identity matrix for the last h is added to w_h."""
 
     def shift(amount, params):
         return params._replace(w_h=params.w_h + amount * np.eye(len(params.w_h), dtype=params.w_h.dtype))
@@ -208,18 +214,18 @@ _CELLS: dict[PyTree, Callable[[str, PyTree, PyTree], Weighted]] = {
 
 
 def is_cell(module: Foreign) -> bool:
-    """Whether `recurrent` takes it."""
+    """Whether `recurrent` accepts the module."""
     return type(module) in _CELLS
 
 
 def recurrent(path: str, module: Foreign, spatial_shape: tuple[int, ...] | None) -> Weighted:
-    """One of Flax's cells."""
+    """Describes one of Flax's recurrent cells."""
     expect(path, module, carry_init=(nn.initializers.zeros, None), promote_dtype=_PROMOTE)
     return _CELLS[type(module)](path, module, spatial_shape)
 
 
 def linear(path: str, module: Foreign) -> Weighted:
-    """Dense, and NNX' Linear."""
+    """Describes Dense of linen, or Linear of NNX."""
     expect(
         path,
         module,
@@ -237,14 +243,14 @@ def linear(path: str, module: Foreign) -> Weighted:
 
 
 def embed(path: str, module: Foreign) -> Weighted:
-    """Embed."""
+    """Describes Embed."""
     expect(path, module, promote_dtype=_PROMOTE)
     shape = (_size(module, "num_embeddings"), _size(module, "features"))
     return Weighted(path, module, EmbedParams, {"w": Field(shape, (("embedding",),))}, lambda _: Embed(*shape))
 
 
 def layer_norm(path: str, module: Foreign) -> Weighted:
-    """LayerNorm."""
+    """Describes LayerNorm."""
     last = (-1, (-1,), [-1])
     expect(
         path,

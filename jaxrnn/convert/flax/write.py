@@ -1,4 +1,4 @@
-"""Variables for modules of Flax out of cells and params."""
+"""Converts cells and params to the variables of Flax modules."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from jaxrnn.typing import DTypeLike, Foreign, Named, PyTree
 
 
 def write_variables(module: Foreign, model: Placed) -> PyTree:
-    """The variables that make the module compute what the model does; see `to_flax`."""
+    """The variables with which the module computes the same function as the model; see `to_flax`."""
     return _variables(module, jax.tree.map(on_device, _write(describe(module, _spatial_shape(model.cell)), model)))
 
 
 def _write(layer: Foreign, model: Placed) -> Named:
-    """The arrays of a module by path."""
+    """The arrays of a module, by path."""
     where = layer.path or "the module"
     match layer, model.cell:
         case Sequence(layers=layers), Stack(cells=cells, skip=False) if len(cells) == len(layers):
@@ -89,7 +89,7 @@ def _write_weighted(layer: Foreign, model: Placed) -> Named:
 
 
 def _divided(layer: Foreign, field: Foreign, value: Any, dtype: DTypeLike) -> Named:
-    """The arrays of a field: all of it in the first term, zeros in the others."""
+    """The arrays of a field. The first term takes the whole value, and the other terms are zeros."""
     value = np.zeros(field.shape[0] * len(field.terms[0]), dtype) if value is None else value
     arrays = {}
     for k, names in enumerate(field.terms):
@@ -113,7 +113,7 @@ def _variables(module: Foreign, arrays: Named) -> PyTree:
 
 
 def _spatial_shape(cell: Cell) -> PyTree:
-    """S of the first ConvLSTM of a model."""
+    """The spatial shape S of the first ConvLSTM in a model."""
     match cell:
         case ConvLSTM():
             return cell.spatial_shape

@@ -1,4 +1,4 @@
-"""Keras models as cells, and back."""
+"""Converts Keras models to cells, and back."""
 
 from jaxrnn.convert.keras.export import to_keras
 from jaxrnn.convert.keras.read import KerasModel, from_keras

@@ -1,4 +1,4 @@
-"""Keras' configs: the fields of a layer, checked; activations by name."""
+"""Reads Keras' configs: the checked fields of a layer, and activations by name."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "mixed_float16", "mixed_b
 
 
 class Fields:
-    """The config of one layer: each field is taken once and checked, and none that matters is left over.
+    """The config of one layer. Each field is taken once and checked, and no field that matters may be left over.
 
-    It is of the Keras of `version`; `kind` and the fields have the names of Keras 3.
+    The config is that of Keras `version`; `kind` and the fields have the names of Keras 3.
     """
 
     def __init__(self, place: str, source: Foreign, version: Version = KERAS_3):
@@ -51,15 +51,15 @@ class Fields:
             self.place = f"{place}: {kind} {short(name)}"
 
     def inside(self, name: str, source: Foreign) -> Fields:
-        """The config of a layer in this one."""
+        """The config of a layer inside this one."""
         return Fields(f"{self.place}: {name}"[-200:], source, self.version)
 
     def refuse(self, name: str, value: Any, expected: str) -> NoReturn:
-        """Raises the `ValueError` of one field."""
+        """Raises the `ValueError` for one field."""
         raise ValueError(f"{self.place}: {name}: expected {expected}, got {short(value)}")
 
     def take(self, name: str, default: Any = REQUIRED) -> PyTree:
-        """The field, or what Keras takes where it is not there."""
+        """Takes a field, or returns the default of Keras if the field is missing."""
         if name not in self._left and default is REQUIRED:
             raise ValueError(f"{self.place}: {name} is missing")
         return self._left.pop(name, default)
@@ -77,7 +77,7 @@ class Fields:
         return value
 
     def sizes(self, name: str, dimensions: int, default: Any = REQUIRED) -> tuple[int, ...]:
-        """One integer for each dimension, given as such or as one number for all."""
+        """One integer for each dimension, from a list of them or from one number for all."""
         value = self.take(name, default)
         each = tuple(value) if isinstance(value, (list, tuple)) else (value,) * dimensions
         if len(each) != dimensions or not all(map(is_size, each)):
@@ -106,7 +106,7 @@ class Fields:
         self.choice("data_format", "channels_last", {"channels_last": None})
 
     def activation(self, name: str, default: Any, *, elementwise: bool) -> Activation:
-        """An activation by name, or as one of Keras' layers; None is the identity."""
+        """An activation, given by name or as one of Keras' layers. None means the identity."""
         value = self.take(name, default)
         if isinstance(value, Mapping):
             inner = self.inside(name, value)
@@ -123,7 +123,7 @@ class Fields:
         return "hard_sigmoid" if value == "hard_sigmoid" and self.version < KERAS_3 else known[value]
 
     def finish(self) -> None:
-        """Nothing that matters is left."""
+        """Raises if a field that matters has not been taken."""
         policy = self._left.pop("dtype", None)
         if isinstance(policy, Mapping):
             config = policy.get("config")
@@ -138,7 +138,7 @@ class Fields:
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value is an integer of at least 1, of reasonable size."""
+    """Whether a value is an integer of at least 1 and of reasonable size."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < LARGEST
 
 
@@ -181,7 +181,7 @@ ACTIVATION_LAYERS: dict[str, Callable[[Fields], Activation]] = {
 
 
 def list_of(fields: Fields, name: str) -> list[PyTree]:
-    """A field that must be a list of at least one."""
+    """A field that must be a list with at least one entry."""
     value = fields.take(name)
     if not isinstance(value, (list, tuple)) or not value:
         fields.refuse(name, value, "a list of at least one")

@@ -1,4 +1,4 @@
-"""Cells as Keras 3 models: a config for `keras.Sequential.from_config`, and the weights."""
+"""Converts cells to Keras 3 models: a config for `keras.Sequential.from_config`, and the weights."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ MERGES = {"concat": "concat", "sum": "sum", "mul": "mul", "average": "ave", "tup
 
 
 def to_keras(cell: Cell, params: PyTree, *, mask_value: float | None = None) -> tuple[Named, list[np.ndarray]]:
-    """A cell as a Keras 3 model: `model = keras.Sequential.from_config(config)`, `model.set_weights(weights)`.
+    """Converts a cell to a Keras 3 model: `model = keras.Sequential.from_config(config)`, `model.set_weights(weights)`.
 
-    The model takes (batch, time, ...), or tokens (batch, time), and gives what `jaxrnn.scan(..., time_axis=1)` does
-    from a fresh start, at valid steps. A cell that runs the other way turns Keras' sequence round; if the number of
-    turns is odd (`Backward` at the end), its outputs are in the opposite order of time.
+    The model takes (batch, time, ...), or tokens (batch, time). At valid steps it returns the same outputs as
+    `jaxrnn.scan(..., time_axis=1)` from the initial carry. For a cell that runs in the other direction, the sequence is
+    reversed in Keras. If it is reversed an odd number of times (`Backward` at the end), the model's outputs are in the
+    opposite order of time.
 
     Args:
-      cell: Embed, Linear, LayerNorm, Apply, Dropout, Elman, LSTM, GRU, ConvLSTM, RecurrentDropout around them,
-        Backward, Bidirectional, Pool, and Stacks of these.
+      cell: An Embed, Linear, LayerNorm, Apply, Dropout, Elman, LSTM, GRU or ConvLSTM, RecurrentDropout around them,
+        Backward, Bidirectional, Pool, or a Stack of these.
       params: Its params, as `cell.init` gives them.
-      mask_value: Steps of xs that hold only this are masked: the model begins with Masking, or its Embedding has
-        `mask_zero=True` (for 0). `model.mask.value` of `from_keras`.
+      mask_value: Steps of xs are masked if they hold only this value: the model begins with Masking, or its Embedding
+        has `mask_zero=True` (for 0). For a model of `from_keras`, it is `model.mask.value`.
 
     Returns:
       The config, a dict that JSON can hold, and the weights, in the dtype of the params.
 
     Raises:
-      ValueError: For what Keras lacks, naming the place in the cell.
-      TypeError: For what Keras lacks, naming the place in the cell.
+      ValueError: If Keras has no counterpart. The message names the place in the cell.
+      TypeError: If Keras has no counterpart. The message names the place in the cell.
 
     Examples:
       >>> import jax, jaxrnn
@@ -72,7 +73,7 @@ def to_keras(cell: Cell, params: PyTree, *, mask_value: float | None = None) -> 
 
 
 class _Run(NamedTuple):
-    """A cell in a model: whether it runs from the end, and how its last output is all that remains, if it is."""
+    """A cell of a model: whether it runs from the end, and, if only its last output remains, which one that is."""
 
     model: Placed
     reverse: bool = False
@@ -80,7 +81,7 @@ class _Run(NamedTuple):
 
 
 def _runs(model: Placed, reverse: bool = False) -> Iterator[_Run]:
-    """The cells one after another, without the wrappers that say how they run."""
+    """The cells one after another, without the wrappers that say how they are run."""
     for each in layers(model):
         match each.cell:
             case Backward():
@@ -100,7 +101,7 @@ def _runs(model: Placed, reverse: bool = False) -> Iterator[_Run]:
 
 
 class _Writer:
-    """Writes layer after layer."""
+    """Writes one layer after another."""
 
     def __init__(self, dtype: str):
         self.dtype = dtype
@@ -115,7 +116,7 @@ class _Writer:
         return {"module": "keras.layers", "class_name": kind, "config": config, "registered_name": None}
 
     def begin(self, model: Placed, mask_value: float | None) -> None:
-        """The input, and its mask."""
+        """Writes the input and its mask."""
         tokens = model.cell.input_ndim == 0
         size = () if tokens else input_size(model.cell)
         if size is None:
@@ -147,7 +148,7 @@ class _Writer:
                 self.recurrent(run)
 
     def keeps_size(self, model: Placed) -> None:
-        """A layer without time."""
+        """Writes a layer without time."""
         p, add = model.params, lambda kind, **config: self.layers.append(self.layer(kind, **config))
         match model.cell:
             case Embed(vocabulary=vocabulary, output_size=size):
@@ -171,7 +172,7 @@ class _Writer:
                 add("Dropout", rate=rate)
 
     def activation(self, model: Placed, fn: Activation) -> Named:
-        """A layer that applies an activation."""
+        """The config of a layer that applies an activation."""
         match _activation(model, fn):
             case {"class_name": kind, "config": config}:
                 return self.layer(kind, **config)
@@ -179,7 +180,7 @@ class _Writer:
                 return self.layer("Activation", activation=name)
 
     def pool(self, model: Placed, how: Any) -> None:
-        """The mean or greatest output."""
+        """Writes a layer that puts out the mean or the greatest output."""
         if how not in POOLINGS.values():
             model.refuse("Keras' Sequential pools in one way only")
         if self.step is None or len(self.step) != 1:
@@ -191,7 +192,7 @@ class _Writer:
         self.step, self.masked = None, False
 
     def repeat(self, model: Placed) -> None:
-        """A new sequence of steps that all read one vector; what follows acts on its last axis alone."""
+        """Begins a new sequence whose steps all read one vector. The layers that follow act on its last axis alone."""
         cell = model.cell
         size = input_size(cell)
         if self.step is not None or isinstance(size, tuple):
@@ -205,12 +206,12 @@ class _Writer:
         self.step = None
 
     def check_mask(self, model: Placed) -> None:
-        """The mask is in the order of the sequence."""
+        """Raises if there is a mask that is not in the order of the sequence."""
         if self.masked and self.flipped:
             model.refuse("the layer before it turns Keras' sequence round, and not its mask")
 
     def recurrent(self, run: _Run) -> None:
-        """A layer over time."""
+        """Writes a layer that runs over time."""
         model = run.model
         self.check_mask(model)
         options = {"return_sequences": run.last is None, "go_backwards": run.reverse != self.flipped}
@@ -229,7 +230,7 @@ class _Writer:
         self.masked = self.masked and not run.last
 
     def directed(self, cells: list[Placed], **options: Any) -> tuple[Named, list[PyTree]]:
-        """One layer of Keras, of one cell or of several, each with the dropout below it."""
+        """One Keras layer for one or several cells, each with the dropout below it."""
         found, dropout = [], 0.0
         for each in cells:
             if isinstance(each.cell, Dropout) and each.cell.per_sequence and not dropout:
@@ -263,7 +264,7 @@ class _Writer:
 
 
 class _Written(NamedTuple):
-    """A cell as a layer of Keras: its class, config and weights."""
+    """A cell as a Keras layer: its class, config and weights."""
 
     kind: str
     config: Named
@@ -271,7 +272,7 @@ class _Written(NamedTuple):
 
 
 def _write(model: Placed, dropout: float) -> _Written:
-    """A recurrent cell with its dropouts."""
+    """Converts a recurrent cell with its dropouts."""
     noise: dict[str, float] = {"dropout": dropout} if dropout else {}
     if isinstance(model.cell, RecurrentDropout):
         noise["recurrent_dropout"] = model.cell.rate
@@ -325,7 +326,7 @@ def _gru(model: Placed) -> _Written:
 
 
 def _gates(model: Placed) -> Named:
-    """The fields that all gated cells have."""
+    """The config fields that all gated cells have."""
     cell = model.cell
     if getattr(cell, "output_activation", cell.activation) != cell.activation:
         model.refuse("Keras has one activation for both the candidate and the output")

@@ -1,4 +1,4 @@
-"""A functional model of Keras as one chain of layers."""
+"""Reads a functional Keras model as one chain of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxrnn.typing import Foreign, Named, PyTree
 
 
 def chain(fields: Fields) -> list[PyTree]:
-    """The configs of a functional model's layers from its input to its output; it must be one chain."""
+    """The configs of the layers of a functional model, from its input to its output. The layers must form one chain."""
     graph = _Graph(fields)
     name, path = graph.end("output_layers"), []
     while name is not None:
@@ -40,7 +40,7 @@ class _Graph:
                 self.join(name, entry)
 
     def join(self, name: str, entry: Foreign) -> None:
-        """A Concatenate of poolings of one tensor becomes one layer, which holds them and reads that tensor."""
+        """Replaces a Concatenate of poolings of one tensor by one layer that holds them and reads that tensor."""
         match self.call(name):
             case [[*names]], kwargs if names and not kwargs and all(isinstance(each, _Name) for each in names):
                 pools = [self.entry(each) for each in names]
@@ -56,7 +56,7 @@ class _Graph:
         return self.entries[name]
 
     def end(self, which: str) -> str:
-        """The name of the one input or output."""
+        """The name of the layer that is the only input or output."""
         value = self.fields.take(which)
         while isinstance(value, (list, tuple)) and len(value) == 1:
             value = value[0]
@@ -70,7 +70,7 @@ class _Graph:
         return self.fields.refuse(which, value, "one tensor, [name, 0, 0]")
 
     def call(self, name: str) -> tuple[list[PyTree], Named]:
-        """The arguments of a layer's only call, tensors as the names of what makes them."""
+        """The arguments of a layer's only call. A tensor is replaced by the name of the layer that makes it."""
         match self.entry(name).get("inbound_nodes"):
             case []:
                 return [], {}
@@ -86,7 +86,7 @@ class _Graph:
         raise ValueError(f"{self.fields.place}: layer {short(name)}: expected one call")
 
     def reads(self, name: str) -> tuple[str | None, str | None]:
-        """What makes the only input of a layer, and what makes its mask."""
+        """The name of the layer that makes the only input of a layer, and of the one that makes its mask."""
         args, kwargs = self.call(name)
         mask = kwargs.pop("mask", None)
         others = [key for key, value in kwargs.items() if value is not None and value is not False]
@@ -115,7 +115,7 @@ def _tensor(value: Any) -> Foreign:
 
 
 def _check_masks(graph: _Graph, path: list[str]) -> None:
-    """Every mask that is handed over is the one of the chain's own Masking or Embedding, which is x ≠ its value."""
+    """Raises unless every mask passed to a layer is that of the chain's own Masking or Embedding: x ≠ its value."""
     own = {}
     for name in path:
         match graph.entry(name):

@@ -1,4 +1,4 @@
-"""Keras' layers one by one: each reads its fields and takes its weights."""
+"""Reads Keras' layers one by one: each reader reads the fields of a layer and takes its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxrnn.typing import Foreign, PyTree, WithParams
 
 
 class Weights:
-    """The list of weights, taken in order."""
+    """The list of weights, which are taken in order."""
 
     def __init__(self, weights: PyTree):
         self.arrays = Arrays("weights", {f"[{k}]": array for k, array in enumerate(weights)})
@@ -54,7 +54,7 @@ def _simple(fields: Fields, weights: Weights) -> WithParams:
 
 
 class _Kernels(NamedTuple):
-    """The weights of gates in our order, one block of columns each; b_x and b_h None where the layer has none."""
+    """The weights of gates in our order, one block of columns for each. b_x and b_h are None if the layer has none."""
 
     w_x: PyTree
     w_h: PyTree
@@ -63,7 +63,7 @@ class _Kernels(NamedTuple):
 
 
 def _kernels(fields: Fields, weights: Weights, h: int, kind: str, *, two_biases: bool) -> _Kernels:
-    """The weights of a gated layer of one of the kinds in the table."""
+    """The weights of a gated layer. `kind` is one of the kinds in the table."""
     gates = KERAS[kind]
     n = len(gates.order) * h
     if fields.version < (2, 0) and fields.take("implementation", "cpu") != "gpu":
@@ -86,7 +86,7 @@ def _kernels(fields: Fields, weights: Weights, h: int, kind: str, *, two_biases:
 
 
 def _from_cudnn(kernel: np.ndarray, gates: int) -> PyTree:
-    """A kernel as a matrix to multiply with from the right: each gate's numbers are cuDNN's (out, in) matrix."""
+    """The kernel as a matrix that multiplies from the right. In cuDNN the numbers of a gate are an (out, in) matrix."""
     rows, columns = kernel.shape[0], kernel.shape[1] // gates
     return np.concatenate([each.reshape(columns, rows).T for each in np.split(kernel, gates, axis=1)], axis=1)
 
@@ -148,7 +148,7 @@ RECURRENT = {*LAYERS, *CONVOLUTIONS, "RNN"}
 
 
 def _noisy(fields: Fields, cell: WithParams) -> Pieces:
-    """The cell, with its dropouts; these are the last of its fields."""
+    """The cell with its dropouts, which are the last fields to be read."""
     inputs, recurrent = fields.rate("dropout", 0.0), fields.rate("recurrent_dropout", 0.0)
     fields.finish()
     cell = (RecurrentDropout(cell[0], recurrent), cell[1]) if recurrent else cell
@@ -156,7 +156,7 @@ def _noisy(fields: Fields, cell: WithParams) -> Pieces:
 
 
 class Recurrent(NamedTuple):
-    """A recurrent layer: its cells, one above another, and how it runs them."""
+    """A recurrent layer: its cells, one above another, and the options with which it runs them."""
 
     pieces: Pieces
     go_backwards: bool
@@ -165,7 +165,7 @@ class Recurrent(NamedTuple):
 
 
 def read_recurrent(fields: Fields, weights: Weights, shape: Any) -> Recurrent:
-    """A layer with time as cells one above another; `shape` is that of its input in Keras, where it is known."""
+    """A layer with time as cells, one above another. `shape` is the shape of its input in Keras, if it is known."""
     options = (fields.flag("go_backwards", False), fields.flag("return_sequences", False))
     zero_output, unroll = fields.flag("zero_output_for_mask", False), fields.flag("unroll", False)
     if fields.kind in CONVOLUTIONS:
@@ -179,7 +179,7 @@ def read_recurrent(fields: Fields, weights: Weights, shape: Any) -> Recurrent:
 
 
 def _cells(fields: Fields) -> list[Fields]:
-    """The cells of an RNN layer."""
+    """The cells in an RNN layer."""
     cell = fields.take("cell")
     if isinstance(cell, Mapping) and cell.get("class_name") == "StackedRNNCells":
         inner = fields.inside("cell", cell)
@@ -257,7 +257,7 @@ POINTWISE = {
 
 
 def directions(fields: Fields, layer: Foreign, backward: Foreign) -> tuple[Fields, Fields]:
-    """The two layers of a Bidirectional; without a backward one it is the forward one the other way."""
+    """The two layers of a Bidirectional. If there is no backward layer, the forward one is run the other way."""
     if backward is None and isinstance(layer, Mapping) and isinstance(layer.get("config"), Mapping):
         backward = {
             **layer,

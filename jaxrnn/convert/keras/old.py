@@ -1,4 +1,4 @@
-"""Layers of Keras 1 and 2 in the terms of Keras 3: names of fields, and defaults that have changed."""
+"""Rewrites layers of Keras 1 and 2 in the terms of Keras 3: the names of fields, and defaults that have changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RENAMED_SINCE_2 = {"LeakyReLU": {"alpha": "negative_slope"}, "ThresholdedReLU": 
 
 
 def version_of(source: Mapping[Foreign, Foreign]) -> Version:
-    """The `keras_version` of a model's JSON: major and minor number; that of Keras 3 where there is none.
+    """The `keras_version` in a model's JSON: its major and minor number, or those of Keras 3 if there is none.
 
     Examples:
       >>> version_of({"class_name": "Sequential", "keras_version": "2.2.4"})
@@ -41,7 +41,7 @@ def version_of(source: Mapping[Foreign, Foreign]) -> Version:
 
 
 def renewed(kind: str, config: Mapping[Foreign, Foreign], version: Version) -> tuple[str, dict[PyTree, PyTree]]:
-    """The class and the config of a layer of this version as Keras 3 would write them.
+    """The class and the config of a layer of this version, as Keras 3 would write them.
 
     Examples:
       >>> renewed("LSTM", {"output_dim": 4, "inner_activation": "sigmoid"}, (1, 2))
@@ -63,7 +63,7 @@ def renewed(kind: str, config: Mapping[Foreign, Foreign], version: Version) -> t
 
 
 def _of_keras_1(kind: str, config: Mapping[Foreign, Foreign]) -> tuple[str, dict[PyTree, PyTree]]:
-    """The same in the terms of Keras 2."""
+    """The class and the config of a Keras 1 layer in the terms of Keras 2."""
     if kind == "Embedding":
         idle = ("init", "input_dtype") + ("dropout",) * (config.get("dropout") == 0)
         return kind, {name: value for name, value in config.items() if name not in idle}

@@ -1,4 +1,4 @@
-"""Keras models as cells: from layers and models, or their configs and weights."""
+"""Converts Keras models to cells: from layers and models, or from their configs and weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxrnn.typing import Foreign, PyTree
 
 
 class KerasModel(NamedTuple):
-    """A cell, its params, and None or the function of xs that gives the mask."""
+    """A cell, its params, and the function of xs that returns the mask, or None."""
 
     cell: Cell
     params: PyTree
@@ -27,52 +27,52 @@ class KerasModel(NamedTuple):
 
 
 def from_keras(source: Foreign, weights: PyTree = None) -> KerasModel:
-    """A Keras layer or model as a cell.
+    """Converts a Keras layer or model to a cell.
 
-    Keras' time axis is the second: run it by `jaxrnn.scan(cell, params, carry, xs, time_axis=1)`, with the initial
-    states as carry, None for zeros. A model is one chain, `Sequential` or functional, of InputLayer, Embedding,
-    Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D, RNN of one or more of their cells, Bidirectional, Dense,
+    Keras' time axis is the second: run the cell by `jaxrnn.scan(cell, params, carry, xs, time_axis=1)`, with the
+    initial states as carry, or None for zeros. A model must be one chain, `Sequential` or functional, of InputLayer,
+    Embedding, Masking, SimpleRNN, LSTM, GRU, ConvLSTM1D to 3D, RNN of one or more of their cells, Bidirectional, Dense,
     TimeDistributed, Dropout, SpatialDropout1D, LayerNormalization, Activation, ReLU, LeakyReLU, ELU, Softmax,
-    GlobalAveragePooling1D, GlobalMaxPooling1D, Concatenate of these two, RepeatVector; of Keras 1 and 2 also CuDNNLSTM,
-    CuDNNGRU, ThresholdedReLU and TimeDistributedDense.
+    GlobalAveragePooling1D, GlobalMaxPooling1D, Concatenate of these two, RepeatVector. In Keras 1 and 2 it may also
+    have CuDNNLSTM, CuDNNGRU, ThresholdedReLU and TimeDistributedDense.
 
     The `keras_version` in a model's JSON says how a config is read: in Keras 1 and 2, tf.keras included, the hard
     sigmoid was flatter, a GRU without `reset_after` resets before the product, and fields had other names. A config
-    without a version is of Keras 3. In an HDF5 file the version is an attribute beside the config:
+    without a version is read as one of Keras 3. In an HDF5 file the version is an attribute beside the config:
 
         config = json.loads(file.attrs["model_config"]) | {"keras_version": file.attrs["keras_version"]}
 
-    Where the two differ:
+    The cell differs from the Keras model in these points:
 
-    - The outputs agree at valid steps; at others ours are 0. A row without any valid step gives 0, not Keras' NaN of an
-      average or its initial state.
-    - The outputs are aligned with xs. `go_backwards=True` turns Keras' output round in time, for later layers too: they
-      get the direction that gives the same numbers, and Keras' sequence is in the opposite order where the number of
-      turns is odd.
-    - Noise is drawn where `scan` gets a key; its numbers are not Keras'. `dropout` becomes `Dropout(rate,
-      per_sequence=True)` below the cell, `recurrent_dropout` becomes `RecurrentDropout`: one mask per sequence, as
-      there, but always one for all gates, where Keras draws one for each gate in ConvLSTM and in every layer that has
-      `recurrent_dropout` or `implementation=1`.
-    - `stateful=True`: pass the carry on. The final carry is always returned, and what `return_state=True` puts out is
-      in it.
+    - The outputs agree at valid steps; at other steps ours are 0. A row without any valid step gives 0, where Keras
+      gives NaN (for an average) or its initial state.
+    - The outputs are aligned with xs. In Keras, `go_backwards=True` reverses the output in time, for later layers too.
+      The cells get the direction that gives the same numbers, and Keras' sequence is in the opposite order if it is
+      reversed an odd number of times.
+    - Noise is drawn where `scan` gets a key; its numbers are not those of Keras. `dropout` becomes `Dropout(rate,
+      per_sequence=True)` below the cell, and `recurrent_dropout` becomes `RecurrentDropout`. Each draws one mask per
+      sequence, as in Keras, but always one for all gates, while Keras draws one for each gate in ConvLSTM and in every
+      layer that has `recurrent_dropout` or `implementation=1`.
+    - `stateful=True`: pass the carry on to the next call. The final carry is always returned, and it contains the
+      states that `return_state=True` puts out.
     - Bidirectional with `merge_mode=None` gives a tuple of both outputs.
-    - A GRU with `reset_after` has two biases in Keras, of which r and z read the sum; here they have one, `b`. An
+    - A GRU with `reset_after` has two biases in Keras, and r and z read their sum; here there is one bias, `b`. An
       optimizer moves that sum twice as far in Keras; see `from_torch` for a way to do the same.
-    - Initializers, regularizers and constraints act in training only and are not kept; nor is `trainable`.
-    - A model computes in the dtype of xs: cast xs where the policy is a mixed one. Embedding takes integers.
+    - Initializers, regularizers and constraints act in training only and are not kept, and neither is `trainable`.
+    - A model computes in the dtype of xs: cast xs if the policy is a mixed one. Embedding takes integers.
 
     Args:
-      source: A built layer or model of Keras 3; or a config, of any version: the dict of
-        `keras.saving.serialize_keras_object`, of the `get_config` of a model, or of its JSON. With a config Keras need
+      source: A built layer or model of Keras 3. Or a config, of any version: the dict of
+        `keras.saving.serialize_keras_object`, of the `get_config` of a model, or of its JSON. With a config, Keras need
         not be installed.
-      weights: With a config, what `get_weights` gives: a list of arrays.
+      weights: With a config, the list of arrays that `get_weights` returns.
 
     Returns:
-      `KerasModel(cell, params, mask)`: params in the dtype of the weights.
+      `KerasModel(cell, params, mask)`, with the params in the dtype of the weights.
 
     Raises:
-      ValueError: For what has no counterpart here, or does not fit, naming the layer and the field.
-      TypeError: For what has no counterpart here, or does not fit, naming the layer and the field.
+      ValueError: If something has no counterpart here or does not fit. The message names the layer and the field.
+      TypeError: If something has no counterpart here or does not fit. The message names the layer and the field.
 
     Examples:
       >>> import jaxrnn, numpy as np
@@ -126,7 +126,7 @@ def from_keras(source: Foreign, weights: PyTree = None) -> KerasModel:
 
 
 def _read(layer: Foreign, weights: PyTree) -> tuple[PyTree, PyTree]:
-    """Config and weights of one of Keras' objects."""
+    """The config and the weights of a Keras layer or model."""
     if not any(base.__module__.split(".")[0] == "keras" for base in type(layer).__mro__):
         raise TypeError(f"source: expected a Keras layer or model, or its config as a dict, got {type(layer).__name__}")
     if weights is not None:

@@ -1,4 +1,4 @@
-"""A Keras model layer after layer: the cells so far, and what the next layer sees."""
+"""Reads a Keras model layer by layer: the cells so far, and the facts that the next layer needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ DEEPEST = 32  # models within models
 
 
 class KerasMask(NamedTuple):
-    """A function of xs: the mask for `jaxrnn.scan`, true where x ≠ value; of tokens, or of any feature of the step.
+    """A function of xs that returns the mask for `jaxrnn.scan`.
+
+    The mask is true where x ≠ value; x is the token, or any feature of the step.
 
     Examples:
       >>> import numpy as np
@@ -53,7 +55,7 @@ class KerasMask(NamedTuple):
 
 
 class Reader:
-    """Reads layer after layer: the cells so far, and what the next one sees."""
+    """Reads layer by layer. It holds the cells so far, and the facts that the next layer needs."""
 
     def __init__(self, weights: Weights):
         self.weights = weights
@@ -86,7 +88,7 @@ class Reader:
         fields.finish()
 
     def see(self, fields: Fields, shape: Any) -> None:
-        """The shape of Keras' input is known: `shape`."""
+        """Notes the shape of Keras' input, which is now known."""
         if not isinstance(shape, (list, tuple)) or len(shape) < 2 or not all(n is None or is_size(n) for n in shape):
             fields.refuse("shape", shape, "(batch, time, ...), each a size or None")
         known = self.shape if self.shape is not None else (None,) * len(shape)
@@ -95,7 +97,7 @@ class Reader:
         self.shape = tuple(a if b is None else b for a, b in zip(known, shape, strict=True))
 
     def add(self, pieces: Pieces) -> None:
-        """Puts cells on top."""
+        """Adds cells on top of the others."""
         for cell, params in pieces:
             self.cells.append((cell, params))
             if self.shape is None or cell.keeps_size or isinstance(cell, Apply):
@@ -111,7 +113,7 @@ class Reader:
             self.see(fields, shape)
 
     def needs(self, fields: Fields, *, rank: int | None = None, size: int | None = None) -> None:
-        """The input has a time axis, this rank, and this last size."""
+        """Raises unless the input has a time axis, this rank, and this last size."""
         if not self.timed or (rank is not None and self.shape is not None and len(self.shape) != rank):
             expected = "a time axis" if rank is None else f"{rank} axes, batch and time first"
             fields.refuse("input", "none any more" if not self.timed else self.shape, expected)
@@ -136,7 +138,7 @@ class Reader:
         self.mask, self.masked = KerasMask(fields.number("mask_value", 0.0)), True
 
     def keeps_size(self, fields: Fields) -> None:
-        """A layer without time."""
+        """Reads a layer without time."""
         if not self.cells and self.shape is not None and len(self.shape) == 2:
             self.timed = False
         read = spatial_dropout if fields.kind == "SpatialDropout1D" else POINTWISE[fields.kind]
@@ -147,7 +149,7 @@ class Reader:
         self.add(pieces)
 
     def fits(self, fields: Fields, cell: Any) -> None:
-        """The last axis is what the cell reads."""
+        """Raises unless the last axis has the size that the cell reads."""
         if self.shape is not None and self.shape[-1] not in (None, cell.input_size):
             fields.refuse("input", self.shape, f"(..., {cell.input_size})")
 
@@ -184,7 +186,7 @@ class Reader:
         self.forked = merge == "tuple"
 
     def run(self, fields: Fields, kind: str, layer: Recurrent) -> None:
-        """A recurrent layer: its direction in the time of xs, and what it puts out."""
+        """Adds a recurrent layer: its direction in the time of xs, and the outputs that it returns."""
         first = next(cell for cell, _ in layer.pieces if not isinstance(cell, Layer))
         size: Size = getattr(first, "input_size", None)
         self.needs(fields, rank=2 + first.input_ndim, size=size[-1] if isinstance(size, tuple) else size)
@@ -203,7 +205,7 @@ class Reader:
             self.timed = self.masked = False
 
     def repeat(self, fields: Fields) -> None:
-        """A new sequence begins, whose steps all read the same; the layers above are within it."""
+        """Begins a new sequence, all steps of which read the same vector. The layers above belong to this sequence."""
         if self.timed or not self.cells:
             fields.refuse("input", self.shape, "one vector for each sequence, like that of a layer before it")
         if self.shape is not None and len(self.shape) != 2:
@@ -214,7 +216,7 @@ class Reader:
         self.shape = None if self.shape is None else (self.shape[0], length, self.shape[1])
 
     def finish(self) -> WithParams:
-        """The model, and its params."""
+        """The cell of the whole model, and its params."""
         self.weights.finish()
         while self.repeated:
             cell, params = stacked(self.cells or [(Apply("identity"), ())])
@@ -228,7 +230,7 @@ class Reader:
         self.pool(fields, self.way(fields))
 
     def concatenate(self, fields: Fields) -> None:
-        """Several poolings of one sequence, which `chain` has put into it."""
+        """Reads several poolings of one sequence, which `chain` has put into this layer."""
         if fields.take("axis", -1) not in (-1, 1):
             raise ValueError(f"{fields.place}: axis: expected -1, the last axis")
         ways = [fields.inside(f"layers[{k}]", inner) for k, inner in enumerate(list_of(fields, "layers"))]
@@ -237,7 +239,7 @@ class Reader:
             way.finish()
 
     def way(self, fields: Fields) -> str:
-        """How one layer pools."""
+        """The way in which one layer pools."""
         if fields.kind not in POOLINGS:
             raise ValueError(f"{fields.place}: expected one of {sorted(POOLINGS)}")
         fields.channels_last()
@@ -246,7 +248,7 @@ class Reader:
         return POOLINGS[fields.kind]
 
     def pool(self, fields: Fields, how: str | tuple[str, ...]) -> None:
-        """The end of time."""
+        """Ends the time axis by pooling."""
         self.needs(fields, rank=3)
         if self.masked and self.flipped:
             raise ValueError(f"{fields.place}: a layer before it has turned the sequence round, and not the mask")

@@ -1,4 +1,4 @@
-"""ONNX models to and from cells."""
+"""Converts ONNX models to and from cells."""
 
 from jaxrnn.convert.onnx.export import to_onnx
 from jaxrnn.convert.onnx.models import from_onnx

@@ -1,7 +1,7 @@
 """Constant folding: arrays that a graph computes from its weights and from the sizes of its inputs.
 
-A size that is not known is a symbol, and an array that is the same along an axis holds it once. So a constant may be of
-any size and take no memory.
+A size that is not known is a symbol, and an array that has equal entries along an axis stores only one of them. So a
+constant may have any size and take almost no memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxrnn.typing import PyTree
 
 @dataclass(frozen=True, order=True)
 class Dim:
-    """An axis of an input of the graph, and its size where that is known."""
+    """An axis of an input of the graph, and its size if that is known."""
 
     input: str
     axis: int
@@ -28,7 +28,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Size:
-    """A number of entries: count · the product of the sizes that are not known."""
+    """A number of entries: count times the product of the sizes that are not known."""
 
     count: int
     dims: tuple[Dim, ...] = ()
@@ -40,7 +40,7 @@ class Size:
     __rmul__ = __mul__
 
     def divided_by(self, other: Size) -> Size | None:
-        """The quotient, or None where it is no size."""
+        """The quotient, or None if it is not a size."""
         dims = list(self.dims)
         for dim in other.dims:
             if dim not in dims:
@@ -59,7 +59,7 @@ ONE = Size(1)
 
 
 def size(value: Any) -> Size:
-    """An integer, an axis or a size as a size."""
+    """Converts an integer, an axis or a size to a size."""
     match value:
         case Size():
             return value
@@ -69,7 +69,8 @@ def size(value: Any) -> Size:
 
 
 class Constant(NamedTuple):
-    """An array with extent 1 along the axes on which all its entries are equal, whatever their size in `shape`.
+    """An array that has extent 1 along each axis on which all its entries are equal. `shape` has the size of every
+    axis.
 
     Integers that are computed from sizes have dtype object, with entries `Size`.
     """
@@ -79,13 +80,13 @@ class Constant(NamedTuple):
 
 
 class Folder:
-    """Operations on constants. All that they make together is bounded by the bytes of the file."""
+    """Operations on constants. The size of the file limits the numbers that all of them together may make."""
 
     def __init__(self, bytes_of_file: int):
         self.room = 16 * bytes_of_file + 2**16
 
     def constant(self, array: PyTree) -> Constant:
-        """An array as it is."""
+        """An array as a constant."""
         array = np.asarray(array)
         return Constant(array, tuple(map(Size, array.shape)))
 
@@ -98,13 +99,13 @@ class Folder:
         return Constant(array, (Size(len(entries)),))
 
     def take_room(self, node: Node, count: int) -> None:
-        """Raises where so many numbers are more than the file can need."""
+        """Raises if `count` more numbers are more than the file can need."""
         self.room -= count
         if self.room < 0:
             node.refuse(f"its constants are out of proportion to the size of the file: {count} numbers")
 
     def full(self, node: Node, value: Constant) -> np.ndarray:
-        """The array in its whole shape."""
+        """The array in its full shape."""
         if any(each.dims for each in value.shape):
             node.refuse(f"expected a constant of known shape, got ({', '.join(map(str, value.shape))})")
         shape = tuple(each.count for each in value.shape)
@@ -114,13 +115,13 @@ class Folder:
         return np.ascontiguousarray(np.broadcast_to(value.array, shape))
 
     def filled(self, node: Node, shape: Sequence[Size], array: np.ndarray) -> Constant:
-        """One number in this shape."""
+        """A constant of this shape that is filled with one number."""
         if len(shape) > MOST_AXES or array.size != 1:
             node.refuse(f"expected one number and up to {MOST_AXES} axes, got {array.size} and {len(shape)}")
         return Constant(array.reshape((1,) * len(shape)), tuple(shape))
 
     def expand(self, node: Node, value: Constant, shape: Sequence[Size]) -> Constant:
-        """Broadcast to at least this shape."""
+        """The constant, broadcast to at least this shape."""
         rank = max(len(shape), len(value.shape))
         if rank > MOST_AXES:
             node.refuse(f"expected up to {MOST_AXES} axes, got {rank}")
@@ -142,7 +143,7 @@ class Folder:
         return Constant(value.array.transpose(order), tuple(value.shape[k] for k in order))
 
     def reshape(self, node: Node, value: Constant, shape: Sequence[Size]) -> Constant:
-        """A constant of one number, or of a known shape, in another shape."""
+        """A constant of one number, or of a known shape, in the new shape."""
         if value.array.size == 1:
             return self.filled(node, shape, value.array)
         array = self.full(node, value)
@@ -151,7 +152,7 @@ class Folder:
         return self.constant(array.reshape(tuple(each.count for each in shape)))
 
     def slice(self, node: Node, value: Constant, axis: int, start: int, stop: int) -> Constant:
-        """The entries from start to stop, both counted as Python does."""
+        """The entries from start to stop, both counted as in Python."""
         whole = value.shape[axis]
         if whole.dims:
             if start == 0 and stop >= 2**31 - 1:
@@ -165,7 +166,7 @@ class Folder:
         return Constant(value.array[index], shape)
 
     def gather(self, node: Node, value: Constant, axis: int, index: np.ndarray) -> Constant:
-        """The entries at `index`, whose axes take the place of `axis`."""
+        """The entries at `index`. The axes of `index` replace `axis`."""
         whole = value.shape[axis]
         if whole.dims or index.dtype == object or ((index < -whole.count) | (index >= whole.count)).any():
             node.refuse(f"expected indices into an axis of size {whole}, got {_short(index)}")
@@ -179,7 +180,7 @@ class Folder:
         return Constant(np.take(array, index, axis), shape)
 
     def concatenate(self, node: Node, values: Sequence[Constant], axis: int) -> Constant:
-        """Side by side along `axis`."""
+        """The constants side by side along `axis`."""
         first = values[0]
         rest = [(*value.shape[:axis], *value.shape[axis + 1 :]) for value in values]
         if any(each != rest[0] for each in rest) or any(value.shape[axis].dims for value in values):
@@ -215,7 +216,7 @@ class Folder:
         return self._numbers(array)
 
     def equal(self, node: Node, a: Constant, b: Constant) -> Constant:
-        """Where integers are equal. A size that is not known is at least 0."""
+        """Whether integers are equal, entry by entry. A size that is not known is at least 0."""
         pairs = np.broadcast(*(self._few(node, each) for each in (a, b)))
 
         def same(x, y):
@@ -228,7 +229,7 @@ class Folder:
         return self.constant(np.array([same(x, y) for x, y in pairs], bool).reshape(pairs.shape))
 
     def where(self, node: Node, condition: Constant, a: Constant, b: Constant) -> Constant:
-        """Integers of a or b."""
+        """Integers from a where the condition is true, and from b elsewhere."""
         if condition.array.dtype != bool:
             node.refuse("expected a condition")
         return self._numbers(np.where(self.full(node, condition), self._few(node, a), self._few(node, b)))
@@ -252,7 +253,7 @@ class Folder:
         return self.constant(array)
 
     def integers(self, node: Node, value: Any, what: str) -> list[PyTree]:
-        """The entries of a small constant of integers, known ones as int and others as `Size`."""
+        """The entries of a small constant of integers: known ones as int, others as `Size`."""
         if not isinstance(value, Constant) or not _integers(value.array) or value.array.ndim > 1:
             node.refuse(f"{what}: expected a constant of integers")
         if value.array.size > 64 or math.prod(each.count for each in value.shape) > 64:
@@ -260,7 +261,7 @@ class Folder:
         return [each if isinstance(each, Size) and each.dims else _int(each) for each in self.full(node, value).flat]
 
     def known(self, node: Node, value: Any, what: str) -> list[int]:
-        """The same where every entry must be known."""
+        """The same as `integers`, but every entry must be known."""
         found = self.integers(node, value, what)
         if any(isinstance(each, Size) for each in found):
             node.refuse(f"{what}: expected numbers that are known, got {', '.join(map(str, found))}")

@@ -1,4 +1,4 @@
-"""Cells as an ONNX model."""
+"""Converts cells to an ONNX model."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ _LACKS = "ONNX's operator has no such option"
 
 
 def to_onnx(cell: Cell, params: PyTree, *, lengths: bool = False, initial_states: bool = False) -> bytes:
-    """A cell as an ONNX model, with native RNN, LSTM and GRU nodes, of operator set 22.
+    """Converts a cell to an ONNX model of operator set 22, with native RNN, LSTM and GRU nodes.
 
-    Inputs: `X` (time, batch, features), or integers (time, batch) where the first layer is an `Embed`; with `lengths`,
-    `sequence_lens`, int32 (batch); with `initial_states`, those of each recurrent layer k: `initial_h_k`, and of an
-    LSTM `initial_c_k`, (directions, batch, H). Outputs: `Y`, which are ys, and the final states `final_h_k` and
-    `final_c_k`.
+    The inputs are `X` (time, batch, features), or integers (time, batch) if the first layer is an `Embed`. With
+    `lengths` there is also `sequence_lens`, int32 (batch). With `initial_states` there are also the states of each
+    recurrent layer k: `initial_h_k`, and for an LSTM `initial_c_k`, (directions, batch, H). The outputs are `Y`, which
+    is ys, and the final states `final_h_k` and `final_c_k`.
 
-    Numbers of activations, of clips and epsilon are float32 in ONNX. Noise (dropout) is for training: the model
-    computes what `jaxrnn.scan` does without a key. With `lengths`, layers above a recurrent one put out what they make
-    of 0 at the padding, where `jaxrnn.scan` has 0; and onnxruntime ends a sequence of length 0 with states 0.
+    The numbers of activations, the clips and epsilon are float32 in ONNX. Noise (dropout) is for training: the model
+    computes the same function as `jaxrnn.scan` without a key. With `lengths`, layers above a recurrent one put out
+    their result for an input of 0 at the padding, where `jaxrnn.scan` has 0; and onnxruntime ends a sequence of length
+    0 with states 0.
 
     Args:
-      cell: `Elman`, `LSTM`, `GRU`, `Backward`, `Bidirectional` (of two alike, side by side), `Stack`, `Residual`,
-        `LearnedCarry`, `Pool`, `Embed`, `Linear`, `LayerNorm`, `Dropout`, `Apply`.
+      cell: An `Elman`, `LSTM`, `GRU`, `Backward`, `Bidirectional` (of two alike, side by side), `Stack`, `Residual`,
+        `LearnedCarry`, `Pool`, `Embed`, `Linear`, `LayerNorm`, `Dropout` or `Apply`.
       params: Its params, as `cell.init` gives them.
       lengths: Whether the lengths of the sequences are an input.
       initial_states: Whether the initial states are inputs.
@@ -52,8 +53,8 @@ def to_onnx(cell: Cell, params: PyTree, *, lengths: bool = False, initial_states
       The bytes of a checked ModelProto.
 
     Raises:
-      ValueError: For what ONNX lacks, naming the place.
-      TypeError: For what is no cell, or params of another.
+      ValueError: If ONNX has no counterpart. The message names the place.
+      TypeError: If `cell` is not a cell, or if the params are those of another cell.
 
     Examples:
       >>> import jax, jaxrnn
@@ -77,7 +78,7 @@ def to_onnx(cell: Cell, params: PyTree, *, lengths: bool = False, initial_states
 
 
 class _Export:
-    """The nodes, weights, inputs and outputs so far. A value is known by its name."""
+    """The nodes, weights, inputs and outputs so far. Each value is referred to by its name."""
 
     def __init__(self, dtype: np.dtype, lengths: bool, initial_states: bool):
         self.dtype, self.lengths, self.initial_states = dtype, lengths, initial_states
@@ -89,7 +90,7 @@ class _Export:
         self.pooled = False
 
     def add(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
-        """A node; the name of its first output. Its other outputs have that name with a number."""
+        """Adds a node, and returns the name of its first output. The other outputs have that name with a number."""
         from onnx import helper
 
         name = f"{op}_{len(self.nodes)}"
@@ -99,7 +100,7 @@ class _Export:
         return name
 
     def weight(self, array: PyTree, dtype: DTypeLike | None = None) -> str:
-        """A constant."""
+        """Adds a constant, and returns its name."""
         from onnx import numpy_helper
 
         name = f"weight_{len(self.weights)}"
@@ -139,7 +140,7 @@ class _Export:
         return proto.SerializeToString()
 
     def layer(self, each: Placed, x: str) -> str:
-        """The output of one layer."""
+        """Adds one layer, and returns the name of its output."""
         params = each.params
         match each.cell:
             case Embed():
@@ -204,7 +205,7 @@ class _Export:
         return self.add("ReduceMean" if how == "mean" else "ReduceMax", y, self.integers(0), keepdims=0)
 
     def recurrent_layer(self, each: Placed, x: str) -> tuple[str, str]:
-        """The outputs (time, batch, features), and the final h (directions, batch, H)."""
+        """The names of the outputs (time, batch, features), and of the final h (directions, batch, H)."""
         match each.cell:
             case Bidirectional(merge=merge):
                 if merge != "concat":
@@ -251,7 +252,7 @@ class _Export:
         self.outputs.append((name, self.dtype, shape))
 
     def _arrays(self, found: list[Named]) -> list[str]:
-        """W, R, B and P of all directions, "" for what none has."""
+        """The names of W, R, B and P of all directions, or "" for an array that no direction has."""
 
         def stacked(name):
             given = [arrays[name] for arrays in found]
@@ -293,7 +294,7 @@ def _inner(way: Placed) -> Placed:
 
 
 def _weights(way: Placed) -> tuple[str, Named, list[Activation], Named]:
-    """The operator, its attributes, its activations, and W, R, B, P of one direction, which agree in shapes."""
+    """The operator of one direction, its attributes, its activations, and its arrays W, R, B, P, whose shapes agree."""
     cell, params = way.cell, way.params
     p = None
     match cell:
@@ -335,7 +336,7 @@ def _weights(way: Placed) -> tuple[str, Named, list[Activation], Named]:
 
 
 def _uncoupled(array: np.ndarray, gates: int, sign: int) -> np.ndarray:
-    """The gates with i, which is the first of them but for its sign, and with nothing at f, which follows from it."""
+    """The gates with i and f apart: i is the first of them, up to its sign, and f is zeros, since it follows from i."""
     first, *rest = np.split(array, gates, axis=-1)
     return np.concatenate([sign * first, np.zeros_like(first), *rest], axis=-1)
 
@@ -351,7 +352,7 @@ def odd_about_half(spec: Activation) -> bool:
 
 
 def _activations(specs: list[list[Activation]]) -> Named:
-    """The attributes for the activations of all directions."""
+    """The attributes that describe the activations of all directions."""
     flat = [found for each in specs for spec in each if (found := there(spec, "onnx"))]
     attributes: Named = {"activations": [name for name, _ in flat]}
     if any(numbers != FUNCTIONS[name] or name in WITHOUT_DEFAULTS for name, numbers in flat):

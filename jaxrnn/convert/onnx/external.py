@@ -1,4 +1,4 @@
-"""Files of data beside an ONNX model: tensors whose numbers are not in the model's own file."""
+"""Reads data files beside an ONNX model, for tensors whose numbers are not in the model's own file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxrnn.typing import PyTree
 
 
 class DataFiles:
-    """What is read of the files in the folder of a model, and nowhere else. `bytes` counts it.
+    """Reads data files in the folder of a model, and nowhere else. `bytes` counts the bytes that were read.
 
     Args:
-      folder: That of the model, or None for a model that was given without its path.
+      folder: The folder of the model, or None for a model that was given without its path.
     """
 
     def __init__(self, folder: str | None):
@@ -24,7 +24,7 @@ class DataFiles:
         self.bytes = 0
 
     def read(self, what: str, facts: Iterable[PyTree], dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """The array that `facts`, the entries of a tensor's external_data, point at; `what` is it, for messages."""
+        """The array to which `facts` point, the entries of a tensor's external_data. `what` names it in messages."""
         found = {each.key: each.value for each in facts}
         location = found.get("location", "")
         if self.folder is None:
@@ -45,7 +45,7 @@ class DataFiles:
 
 
 def _path(what: str, folder: str, location: str) -> str:
-    """The file at `location`, with all links followed."""
+    """The path of the file at `location`, with all links followed."""
     # Of Windows' paths, since these have both kinds of slashes, and drives.
     parts = PureWindowsPath(location)
     path = os.path.realpath(os.path.join(folder, location)) if "\0" not in location else ""

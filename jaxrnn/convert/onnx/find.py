@@ -1,4 +1,4 @@
-"""One recurrent node of a model, wherever it stands: in the graph or in a subgraph (of If, Loop, Scan)."""
+"""Finds one recurrent node of a model, in the graph or in a subgraph (of If, Loop, Scan)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxrnn.typing import Foreign, PyTree
 
 
 class Scope(NamedTuple):
-    """A graph; if it is a subgraph, the graph around it, and the place there of the node that holds it."""
+    """A graph. For a subgraph, also the graph around it, and the position there of the node that holds it."""
 
     graph: Foreign
     outer: Scope | None = None
@@ -19,7 +19,7 @@ class Scope(NamedTuple):
 
     @property
     def holder(self) -> Foreign:
-        """The node whose subgraph this is."""
+        """The node that has this subgraph."""
         return self.outer.graph.node[self.place]  # type: ignore[union-attr]
 
     def inside(self, place: int) -> Iterator[Scope]:
@@ -28,12 +28,12 @@ class Scope(NamedTuple):
             yield from (Scope(graph, self, place) for graph in ([each.g] if each.type == 5 else each.graphs))
 
     def around(self) -> list[Scope]:
-        """This scope and those around it, the outermost first."""
+        """This scope and the scopes around it, the outermost first."""
         return ([] if self.outer is None else self.outer.around()) + [self]
 
 
 class Found(NamedTuple):
-    """A recurrent node, by the graph that it is in and its place there."""
+    """A recurrent node, given by the graph that it is in and its position there."""
 
     scope: Scope
     place: int
@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """What it can be called by: its name, its outputs, and these behind the names of the nodes around it."""
+        """The names that find it: its own and those of its outputs, also after the names of the nodes around it."""
         own = [name for name in (self.proto.name, *self.proto.output) if name]
         holders = [each.holder for each in self.scope.around()[1:]]
         path = "".join(f"{each.name or '/'.join(each.output)}/" for each in holders)
@@ -58,7 +58,7 @@ class Found(NamedTuple):
         return [each for scope, place in zip(scopes, places, strict=True) for each in scope.graph.node[:place]]
 
     def before(self) -> list[str]:
-        """The operators that X is made by."""
+        """The operators that compute X."""
         wanted, ops = set(self.proto.input[:1]) - {""}, []
         for each in reversed(self.above()):
             if wanted.intersection(each.output):
@@ -67,7 +67,7 @@ class Found(NamedTuple):
         return ops[::-1]
 
     def after(self) -> list[str]:
-        """The operators that what this node makes flows into."""
+        """The operators that use the outputs of this node, directly or through other nodes."""
         reached, ops = set(filter(None, self.proto.output)), []
         for scope in reversed(self.scope.around()):
             for each in scope.graph.node:
@@ -80,7 +80,7 @@ class Found(NamedTuple):
 
 
 def recurrent_nodes(file: File) -> list[Found]:
-    """All recurrent nodes of a model, those of subgraphs too."""
+    """All recurrent nodes of a model, including those in subgraphs."""
     found, scopes = [], [Scope(file.proto.graph)]
     for scope in scopes:
         for place, each in enumerate(scope.graph.node):
@@ -91,13 +91,13 @@ def recurrent_nodes(file: File) -> list[Found]:
 
 
 def labels(found: list[Found]) -> list[str]:
-    """For each node a name that no other one has, if it has such a name."""
+    """For each node, a name that no other node has, if there is one."""
     counts = Counter(name for each in found for name in each.names)
     return [next((n for n in each.names if counts[n] == 1), "/".join(each.proto.output)) for each in found]
 
 
 def find_node(file: File, name: str) -> Found:
-    """The recurrent node of this name."""
+    """The recurrent node with this name."""
     found = recurrent_nodes(file)
     called = [each for each in found if name in each.names]
     if len(called) != 1:
@@ -107,9 +107,9 @@ def find_node(file: File, name: str) -> Found:
 
 
 def alone(file: File, found: Found, foldable: Container[str]) -> Model:
-    """A graph of this node and of the nodes that make its constants, whose operators are `foldable`.
+    """A graph of this node and of the nodes that compute its constants, whose operators are in `foldable`.
 
-    All else that it reads becomes an input.
+    All other values that it reads become inputs.
     """
     recurrent = node(found.proto, file.data)
     x, y = (*recurrent.inputs, "")[0], "the output of the recurrent node"
@@ -137,7 +137,7 @@ def alone(file: File, found: Found, foldable: Container[str]) -> Model:
 
 
 def _shapes(scopes: list[Scope]) -> dict[str, Input]:
-    """The values whose number of axes the model tells."""
+    """The values for which the model states the number of axes."""
     found = {}
     for scope in scopes:
         for each in (*scope.graph.input, *scope.graph.value_info):

@@ -1,4 +1,4 @@
-"""From the graph of an ONNX model to a cell: a value is a constant or a signal, and every node says what it makes."""
+"""Converts the graph of an ONNX model to a cell. A value is a constant or a signal; every node computes values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Graph:
         self.xs: str | None = None
 
     def convert(self) -> WithParams:
-        """The cell, and its params in NumPy."""
+        """The cell, and its params as NumPy arrays."""
         if not any(node.op in RECURRENT for node in self.model.nodes):
             ops = ", ".join(sorted({node.op for node in self.model.nodes})) or "none"
             raise ValueError(
@@ -57,7 +57,7 @@ class Graph:
         self.values.update((name, value) for name, value in zip(node.outputs, made, strict=False) if name)
 
     def _output(self) -> Chain:
-        """The chain to the one output that is no final state, or the only final state."""
+        """The chain that leads to the only output that is not a final state, or else to the only final state."""
         named = {name: self.values[name] for name in self.model.outputs}
         states, rest = {}, {}
         for name, value in named.items():
@@ -88,7 +88,7 @@ class Graph:
         return chain
 
     def _check_dtypes(self, chain: Chain, params: PyTree) -> None:
-        """All params have one dtype, that of the input if it is of floating numbers."""
+        """Raises unless all params have one dtype, which is that of the input if the input has floating numbers."""
         found = {leaf.dtype for leaf in jax.tree.leaves(params)}
         dtype = self.values[chain.input].dtype  # type: ignore[union-attr]
         if dtype is not None and not np.issubdtype(dtype, np.integer):
@@ -100,7 +100,7 @@ class Graph:
     # What nodes ask for.
 
     def given(self, node: Node, k: int) -> Value | None:
-        """The k-th input, None where there is none."""
+        """The k-th input of a node, or None if there is none."""
         return self.values[node.inputs[k]] if k < len(node.inputs) and node.inputs[k] else None
 
     def value(self, node: Node, k: int = 0) -> Value:
@@ -110,7 +110,7 @@ class Graph:
         return value
 
     def signal(self, node: Node, k: int = 0) -> Signal:
-        """An input that comes from xs."""
+        """An input that depends on xs."""
         value = self.value(node, k)
         if not isinstance(value, Signal):
             node.refuse("expected a value that depends on the inputs, got a constant")
@@ -131,7 +131,7 @@ class Graph:
         return len(value.axes if isinstance(value, Signal) else value.shape)
 
     def axes(self, node: Node, value: Value, given: Any, *, more: int = 0) -> list[int]:
-        """Axes counted from 0, each once."""
+        """The axes counted from 0. Each may be given only once."""
         rank = self.rank(value) + more
         if any(not -rank <= axis < rank for axis in given) or len({axis % rank for axis in given}) != len(given):
             node.refuse(f"expected axes of {rank} that differ, got {list(given)}")
@@ -143,7 +143,7 @@ class Graph:
         return self.axes(node, value, [node.get("axis", default or 0)])[0]
 
     def listed(self, node: Node, name: str, k: int) -> list[int] | None:
-        """Integers that are an attribute or, in newer operator sets, an input."""
+        """Integers that are given as an attribute or, in newer operator sets, as an input."""
         if name in node.attributes:
             return list(node.numbers(name, (0,)))
         given = self.given(node, k)

@@ -1,4 +1,4 @@
-"""Operations that are layers without time, or end time."""
+"""Converts operations that are layers without time, or that end time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _weights(node: Node, **arrays: np.ndarray) -> Arrays:
 
 
 def embed(graph: Graph, node: Node, axis: int) -> Signal:
-    """The rows of a table for tokens: a Gather whose indices come from an input."""
+    """The rows of a table for tokens. The node is a Gather whose indices come from an input."""
     table, tokens = graph.array(node, 0, "the table"), graph.signal(node, 1)
     chain, axes = signals.close(node, tokens)
     if chain.below is not None or axis != 0 or FEATURES in axes:
@@ -75,7 +75,7 @@ def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _row(node: Node, array: np.ndarray, width: int) -> np.ndarray:
-    """A constant that is added to features, as one number for each."""
+    """A constant that is added to features, as one number for each feature."""
     if array.size not in (1, width) or (array.ndim and array.shape[-1] != array.size):
         node.refuse(f"adds a constant of shape {array.shape} to {width} features: expected ({width},)")
     return np.broadcast_to(array.reshape(-1), (width,))
@@ -180,7 +180,7 @@ PRODUCTS = {("sigmoid",): "silu", ("keras_hard_sigmoid",): "hard_silu", ("softpl
 
 
 def product(graph: Graph, node: Node):
-    """A value times what activations make of it."""
+    """A value times activations of the same value."""
     node.only()
     for k in (0, 1):
         x = graph.signal(node, k)

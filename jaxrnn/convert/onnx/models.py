@@ -1,4 +1,4 @@
-"""`from_onnx`: a whole model, or one recurrent node of it."""
+"""`from_onnx` converts a whole model, or one recurrent node of it."""
 
 from __future__ import annotations
 
@@ -26,43 +26,45 @@ def from_onnx(
     output: str | None = None,
     node: str | None = None,
 ) -> WithParams:
-    """The recurrent network of an ONNX model, or one recurrent node of it, as a cell and its params.
+    """Converts the recurrent network of an ONNX model, or one recurrent node of it, to a cell and its params.
 
-    The model is a chain of layers: RNN, LSTM and GRU nodes with all their attributes, embeddings (Gather), Linear
-    (MatMul, Gemm), LayerNormalization, Dropout, activations and residual connections, ended by the last step, the mean
-    or the greatest of all steps if at all, with the plumbing that exporters write around them. Weights and initial
-    states may be computed from constants and from the shapes of the inputs. `torch.onnx.export` and tf2onnx
-    write such models. Weights in files beside the model are read within its folder.
+    The model must be a chain of layers: RNN, LSTM and GRU nodes with all their attributes, embeddings (Gather), Linear
+    (MatMul, Gemm), LayerNormalization, Dropout, activations and residual connections. At the end it may reduce the time
+    axis to the last step, or to the mean or the maximum of all steps. It may also have the reshapes, transposes and
+    similar operations that exporters write around these layers. Weights and initial states may be computed from
+    constants and from the shapes of the inputs. `torch.onnx.export` and tf2onnx write such models. Weights in files
+    beside the model are read only from within its folder.
 
-    Where other operations stand around the recurrent nodes, as convolutions do, `node` takes one recurrent node out,
-    in subgraphs (of If, Loop, Scan) too, with its constants from wherever in the model they are. Its X are xs.
+    If other operations, such as convolutions, stand around the recurrent nodes, `node` takes out one recurrent node,
+    also from subgraphs (of If, Loop, Scan). Its constants may be anywhere in the model. Its input X becomes xs.
 
-    What are inputs of the graph besides xs are arguments of `jaxrnn.scan`: the `sequence_lens` of the recurrent nodes
-    are `lengths`, and their `initial_h` and `initial_c`, if they are inputs, `carry`; constant ones make a
-    `LearnedCarry`. Where time lies is an argument too: `time_axis=1` for a model (or `layout=1`) that takes the batch
-    first.
+    The inputs of the graph besides xs become arguments of `jaxrnn.scan`. The `sequence_lens` of the recurrent nodes are
+    `lengths`. Their `initial_h` and `initial_c` are `carry`, if they are inputs; if they are constant, they make a
+    `LearnedCarry`. The place of the time axis is an argument too: `time_axis=1` for a model (or `layout=1`) that takes
+    the batch first.
 
-    ys have the shapes of jaxrnn: directions side by side on the last axis. With `lengths`, ys are 0 at the padding,
-    where a layer above a recurrent one in ONNX puts out what it makes of 0; and a sequence of length 0 keeps its
-    initial state. A model without `sequence_lens` that takes the last step takes the last valid one once `lengths` are
-    given. With `input_forget`, f = 1 − i, as in onnxruntime. Where a model drops the axis of a single feature, as
-    `squeeze(-1)` does, ys keep it.
+    ys have the shapes of jaxrnn, with the directions side by side on the last axis. With `lengths`, ys are 0 at the
+    padding, where in ONNX a layer above a recurrent one puts out its result for an input of 0; and a sequence of length
+    0 keeps its initial state. If a model without `sequence_lens` takes the last step, the cell takes the last valid
+    step when `lengths` are given. With `input_forget`, f = 1 − i, as in onnxruntime. If a model drops the axis of a
+    single feature, as `squeeze(-1)` does, ys keep it.
 
     Args:
-      model: A path, the bytes of a file, an `onnx.ModelProto`; or an `onnx.NodeProto` of a recurrent operator.
-      initializers: For a NodeProto, the arrays by name; other inputs of the node are inputs of the model.
-      output: The name of the output that the cell puts out, where the model has several. By default it is the only one
-        that is no final state; or, of final states only, the only one.
-      node: The name of a recurrent node, or that of one of its outputs. In a subgraph the names of the nodes around it,
-        each with a slash, may stand before it. An initial state that is no constant is an argument of `jaxrnn.scan`.
+      model: A path, the bytes of a file, or an `onnx.ModelProto`; or an `onnx.NodeProto` of a recurrent operator.
+      initializers: For a NodeProto, the arrays by name. Other inputs of the node are inputs of the model.
+      output: The name of the output that the cell puts out, if the model has several. The default is the only output
+        that is not a final state, or, if all are final states, the only output.
+      node: The name of a recurrent node, or of one of its outputs. In a subgraph, the names of the nodes around it may
+        stand before it, each followed by a slash. An initial state that is not constant is an argument of
+        `jaxrnn.scan`.
 
     Returns:
-      The cell (a `Stack`, where there are several layers), and its params, in the dtype of the model.
+      The cell (a `Stack`, if there are several layers) and its params, in the dtype of the model.
 
     Raises:
-      ValueError: For what cannot be converted, naming the node, and the recurrent nodes that `node` can take; for a
-        `node` that there is not, with the names that there are; and for damaged files.
-      TypeError: For what is no model.
+      ValueError: If something cannot be converted; the message names the node, and the recurrent nodes that `node` can
+        take. If there is no node of the name `node`; the message lists the names that there are. If a file is damaged.
+      TypeError: If `model` is not a model.
 
     Examples:
       >>> import jax, jaxrnn
@@ -103,7 +105,7 @@ def _on_device(model: Model) -> WithParams:
 
 
 def _way_out(file: File) -> str:
-    """The recurrent nodes that `node` can take, and what stands around them."""
+    """The recurrent nodes that `node` can take, and the operators around them, as text for an error message."""
     found = recurrent_nodes(file)
     named = [(name, each) for name, each in zip(labels(found), found, strict=True)][:MOST_TRIED]
     taken = [(name, each) for name, each in named if _can_be_taken(file, each)]
@@ -124,5 +126,5 @@ def _can_be_taken(file: File, found: Found) -> bool:
 
 
 def _layers(ops: Iterable[str]) -> str:
-    """The operators but the recurrent ones and the plumbing, each once."""
+    """The operators, each once, without the recurrent operators and those in `plumbing`."""
     return ", ".join(dict.fromkeys(op for op in ops if op not in (*RECURRENT, *plumbing.OPERATIONS))) or "no others"

@@ -1,4 +1,4 @@
-"""Recurrent nodes in a graph: their axes, lengths, directions and initial states."""
+"""Converts the recurrent nodes in a graph: their axes, lengths, directions and initial states."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _lengths(graph: Graph, node: Node) -> str | None:
 
 
 def _with_carries(graph, node, made, shape, batch, batch_first):
-    """The cells with initial states that are constants, none of which are inputs."""
+    """The cells with their constant initial states. If an initial state is an input, no other may be a constant."""
     names = ("initial_h", "initial_c") if node.op == "LSTM" else ("initial_h",)
     rows = [_initial(graph, node, 5 + k, name, shape, batch, batch_first) for k, name in enumerate(names)]
     inputs = [isinstance(row, str) for row in rows]
@@ -88,7 +88,7 @@ def _with_carries(graph, node, made, shape, batch, batch_first):
 
 
 def _initial(graph, node, k, name, shape, batch, batch_first):
-    """The initial state of each direction, None for zeros, or "input"."""
+    """The initial state of each direction, None if it is zeros, or "input" if it is an input."""
     value = graph.given(node, k)
     if value is None:
         return None
@@ -110,7 +110,7 @@ def _initial(graph, node, k, name, shape, batch, batch_first):
 
 
 def _initial_input(graph, node, name, value, shape):
-    """An initial state that is an input, or rows of one. Several states may be the same input."""
+    """Checks an initial state that is an input, or rows of one. Several states may be the same input."""
     chain, axis = value.parts[0].chain, value.axes[0]
     rows = [part.row for part in value.parts] if axis in (DIRECTION, UNIT) else list(range(shape[0]))
     whole = not isinstance(axis, Dim) or value.size(axis) in (Size(shape[0]), Size(1, (axis,)))

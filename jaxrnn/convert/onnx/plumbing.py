@@ -1,4 +1,4 @@
-"""Operations that make and arrange values, and compute none from xs: shapes, axes, pieces."""
+"""Operations that make and arrange values, but compute no new ones from xs: shapes, axes, slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ONNX model as plain data: what its outputs need, checked."""
+"""Reads an ONNX model as plain data: the parts that its outputs need, after checks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Node(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The node, for messages."""
+        """The name of the node in error messages."""
         return f"onnx: node {self.name or '/'.join(self.outputs)!r} ({self.op})"
 
     def refuse(self, why: str) -> NoReturn:
@@ -53,28 +53,28 @@ class Node(NamedTuple):
         raise ValueError(f"{self.place}: {why}")
 
     def get(self, name: str, default: Any) -> PyTree:
-        """An attribute, of the type of `default`."""
+        """An attribute, which must have the type of `default`."""
         value = self.attributes.get(name, default)
         if type(value) is not type(default):
             self.refuse(f"{name}: expected {type(default).__name__}, got {value!r}")
         return value
 
     def numbers(self, name: str, default: tuple) -> tuple:
-        """An attribute that is a tuple, of entries of the type of those of `default`, or of any."""
+        """An attribute that is a tuple. The entries have the type of those of `default`, or any type if it is empty."""
         value = self.get(name, default)
         if default and any(type(each) is not type(default[0]) for each in value):
             self.refuse(f"{name}: expected {type(default[0]).__name__}, got {value!r}")
         return value
 
     def only(self, *known: str) -> None:
-        """Raises where there is an attribute that is not known."""
+        """Raises if the node has an attribute that is not in `known`."""
         unknown = sorted(set(self.attributes) - set(known))
         if unknown:
             self.refuse(f"unknown attribute {unknown[0]!r}; known are {', '.join(known) or 'none'}")
 
 
 class Input(NamedTuple):
-    """An input of the graph: dtype, and sizes (None where not known), or None where there are no such facts."""
+    """An input of the graph: its dtype and the sizes of its axes. None stands for each fact that is not known."""
 
     name: str
     dtype: np.dtype | None
@@ -82,7 +82,7 @@ class Input(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What the outputs of a graph need. `room` bounds the numbers that folding constants may make."""
+    """The parts of a graph that its outputs need. `room` bounds the count of numbers that constant folding may make."""
 
     inputs: dict[str, Input]
     constants: Named
@@ -93,14 +93,14 @@ class Model(NamedTuple):
 
 
 class File(NamedTuple):
-    """A ModelProto, and the files of data beside it."""
+    """A ModelProto, and the data files beside it."""
 
     proto: Foreign
     data: DataFiles
 
 
 def read_file(source: Foreign) -> File:
-    """The model in a path, in bytes, or a ModelProto."""
+    """The model, from a path, from bytes, or from a ModelProto."""
     import onnx
 
     folder = None
@@ -127,7 +127,7 @@ def _parse(onnx, data: bytes):
 
 
 def whole(file: File, output: str | None) -> Model:
-    """All that the outputs of a model need, or that one of them needs."""
+    """Everything that the outputs of a model need, or that one of them needs."""
     graph, data = file.proto.graph, file.data
     if not graph.output:
         raise ValueError("onnx: the model has no graph with outputs")
@@ -150,7 +150,7 @@ def whole(file: File, output: str | None) -> Model:
 
 
 def single(proto: Foreign, initializers: Foreign, output: str | None) -> Model:
-    """A graph of one recurrent node, whose outputs are those that it names."""
+    """A graph of one recurrent node. Its outputs are the outputs of the node that have a name."""
     if not isinstance(initializers, Mapping):
         raise TypeError(f"initializers: expected a mapping of names to arrays, got {type(initializers).__name__}")
     read = node(proto, DataFiles(None))
@@ -168,7 +168,7 @@ def single(proto: Foreign, initializers: Foreign, output: str | None) -> Model:
 
 
 def inputs_of(recurrent: Node, constants: Container[str]) -> dict[str, Input]:
-    """The inputs of a recurrent node that are no constants, as inputs of a graph."""
+    """The inputs of a recurrent node that are not constants, as inputs of a graph."""
     # X, W, R, B, sequence_lens, initial_h, initial_c, P
     ranks = (3, 3, 3, 2, 1, 3, 3, 2)
     return {
@@ -198,7 +198,7 @@ def _unique(what: str, named: Iterable[tuple[str, PyTree]]) -> Named:
 
 
 def _needed(nodes: Any, outputs: Iterable[str], given: set[str]) -> list[PyTree]:
-    """The nodes that the outputs need, in their order, which must be one in which they can run."""
+    """The nodes that the outputs need, in their order in the graph. They must be able to run in this order."""
     made: set[str] = set()
     for node in nodes:
         for name in filter(None, node.output):
@@ -227,7 +227,7 @@ def _needed(nodes: Any, outputs: Iterable[str], given: set[str]) -> list[PyTree]
 
 
 def node(proto: Foreign, data: DataFiles) -> Node:
-    """A NodeProto, checked."""
+    """A checked `Node` from a NodeProto."""
     node = Node(proto.op_type, proto.name, tuple(proto.input), tuple(proto.output), {})
     if proto.domain not in ("", "ai.onnx"):
         node.refuse(f"operator set {proto.domain!r}: expected ai.onnx")
@@ -259,7 +259,7 @@ def _attribute(node: Node, name: str, value: Any, data: DataFiles) -> PyTree:
 
 
 def value_info(name: str, proto: Foreign) -> Input:
-    """An input of a graph: a ValueInfoProto."""
+    """An input of a graph, from a ValueInfoProto."""
     kind = proto.type.tensor_type
     if not proto.type.HasField("tensor_type") or kind.elem_type not in DTYPES:
         raise ValueError(f"onnx: input {name!r}: expected a tensor of numbers")
@@ -271,7 +271,7 @@ def value_info(name: str, proto: Foreign) -> Input:
 
 
 def array(what: str, tensor: Foreign, data: DataFiles) -> np.ndarray:
-    """A TensorProto as an array, made only where the data are there."""
+    """A TensorProto as an array. The array is made only if its data are there."""
     from onnx import numpy_helper
 
     if tensor.data_type not in DTYPES:

@@ -1,4 +1,4 @@
-"""The recurrent operators of ONNX as cells."""
+"""Converts the recurrent operators of ONNX to cells."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, 
 
 
 class Operator(NamedTuple):
-    """The gates of an operator, the activations of one direction, and attributes beside the common ones."""
+    """The gates of an operator, the activations of one direction, and its attributes besides the common ones."""
 
     gates: Gates
     activations: tuple[str, ...]
@@ -46,7 +46,7 @@ _COMMON = ("activation_alpha", "activation_beta", "activations", "clip", "direct
 
 
 def reversed_directions(node: Node) -> tuple[bool, ...]:
-    """Of each direction whether it runs backwards."""
+    """For each direction, whether it runs backwards."""
     direction = node.get("direction", "forward")
     if direction not in DIRECTIONS:
         node.refuse(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
@@ -54,7 +54,7 @@ def reversed_directions(node: Node) -> tuple[bool, ...]:
 
 
 def cells(node: Node, arrays: Named) -> list[WithParams]:
-    """The cell and the params, in NumPy, of each direction. `arrays` holds W, R, and B and P where they are given."""
+    """The cell and the params (NumPy arrays) of each direction. `arrays` holds W, R, and B and P if they are given."""
     operator = OPERATORS[node.op]
     node.only(*_COMMON, *operator.attributes)
     weights = Arrays(node.place, arrays)
@@ -132,7 +132,7 @@ def _clip(node: Node) -> float | None:
 
 
 def _activations(node: Node, count: int) -> list[tuple[Activation, ...]]:
-    """The activations of each direction; alphas and betas are handed out in order to those that take one."""
+    """The activations of each direction. Alphas and betas are given, in order, to the activations that take one."""
     default = OPERATORS[node.op].activations
     given = node.numbers("activations", default * count)
     if len(given) != len(default) * count:
@@ -147,7 +147,7 @@ def _activations(node: Node, count: int) -> list[tuple[Activation, ...]]:
 
 
 def _handed_out(node: Node, key: str, names: list[str]) -> list[float | None]:
-    """One of the numbers of every activation, None where it is not given or not taken."""
+    """The alpha or the beta of every activation, or None if it is not given or not used."""
     takes, attribute = [key in FUNCTIONS[name] for name in names], f"activation_{key}"
     given = node.numbers(attribute, ()) if attribute in node.attributes else ()
     if not given:

@@ -1,4 +1,4 @@
-"""What flows through a graph from its inputs to its outputs: the layers passed so far, and what every axis is."""
+"""The values in a graph that depend on its inputs: the layers passed so far, and the meaning of every axis."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Axis = Dim | tuple[Dim, ...] | str
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The layers from an input to a value. Where one of them is recurrent, which axes are time and batch.
+    """The layers from an input to a value. If one of them is recurrent, also which axes are time and batch.
 
-    `reverse`: of the top layer, for each direction of a recurrent one whether it runs backwards. `inner`: where the top
-    layer is made from several (`Residual`, `Pool`), the chain of these.
+    `reverse`: For each direction of the top layer, whether it runs backwards, if that layer is recurrent. `inner`: If
+    the top layer is made from several (`Residual`, `Pool`), the chain of these layers.
     """
 
     input: str
@@ -48,7 +48,7 @@ class Chain:
     inner: Chain | None = None
 
     def then(self, cell: Cell, params: PyTree, **changes: Any) -> Chain:
-        """One layer more."""
+        """The chain with one more layer."""
         facts = {name: getattr(self, name) for name in ("time", "batch", "lengths", "pooled")}
         return Chain(self.input, self, cell, params, **{**facts, **changes})
 
@@ -61,12 +61,12 @@ class Chain:
         return found[::-1]
 
     def equals(self, other: Chain) -> bool:
-        """Whether these are the same values; those of a pooled chain may have been made twice."""
+        """Whether both chains give the same values. A pooled chain may have been made twice from the same values."""
         pooled = self.inner is not None and self.inner is other.inner
         return self is other or (pooled and self.cell == other.cell)
 
     def above(self, low: Chain) -> list[Cell | None] | None:
-        """The layers that make these values of those of `low`, None where they are not made of them."""
+        """The layers that compute these values from those of `low`, or None if these values do not come from `low`."""
         found, chain = [], self
         while chain is not None and not chain.equals(low):
             found.append(chain.cell)
@@ -74,7 +74,7 @@ class Chain:
         return None if chain is None else found[::-1]
 
     def holds(self, other: Chain) -> bool:
-        """Whether the layers of `other` are the first of these."""
+        """Whether the layers of `other` are the first layers of this chain."""
         chain = self
         while chain is not None and chain is not other:
             chain = chain.inner or chain.below
@@ -82,10 +82,11 @@ class Chain:
 
 
 class Part(NamedTuple):
-    """One direction of what a layer puts out, or one row of an input.
+    """One direction of the output of a layer, or one row of an input.
 
-    kind: "y", every step; of a recurrent layer also "h" and "c", the final state, "end", the output at the last step of
-    a direction that runs backwards, and "start", at the first of one that runs forward; "row" of an input.
+    kind: "y" is every step. A recurrent layer also has "h" and "c", the final state; "end", the output at the last step
+    of a direction that runs backwards; and "start", the output at the first step of one that runs forward. "row" is a
+    row of an input.
     """
 
     chain: Chain
@@ -95,7 +96,7 @@ class Part(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """Numbers that depend on the inputs. dtype: None where it is not known."""
+    """Values that depend on the inputs. dtype: The dtype, or None if it is not known."""
 
     parts: tuple[Part, ...]
     axes: tuple[Axis, ...]
@@ -135,7 +136,7 @@ def _total(widths: Sequence[Size]) -> Size:
 
 
 def source(name: str, dtype: np.dtype | None, dims: tuple[int | None, ...]) -> Signal:
-    """An input of the graph. The last axis of floating numbers with more than one are features."""
+    """An input of the graph. If it has floating numbers and more than one axis, its last axis holds the features."""
     axes: list[Axis] = [Dim(name, k, count) for k, count in enumerate(dims)]
     width = ONE
     if len(axes) > 1 and (dtype is None or not np.issubdtype(dtype, np.integer)):
@@ -145,7 +146,7 @@ def source(name: str, dtype: np.dtype | None, dims: tuple[int | None, ...]) -> S
 
 
 def close(node: Node, signal: Signal) -> tuple[Chain, tuple[Axis, ...]]:
-    """The one chain whose output a signal is, and its axes, none of them `DIRECTION`."""
+    """The single chain whose output a signal is, and the axes of the signal, of which none is `DIRECTION`."""
     chain, kinds = signal.parts[0].chain, [part.kind for part in signal.parts]
     if any(part.chain is not chain for part in signal.parts):
         node.refuse("reads values of several layers side by side")
@@ -166,7 +167,7 @@ def close(node: Node, signal: Signal) -> tuple[Chain, tuple[Axis, ...]]:
 
 
 def _pooled(node: Node, chain: Chain, how: str, *, by_direction: bool) -> Chain:
-    """The chain with its outputs pooled over time."""
+    """The chain, with its outputs pooled over time."""
     below, cells, params = chain, [], []
     while below.below is not None:
         cells.insert(0, below.cell)
@@ -189,7 +190,7 @@ def _pooled(node: Node, chain: Chain, how: str, *, by_direction: bool) -> Chain:
 
 
 def pool(node: Node, signal: Signal, how: str) -> Signal:
-    """The mean or the greatest of all steps."""
+    """The mean or the maximum of all steps."""
     chain, axes = close(node, signal)
     if chain.lengths is not None:
         node.refuse("with sequence_lens, the mean or the greatest of all steps includes the padding, and Pool does not")
@@ -199,7 +200,7 @@ def pool(node: Node, signal: Signal, how: str) -> Signal:
 
 
 def add(node: Node, a: Signal, b: Signal) -> Signal:
-    """A value and what layers make of it, as a `Residual` of these layers."""
+    """The sum of a value and the output of layers that read this value, as a `Residual` of these layers."""
     (chain_a, axes), (chain_b, other) = close(node, a), close(node, b)
     low, high = (chain_a, chain_b) if chain_b.holds(chain_a) else (chain_b, chain_a)
     if axes != other or not high.holds(low) or high is low or high.pooled or axes[-1:] != (FEATURES,):
@@ -221,7 +222,7 @@ def add(node: Node, a: Signal, b: Signal) -> Signal:
 
 
 def layer(node: Node, signal: Signal, cell: Cell, params: PyTree, width: Size | None = None) -> Signal:
-    """What a layer without time makes of a signal."""
+    """The output of a layer without time for a signal."""
     chain, axes = close(node, signal)
     alone = isinstance(cell, Apply) and FEATURES not in axes and chain.below is not None
     if axes[-1:] != (FEATURES,) and not alone:
@@ -236,7 +237,7 @@ def transpose(signal: Signal, order: Sequence[int]) -> Signal:
 
 
 def unsqueeze(node: Node, signal: Signal, places: Sequence[int]) -> Signal:
-    """The signal with axes of size 1 at these places of the result."""
+    """The signal with axes of size 1 inserted at these places of the result."""
     axes = list(signal.axes)
     for place in sorted(places):
         axes.insert(place, UNIT)
@@ -252,7 +253,7 @@ def squeeze(node: Node, signal: Signal, places: Sequence[int]) -> Signal:
 
 
 def concatenate(node: Node, signals: Sequence[Signal], axis: int) -> Signal:
-    """Side by side: along directions, or along features."""
+    """The signals side by side, along directions or along features."""
     first = signals[0]
     if any(each.axes != first.axes or each.dtype != first.dtype for each in signals):
         node.refuse(f"expected values of the same axes, got {', '.join(map(str, signals))}")
@@ -264,7 +265,7 @@ def concatenate(node: Node, signals: Sequence[Signal], axis: int) -> Signal:
 
 
 def cut(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signal:
-    """The entries from start to stop of an axis, which stays."""
+    """The entries from start to stop along an axis, which is kept."""
     along = signal.axes[axis]
     whole = signal.size(along)
     chain = signal.parts[0].chain
@@ -286,7 +287,7 @@ def cut(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signal:
 
 
 def _rows(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signal:
-    """Rows of an input, for initial states."""
+    """The rows of an input that are used as initial states."""
     whole = size(signal.axes[axis])
     if not whole.dims:
         start, stop, _ = slice(start, stop).indices(whole.count)
@@ -298,7 +299,7 @@ def _rows(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signa
 
 
 def _at(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signal:
-    """The first or the last step."""
+    """The output at the first or the last step."""
     chain, whole = signal.parts[0].chain, signal.size(signal.axes[axis])
     if not whole.dims:
         start, stop, _ = slice(start, stop).indices(whole.count)
@@ -327,7 +328,7 @@ def _at(node: Node, signal: Signal, axis: int, start: int, stop: int) -> Signal:
 
 
 def reshape(node: Node, signal: Signal, shape: Sequence[Size]) -> Signal:
-    """The same entries in the same order: axes drop out, come in, and join."""
+    """The same entries in the same order: axes are removed, inserted and joined."""
 
     def fail():
         node.refuse(f"cannot reshape {signal} to ({', '.join(map(str, shape))})")

@@ -1,4 +1,4 @@
-"""Models from and to PyTorch."""
+"""Converts models from and to PyTorch."""
 
 from jaxrnn.convert.torch.export import to_torch
 from jaxrnn.convert.torch.read import from_torch

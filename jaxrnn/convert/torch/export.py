@@ -1,4 +1,4 @@
-"""Cells as state_dicts of PyTorch's models."""
+"""Converts cells to state_dicts of PyTorch models."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from jaxrnn.typing import Foreign, Named, PyTree
 
 
 def to_torch(cell: Cell, params: PyTree, *, module: Foreign = None) -> Named:
-    """The state_dict of a torch model that computes what the cell does, for `load_state_dict`.
+    """Converts a cell's params to the state_dict of a torch model that computes the same function.
 
-    Names, without `module`: one recurrent cell, or a `Stack` of nothing but equal ones, with `Dropout` of one rate
-    between all of them or none, is one module ("weight_ih_l0", "weight_ih_l1_reverse", ...). The cells of any other
-    `Stack` are numbered as in `nn.Sequential`, Dropout and activations included ("0.weight", "2.weight_ih_l0").
+    It is for `load_state_dict`.
 
-    Biases are sums here: they go to `bias_ih`, and zeros to `bias_hh`, whose last block in a GRU is b_hn. A cell
-    without biases belongs to a module with `bias=False`. What has no array (the rate of Dropout, the nonlinearity of an
-    RNN, the eps of a LayerNorm) is for the module to say.
+    Names, without `module`: One recurrent cell is one torch module ("weight_ih_l0", "weight_ih_l1_reverse", ...). So is
+    a `Stack` of equal recurrent cells, if `Dropout` of one rate is between all of them or none. The cells of any other
+    `Stack` are numbered as in `nn.Sequential`, with Dropout and activations counted ("0.weight", "2.weight_ih_l0").
+
+    Our biases are the sums of torch's two: they go to `bias_ih`, and zeros to `bias_hh`, whose last block in a GRU is
+    b_hn. A cell without biases needs a module with `bias=False`. Options that have no array (the rate of Dropout, the
+    nonlinearity of an RNN, the eps of a LayerNorm) must be set in the module.
 
     Args:
-      cell: A cell of those that `from_torch` makes.
+      cell: A cell of a kind that `from_torch` returns.
       params: Its params, as `cell.init` gives them.
-      module: The torch module that is to load the result. It gives the names, and is checked to have the same cells and
-        shapes. Its `forward` is not run: `Pool` counts as what is in it, since reading one output is up to the code of
-        the module, and Dropout is not compared.
+      module: The torch module that is to load the result. It gives the names, and it must have the same cells and
+        shapes, which is checked. Its `forward` is not run: a `Pool` counts as the cell in it, since the code of the
+        module decides which output is read. Dropout is not compared.
 
     Returns:
-      Names to CPU tensors of the params' dtype.
+      A mapping of names to CPU tensors in the dtype of the params.
 
     Raises:
-      ValueError: Naming the place of what torch, or the module, does not have.
-      TypeError: For params of another cell.
+      ValueError: If torch, or the module, has no counterpart for a part of the cell. The message names the place.
+      TypeError: If the params are those of another cell.
 
     Examples:
       >>> import jax, jaxrnn
@@ -55,7 +57,7 @@ def to_torch(cell: Cell, params: PyTree, *, module: Foreign = None) -> Named:
 
 
 def _numbered(model: Placed, name: str) -> dict[str, np.ndarray]:
-    """The arrays of the module `name`, whose children are numbered."""
+    """The arrays of the module `name`, in which the children have numbers as names."""
     cell = model.cell
     if type(cell) is not Stack:
         return write_part(name, True, [model])
@@ -81,7 +83,7 @@ def _is_one_module(cell: Stack) -> bool:
 
 
 def _in_module(model: Placed, module: Foreign) -> dict[str, np.ndarray]:
-    """The arrays by the names of a module that computes what the cells do."""
+    """The arrays, under the names of a module that computes the same function as the cells."""
     if not is_instance(module, "nn", "Module"):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     shapes = {name: tuple(weight.shape) for name, weight in module_weights(module).items()}
@@ -103,7 +105,7 @@ def _in_module(model: Placed, module: Foreign) -> dict[str, np.ndarray]:
 
 
 def _flat(model: Placed) -> list[Placed]:
-    """The cells that run one after another, without those that say nothing about weights."""
+    """The cells that run one after another, without those that have no weights and are not compared."""
     cells = []
     for each in layers(model):
         if isinstance(each.cell, Pool):
@@ -122,7 +124,7 @@ def _comparable(cell: Cell) -> Cell:
 
 
 def _fitted(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The arrays under the names of a module, which may lack those that change nothing, and may have biases of zero."""
+    """The arrays under the names of a module. It may lack arrays that change nothing; its other biases become 0."""
     dtype = next(iter(arrays.values())).dtype if arrays else np.dtype("float32")
     for name, array in arrays.items():
         neutral = 0 if _is_bias(name) else 1

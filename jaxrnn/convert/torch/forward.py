@@ -1,4 +1,4 @@
-"""Whether the `forward` of a class of one's own computes what its modules do one after another."""
+"""Checks whether the `forward` of a user's class runs its modules one after another and does nothing else."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ STEPS, ROWS = 7, 5  # they differ, so that the shape of an output tells its axes
 
 
 def check_forwards(module: Foreign) -> None:
-    """Compares every `forward` that is not torch's with the cell that its module is read as.
+    """Compares every `forward` that is not torch's own with the cell that its module is read as.
 
-    It runs in copies of the modules, with random weights, since with those at hand a layer may happen to do nothing;
-    on time-major, batch-major and single sequences, of which it may take one only.
+    It runs in copies of the modules with random weights, since with the given weights a layer may happen to do nothing.
+    The inputs are time-major, batch-major and single sequences; a `forward` may take only one of these.
 
     Raises:
-      ValueError: If `forward` cannot be run on any of them, or returns no tensor that the cell puts out.
+      ValueError: If `forward` cannot be run on any of them, or if none of the tensors that it returns is an output of
+        the cell.
     """
     for name, part in _with_own_forward(module, ""):
         if why := _difference(part):
@@ -43,7 +44,7 @@ def check_forwards(module: Foreign) -> None:
 
 
 def _with_own_forward(module: Foreign, name: str) -> Iterator[tuple[str, PyTree]]:
-    """The outermost modules whose `forward` is not torch's, with their names."""
+    """The outermost modules whose `forward` is not torch's own, with their names."""
     kind = type(module)
     if _is_own(kind, "forward") or _is_own(kind, "__call__"):
         yield name, module
@@ -58,7 +59,7 @@ def _is_own(kind: type, method: str) -> bool:
 
 
 def _difference(module: Foreign) -> str | None:
-    """What is wrong with its `forward`, or None."""
+    """Says what is wrong with the module's `forward`, or returns None."""
     torch, rng = sys.modules["torch"], np.random.default_rng(0)
     device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
     accelerator = {} if device.type == "cpu" else {"device_type": device.type}
@@ -92,7 +93,7 @@ def _failed(error: Exception) -> str:
 
 
 def _redrawn(module: Foreign, rng: np.random.Generator) -> PyTree:
-    """The module in evaluation mode and in at least float32, with random weights that keep its numbers near 1."""
+    """The module in evaluation mode and at least float32, with random weights that keep the values near 1."""
     for part in module.eval().modules():
         for weight in part.parameters(recurse=False):
             scale = 0.5 if weight.ndim == 1 else 2 / weight.shape[-1] ** 0.5
@@ -104,7 +105,7 @@ def _redrawn(module: Foreign, rng: np.random.Generator) -> PyTree:
 
 
 def _sequences(module: Foreign, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A time-major input, and what the module's cell makes of it."""
+    """A time-major input, and the output of the module's cell for it."""
     # Outside of any transformation that the conversion may be in.
     with jax.ensure_compile_time_eval():
         cell, params = read_module(module)
@@ -123,12 +124,12 @@ def _input(model: Placed, rng: np.random.Generator) -> np.ndarray:
 
 
 def _layouts(sequences: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Time-major, batch-major, and one sequence."""
+    """The sequences in time-major and in batch-major order, and one single sequence."""
     return sequences, np.swapaxes(sequences, 0, 1), sequences[:, 0]
 
 
 def _tensors(output: PyTree) -> list[PyTree]:
-    """Those that a `forward` returns: one, or several in tuples, lists and mappings."""
+    """The tensors that a `forward` returns: one, or several in tuples, lists and mappings."""
     if is_instance(output, "Tensor"):
         return [output]
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
@@ -136,6 +137,6 @@ def _tensors(output: PyTree) -> list[PyTree]:
 
 
 def _equal(theirs: np.ndarray, ours: np.ndarray) -> bool:
-    """Up to the rounding of products, which an accelerator computes with fewer digits."""
+    """Whether both are equal up to the rounding of matrix products, which an accelerator computes with fewer digits."""
     tolerance = np.finfo(ours.dtype).eps ** (1 / 3)
     return theirs.shape == ours.shape and np.allclose(theirs, ours, 0, tolerance * abs(ours).max())

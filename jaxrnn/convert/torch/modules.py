@@ -1,4 +1,4 @@
-"""Torch's modules, taken apart into those with weights."""
+"""Takes torch modules apart into the modules that have weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Parts = Part | Sequence["Parts"]
 
 
 def read_module(module: Foreign) -> WithParams:
-    """The cell of a module and its params, which are NumPy arrays: its children one after another."""
+    """The cell of a module, which runs its children one after another, and its params as NumPy arrays."""
     name, parts = type(module).__name__, module_parts(module)
     named = named_arrays(name, module_weights(module))
     return read_parts(parts, Arrays(name, named), named)
 
 
 def read_parts(parts: Parts, arrays: Arrays, named: Mapping[str, np.ndarray]) -> WithParams:
-    """The cell of the parts and its params, which take all of the arrays; `named` are those before any was taken."""
+    """The cell of the parts and its params, which take all arrays. `named` holds the arrays before any is taken."""
     dtype = next(iter(named.values())).dtype if named else np.dtype("float32")
     cell, params = _built(parts, arrays, dtype)
     arrays.finish()
@@ -48,7 +48,7 @@ def _built(parts: Parts, arrays: Arrays, dtype: DTypeLike) -> WithParams:
 
 
 def module_weights(module: Foreign) -> Named:
-    """The parameters of a module by name; raises where two are one."""
+    """The parameters of a module by name. It raises if two names share one parameter."""
     named = dict(module.named_parameters(remove_duplicate=False))
     seen: dict[PyTree, str] = {}
     for name, weight in named.items():
@@ -62,7 +62,7 @@ def module_weights(module: Foreign) -> Named:
 
 
 def module_parts(module: Foreign, name: str = "", seen: set[int] | None = None) -> Parts:
-    """What a module is made of, in order of definition."""
+    """The parts of a module, in the order in which they are defined."""
     seen = set() if seen is None else seen
     kind = type(module)
     if id(module) in seen:
@@ -94,12 +94,12 @@ def _children(module: Foreign, name: str, seen: set[int]) -> list[Parts]:
 
 
 def children(module: Foreign) -> list[tuple[str, PyTree]]:
-    """The modules in a module by name, in order of definition."""
+    """The direct children of a module by name, in the order in which they are defined."""
     return [(key, child) for key, child in module._modules.items() if child is not None]
 
 
 def _check_plain(module: Foreign, name: str) -> None:
-    """Nothing has been hung on it that changes what it computes."""
+    """Raises if something that changes its computation has been added to the module."""
     if hasattr(module, "parametrizations"):
         _refuse(module, name, "its weights are parametrized: torch.nn.utils.parametrize.remove_parametrizations first")
     if hooks := [key for key in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, key, None)]:
@@ -111,7 +111,7 @@ def _check_plain(module: Foreign, name: str) -> None:
 
 
 def where(module: Foreign, name: str) -> str:
-    """A module in messages: its name, if it has one, and its class."""
+    """A module in error messages: its name, if it has one, and its class."""
     return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
 
 

@@ -1,4 +1,4 @@
-"""What the names and shapes of a state_dict tell of its modules, and what they do not."""
+"""Finds the modules of a state_dict from names and shapes, and says which facts these do not give."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def named_parts(
     epsilon: float | None,
     ordered: bool,
 ) -> list[Part]:
-    """The modules that arrays of these names and shapes belong to, in the order in which they run.
+    """The modules to which arrays of these names and shapes belong, in the order in which they run.
 
-    `ordered` says whether that of the names means anything.
+    `ordered` says whether the order of the names has a meaning.
     """
     groups = _groups(arrays.source, names)
     if parts is None:
@@ -48,7 +48,7 @@ def named_parts(
 
 
 def _groups(source: str, names: list[str]) -> dict[str, dict[str, str]]:
-    """By part, what its arrays are called there, and all in all."""
+    """For each part, a mapping from the names of its arrays within the part to their full names."""
     groups: dict[str, dict[str, str]] = {}
     for name in names:
         part, _, array = name.rpartition(".")
@@ -59,7 +59,7 @@ def _groups(source: str, names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def _order(source: str, groups: dict[str, dict[str, str]], ordered: bool) -> list[str]:
-    """Numbered parts by their numbers, others as they come where that is torch's own order."""
+    """The parts in order: numbered parts by number, others as they come if this is torch's own order."""
     paths = [part.split(".") for part in groups]
     start = 0  # of what follows the prefix that all have in common
     while all(len(path) > start + 1 and path[start] == paths[0][start] for path in paths):

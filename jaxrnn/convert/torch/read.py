@@ -1,4 +1,4 @@
-"""PyTorch's models as cells: from modules, state_dicts and files."""
+"""Converts PyTorch models to cells: from modules, state_dicts and files."""
 
 from __future__ import annotations
 
@@ -22,48 +22,54 @@ def from_torch(
     activation: str | None = None,
     epsilon: float | None = None,
 ) -> WithParams:
-    """The cell that computes what a torch model does, and its params, in the model's dtype.
+    """Converts a torch model to a cell that computes the same function, and its params, in the model's dtype.
 
     Args:
       source: One of
 
-        A module: RNN, LSTM, GRU and their cells, Embedding, Linear, LayerNorm, Dropout, an activation; or one whose
-        children are such modules and run in the order in which they are defined, like `nn.Sequential`. A `forward` of
-        your own may do no more than that: it is run on random numbers, in a copy of the module, and refused where none
-        of its outputs is that of the cell. The module is only read.
+        A module: RNN, LSTM, GRU and their cells, Embedding, Linear, LayerNorm, Dropout, an activation; or a module
+        whose children are such modules and run in the order in which they are defined, like `nn.Sequential`. A
+        `forward` of your own may do no more than run them in this order. It is run on random numbers, in a copy of the
+        module, and the module is refused if none of its outputs equals that of the cell. The module itself is only
+        read.
 
-        A state_dict: names to torch's tensors or NumPy arrays, of one such module or of several in order, those with
-        numbers for names in the order of these. Dropout and activations have no arrays, so they are not in the result,
-        nor is whatever else a `forward` does; so this is the way to read a module whose `forward` is refused.
+        A state_dict: a mapping of names to torch tensors or NumPy arrays, for one such module or for several in order.
+        Modules with numbers for names are put in the order of the numbers. Dropout and activations have no arrays, so
+        they are not in the result, and neither is anything else that a `forward` does. So this is the way to read a
+        module whose `forward` is refused.
 
-        The path of a .safetensors file, which holds a state_dict. It needs `safetensors`, and no torch.
-      parts: Of a state_dict, the name of each part ("" for one without a prefix) in the order in which they run, with
-        its torch class, or None where the shapes tell it. Needed for a lone `weight`, which may be of an Embedding, of
-        a Linear, or of a norm, and where names that are no numbers are not in torch's order, as in a file.
-      activation: Of a state_dict, "tanh" or "relu", the nonlinearity of every RNN in it.
-      epsilon: Of a state_dict, the eps of every LayerNorm in it.
+        The path of a .safetensors file, which holds a state_dict. Reading it needs `safetensors`, but not torch.
+      parts: For a state_dict: the name of each part ("" for one without a prefix) in the order in which the parts run,
+        with its torch class, or None if the shapes tell the class. It is needed for a lone `weight`, which may belong
+        to an Embedding, a Linear or a norm. It is also needed if the names are not numbers and are not in torch's
+        order, as in a file.
+      activation: For a state_dict: "tanh" or "relu", the nonlinearity of every RNN in it.
+      epsilon: For a state_dict: the eps of every LayerNorm in it.
 
     Returns:
-      (cell, params). Layers of one module are a `Stack`, two directions a `Bidirectional`, dropout between layers
-      `Dropout`, and modules in a module a `Stack` again, with one cell for each. Time comes first in `jaxrnn.scan`, and
-      second with `time_axis=1`, whatever `batch_first` says; `carry_from_torch` makes its carry of initial states.
+      (cell, params). The layers of one module become a `Stack`, two directions a `Bidirectional`, and dropout between
+      layers `Dropout`. Modules within a module become a `Stack` again, with one cell for each. In `jaxrnn.scan`, time
+      is the first axis, or the second with `time_axis=1`, whatever `batch_first` says. `carry_from_torch` converts
+      initial states to a carry.
 
-      Every cell puts out a whole sequence. For the last output, `Pool` around the recurrent cell keeps the params:
+      Every cell puts out a whole sequence. To get only the last output, put `Pool` around the recurrent cell; the
+      params stay the same:
 
         embed, lstm, head = cell.cells
         cell = jaxrnn.Stack((embed, jaxrnn.Pool(lstm), head))
 
-      Training differs in two things. Of an Embedding, the row `padding_idx` is trained like the others. And where torch
-      has two biases that act as their sum, `b` is the sum: all of it in an RNN and an LSTM, the blocks of r and z in a
-      GRU. An optimizer moves each of the two as far as it moves `b`, so that their sum moves twice as far. Doubling the
-      updates of `b` after the optimizer, as in the example, is the same training without weight decay; doubling its
-      gradient is so with SGD only, since Adam's steps do not depend on its size.
+      Training differs in two ways. First, the row `padding_idx` of an Embedding is trained like the others. Second,
+      where torch has two biases that act as their sum, `b` is that sum: all of the bias in an RNN and an LSTM, the
+      blocks of r and z in a GRU. An optimizer moves each of torch's two biases as far as it moves `b`, so their sum
+      moves twice as far. Doubling the updates of `b` after the optimizer, as in the example, gives the same training if
+      there is no weight decay. Doubling the gradient of `b` does so with SGD only, since the size of Adam's steps does
+      not depend on the size of the gradient.
 
     Raises:
-      ValueError: Naming the module or array that has no counterpart, does not fit, or is damaged. Modules used twice,
-        tied, parametrized or with hooks raise as well, and those whose `forward` computes something else.
-      TypeError: Naming the module or array that has no counterpart, does not fit, or is damaged. Modules used twice,
-        tied, parametrized or with hooks raise as well, and those whose `forward` computes something else.
+      ValueError: If a module or array has no counterpart, does not fit, or is damaged; the message names it. Also if a
+        module is used twice, tied, parametrized or has hooks, or if its `forward` computes something else.
+      TypeError: If a module or array has no counterpart, does not fit, or is damaged; the message names it. Also if a
+        module is used twice, tied, parametrized or has hooks, or if its `forward` computes something else.
 
     Examples:
       >>> import numpy as np

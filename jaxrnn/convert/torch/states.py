@@ -1,4 +1,4 @@
-"""Initial and final states of torch's recurrent modules as carries, and back."""
+"""Converts initial and final states of torch's recurrent modules to carries, and back."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from jaxrnn.typing import Foreign, PyTree
 
 
 def carry_from_torch(cell: Cell, states: PyTree) -> PyTree:
-    """torch's initial or final states as the carry of a recurrent cell, or of a model with one recurrent module.
+    """Converts torch's initial or final states to the carry of a recurrent cell, or of a model with one such module.
 
     Args:
-      cell: Whose carry it is.
-      states: h_0, or (h_0, c_0) of LSTMs, tensors or arrays (L · directions, *batch, H): a row per layer and direction.
+      cell: The cell that takes the carry.
+      states: h_0, or (h_0, c_0) of LSTMs, as tensors or arrays (L · directions, *batch, H) with one row for each layer
+        and direction.
 
     Raises:
-      ValueError: If rows or sizes are not those of the cell.
-      TypeError: If it has other states than torch's modules.
+      ValueError: If the rows or sizes are not those of the cell.
+      TypeError: If the states of the cell are not like those of torch's modules.
 
     Examples:
       >>> import jaxrnn, numpy as np
@@ -46,11 +47,15 @@ def carry_from_torch(cell: Cell, states: PyTree) -> PyTree:
 
 
 def carry_to_torch(cell: Cell, carry: PyTree) -> PyTree:
-    """The carry as torch has it: the tensor h_n, or (h_n, c_n) of LSTMs, with a row per layer and direction.
+    """Converts a carry to torch's states.
+
+    The states are the tensor h_n, or (h_n, c_n) of LSTMs, with one row for each layer and direction.
 
     Raises:
-      ValueError: If it is no carry of the cell, or that has other states than torch's modules.
-      TypeError: If it is no carry of the cell, or that has other states than torch's modules.
+      ValueError: If `carry` is not a carry of the cell, or if the states of the cell are not like those of torch's
+        modules.
+      TypeError: If `carry` is not a carry of the cell, or if the states of the cell are not like those of torch's
+        modules.
 
     Examples:
       >>> import jax, jaxrnn
@@ -79,7 +84,7 @@ def _is_state(node: Foreign) -> bool:
 
 
 def _rows(cell: Cell) -> tuple[list[PyTree], PyTree]:
-    """The carries of the recurrent cells in torch's order, and the carry that they are in."""
+    """The carries of the recurrent cells in torch's order, and the structure of the whole carry."""
     rows: list[PyTree]
     rows, structure = jax.tree.flatten(check.shapes_of_carry(cell), is_leaf=_is_state)
     kinds = {(type(row), *(state.shape for state in row)) if _is_state(row) else type(row) for row in rows}

@@ -1,4 +1,4 @@
-"""Tensors as arrays and back, and the arrays of safetensors files."""
+"""Converts tensors to arrays and back, and reads the arrays of safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 
 def is_instance(value: Any, *path: str) -> bool:
-    """Whether this is a `torch.nn.Module`, ..., which it is not where nobody has imported torch."""
+    """Whether `value` is an instance of a torch class, such as `torch.nn.Module`. False if torch is not imported."""
     kind: Foreign = sys.modules.get("torch")
     for name in path:
         kind = getattr(kind, name, None)
@@ -26,7 +26,7 @@ def is_instance(value: Any, *path: str) -> bool:
 
 
 def dense(name: str, value: Any) -> np.ndarray:
-    """A torch tensor, or what NumPy can read, as a NumPy array of its dtype."""
+    """A torch tensor, or any other value that NumPy can read, as a NumPy array of the same dtype."""
     if not is_instance(value, "Tensor"):
         refuse_tracer(name, value)
         return np.asarray(value)
@@ -54,7 +54,7 @@ def tensor(array: PyTree) -> PyTree:
 
 
 def named_arrays(source: str, named: Mapping[PyTree, PyTree]) -> dict[str, np.ndarray]:
-    """What has these names as NumPy arrays of one of the four dtypes, none of them empty."""
+    """The named values as NumPy arrays. Each must have one of the four dtypes and must not be empty."""
     arrays = {}
     for name, value in named.items():
         if not isinstance(name, str):
@@ -71,7 +71,7 @@ def named_arrays(source: str, named: Mapping[PyTree, PyTree]) -> dict[str, np.nd
 
 
 def state_dict(source: Foreign) -> tuple[str, Mapping[PyTree, PyTree], bool]:
-    """What to call it in messages, its arrays, and whether the order of their names means anything."""
+    """The source's name for error messages, its arrays, and whether the order of their names has a meaning."""
     if isinstance(source, Mapping):
         name, named, ordered = "state_dict", source, True
     elif isinstance(source, (str, os.PathLike)):

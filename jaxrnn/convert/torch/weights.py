@@ -1,4 +1,4 @@
-"""The weights of torch's modules: how they are named, and what they are to a cell."""
+"""The weights of torch modules: their names, and how they become the params of a cell."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ KINDS: dict[type[Cell], str] = {Elman: "RNN", GRU: "GRU", LSTM: "LSTM"}
 
 
 class Part(NamedTuple):
-    """One torch module with weights, or without, and the cell that computes what it does.
+    """One torch module, with or without weights, and the cell that computes the same function.
 
-    name: what comes before the names of its arrays, with the dot: "encoder.lstm.", or "". layered: whether those of a
-    recurrent module end in "_l0", "_l0_reverse", ...; of an `LSTMCell` they do not. bias, affine: whether it has
-    biases, and as a LayerNorm a weight.
+    name: The prefix of the names of its arrays, with the dot: "encoder.lstm.", or "". layered: Whether the names of the
+    arrays of a recurrent module end in "_l0", "_l0_reverse", ...; those of an `LSTMCell` do not. bias: Whether the
+    module has biases. affine: Whether the module has a weight, if it is a LayerNorm.
     """
 
     name: str
@@ -67,7 +67,7 @@ def recurrent(
 
 
 def repeated(first: Cell, layers: int, dropout: Dropout | None) -> Cell:
-    """As many layers as torch puts into one module, the lowest being `first`, with dropout between."""
+    """As many layers as torch puts into one module. The lowest is `first`, and dropout is between the layers."""
     if layers == 1:
         return first
     above = _reading(first, output_size(first))
@@ -84,7 +84,7 @@ def _reading(cell: Cell, size: Size) -> Cell:
 
 
 def is_recurrent(cell: Cell) -> bool:
-    """Whether it may be a layer of one of torch's recurrent modules."""
+    """Whether the cell can be a layer of one of torch's recurrent modules."""
     match cell:
         case Bidirectional(forward=forward, backward=backward, merge="concat"):
             return type(forward) in KINDS and type(backward) in KINDS
@@ -92,7 +92,7 @@ def is_recurrent(cell: Cell) -> bool:
 
 
 def read_part(part: Part, arrays: Arrays, dtype: DTypeLike) -> PyTree:
-    """The params of `part.cell`; `dtype` is that of arrays which torch leaves out."""
+    """The params of `part.cell`. `dtype` is used for arrays that torch leaves out."""
 
     def vector(name, size, wanted):
         return arrays.take(f"{part.name}{name}", size) if wanted else None
@@ -148,10 +148,10 @@ def _direction(part: Part, arrays: Arrays, cell: Any, suffix: str) -> PyTree:
 
 
 def write_part(name: str, layered: bool, cells: list[Placed]) -> dict[str, np.ndarray]:
-    """The arrays of the torch module `name`, which `cells` are: the layers of a recurrent one, or all of another.
+    """The arrays of the torch module `name`. `cells` are the layers of a recurrent module, or the cell of another one.
 
     Raises:
-      ValueError: Naming the place of what torch lacks.
+      ValueError: If torch has no counterpart for a cell. The message names the place.
     """
     found = [
         (suffix, _arrays(each))
@@ -170,7 +170,7 @@ def _zero_biases(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _directions(placed: Placed, suffix: str) -> list[tuple[str, Placed]]:
-    """The cells of one layer, and how the names of their arrays end."""
+    """The cells of one layer, each with the suffix of the names of its arrays."""
     match placed.cell:
         case Bidirectional(forward=forward, backward=backward):
             placed.only("forward", "backward", why="torch concatenates both directions")
