@@ -1,6 +1,6 @@
 """jaxrnn: recurrent networks for JAX, as pure functions over pytrees."""
 
-from jaxrnn.attributes import attributes as _attributes
+from jaxrnn.attributes import of_package as _of_package
 from jaxrnn.cell import Cell
 from jaxrnn.cells.activations import activation
 from jaxrnn.cells.causal_conv import (
@@ -217,4 +217,4 @@ __all__ = [
 ]
 
 _name_types(list(vars().values()))
-__getattr__, __dir__ = _attributes(__all__)
+__getattr__, __dir__ = _of_package(__all__)

@@ -15,7 +15,7 @@ _HIDDEN = ("Params", "Gates", "Norm", "Pair", "Row", "Emitted", "GatedWeights", 
 _SHOWN = ("chrono_init", "irnn_init", "EmitCarry", "LayerNorm", "LearnedCarry")
 
 
-def attributes(names: Sequence[str]) -> tuple[Callable[[str], Foreign], Callable[[], list[str]]]:
+def of_package(names: Sequence[str]) -> tuple[Callable[[str], Foreign], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of the package, whose public names are given."""
 
     def find(name: str) -> Foreign:

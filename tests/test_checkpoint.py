@@ -427,4 +427,4 @@ def test_wrong_settings_raise(tmp_path, wrong):
 
 
 def test_the_mark_is_plain_json(finished):
-    assert json.loads((finished[0] / "jaxrnn-run.json").read_text()) == {"format": 2}
+    assert json.loads((finished[0] / "jaxrnn-run.json").read_text()) == {"format": 3}

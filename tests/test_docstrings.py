@@ -57,9 +57,9 @@ def entries(section):
 
 
 def arguments(thing):
-    """Those of a function, the fields of a cell, the parameters of any other class."""
+    """Those of a function, of a cell, the parameters of any other class."""
     if isinstance(thing, type) and issubclass(thing, jaxrnn.Cell):
-        return [field.name for field in dataclasses.fields(thing)]
+        return list(inspect.signature(thing).parameters)
     if isinstance(thing, type) and dataclasses.is_dataclass(thing):
         return [field.name for field in dataclasses.fields(thing) if field.name not in ("parent", "name")]
     function = vars(thing).get("__init__", thing) if isinstance(thing, type) else thing

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+PROMOTION = "standard"  # Adam of Optax mixes dtypes
 FOLDER = Path(__file__).parent.parent / "examples" / "tutorials"
 # (epochs, the least result that shows learning) or, of errors, the greatest as a negative number
 EXPECTED = {

@@ -242,7 +242,9 @@ def plot_history(history: History, *, axes: Panels = None) -> Figure:
       >>> plot_history(trained.history).axes[0].get_ylabel()
       'loss'
     """
-    names = [name for name in history.train if name != "gradient_norm"]
+    from jaxrnn.training.history import in_order  # which imports Optax
+
+    names = [name for name in in_order(history.train) if name != "gradient_norm"]
     if not names:
         raise ValueError("history: expected at least one step of training, got none")
     figure, panels = _figure(COLUMN if len(names) == 1 else PAGE, 2.4, len(names), given=axes)
@@ -284,7 +286,7 @@ def _figure(
     sharey: bool = False,
     given: Panels = None,
 ) -> tuple[Figure, list[Axes]]:
-    """Makes a figure and its panels, side by side, in rows of `columns` panels and the given height; or uses those given."""
+    """Makes a figure and its panels, in rows of `columns` panels and the given height; or uses the panels given."""
     if given is not None:
         axes = list(np.ravel(np.asarray(given, object)))
         if len(axes) != panels:

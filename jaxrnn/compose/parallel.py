@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +55,7 @@ class Parallel(Several):
     Params and carry are tuples, one entry per cell.
 
     Args:
-      branches: Cells of equal input, one by one or as one tuple.
-      cells: The same tuple by name.
+      cells: Cells that read the same x.
       merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of the outputs as they are), or a callable of all
         outputs, compared by identity.
 
@@ -72,14 +71,6 @@ class Parallel(Several):
     """
 
     merge: str | Callable[..., PyTree] = "concat"
-
-    def __init__(
-        self,
-        *branches: Cell | Sequence[Cell],
-        cells: Sequence[Cell] = (),
-        merge: str | Callable[..., PyTree] = "concat",
-    ):
-        self._fill(branches, cells, merge=merge)
 
     def __post_init__(self):
         super().__post_init__()

@@ -39,15 +39,6 @@ class Several(Cell[tuple, tuple]):
         for k, cell in enumerate(self.cells):
             check.a_cell(f"{self._name}.cells[{k}]", cell)
 
-    def _fill(self, layers: tuple, cells: Sequence[Cell], **fields: Any) -> None:
-        """Sets the fields of a frozen value: the cells come one by one, as one sequence, or by name."""
-        if layers and cells:
-            raise TypeError(f"{self._name}: expected cells one by one or as `cells`, got both")
-        one = len(layers) == 1 and isinstance(layers[0], (tuple, list))
-        for name, value in {"cells": (layers[0] if one else layers) or cells, **fields}.items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
-
     @property
     def _name(self):
         return type(self).__name__
@@ -112,7 +103,12 @@ class Stack(Several):
     skip: bool = False
 
     def __init__(self, *layers: Cell | Sequence[Cell], cells: Sequence[Cell] = (), skip: bool = False):
-        self._fill(layers, cells, skip=skip)
+        if layers and cells:
+            raise TypeError("Stack: expected cells one by one or as `cells`, got both")
+        one = len(layers) == 1 and isinstance(layers[0], (tuple, list))
+        object.__setattr__(self, "cells", (layers[0] if one else layers) or cells)
+        object.__setattr__(self, "skip", skip)
+        self.__post_init__()
 
     def __post_init__(self):
         super().__post_init__()

@@ -182,7 +182,8 @@ def _read(
     train, validation, epoch = (dict.fromkeys(each, 0) for each in names)
     target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation, 0, epoch)
     state, rows = _unpack(target, leaves, arrays, where)
-    record = History(*rows, tuple(BadStep(*each) for each in about["bad"]), about["ended"])
+    bad = tuple(BadStep(*each) for each in about["bad"])
+    record = History(*rows, bad=bad, ended=about["ended"])
     return Restored(state._replace(data=about["data"]), record, about["start"])
 
 

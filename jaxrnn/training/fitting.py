@@ -17,7 +17,7 @@ from jaxrnn import check
 from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluation import Validation, evaluator
 from jaxrnn.training.feeding import Group, as_source, checked, groups
-from jaxrnn.training.history import BadStep, History, empty_history
+from jaxrnn.training.history import BadStep, History, empty_history, in_order
 from jaxrnn.training.identity import run_identity
 from jaxrnn.training.progress import on_screen
 from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
@@ -261,7 +261,7 @@ def make_chunk(loss, optimizer, accumulate, compute_dtype, *, members: bool, hal
 
 
 def _train(chunk, state, group: Group, size: int, history: History, names: list[str], totals: Totals | None):
-    """Trains on a group: returns the state, the history, the steps that were not finite, and the totals of the epoch."""
+    """Trains on a group: returns the state, the history, the steps that were not finite, and the epoch's totals."""
     first, best = _steps(state) + 1, state.best
     state, (values, bad, live, sums) = chunk(
         state._replace(data=None, best=None), group.batches, np.arange(size) < group.filled
@@ -337,7 +337,7 @@ def _latest(history: History) -> dict[str, np.ndarray]:
 
 def _shown(history: History, validated: bool) -> dict[str, np.ndarray]:
     """What is shown of an epoch: its metrics, and those of its validation."""
-    shown = {name: rows[-1] for name, rows in history.epoch.items() if name != "gradient_norm"}
+    shown = {name: history.epoch[name][-1] for name in in_order(history.epoch) if name != "gradient_norm"}
     if validated:
-        shown |= {f"val {name}": rows[-1] for name, rows in history.validation.items()}
+        shown |= {f"val {name}": history.validation[name][-1] for name in in_order(history.validation)}
     return shown

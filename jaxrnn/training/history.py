@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,9 +57,11 @@ class History(NamedTuple):
           >>> list(trained.history.epochs())
           ['epoch', 'loss', 'gradient_norm']
         """
-        table = {"epoch": np.arange(1, len(self.epoch_step) + 1)} | self.epoch
+        table = {"epoch": np.arange(1, len(self.epoch_step) + 1)}
+        table |= {name: self.epoch[name] for name in in_order(self.epoch)}
         at = np.searchsorted(self.epoch_step, self.validation_step)
-        for name, rows in self.validation.items():
+        for name in in_order(self.validation):
+            rows = self.validation[name]
             column = np.full((len(self.epoch_step), *rows.shape[1:]), np.nan)
             inside = at < len(column)
             column[at[inside]] = rows[inside]
@@ -105,6 +108,11 @@ def empty_history() -> History:
     """The history before the first step."""
     none = np.zeros(0, np.int64)
     return History(none, {}, none, {}, none, {})
+
+
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """The names of metrics with the loss first and the norm of the gradient last."""
+    return sorted(metrics, key=lambda name: (name != "loss", name == "gradient_norm"))
 
 
 def short(value: np.ndarray) -> str:
