@@ -55,7 +55,7 @@ ALONG_FEATURES = ("softmax", "log_softmax")
 
 
 def activation(spec: Activation) -> Callable[[Array], Array]:
-    """The function that `spec` names.
+    """Returns the function that `spec` names.
 
         identity            x
         affine              α x + β; α = 1, β = 0
@@ -93,11 +93,11 @@ def activation(spec: Activation) -> Callable[[Array], Array]:
     Args:
       spec: A name, `(name, alpha)` or `(name, alpha, beta)`, or an elementwise callable. A callable is compared by
         identity, and a cell that holds one may neither print as an expression nor pickle. softmax and log_softmax are
-        for `jaxrnn.Apply`; within a cell an activation acts on each unit by itself.
+        for `jaxrnn.Apply`: within a cell, an activation acts on each unit by itself.
 
     Raises:
-      ValueError: For a name that is not known, or more numbers than it takes.
-      TypeError: For anything else.
+      ValueError: If the name is not known, or if there are more numbers than it takes.
+      TypeError: If `spec` is anything else.
 
     Examples:
       >>> import jaxrnn
@@ -119,7 +119,7 @@ def activation(spec: Activation) -> Callable[[Array], Array]:
 
 
 def elementwise(spec: Activation) -> Callable[[Array], Array]:
-    """The function that `spec` names, which acts on every unit by itself; raises if it does not."""
+    """Returns the function that `spec` names; raises an error if it does not act on every unit by itself."""
     function = activation(spec)
     name = spec[0] if isinstance(spec, tuple) else spec
     if name in ALONG_FEATURES:
@@ -128,6 +128,6 @@ def elementwise(spec: Activation) -> Callable[[Array], Array]:
 
 
 def check_elementwise(*specs: Activation) -> None:
-    """Raises unless each is an activation that acts on every unit by itself."""
+    """Raises an error unless each activation acts on every unit by itself."""
     for spec in specs:
         elementwise(spec)

@@ -17,14 +17,14 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class CausalConvParams(NamedTuple):
-    """w (K, D), for the oldest input first. b (D,) or None."""
+    """w (K, D): weights, with the one of the oldest input first; b (D,): bias, or None."""
 
     w: Array
     b: Array | None
 
 
 class CausalConvCarry(NamedTuple):
-    """window (..., K−1, D): the last inputs, oldest first."""
+    """window (..., K−1, D): the last inputs, the oldest first."""
 
     window: Array
 
@@ -34,12 +34,12 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
 
         y_t = b + Σ_k w[k] x_{t−(K−1)+k}
 
-    The inputs are the last K valid ones since the sequence began, and 0 before that; so steps, a whole sequence and its
-    parts give the same.
+    The convolution reads the last K valid inputs since the sequence began, and 0 in place of those before it. So single
+    steps, the parts of a sequence and the whole sequence give the same result.
 
     Args:
-      input_size: D, which y has too.
-      window: K.
+      input_size: The number of input features, D; y has the same number.
+      window: The number of inputs that the convolution reads, K.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -95,7 +95,7 @@ def _weighted(params, taps):
 
 
 def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: DTypeLike = jnp.float32) -> CausalConvParams:
-    """Parameters of `causal_conv_step`: w normal of variance 1/K, b zero.
+    """Draws the parameters of `causal_conv_step`: w is normal with variance 1/K, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -115,16 +115,16 @@ def causal_conv_step(
 
     Args:
       params: `CausalConvParams` with w (K, D), b (D,) or None.
-      carry: `CausalConvCarry(window)`, (..., K−1, D), the oldest input first.
-      x: Input, (..., D).
-      noise: None.
+      carry: `CausalConvCarry(window)` with window (..., K−1, D), the oldest input first.
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
 
     Returns:
-      The new carry, and the output, (..., D).
+      The new carry, and the output of shape (..., D).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

@@ -16,18 +16,19 @@ P = TypeVar("P", LSTMParams, GRUParams)
 
 
 def chrono_init(key: Array, params: P, max_steps: int) -> P:
-    """LSTM or GRU params whose keep gates remember over 1 to `max_steps` steps.
+    """Returns LSTM or GRU params in which the gates that keep the state remember over 1 to `max_steps` steps.
 
         LSTM: b_f = log u, b_i = −b_f (none with i = 1 − f);  GRU: b_z = log u;  u ~ U(1, max_steps − 1) per unit
 
     Args:
       key: A PRNG key.
-      params: `LSTMParams`, but not of `LSTM(coupled="input")`, or `GRUParams`, with a bias; only the bias changes.
-      max_steps: The longest dependency expected, at least 3.
+      params: `GRUParams`, or `LSTMParams` except those of `LSTM(coupled="input")`. They must have a bias, and only the
+        bias changes.
+      max_steps: The longest expected dependency, at least 3.
 
     Raises:
-      TypeError: For params of another cell.
-      ValueError: Without a bias, or for `max_steps` below 3.
+      TypeError: If the params belong to another cell.
+      ValueError: If the params have no bias, or if `max_steps` is below 3.
 
     Examples:
       >>> import jax, jaxrnn

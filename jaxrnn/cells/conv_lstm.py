@@ -19,7 +19,9 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class ConvLSTMParams(NamedTuple):
-    """w_x (*K, D, 4H), w_h (*K, H, 4H), b (4H,) or None; gates in the order i f g o."""
+    """w_x (*K, D, 4H): input kernel; w_h (*K, H, 4H): recurrent kernel; b (4H,): bias, or None. The gates are in the
+    order i, f, g, o.
+    """
 
     w_x: Array
     w_h: Array
@@ -27,32 +29,32 @@ class ConvLSTMParams(NamedTuple):
 
 
 class ConvLSTMCarry(NamedTuple):
-    """h and c, each (..., *S', H)."""
+    """h (..., *S', H): the hidden state; c (..., *S', H): the cell state."""
 
     h: Array
     c: Array
 
 
 class ConvLSTM(Cell[ConvLSTMParams, ConvLSTMCarry]):
-    """The LSTM whose products are convolutions (∗), over images, volumes or series of features: `conv_lstm_step`.
+    """An LSTM whose products are convolutions (∗), over images, volumes or series of features: `conv_lstm_step`.
 
         i, f, g, o = split(x ∗ w_x + h ∗ w_h + b)
         c' = σ(f) c + σ(i) tanh(g)
         h' = σ(o) tanh(c'),  y = h'
 
-    Channels are last: x (..., *S, D), y (..., *S', H), S' being the spatial shape that the input convolution gives. The
-    recurrent convolution has stride 1 and keeps it.
+    The channels are the last axis: x is (..., *S, D) and y (..., *S', H), where S' is the spatial shape after the input
+    convolution. The recurrent convolution has stride 1 and keeps this shape.
 
     Args:
-      spatial_shape: S, one to three sizes.
-      input_channels: D.
-      hidden_size: H, channels out.
-      kernel_size: K, a number or one for each spatial dimension.
-      strides: Of the input convolution, a number or one for each dimension.
-      dilation: Of the input convolution, a number or one for each dimension.
-      padding: Of the input convolution, "SAME" or "VALID".
-      gate_activation: Of i, f and o; see `jaxrnn.activation`.
-      activation: Of g and c'.
+      spatial_shape: The spatial shape S of x: one to three sizes.
+      input_channels: The number of input channels, D.
+      hidden_size: The number of output channels, H.
+      kernel_size: The kernel size K: a number, or one number for each spatial dimension.
+      strides: The strides of the input convolution: a number, or one number for each dimension.
+      dilation: The dilation of the input convolution: a number, or one number for each dimension.
+      padding: The padding of the input convolution, "SAME" or "VALID".
+      gate_activation: The activation of the gates i, f and o; see `jaxrnn.activation`.
+      activation: The activation of the candidate g and of the cell state c'.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -163,7 +165,7 @@ def _rule(gate_activation: Activation, activation: Activation) -> LSTMRule:
 
 
 def _products(params, carry, x, noise, strides, dilation, padding):
-    """(θ, carry, u, v), in at least float32."""
+    """Returns (θ, carry, u, v), in at least float32."""
     dtype = compute_dtype(x, params)
     params, wide = cast(params, dtype), accumulator(dtype, carry.h.dtype, carry.c.dtype)
     carry, mask = cast(carry, wide), mask_of(noise)
@@ -193,7 +195,8 @@ def _convolve(x, w, strides, dilation, padding):
 def conv_lstm_init(
     key: Array, input_channels: int, hidden_size: int, kernel_size: tuple[int, ...], *, dtype: DTypeLike = jnp.float32
 ) -> ConvLSTMParams:
-    """Parameters of `conv_lstm_step`: kernels normal of variance 1/(fan in) per gate, forget bias 1, other biases 0.
+    """Draws the parameters of `conv_lstm_step`: for each gate, the kernels are normal with variance 1/(fan in); the
+    forget bias is 1 and the other biases are 0.
 
     Examples:
       >>> import jax, jaxrnn
@@ -229,22 +232,22 @@ def conv_lstm_step(
         h' = σ(o) tanh(c')
 
     Args:
-      params: `ConvLSTMParams` with w_x (*K, D, 4H), w_h (*K, H, 4H), b (4H,) or None; gates i f g o.
-      carry: `ConvLSTMCarry(h, c)`, each (..., *S', H).
-      x: Input, (..., *S, D).
-      noise: None, or `(mask, None)` with a factor on h in h ∗ w_h.
-      strides: As of `ConvLSTM`.
-      dilation: As of `ConvLSTM`.
-      padding: As of `ConvLSTM`.
-      gate_activation: As of `ConvLSTM`.
-      activation: As of `ConvLSTM`.
+      params: `ConvLSTMParams` with w_x (*K, D, 4H), w_h (*K, H, 4H), b (4H,) or None; gates in the order i, f, g, o.
+      carry: `ConvLSTMCarry(h, c)`, each of shape (..., *S', H).
+      x: The input of one step, of shape (..., *S, D).
+      noise: None, or `(mask, None)`, where mask multiplies h in the product h ∗ w_h.
+      strides: As in `ConvLSTM`.
+      dilation: As in `ConvLSTM`.
+      padding: As in `ConvLSTM`.
+      gate_activation: As in `ConvLSTM`.
+      activation: As in `ConvLSTM`.
 
     Returns:
-      The new carry, and the output h', (..., *S', H).
+      The new carry, and the output h' of shape (..., *S', H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

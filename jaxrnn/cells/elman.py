@@ -19,7 +19,7 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class ElmanParams(NamedTuple):
-    """w_x (D, H), w_h (H, H), b (H,) or None."""
+    """w_x (D, H): input weights; w_h (H, H): recurrent weights; b (H,): bias, or None."""
 
     w_x: Array
     w_h: Array
@@ -27,13 +27,13 @@ class ElmanParams(NamedTuple):
 
 
 class ElmanCarry(NamedTuple):
-    """h (..., H)."""
+    """h (..., H): the hidden state."""
 
     h: Array
 
 
 class ElmanGates(NamedTuple):
-    """h, the new state, (..., H)."""
+    """h (..., H): the new hidden state."""
 
     h: Array
 
@@ -44,10 +44,10 @@ class Elman(GatedCell[ElmanParams, ElmanCarry]):
         h' = φ(x w_x + h w_h + b),  y = h'
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      activation: φ, "tanh" by default; see `jaxrnn.activation`.
-      gate_clip: What φ reads within ±gate_clip (ONNX's `clip`).
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      activation: The activation φ, "tanh" by default; see `jaxrnn.activation`.
+      gate_clip: Clip the input of φ to ±gate_clip (ONNX's `clip`).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -105,7 +105,7 @@ class Elman(GatedCell[ElmanParams, ElmanCarry]):
 
 
 def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> ElmanParams:
-    """Parameters of `elman_step`: w_x LeCun normal, w_h orthogonal, b zero.
+    """Draws the parameters of `elman_step`: w_x is LeCun normal, w_h is orthogonal, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -123,7 +123,8 @@ def elman_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLik
 def irnn_init(
     key: Array, input_size: int, hidden_size: int, *, scale: float = 1.0, dtype: DTypeLike = jnp.float32
 ) -> ElmanParams:
-    """Parameters for `Elman(activation="relu")` that remember: w_h = scale · I, w_x normal of deviation 0.001, b zero.
+    """Draws parameters with which `Elman(activation="relu")` remembers: w_h = scale · I, w_x is normal with standard
+    deviation 0.001, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -156,18 +157,18 @@ def elman_step(
 
     Args:
       params: `ElmanParams` with w_x (D, H), w_h (H, H), b (H,) or None.
-      carry: `ElmanCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
-      activation: φ, as of `Elman`.
-      gate_clip: As of `Elman`.
+      carry: `ElmanCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: None, or `(mask, None)`, where mask (..., H) multiplies h in the product h w_h.
+      activation: The activation φ, as in `Elman`.
+      gate_clip: As in `Elman`.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

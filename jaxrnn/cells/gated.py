@@ -1,4 +1,4 @@
-"""What the cells with one recurrent product and elementwise gates share."""
+"""The base class of the cells with one recurrent product and elementwise gates, and functions that they share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from jaxrnn.typing import Noise, PyTree
 
 
 class GatedCell(Cell[Params, Carry]):
-    """A cell with one product that reads the carry, then elementwise gates; noise is a mask on what it reads.
+    """A cell with one product that reads the carry, followed by elementwise gates. Noise is a mask on the input of that
+    product.
 
         u, v = x w_x + b, h w_h
         h', y = update(carry, u, v)
 
-    A subclass has a field `hidden_size`, names its carry `h` and its recurrent weights `w_h`, and defines `weights` and
-    `update`, and `second_input` where a step has a second product. Its weights' gradients are summed in at least
-    float32, over all steps at once.
+    A subclass has a field `hidden_size`, names the state in its carry `h` and its recurrent weights `w_h`, and defines
+    `weights` and `update`. If a step has a second product, it also defines `second_input`. The gradients of the weights
+    are summed in at least float32, over all steps at once.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -50,18 +51,20 @@ class GatedCell(Cell[Params, Carry]):
 
     @abstractmethod
     def weights(self, params: PyTree) -> GatedWeights:
-        """The arrays of one step; `theta` is what `update` and `second_input` read."""
+        """Returns the arrays of one step; `update` and `second_input` read its `theta`."""
 
     @abstractmethod
     def update(self, theta: PyTree, carry: PyTree, u: Array, v: Array, w: Array | None) -> tuple[PyTree, Array]:
-        """(carry', y) from the input product u, the recurrent product v and the second product w, if any."""
+        """Returns (carry', y) from the input product u, the recurrent product v and, if there is one, the second
+        product w.
+        """
 
     def kernel(self, weights: GatedWeights) -> Kernel | str:
-        """The compiled kernel of this cell, or why there is none."""
+        """Returns the compiled kernel of this cell, or the reason why there is none."""
         return f"no kernel computes a {type(self).__name__}"
 
     def second_input(self, theta: PyTree, carry: PyTree, s: Array, u: Array, v: Array) -> Array:
-        """What the second product reads; s is the recurrent part of the carry under its mask."""
+        """Returns the input of the second product; s is the recurrent part of the carry after its mask."""
         raise TypeError(f"{type(self).__name__} has no second product")
 
     def step(self, params, carry, x, noise=None):
@@ -81,18 +84,20 @@ class GatedCell(Cell[Params, Carry]):
         return gated_scan_both(self, weights, carry, xs, fresh=fresh, mask=masks, walk=walk)
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
-        """A part of the initial carry, (*batch_shape, size), in the params' dtype."""
+        """Returns zeros (*batch_shape, size) for a part of the initial carry, in the dtype of the params."""
         check.params(self, params)
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
 
     def products(self, params: PyTree, carry: PyTree, x: Array, noise: Noise = None):
-        """What `update` reads at one step: (θ, carry, u, v, w)."""
+        """Returns the arguments of `update` at one step: (θ, carry, u, v, w)."""
         check.params(self, params)
         return gated_products(self, self.weights(params), carry, x, mask_of(noise))
 
 
 def options(cell: Cell) -> str:
-    """The fields of a cell, but its sizes, that are not as by default: for why no kernel computes it."""
+    """Lists the fields of a cell, except its sizes, that differ from their defaults: the reason why no kernel computes
+    it.
+    """
     return ", ".join(
         f"{field.name}={getattr(cell, field.name)!r}"
         for field in dataclasses.fields(cell)
@@ -101,23 +106,23 @@ def options(cell: Cell) -> str:
 
 
 def mask_of(noise: Noise) -> Array | None:
-    """The factor on the recurrent part of the carry, or None."""
+    """Returns the mask that multiplies the recurrent part of the carry, or None."""
     return None if noise is None else noise[0]
 
 
 def normalize(x: Array, epsilon: float = 1e-5) -> Array:
-    """(x − mean) / √(variance + ε) over the last axis."""
+    """Computes (x − mean) / √(variance + ε) over the last axis."""
     centred = x - x.mean(-1, keepdims=True)
     return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
 
 
 def clip(x: Array, bound: float | None) -> Array:
-    """`x` within ±bound, or as it is."""
+    """Clips `x` to ±bound; None leaves it as it is."""
     return x if bound is None else jnp.clip(x, -bound, bound)
 
 
 def clipped(spec: Activation, bound: float | None) -> Callable[[Array], Array]:
-    """The activation that `spec` names, of what is within ±bound."""
+    """Returns the activation that `spec` names, with its input clipped to ±bound."""
     function = elementwise(spec)
     if bound is None:
         return function

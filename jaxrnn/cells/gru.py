@@ -20,16 +20,17 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class GRUNorm(NamedTuple):
-    """Gains of the normalised x w_x and h w_h, each (3H,)."""
+    """x (3H,): the gain of the normalised x w_x; h (3H,): the gain of the normalised h w_h."""
 
     x: Array
     h: Array
 
 
 class GRUParams(NamedTuple):
-    """w_x (D, 3H), w_h (H, 3H), b (3H,) or None: gates r z n. b_hn (H,), or None: only where the reset comes after.
+    """w_x (D, 3H): input weights; w_h (H, 3H): recurrent weights; b (3H,): bias, or None; gates in the order r, z, n.
 
-    norm: see `GRUNorm`, or None.
+    b_hn (H,): the bias of h w_hn, or None; it exists only where the reset gate acts after the product. norm: a
+    `GRUNorm`, or None.
     """
 
     w_x: Array
@@ -40,12 +41,12 @@ class GRUParams(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        """H, from the arrays."""
+        """The number of hidden units, H, taken from the arrays."""
         return self.w_h.shape[0]
 
 
 class GRUCarry(NamedTuple):
-    """h (..., H)."""
+    """h (..., H): the hidden state."""
 
     h: Array
 
@@ -72,18 +73,18 @@ class GRU(GatedCell[GRUParams, GRUCarry]):
         n = tanh(x w_xn + b_n + (r h) w_hn)               reset_after=False
         h' = (1 − z) n + z h,  y = h'
 
-    The two forms are different functions: no map of weights leads from one to the other.
+    The two forms are different functions: the weights of one cannot be converted to the other.
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      reset_after: The reset gate acts after the recurrent product (PyTorch, cuDNN, Keras 3, Flax) or before it (the
-        published equations, Haiku, ONNX by default).
-      layer_norm: LN(x w_x) γ_x + b and LN(h w_h) γ_h in place of the products, each over all the gates that one product
-        feeds: r z n, or in the second form r z and then n.
-      gate_clip: What every gate's activation reads within ±gate_clip (ONNX's `clip`).
-      gate_activation: Of r and z; see `jaxrnn.activation`.
-      activation: Of n.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      reset_after: Whether the reset gate acts after the recurrent product (PyTorch, cuDNN, Keras 3, Flax) or before it
+        (the published equations, Haiku, ONNX by default).
+      layer_norm: Layer normalisation: LN(x w_x) γ_x + b and LN(h w_h) γ_h replace the products. Each LN is over all the
+        gates that one product feeds: r, z and n, or in the second form r and z together and then n.
+      gate_clip: Clip the input of every gate's activation to ±gate_clip (ONNX's `clip`).
+      gate_activation: The activation of the gates r and z; see `jaxrnn.activation`.
+      activation: The activation of the candidate n.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -177,7 +178,8 @@ def gru_init(
     layer_norm: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> GRUParams:
-    """Parameters of `gru_step`: per gate w_x LeCun normal and w_h orthogonal, biases zero, gains one.
+    """Draws the parameters of `gru_step`: for each gate, w_x is LeCun normal and w_h is orthogonal; biases are zero and
+    gains one.
 
     Examples:
       >>> import jax, jaxrnn
@@ -215,21 +217,21 @@ def gru_step(
 
     Args:
       params: `GRUParams` with w_x (D, 3H), w_h (H, 3H), b (3H,) or None, b_hn (H,) or None; gates in the order r, z, n.
-        Layer normalisation follows from the arrays that are there.
-      carry: `GRUCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None, or `(mask, None)` with a factor on h in its products, (..., H).
-      reset_after: As of `GRU`; it does not follow from the arrays.
-      gate_clip: As of `GRU`.
-      gate_activation: As of `GRU`.
-      activation: As of `GRU`.
+        Whether there is layer normalisation follows from the arrays that are present.
+      carry: `GRUCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: None, or `(mask, None)`, where mask (..., H) multiplies h in its products.
+      reset_after: As in `GRU`; it does not follow from the arrays.
+      gate_clip: As in `GRU`.
+      gate_activation: As in `GRU`.
+      activation: As in `GRU`.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -279,7 +281,7 @@ def _second_input(φ, theta, carry, s, u, v):
 
 
 def _gates(φ, ψ, theta, u, v, w) -> GRUGates:
-    """Without a second product w, the reset comes after the one product v."""
+    """Without a second product w, the reset gate acts after the one product v."""
     u, v, w = _normalized(theta, u, v, w)
     _, u_z, u_n = jnp.split(u, 3, axis=-1)
     r, size = _reset(φ, u, v), u_z.shape[-1]

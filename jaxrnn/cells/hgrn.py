@@ -16,14 +16,14 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class HGRNParams(NamedTuple):
-    """w_x (D, 2H), b (2H,) or None: the forget gate f and the candidate n."""
+    """w_x (D, 2H): input weights; b (2H,): bias, or None; columns of the forget gate f, then of the candidate n."""
 
     w_x: Array
     b: Array | None
 
 
 class HGRNCarry(NamedTuple):
-    """h (..., H)."""
+    """h (..., H): the hidden state."""
 
     h: Array
 
@@ -42,12 +42,12 @@ class HGRN(LinearCell[HGRNParams, HGRNCarry]):
         n = v σ(v),  v = x w_n + b_n
         h' = f h + (1 − f) n,  y = h'
 
-    γ is a lower bound on what is kept: let it grow from layer to layer, and upper ones remember for longer.
+    γ is a lower bound of the forget gate: let it grow from layer to layer, so that upper layers remember for longer.
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      lower_bound: Γ, at least 0 and below 1.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      lower_bound: The lower bound γ, at least 0 and below 1.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -92,7 +92,7 @@ class HGRN(LinearCell[HGRNParams, HGRNCarry]):
 
 
 def hgrn_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> HGRNParams:
-    """Parameters of `hgrn_step`: w_x LeCun normal, b zero.
+    """Draws the parameters of `hgrn_step`: w_x is LeCun normal, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -112,17 +112,17 @@ def hgrn_step(
 
     Args:
       params: `HGRNParams` with w_x (D, 2H), b (2H,) or None.
-      carry: `HGRNCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None.
-      lower_bound: Γ, as of `HGRN`.
+      carry: `HGRNCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
+      lower_bound: The lower bound γ, as in `HGRN`.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

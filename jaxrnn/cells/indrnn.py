@@ -19,7 +19,7 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class IndRNNParams(NamedTuple):
-    """w_x (D, H), w_h (H,), b (H,) or None."""
+    """w_x (D, H): input weights; w_h (H,): recurrent weights; b (H,): bias, or None."""
 
     w_x: Array
     w_h: Array
@@ -27,28 +27,29 @@ class IndRNNParams(NamedTuple):
 
 
 class IndRNNCarry(NamedTuple):
-    """h (..., H)."""
+    """h (..., H): the hidden state."""
 
     h: Array
 
 
 class IndRNNGates(NamedTuple):
-    """h, the new state, (..., H)."""
+    """h (..., H): the new hidden state."""
 
     h: Array
 
 
 class IndRNN(GatedCell[IndRNNParams, IndRNNCarry]):
-    """The independently recurrent network, each unit seeing its own past only: `indrnn_step` as a cell.
+    """The independently recurrent network, in which each unit sees only its own past: `indrnn_step` as a cell.
 
         h' = φ(x w_x + w_h h + b),  y = h'
 
-    With "relu", |w_h| ≤ 2^(1/T) keeps the state within a factor of 2 over T steps; clip w_h to it while training.
+    With "relu", |w_h| ≤ 2^(1/T) keeps the state within a factor of 2 over T steps; clip w_h to this range while
+    training.
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      activation: φ, "relu" by default; see `jaxrnn.activation`.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      activation: The activation φ, "relu" by default; see `jaxrnn.activation`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -95,7 +96,7 @@ class IndRNN(GatedCell[IndRNNParams, IndRNNCarry]):
 
 
 def indrnn_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> IndRNNParams:
-    """Parameters of `indrnn_step`: w_x LeCun normal, w_h uniform in [0, 1), b zero.
+    """Draws the parameters of `indrnn_step`: w_x is LeCun normal, w_h is uniform in [0, 1), and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -119,17 +120,17 @@ def indrnn_step(
 
     Args:
       params: `IndRNNParams` with w_x (D, H), w_h (H,), b (H,) or None.
-      carry: `IndRNNCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None, or `(mask, None)` with a factor on h in w_h h, (..., H).
-      activation: φ.
+      carry: `IndRNNCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: None, or `(mask, None)`, where mask (..., H) multiplies h in the product w_h h.
+      activation: The activation φ.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

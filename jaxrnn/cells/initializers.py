@@ -1,4 +1,4 @@
-"""How weights are drawn. All compute in at least float32 and cast."""
+"""Functions that draw weights. All compute in at least float32 and cast the result."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from jaxrnn.engines.arrays import accumulator
 
 
 def lecun_normal(key: Array, rows: int, columns: int, gates: int, dtype) -> Array:
-    """(rows, gates · columns), normal of variance 1/rows, truncated."""
+    """Draws weights (rows, gates · columns) from a truncated normal distribution with variance 1/rows."""
     draw = jax.nn.initializers.lecun_normal()
     return draw(key, (rows, gates * columns), accumulator(dtype)).astype(dtype)
 
 
 def orthogonal(key: Array, rows: int, columns: int, gates: int, dtype) -> Array:
-    """(rows, gates · columns), each gate's block orthogonal by itself, semi-orthogonal where not square."""
+    """Draws weights (rows, gates · columns); each gate's block is orthogonal by itself, or semi-orthogonal if not
+    square.
+    """
     tall, thin = max(rows, columns), min(rows, columns)
     blocks = jax.vmap(_orthonormal)(jax.random.normal(key, (gates, tall, thin), accumulator(dtype)))
     blocks = blocks if rows >= columns else blocks.mT
@@ -27,10 +29,10 @@ def orthogonal(key: Array, rows: int, columns: int, gates: int, dtype) -> Array:
 
 @jax.jit
 def _orthonormal(a: Array) -> Array:
-    """The columns of `a` made orthonormal by Gram–Schmidt, in blocks, twice, and refined by a step of Newton.
+    """Makes the columns of `a` orthonormal by Gram–Schmidt, in blocks and twice, and refines them by a Newton step.
 
-    Of a normal matrix it is uniformly distributed. It is no call of LAPACK, since jaxlib's CPU backend can hang where
-    several batched ones run at once, as in `jax.jit(jax.vmap(cell.init))`.
+    For a normal matrix the result is uniformly distributed. It does not call LAPACK, since jaxlib's CPU backend can
+    hang where several batched calls run at once, as in `jax.jit(jax.vmap(cell.init))`.
     """
     thin = a.shape[1]
     width = min(64, thin)

@@ -1,4 +1,4 @@
-"""What the cells with a linear recurrence share."""
+"""The base class of the cells with a linear recurrence, and functions that they share."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from jaxrnn.typing import PyTree
 
 
 class LinearCell(Cell[Params, Carry]):
-    """A cell whose recurrence is linear: h' = a h + b, elementwise, a and b of the input alone.
+    """A cell whose recurrence is linear: h' = a h + b, elementwise, where a and b depend on the input alone.
 
-    A subclass has a carry with the field h and defines `coefficients`, and `output` where y is not h. Both take any
-    leading axes, so that a whole sequence is one call of each, and the recurrence itself runs by `linear_scan`.
+    A subclass has a carry with the field h and defines `coefficients`; if y is not h, it also defines `output`. Both
+    accept any leading axes, so that each is called once for a whole sequence. The recurrence itself runs by
+    `linear_scan`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -58,18 +59,18 @@ class LinearCell(Cell[Params, Carry]):
 
     @abstractmethod
     def coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
-        """(a, b), in at least float32; a may lack axes."""
+        """Returns (a, b), in at least float32; a may lack axes."""
 
     def log_coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
-        """The logarithms of (a, b), both positive, of a cell with `log_space`."""
+        """Returns the logarithms of (a, b), which are both positive, for a cell with `log_space`."""
         raise TypeError(f"{type(self).__name__}: log_space needs log_coefficients, which it does not define")
 
     def output(self, params: PyTree, h: Array, x: Array) -> Array:
-        """y, of the new state."""
+        """Computes y from the new state."""
         return h
 
     def begin(self, a: Array, b: Array, started: Array) -> tuple[Array, Array]:
-        """(a, b) as they are where a sequence has started, and as they are at its first step."""
+        """Returns (a, b): as they are where a sequence has started, and changed where this is its first step."""
         return a, b
 
     def step(self, params, carry: PyTree, x, noise=None):
@@ -116,7 +117,7 @@ class LinearCell(Cell[Params, Carry]):
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
-        """(*batch_shape, size), in the params' dtype."""
+        """Returns zeros (*batch_shape, size), in the dtype of the params."""
         check.params(self, params)
         return jnp.zeros((*batch_shape, size), params.w_x.dtype)
 
@@ -138,13 +139,13 @@ def linear_step(
     """One step of a linear recurrence: h' = a h + b, y = output(params, h', x), where (a, b) = coefficients(params, x).
 
     Args:
-      params: Those of the cell.
-      carry: With the field h, `started` where `begin` is given, and `window` where the step sees one.
-      x: Input.
-      coefficients: As of `LinearCell`.
-      output: As of `LinearCell`; by default h'.
-      begin: As of `LinearCell`, if the first step of a sequence is another one.
-      sees_window: As of `LinearCell`.
+      params: The params of the cell.
+      carry: A carry with the field h, with `started` if `begin` is given, and with `window` if the step sees one.
+      x: The input of one step.
+      coefficients: As in `LinearCell`.
+      output: As in `LinearCell`; by default y is h'.
+      begin: As in `LinearCell`, if the first step of a sequence differs from the others.
+      sees_window: As in `LinearCell`.
     """
     dtype = compute_dtype(x, params)
     params, x, window = cast(params, dtype), x.astype(dtype), None
@@ -167,7 +168,7 @@ def _replaced(carry: PyTree, h: Array, started: Array | None, window: Array | No
 
 
 def _started(given: Array, fresh: Array, flags: Flags, reverse: bool, length: int) -> Array:
-    """Of every step (T, *batch), whether a valid step came before it in its sequence."""
+    """Returns, for every step (T, *batch), whether a valid step came before it in its sequence."""
     valid, start = flags
     if valid is None:
         seen = (jnp.arange(length) != (length - 1 if reverse else 0)).reshape(length, *[1] * given.ndim)
@@ -180,7 +181,7 @@ def _started(given: Array, fresh: Array, flags: Flags, reverse: bool, length: in
 
 
 def affine(params: PyTree, x: Array) -> Array:
-    """x w_x + b, in at least float32."""
+    """Computes x w_x + b, in at least float32."""
     u = dot(x, params.w_x)
     return u if params.b is None else u + lifted(params.b.astype(u.dtype), u)
 
@@ -196,7 +197,7 @@ def log_candidate(v: Array) -> Array:
 
 
 def check_log_space(cell: Any) -> None:
-    """Only what is positive has a logarithm."""
+    """Raises an error for `log_space` without `positive`: only positive numbers have a logarithm."""
     if cell.log_space and not cell.positive:
         raise ValueError(
             f"{type(cell).__name__}: log_space needs positive=True, since it takes logarithms of the state"

@@ -16,8 +16,8 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class LRUParams(NamedTuple):
-    """nu, theta, gamma (H,): of modulus, phase and input scale of λ. w_x (D, 2H), w_y (2H, D): real and imaginary parts
-    side by side. d (D,).
+    """nu, theta, gamma (H,): they give the modulus, the phase and the input scale of λ. w_x (D, 2H): input weights, and
+    w_y (2H, D): output weights, both with real and imaginary parts side by side. d (D,): the factor of x in y.
     """
 
     nu: Array
@@ -29,7 +29,7 @@ class LRUParams(NamedTuple):
 
 
 class LRUCarry(NamedTuple):
-    """h (..., H), complex."""
+    """h (..., H): the hidden state, complex."""
 
     h: Array
 
@@ -41,14 +41,14 @@ class LRU(LinearCell[LRUParams, LRUCarry]):
         h' = λ h + exp(γ) (x w_re + i x w_im),  w_x = [w_re, w_im]
         y = Re(h') w_y[:H] + Im(h') w_y[H:] + d x
 
-    |λ| < 1 for every ν. There is no nonlinearity: stack it with layers that have one.
+    |λ| < 1 for every ν. There is no nonlinearity: stack the cell with layers that have one.
 
     Args:
-      input_size: D, which y has too.
-      hidden_size: H, complex.
-      r_min: The inner radius of the ring that Λ is drawn from, uniformly by area.
-      r_max: The outer radius.
-      max_phase: The largest phase of Λ, in radians.
+      input_size: The number of input features, D; y has the same number.
+      hidden_size: The number of hidden units, H, which are complex.
+      r_min: The inner radius of the ring from which λ is drawn, uniformly by area.
+      r_max: The outer radius of this ring.
+      max_phase: The largest phase of λ, in radians.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -115,8 +115,8 @@ def lru_init(
     max_phase: float = 2 * math.pi,
     dtype: DTypeLike = jnp.float32,
 ) -> LRUParams:
-    """Parameters of `lru_step`: λ uniform by area on a ring, exp(γ) = √(1 − |λ|²), so that h has the scale of x; w_x of
-    variance 1/(2 D), w_y of 1/H, d of 1.
+    """Draws the parameters of `lru_step`: λ is uniform by area on a ring, and exp(γ) = √(1 − |λ|²), so that h has the
+    scale of x. w_x has variance 1/(2 D), w_y has 1/H, and d has 1.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -146,16 +146,16 @@ def lru_step(params: LRUParams, carry: LRUCarry, x: Array, noise: Noise = None) 
 
     Args:
       params: `LRUParams` with nu, theta, gamma (H,), w_x (D, 2H), w_y (2H, D), d (D,).
-      carry: `LRUCarry(h)`, (..., H), complex.
-      x: Input, (..., D).
-      noise: None.
+      carry: `LRUCarry(h)` with h (..., H), complex.
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
 
     Returns:
-      The new carry, and the output, (..., D).
+      The new carry, and the output of shape (..., D).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

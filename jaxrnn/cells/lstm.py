@@ -20,7 +20,7 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class LSTMNorm(NamedTuple):
-    """Gains of the normalised x w_x and h w_h, each (G,); gain and bias of the normalised c', each (H,)."""
+    """x, h (G,): the gains of the normalised x w_x and h w_h; c, b_c (H,): the gain and bias of the normalised c'."""
 
     x: Array
     h: Array
@@ -29,10 +29,11 @@ class LSTMNorm(NamedTuple):
 
 
 class LSTMParams(NamedTuple):
-    """w_x (D, 4H), w_h (P, 4H), b (4H,) or None: gates i f g o; where coupled f g o, or i g o (3H).
+    """w_x (D, 4H): input weights; w_h (P, 4H): recurrent weights; b (4H,): bias, or None; for the gates i, f, g, o.
 
-    P is H without projection. peephole (3, H): p_i, p_f, p_o; where coupled (2, H): p_f or p_i, p_o. w_p (H, P).
-    norm: see `LSTMNorm`. What the cell's options do not use is None.
+    Coupled gates have 3H columns, for f, g, o or i, g, o. P is H without projection. peephole (3, H): p_i, p_f, p_o;
+    with coupled gates (2, H): p_f or p_i, then p_o. w_p (H, P): projection weights. norm: an `LSTMNorm`. Arrays that
+    the cell's options do not use are None.
     """
 
     w_x: Array
@@ -44,12 +45,12 @@ class LSTMParams(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        """H, from the arrays."""
+        """The number of hidden units, H, taken from the arrays."""
         return self.w_h.shape[0] if self.w_p is None else self.w_p.shape[0]
 
 
 class LSTMCarry(NamedTuple):
-    """h (..., P), c (..., H)."""
+    """h (..., P): the hidden state; c (..., H): the cell state."""
 
     h: Array
     c: Array
@@ -65,7 +66,7 @@ class LSTMGates(NamedTuple):
 
 
 class LSTMTheta(NamedTuple):
-    """The learned vectors that its gates read."""
+    """The learned vectors that the gates read."""
 
     b: Array | None
     peephole: Array | None
@@ -73,7 +74,7 @@ class LSTMTheta(NamedTuple):
 
 
 class LSTMRule(NamedTuple):
-    """What an LSTM does with its products: φ acts on i, f and o, ψ on g, χ on c'."""
+    """The functions that follow the products of an LSTM: φ acts on i, f and o, ψ on g, and χ on c'."""
 
     φ: Callable[[Array], Array]
     ψ: Callable[[Array], Array]
@@ -90,19 +91,20 @@ class LSTM(GatedCell[LSTMParams, LSTMCarry]):
         h' = o tanh(c'),  y = h'
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      peephole: i and f also see p c, o sees p c' (Gers & Schmidhuber 2000).
-      coupled: i = 1 − f; three gates f g o (Greff et al. 2017, CIFG). With "input", f = 1 − i; three gates i g o
-        (ONNX's `input_forget`).
-      projection_size: P; h' = (o tanh(c')) w_p (Sak et al. 2014). The carry h, the output and w_h have P rows.
-      layer_norm: LN(x w_x) γ_x + LN(h w_h) γ_h + b before the gates, each over all of them, and tanh(LN(c') γ_c + b_c)
-        (Ba et al. 2016, in the form of haste).
-      cell_clip: c' within ±cell_clip.
-      gate_clip: What every gate's activation reads within ±gate_clip, peepholes included (ONNX's `clip`).
-      gate_activation: Of i, f and o; see `jaxrnn.activation`.
-      activation: Of g.
-      output_activation: Of c'.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      peephole: Peephole connections: i and f also see p c, and o sees p c' (Gers & Schmidhuber 2000).
+      coupled: With True, i = 1 − f and there are three gates, f, g, o (Greff et al. 2017, CIFG). With "input",
+        f = 1 − i and there are three gates, i, g, o (ONNX's `input_forget`).
+      projection_size: The size P of a projection: h' = (o tanh(c')) w_p (Sak et al. 2014). The carry h and the output
+        then have size P, and w_h has P rows.
+      layer_norm: Layer normalisation: LN(x w_x) γ_x + LN(h w_h) γ_h + b before the gates, each LN over all of them, and
+        tanh(LN(c') γ_c + b_c) (Ba et al. 2016, in the form of haste).
+      cell_clip: Clip the cell state c' to ±cell_clip.
+      gate_clip: Clip the input of every gate's activation to ±gate_clip, peepholes included (ONNX's `clip`).
+      gate_activation: The activation of the gates i, f and o; see `jaxrnn.activation`.
+      activation: The activation of the candidate g.
+      output_activation: The activation of the cell state c'.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -205,9 +207,10 @@ def lstm_init(
     layer_norm: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> LSTMParams:
-    """Parameters of `lstm_step`: per gate w_x LeCun normal and w_h orthogonal, forget bias 1, other biases 0.
+    """Draws the parameters of `lstm_step`: for each gate, w_x is LeCun normal and w_h is orthogonal; the forget bias is
+    1 and the other biases are 0.
 
-    Where f = 1 − i, the input bias is −1. w_p is LeCun normal, peepholes are zero, gains one.
+    Where f = 1 − i, the bias of the input gate is −1. w_p is LeCun normal, peepholes are zero, and gains are one.
 
     Examples:
       >>> import jax, jaxrnn
@@ -250,24 +253,25 @@ def lstm_step(
         h' = σ(o) tanh(c')
 
     Args:
-      params: `LSTMParams` with w_x (D, 4H), w_h (H, 4H), b (4H,) or None; gates in the order i, f, g, o. Peepholes,
-        projection and layer normalisation follow from the arrays that are there.
-      carry: `LSTMCarry(h, c)`, each (..., H).
-      x: Input, (..., D).
-      noise: None, or `(mask, None)` with a factor on h in h w_h, (..., H).
-      coupled: As of `LSTM`; None for True where the arrays have three gates.
-      cell_clip: As of `LSTM`.
-      gate_clip: As of `LSTM`.
-      gate_activation: As of `LSTM`.
-      activation: As of `LSTM`.
-      output_activation: As of `LSTM`.
+      params: `LSTMParams` with w_x (D, 4H), w_h (H, 4H), b (4H,) or None; gates in the order i, f, g, o. Whether there
+        are peepholes, a projection and layer normalisation follows from the arrays that are present. With a projection
+        to P units, h, its mask, the output and the rows of w_h have P in place of H.
+      carry: `LSTMCarry(h, c)`, each of shape (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: None, or `(mask, None)`, where mask (..., H) multiplies h in the product h w_h.
+      coupled: As in `LSTM`; None means True if the arrays have three gates.
+      cell_clip: As in `LSTM`.
+      gate_clip: As in `LSTM`.
+      gate_activation: As in `LSTM`.
+      activation: As in `LSTM`.
+      output_activation: As in `LSTM`.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -315,7 +319,7 @@ def _weights(params: LSTMParams) -> GatedWeights:
 
 
 def lstm_gates(rule: LSTMRule, theta: LSTMTheta, carry: LSTMCarry, u: Array, v: Array) -> tuple[LSTMGates, Array]:
-    """The activated gates, and c', from the products u and v."""
+    """Computes the activated gates, and c', from the products u and v."""
     if theta.norm is not None:
         u, v = normalize(u) * lifted(theta.norm.x, u), normalize(v) * lifted(theta.norm.h, v)
     if theta.b is not None:
@@ -348,7 +352,7 @@ def _second_input(rule, theta, carry, s, u, v):
 def lstm_update(
     rule: LSTMRule, theta: LSTMTheta, carry: LSTMCarry, u: Array, v: Array, w: Array | None
 ) -> tuple[LSTMCarry, Array]:
-    """The new carry and h', from the products u, v, and that of a projection, w, if there is one."""
+    """Computes the new carry and h' from the products u and v, and the product w of a projection if there is one."""
     gates, c = lstm_gates(rule, theta, carry, u, v)
     h = _output(rule, theta, gates.o, c) if w is None else w
     return LSTMCarry(h, c), h

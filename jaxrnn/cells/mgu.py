@@ -16,7 +16,7 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class MGUParams(NamedTuple):
-    """w_x (D, 2H), w_h (H, 2H), b (2H,) or None: the gate f and the candidate n."""
+    """w_x (D, 2H): input weights; w_h (H, 2H): recurrent weights; b (2H,): bias, or None; gate f, then candidate n."""
 
     w_x: Array
     w_h: Array
@@ -24,7 +24,7 @@ class MGUParams(NamedTuple):
 
 
 class MGUCarry(NamedTuple):
-    """h (..., H)."""
+    """h (..., H): the hidden state."""
 
     h: Array
 
@@ -43,11 +43,11 @@ class MGU(GatedCell[MGUParams, MGUCarry]):
         n = tanh(x w_xn + (f h) w_hn + b_n)
         h' = (1 − f) h + f n,  y = h'
 
-    Flax's `MGUCell` is another function: it keeps h with f and resets after the product.
+    Flax's `MGUCell` is a different function: there, f multiplies h in h', and the reset acts after the product.
 
     Args:
-      input_size: D.
-      hidden_size: H.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -96,7 +96,7 @@ class MGU(GatedCell[MGUParams, MGUCarry]):
 
 
 def mgu_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MGUParams:
-    """Parameters of `mgu_step`: per gate w_x LeCun normal and w_h orthogonal, biases zero.
+    """Draws the parameters of `mgu_step`: for each gate, w_x is LeCun normal and w_h is orthogonal; biases are zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -119,17 +119,17 @@ def mgu_step(params: MGUParams, carry: MGUCarry, x: Array, noise: Noise = None) 
         h' = (1 − f) h + f n
 
     Args:
-      params: `MGUParams` with w_x (D, 2H), w_h (H, 2H), b (2H,) or None; f, then n.
-      carry: `MGUCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None, or `(mask, None)` with a factor on h in its products, (..., H).
+      params: `MGUParams` with w_x (D, 2H), w_h (H, 2H), b (2H,) or None; f comes first, then n.
+      carry: `MGUCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: None, or `(mask, None)`, where mask (..., H) multiplies h in its products.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

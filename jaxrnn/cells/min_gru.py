@@ -16,14 +16,14 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class MinGRUParams(NamedTuple):
-    """w_x (D, 2H), b (2H,) or None: the update gate z and the candidate n."""
+    """w_x (D, 2H): input weights; b (2H,): bias, or None; update gate z, then candidate n."""
 
     w_x: Array
     b: Array | None
 
 
 class MinGRUCarry(NamedTuple):
-    """h (..., H)."""
+    """h (..., H): the hidden state."""
 
     h: Array
 
@@ -42,15 +42,15 @@ class MinGRU(LinearCell[MinGRUParams, MinGRUCarry]):
         n = g(x w_xn + b_n),  g(v) = v + 1/2 for v ≥ 0, else σ(v)
         h' = (1 − z) h + z n,  y = h'
 
-    Nothing in a step waits for the one before it but h' itself, so that a sequence trains in parallel over time.
+    A step needs only h' from the step before, so a sequence trains in parallel over time.
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      positive: Whether g keeps the candidate, and with it the state, positive; else g(v) = v.
-      log_space: Whether a sequence runs on logarithms of gates and candidates, as in the paper's experiments, which
-        never leave the range of floats. Real space is faster and has kernels; over 10,000 steps in float32 both are
-        within 3e-7 of max |h|.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      positive: Whether g keeps the candidate positive, and with it the state; if not, g(v) = v.
+      log_space: Whether a sequence is computed with the logarithms of gates and candidates, which never leave the range
+        of floats, as in the paper's experiments. Real space is faster and has kernels; over 10,000 steps in float32
+        both are within 3e-7 of max |h|.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -100,7 +100,7 @@ class MinGRU(LinearCell[MinGRUParams, MinGRUCarry]):
 
 
 def min_gru_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MinGRUParams:
-    """Parameters of `min_gru_step`: w_x LeCun normal, b zero.
+    """Draws the parameters of `min_gru_step`: w_x is LeCun normal, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -122,17 +122,17 @@ def min_gru_step(
 
     Args:
       params: `MinGRUParams` with w_x (D, 2H), b (2H,) or None.
-      carry: `MinGRUCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None.
-      positive: As of `MinGRU`.
+      carry: `MinGRUCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
+      positive: As in `MinGRU`.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

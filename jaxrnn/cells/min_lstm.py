@@ -16,14 +16,14 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class MinLSTMParams(NamedTuple):
-    """w_x (D, 3H), b (3H,) or None: the gates f and i and the candidate n."""
+    """w_x (D, 3H): input weights; b (3H,): bias, or None; gates f and i, then candidate n."""
 
     w_x: Array
     b: Array | None
 
 
 class MinLSTMCarry(NamedTuple):
-    """h (..., H)."""
+    """h (..., H): the hidden state."""
 
     h: Array
 
@@ -44,12 +44,12 @@ class MinLSTM(LinearCell[MinLSTMParams, MinLSTMCarry]):
         h' = (f h + i n) / (f + i),  y = h'
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      positive: Whether g keeps the candidate, and with it the state, positive; else g(v) = v.
-      log_space: Whether a sequence runs on logarithms of gates and candidates, as in the paper's experiments, which
-        never leave the range of floats. Real space is faster and has kernels; over 10,000 steps in float32 both are
-        within 3e-7 of max |h|.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      positive: Whether g keeps the candidate positive, and with it the state; if not, g(v) = v.
+      log_space: Whether a sequence is computed with the logarithms of gates and candidates, which never leave the range
+        of floats, as in the paper's experiments. Real space is faster and has kernels; over 10,000 steps in float32
+        both are within 3e-7 of max |h|.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -100,7 +100,7 @@ class MinLSTM(LinearCell[MinLSTMParams, MinLSTMCarry]):
 
 
 def min_lstm_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MinLSTMParams:
-    """Parameters of `min_lstm_step`: w_x LeCun normal, b zero but for f, where it is 1.
+    """Draws the parameters of `min_lstm_step`: w_x is LeCun normal, and b is zero except for f, where it is 1.
 
     Examples:
       >>> import jax, jaxrnn
@@ -122,17 +122,17 @@ def min_lstm_step(
 
     Args:
       params: `MinLSTMParams` with w_x (D, 3H), b (3H,) or None.
-      carry: `MinLSTMCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None.
-      positive: As of `MinLSTM`.
+      carry: `MinLSTMCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
+      positive: As in `MinLSTM`.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -147,7 +147,7 @@ def min_lstm_step(
 
 
 def _log_odds(f, i):
-    """log of σ(f) / σ(i), without the quotient; σ of it is σ(f) / (σ(f) + σ(i))."""
+    """Computes log(σ(f) / σ(i)) without the quotient; its σ is σ(f) / (σ(f) + σ(i))."""
     return jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)
 
 

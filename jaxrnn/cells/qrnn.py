@@ -1,4 +1,4 @@
-"""The quasi-recurrent network: gates of a causal convolution, and a pooling that remembers."""
+"""The quasi-recurrent network: gates from a causal convolution, and a pooling that remembers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class QRNNParams(NamedTuple):
-    """w_x (K D, 3H), for the oldest of K inputs first, and b (3H,) or None: candidate z, gates f and o."""
+    """w_x (K D, 3H): input weights, those of the oldest of K inputs first; b (3H,): bias, or None; candidate z, then
+    gates f and o.
+    """
 
     w_x: Array
     b: Array | None
 
 
 class QRNNCarry(NamedTuple):
-    """h (..., H): c of the paper. window (..., K−1, D): the last inputs, oldest first."""
+    """h (..., H): the hidden state, called c in the paper; window (..., K−1, D): the last inputs, the oldest first."""
 
     h: Array
     window: Array
@@ -36,9 +38,9 @@ class QRNN(LinearCell[QRNNParams, QRNNCarry]):
         h' = f h + (1 − f) z,  y = o h'
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      window: K.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      window: The number of inputs in the window, K.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -85,7 +87,7 @@ class QRNN(LinearCell[QRNNParams, QRNNCarry]):
 def qrnn_init(
     key: Array, input_size: int, hidden_size: int, *, window: int = 2, dtype: DTypeLike = jnp.float32
 ) -> QRNNParams:
-    """Parameters of `qrnn_step`: w_x LeCun normal, b zero.
+    """Draws the parameters of `qrnn_step`: w_x is LeCun normal, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -104,16 +106,16 @@ def qrnn_step(params: QRNNParams, carry: QRNNCarry, x: Array, noise: Noise = Non
 
     Args:
       params: `QRNNParams` with w_x (K D, 3H), b (3H,) or None.
-      carry: `QRNNCarry(h, window)`, (..., H) and (..., K−1, D).
-      x: Input, (..., D).
-      noise: None.
+      carry: `QRNNCarry(h, window)` with h (..., H) and window (..., K−1, D).
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
 
     Returns:
-      The new carry, and the output, (..., H).
+      The new carry, and the output of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

@@ -19,7 +19,7 @@ STEEPEST = 1000.0  # that the derivative of the square root may be
 
 
 class RGLRUParams(NamedTuple):
-    """decay (D,): Λ. w_x (N, D/N, 2 D/N): N blocks of the gates r and i. b (2, D) or None."""
+    """decay (D,): Λ; w_x (N, D/N, 2 D/N): input weights in N blocks, for the gates r and i; b (2, D): bias, or None."""
 
     decay: Array
     w_x: Array
@@ -27,7 +27,7 @@ class RGLRUParams(NamedTuple):
 
 
 class RGLRUCarry(NamedTuple):
-    """h (..., D), and whether its sequence has started, bool (...)."""
+    """h (..., D): the hidden state; started (...): bool, whether the sequence has started."""
 
     h: Array
     started: Array
@@ -47,12 +47,12 @@ class RGLRU(LinearCell[RGLRUParams, RGLRUCarry]):
         a = exp(−8 softplus(Λ) r)
         h' = a h + √(1 − a²) (i x),  y = h'
 
-    At the first step of a sequence the factor √(1 − a²) is 1; the carry knows whether that step is over. The derivative
-    of the square root is at most 1000.
+    At the first step of a sequence the factor √(1 − a²) is 1; the carry stores whether that step is over. The
+    derivative of the square root is at most 1000.
 
     Args:
-      input_size: D, which h and y have too.
-      blocks: N, of which w_r and w_i are block-diagonal; it divides D.
+      input_size: The number of input features, D; h and y have the same number.
+      blocks: The number of blocks, N, of the block-diagonal w_r and w_i; it divides D.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -104,7 +104,7 @@ class RGLRU(LinearCell[RGLRUParams, RGLRUCarry]):
 
 @jax.custom_jvp
 def bounded_sqrt(x: Array) -> Array:
-    """√x, whose derivative is at most 1000 where x comes near 0."""
+    """Computes √x, with a derivative of at most 1000 where x is near 0."""
     return jnp.sqrt(x)
 
 
@@ -115,8 +115,8 @@ def _bounded_sqrt_jvp(primals, tangents):
 
 
 def rg_lru_init(key: Array, input_size: int, *, blocks: int = 1, dtype: DTypeLike = jnp.float32) -> RGLRUParams:
-    """Parameters of `rg_lru_step`: Λ such that a lies in [0.9, 0.999] where r = 1, its square uniform; w_x LeCun normal
-    per block, b zero.
+    """Draws the parameters of `rg_lru_step`: Λ is such that a lies in [0.9, 0.999] where r = 1, with a² uniform; w_x is
+    LeCun normal for each block, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -142,16 +142,16 @@ def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Noise =
 
     Args:
       params: `RGLRUParams` with decay (D,), w_x (N, D/N, 2 D/N), b (2, D) or None.
-      carry: `RGLRUCarry(h, started)`, (..., D) and bool (...)
-      x: Input, (..., D).
-      noise: None.
+      carry: `RGLRUCarry(h, started)` with h (..., D) and bool started (...).
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
 
     Returns:
-      The new carry, and the output h', (..., D).
+      The new carry, and the output h' of shape (..., D).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -176,7 +176,7 @@ def _gates(params, x) -> RGLRUGates:
 
 
 def _coefficients(params, x):
-    """a, and i x, which is b at the first step."""
+    """Returns a, and i x, which is b at the first step."""
     r, i = _gates(params, x)
     wide = r.dtype
     a = jnp.exp(-POWER * lifted(jax.nn.softplus(params.decay.astype(wide)), r) * r)

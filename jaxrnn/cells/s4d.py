@@ -21,7 +21,7 @@ SPECTRA = ("linear", "inverse", "hippo")
 
 class S4DParams(NamedTuple):
     """log_decay, frequency (D, N): λ = −exp(log_decay) + i frequency. log_step (D,): Δ = exp(log_step). c (2, D, N):
-    real and imaginary parts. d (D,).
+    output weights, real and imaginary parts. d (D,): the factor of x in y.
     """
 
     log_decay: Array
@@ -32,7 +32,7 @@ class S4DParams(NamedTuple):
 
 
 class S4DCarry(NamedTuple):
-    """h (..., D, N), complex."""
+    """h (..., D, N): the hidden state, complex."""
 
     h: Array
 
@@ -44,17 +44,18 @@ class S4D(LinearCell[S4DParams, S4DCarry]):
         h' = ā h + b̄ x                                   over a step of length Δ, as in `S5`
         y = 2 Re Σ_n c_n h'_n + d x
 
-    Channels do not see each other: put a `Linear` above it. The real part of λ is negative for all params.
+    Channels do not see each other: put a `Linear` above the layer. The real part of λ is negative for all params.
 
     Args:
-      input_size: D, which y has too.
-      states: N, the conjugate pairs of states of a channel.
-      spectrum: Which λ it starts with: "linear", −1/2 + iπn; "inverse", −1/2 + i (M/π) (M/(2n+1) − 1) with M = 2N; or
-        "hippo", the eigenvalues of the normal part of HiPPO-LegS.
-      discretization: "zoh" or "bilinear".
-      step_min: The least Δ that is drawn, uniformly in its logarithm.
-      step_max: The largest.
-      timed: Irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
+      input_size: The number of channels, D, which y has too; D + 1 with `timed`.
+      states: The number of conjugate pairs of states in each channel, N.
+      spectrum: The initial λ: "linear", −1/2 + iπn; "inverse", −1/2 + i (M/π) (M/(2n+1) − 1) with M = 2N; or "hippo",
+        the eigenvalues of the normal part of HiPPO-LegS.
+      discretization: The discretization method, "zoh" or "bilinear".
+      step_min: The smallest Δ that is drawn; its logarithm is drawn uniformly.
+      step_max: The largest Δ that is drawn.
+      timed: Whether sampling is irregular: the last entry of x is then the time that a step takes, in units of Δ, and y
+        does not have that entry.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -123,8 +124,8 @@ def s4d_init(
     step_max: float = 1e-1,
     dtype: DTypeLike = jnp.float32,
 ) -> S4DParams:
-    """Parameters of `s4d_step`: λ as of `S4D`, the same for all channels; c complex normal of variance 1; log Δ
-    uniform; d normal.
+    """Draws the parameters of `s4d_step`: λ as in `S4D`, the same for all channels; c complex normal with variance 1;
+    log Δ uniform; d normal.
 
     Examples:
       >>> import jax, jaxrnn
@@ -171,18 +172,18 @@ def s4d_step(
 
     Args:
       params: `S4DParams` with log_decay, frequency (D, N), log_step (D,), c (2, D, N), d (D,).
-      carry: `S4DCarry(h)`, (..., D, N), complex.
-      x: Input, (..., D), or (..., D + 1) with the time of the step.
-      noise: None.
-      discretization: As of `S4D`.
-      timed: As of `S4D`.
+      carry: `S4DCarry(h)` with h (..., D, N), complex.
+      x: The input of one step, of shape (..., D), or (..., D + 1) with the time of the step.
+      noise: Always None.
+      discretization: As in `S4D`.
+      timed: As in `S4D`.
 
     Returns:
-      The new carry, and the output, (..., D).
+      The new carry, and the output of shape (..., D).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

@@ -18,8 +18,9 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class S5Params(NamedTuple):
-    """log_decay, frequency, log_step (P,): λ = −exp(log_decay) + i frequency, Δ = exp(log_step). w_x (D, 2P) and
-    w_y (2P, D): real and imaginary parts side by side. d (D,).
+    """log_decay, frequency, log_step (P,): λ = −exp(log_decay) + i frequency, Δ = exp(log_step). w_x (D, 2P): input
+    weights, and w_y (2P, D): output weights, both with real and imaginary parts side by side. d (D,): the factor of x
+    in y.
     """
 
     log_decay: Array
@@ -31,7 +32,7 @@ class S5Params(NamedTuple):
 
 
 class S5Carry(NamedTuple):
-    """h (..., P), complex."""
+    """h (..., P): the hidden state, complex."""
 
     h: Array
 
@@ -46,15 +47,17 @@ class S5(LinearCell[S5Params, S5Carry]):
         ā = exp(λ Δ), b̄ = (ā − 1) / λ                         "zoh": the input is held during the step
         ā = (1 + λ Δ/2) / (1 − λ Δ/2), b̄ = Δ / (1 − λ Δ/2)    "bilinear"
 
-    Of every conjugate pair of eigenvalues one is kept, hence the 2. The real part of λ is negative for all params.
+    Only one eigenvalue of every conjugate pair is kept, hence the factor 2. The real part of λ is negative for all
+    params.
 
     Args:
-      input_size: D, which y has too.
-      hidden_size: P, the pairs; the system has 2 P states.
-      discretization: "zoh" or "bilinear".
-      step_min: The least Δ that is drawn, uniformly in its logarithm.
-      step_max: The largest.
-      timed: Irregular sampling: the last entry of x is the time that a step takes, in units of Δ; y does not have it.
+      input_size: The number of input features, D, which y has too; D + 1 with `timed`.
+      hidden_size: The number of conjugate pairs of states, P; the system has 2 P states.
+      discretization: The discretization method, "zoh" or "bilinear".
+      step_min: The smallest Δ that is drawn; its logarithm is drawn uniformly.
+      step_max: The largest Δ that is drawn.
+      timed: Whether sampling is irregular: the last entry of x is then the time that a step takes, in units of Δ, and y
+        does not have that entry.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -113,8 +116,9 @@ def s5_init(
     step_max: float = 1e-1,
     dtype: DTypeLike = jnp.float32,
 ) -> S5Params:
-    """Parameters of `s5_step`: λ the eigenvalues of the normal part of HiPPO-LegS; w_x of variance 1/D and w_y of
-    1/(2P) in the coordinates of HiPPO, turned into those of its eigenvectors; log Δ uniform; d normal.
+    """Draws the parameters of `s5_step`: λ are the eigenvalues of the normal part of HiPPO-LegS. In the coordinates of
+    HiPPO, w_x has variance 1/D and w_y 1/(2P); both are transformed to the coordinates of its eigenvectors. log Δ is
+    uniform, and d is normal.
 
     Examples:
       >>> import jax, jaxrnn
@@ -155,18 +159,18 @@ def s5_step(
 
     Args:
       params: `S5Params` with log_decay, frequency, log_step (P,), w_x (D, 2P), w_y (2P, D), d (D,).
-      carry: `S5Carry(h)`, (..., P), complex.
-      x: Input, (..., D), or (..., D + 1) with the time of the step.
-      noise: None.
-      discretization: As of `S5`.
-      timed: As of `S5`.
+      carry: `S5Carry(h)` with h (..., P), complex.
+      x: The input of one step, of shape (..., D), or (..., D + 1) with the time of the step.
+      noise: Always None.
+      discretization: As in `S5`.
+      timed: As in `S5`.
 
     Returns:
-      The new carry, and the output, (..., D).
+      The new carry, and the output of shape (..., D).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

@@ -19,8 +19,8 @@ CHUNK = 64  # steps whose states (steps, ..., D, N) are in memory at once
 
 
 class S6Params(NamedTuple):
-    """w_x (D, R + 2N): the low-rank step, B and C side by side. w_step (R, D), b_step (D,): of the step's length Δ.
-    log_decay (D, N): λ = −exp(log_decay). d (D,).
+    """w_x (D, R + 2N): input weights of the low-rank step, B and C, side by side. w_step (R, D), b_step (D,): weights
+    and bias of the step length Δ. log_decay (D, N): λ = −exp(log_decay). d (D,): the factor of x in y.
     """
 
     w_x: Array
@@ -31,7 +31,7 @@ class S6Params(NamedTuple):
 
 
 class S6Carry(NamedTuple):
-    """h (..., D, N)."""
+    """h (..., D, N): the hidden state."""
 
     h: Array
 
@@ -44,15 +44,15 @@ class S6(LinearCell[S6Params, S6Carry]):
         h' = exp(−exp(log_decay) Δ) h + Δ x Bᵀ         D channels, each with N states
         y = h' C + d x
 
-    What the state takes in, keeps and puts out depends on the input. A sequence runs in chunks, of which one at a time
-    has its states in memory, in the backward pass too.
+    The layer is selective: the input controls how the state is written, kept and read. A sequence runs in chunks, and
+    only one chunk at a time has its states in memory, also in the backward pass.
 
     Args:
-      input_size: D, which y has too.
-      states: N, the states of a channel.
-      rank: R, of the map from x to Δ; None for D/16, rounded up.
-      step_min: The least Δ that is drawn, uniformly in its logarithm.
-      step_max: The largest.
+      input_size: The number of channels, D; y has the same number.
+      states: The number of states in each channel, N.
+      rank: The rank R of the map from x to Δ; None for D/16, rounded up.
+      step_min: The smallest Δ that is drawn; its logarithm is drawn uniformly.
+      step_max: The largest Δ that is drawn.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -123,8 +123,8 @@ def s6_init(
     step_max: float = 1e-1,
     dtype: DTypeLike = jnp.float32,
 ) -> S6Params:
-    """Parameters of `s6_step`: λ = −1, …, −N in every channel; w_x LeCun normal; w_step uniform up to 1/√R; b_step such
-    that Δ without input is log-uniform; d one.
+    """Draws the parameters of `s6_step`: λ = −1, …, −N in every channel; w_x is LeCun normal, and w_step uniform
+    within ±1/√R; b_step is such that Δ without input is log-uniform; d is one.
 
     Examples:
       >>> import jax, jaxrnn
@@ -157,16 +157,16 @@ def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Noise = None) -> 
 
     Args:
       params: `S6Params` with w_x (D, R + 2N), w_step (R, D), b_step (D,), log_decay (D, N), d (D,).
-      carry: `S6Carry(h)`, (..., D, N).
-      x: Input, (..., D).
-      noise: None.
+      carry: `S6Carry(h)` with h (..., D, N).
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
 
     Returns:
-      The new carry, and the output, (..., D).
+      The new carry, and the output of shape (..., D).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

@@ -17,7 +17,9 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class SLSTMParams(NamedTuple):
-    """w_x (D, 4H), w_h (N, H/N, 4 H/N), b (4H,) or None: gates i f z o, in w_h within each of N heads."""
+    """w_x (D, 4H): input weights; w_h (N, H/N, 4 H/N): recurrent weights; b (4H,): bias, or None; gates in the order i,
+    f, z, o, in w_h within each of N heads.
+    """
 
     w_x: Array
     w_h: Array
@@ -25,7 +27,9 @@ class SLSTMParams(NamedTuple):
 
 
 class SLSTMCarry(NamedTuple):
-    """h, c, the normaliser n and the stabiliser m, each (..., H). Where n is 0 nothing has come in yet."""
+    """The hidden state h, the cell state c, the normaliser n and the stabiliser m, each (..., H). Where n is 0, there
+    has been no input yet.
+    """
 
     h: Array
     c: Array
@@ -36,7 +40,7 @@ class SLSTMCarry(NamedTuple):
 
 
 class SLSTMGates(NamedTuple):
-    """The gates i and f as c and n are multiplied by them, z and o, each (..., H)."""
+    """The gates i and f in the form in which they update c and n, and z and o, each (..., H)."""
 
     i: Array
     f: Array
@@ -56,9 +60,10 @@ class SLSTM(GatedCell[SLSTMParams, SLSTMCarry]):
     m keeps the exponentials within range and cancels in h'.
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      heads: N, of which w_h is block-diagonal: units see the past of their own head only. It divides H.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      heads: The number of heads, N, which divides H. w_h is block-diagonal by head: units see only the past of their
+        own head.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -109,7 +114,8 @@ class SLSTM(GatedCell[SLSTMParams, SLSTMCarry]):
 def slstm_init(
     key: Array, input_size: int, hidden_size: int, *, heads: int = 1, dtype: DTypeLike = jnp.float32
 ) -> SLSTMParams:
-    """Parameters of `slstm_step`: w_x LeCun normal, w_h zero, b zero but for f, where it goes from 3 to 6 over a head.
+    """Draws the parameters of `slstm_step`: w_x is LeCun normal, w_h is zero, and b is zero except for f, where it goes
+    from 3 to 6 over a head.
 
     Examples:
       >>> import jax, jaxrnn
@@ -128,21 +134,21 @@ def slstm_step(params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Noise = 
         i, f, z, o = x w_x + h w_h + b
         m' = max(i, log σ(f) + m), or i where n = 0
         i', f' = exp(i − m'), exp(log σ(f) + m − m')
-        c' = f' c + i' tanh(z),  n' = f' n + i'
+        c' = f' c + i' tanh(z),  n' = f' n + i', at least 1
         h' = σ(o) c' / n'
 
     Args:
       params: `SLSTMParams` with w_x (D, 4H), w_h (N, H/N, 4 H/N), b (4H,) or None.
-      carry: `SLSTMCarry(h, c, n, m)`, each (..., H).
-      x: Input, (..., D).
-      noise: None, or `(mask, None)` with a factor on h in its product, (..., H).
+      carry: `SLSTMCarry(h, c, n, m)`, each of shape (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: None, or `(mask, None)`, where mask (..., H) multiplies h in its product.
 
     Returns:
-      The new carry, and the output h', (..., H).
+      The new carry, and the output h' of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -163,7 +169,7 @@ def _weights(params):
 
 
 def _gates(heads, carry, u, v):
-    """The gates, and m'."""
+    """Computes the gates and m'."""
     by_head = v.reshape(*v.shape[:-1], heads, 4, v.shape[-1] // (4 * heads))
     v = jnp.swapaxes(by_head, -3, -2).reshape(v.shape)
     i, f, z, o = jnp.split(u + v, 4, axis=-1)

@@ -18,8 +18,8 @@ from jaxrnn.typing import DTypeLike, Noise
 
 
 class SRUParams(NamedTuple):
-    """w_x (D, 3H): the candidate n, the gates f and r; (D, 4H) where D is not H: and the highway. b (2H,) or None: of f
-    and r.
+    """w_x (D, 3H): input weights of the candidate n and the gates f and r; where D is not H, (D, 4H), also of the
+    highway. b (2H,): bias of f and r, or None.
     """
 
     w_x: Array
@@ -27,7 +27,7 @@ class SRUParams(NamedTuple):
 
 
 class SRUCarry(NamedTuple):
-    """h (..., H): c of the paper."""
+    """h (..., H): the hidden state, called c in the paper."""
 
     h: Array
 
@@ -50,9 +50,9 @@ class SRU(LinearCell[SRUParams, SRUCarry]):
     Its gates see the input alone, as in the first form of the paper, so that a sequence trains in parallel over time.
 
     Args:
-      input_size: D.
-      hidden_size: H.
-      activation: φ, see `jaxrnn.activation`.
+      input_size: The number of input features, D.
+      hidden_size: The number of hidden units, H.
+      activation: The activation φ; see `jaxrnn.activation`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -100,7 +100,7 @@ class SRU(LinearCell[SRUParams, SRUCarry]):
 
 
 def sru_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> SRUParams:
-    """Parameters of `sru_step`: w_x LeCun normal, b zero.
+    """Draws the parameters of `sru_step`: w_x is LeCun normal, and b is zero.
 
     Examples:
       >>> import jax, jaxrnn
@@ -122,17 +122,17 @@ def sru_step(
 
     Args:
       params: `SRUParams` with w_x (D, 3H) or (D, 4H), b (2H,) or None.
-      carry: `SRUCarry(h)`, (..., H).
-      x: Input, (..., D).
-      noise: None.
-      activation: As of `SRU`.
+      carry: `SRUCarry(h)` with h (..., H).
+      x: The input of one step, of shape (..., D).
+      noise: Always None.
+      activation: As in `SRU`.
 
     Returns:
-      The new carry, and the output, (..., H).
+      The new carry, and the output of shape (..., H).
 
     Raises:
       ValueError: If a shape does not fit.
-      TypeError: If params are of another cell.
+      TypeError: If the params belong to another cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -149,7 +149,7 @@ def sru_step(
 
 
 def _parts(size, params, x):
-    """(n, f, r, highway), in at least float32."""
+    """Computes (n, f, r, highway), in at least float32."""
     wide = accumulator(x.dtype)
     n, f, r, *skip = jnp.split(dot(x, params.w_x).astype(wide), params.w_x.shape[1] // size, axis=-1)
     if params.b is not None:

@@ -1,4 +1,4 @@
-"""What diagonal state space cells share: steps of a continuous system, and its eigenvalues."""
+"""Functions that diagonal state space cells share: steps of a continuous system, and its eigenvalues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 
 
 def check_state_space(cell: Any) -> None:
-    """The fields that the cells have in common."""
+    """Checks the fields that the cells have in common."""
     name = type(cell).__name__
     check.sizes(cell, "input_size")
     if cell.discretization not in DISCRETIZATIONS:
@@ -34,12 +34,12 @@ def check_state_space(cell: Any) -> None:
 
 
 def elapsed(x: Array, timed: bool) -> tuple[Array, Array | None]:
-    """(what the system reads, the time since the step before it or None) of x."""
+    """Splits x into the input of the system and the time since the step before, or None."""
     return (x[..., :-1], x[..., -1]) if timed else (x, None)
 
 
 def discretize(how: str, log_decay: Array, frequency: Array, step: Array) -> tuple[Array, Array]:
-    """(ā, b̄) of s' = λ s + u over a step: λ = −exp(log_decay) + i frequency."""
+    """Returns (ā, b̄) of s' = λ s + u over one step, where λ = −exp(log_decay) + i frequency."""
     eigenvalue = lifted(lax.complex(-jnp.exp(log_decay), frequency), step)
     moved = lax.complex(step * eigenvalue.real, step * eigenvalue.imag)
     match how:
@@ -53,18 +53,18 @@ def discretize(how: str, log_decay: Array, frequency: Array, step: Array) -> tup
 
 
 def draw_log_step(key: Array, shape: tuple[int, ...], least: float, most: float, dtype: DTypeLike) -> Array:
-    """log Δ, uniform."""
+    """Draws log Δ uniformly."""
     return jax.random.uniform(key, shape, dtype, math.log(least), math.log(most))
 
 
 def hippo(pairs: int, dtype: DTypeLike) -> tuple[Array, Array]:
-    """(eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, those above the real axis.
+    """Returns (eigenvalues, eigenvectors) of the normal part of HiPPO-LegS with 2 · pairs states, above the real axis.
 
-    They are computed when a program runs, never where only shapes are asked for: of thousands of states they take
+    They are computed when a program runs, never where only shapes are asked for: for thousands of states this takes
     minutes.
 
     Returns:
-      Real and imaginary parts side by side: the values (2, pairs), the vectors (2 · pairs, 2 · pairs).
+      The values (2, pairs) and the vectors (2 · pairs, 2 · pairs), with real and imaginary parts side by side.
     """
     shapes = jax.ShapeDtypeStruct((2, pairs), dtype), jax.ShapeDtypeStruct((2 * pairs, 2 * pairs), dtype)
 
@@ -78,7 +78,7 @@ def hippo(pairs: int, dtype: DTypeLike) -> tuple[Array, Array]:
 
 @functools.lru_cache(maxsize=16)
 def eigenvectors(pairs: int) -> tuple[PyTree, PyTree]:
-    """Those of `hippo` as complex numbers: (pairs,) and (2 · pairs, pairs)."""
+    """Returns the results of `hippo` as complex numbers: (pairs,) and (2 · pairs, pairs)."""
     root = np.sqrt(1 + 2 * np.arange(2 * pairs))
     skew = np.tril(np.outer(root, root) / 2, -1)
     values, vectors = np.linalg.eigh(-1j * (skew.T - skew))

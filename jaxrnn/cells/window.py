@@ -1,4 +1,4 @@
-"""The last inputs before every step: what a causal convolution over time reads."""
+"""The last inputs before every step, which a causal convolution over time reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from jaxrnn.engines.walk import Flags
 
 
 def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
-    """(the inputs of one step, oldest first, x the last; the window after it) of a window (..., K−1, D)."""
+    """Returns, for a window (..., K−1, D), the inputs of one step, the oldest first and x last, and the window after
+    the step.
+    """
     taps = [*jnp.moveaxis(window.astype(x.dtype), -2, 0), x]
     if len(taps) == 1:
         return taps, window
@@ -17,15 +19,16 @@ def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
 
 
 def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool) -> tuple[list[Array], Array]:
-    """The last K valid inputs of every step since its sequence began, oldest first, as K arrays like `xs`, the last of
-    which it is; and the window after the last step.
+    """Returns, for every step, the last K valid inputs since its sequence began, and the window after the last step.
+
+    The inputs are K arrays like `xs`, the oldest first; the last one is `xs` itself.
 
     Args:
-      window: The last K−1 valid inputs before, (*batch, K−1, D).
-      fresh: Those that a sequence begins with.
-      xs: (T, *batch, D).
-      flags: Which steps are valid, and which the first of a sequence.
-      reverse: From the last step to the first.
+      window: The last K−1 valid inputs before `xs`, (*batch, K−1, D).
+      fresh: The inputs that a sequence begins with.
+      xs: The inputs, (T, *batch, D).
+      flags: Which steps are valid, and which are the first of a sequence.
+      reverse: Whether to run from the last step to the first.
     """
     if reverse:
         flags = Flags(*(None if each is None else jnp.flip(each, 0) for each in flags))

@@ -15,7 +15,7 @@ from jaxrnn.layers import Apply, LayerNorm, Linear
 
 
 def gated(cell: Cell, size: int, output: int, activation: Activation) -> Cell:
-    """y = (cell(x) · φ(x w)) w_out: what a branch puts out, times a gate that sees x alone."""
+    """Returns a cell with y = (cell(x) · φ(x w)) w_out: the output of a branch, times a gate that sees only x."""
     inner = output_size(cell, size)
     gate = Stack((Linear(size, inner), Apply(activation)))
     return Stack((Parallel((cell, gate), "mul"), Linear(inner, output)))
@@ -25,9 +25,9 @@ def glu(size: int, hidden_size: int, activation: Activation = "gelu") -> Cell:
     """The feed-forward layer with a gated linear unit: y = ((x w_1) · φ(x w_2)) w_3.
 
     Args:
-      size: D, of x and y.
-      hidden_size: Of the inner layer.
-      activation: φ: "gelu" for GeGLU, "silu" for SwiGLU, "sigmoid" for GLU.
+      size: The size D of x and y.
+      hidden_size: The size of the inner layer.
+      activation: The activation φ: "gelu" for GeGLU, "silu" for SwiGLU, "sigmoid" for GLU.
 
     Examples:
       >>> import jaxrnn
@@ -41,15 +41,16 @@ def glu(size: int, hidden_size: int, activation: Activation = "gelu") -> Cell:
 
 
 def residual_block(cell: Cell, hidden_size: int | None = None, activation: Activation = "gelu") -> Cell:
-    """A cell, then a gated feed-forward layer, each behind a layer normalisation and a residual connection.
+    """A cell, then a gated feed-forward layer, each after a layer normalisation and inside a residual connection.
 
         x ← x + cell(norm(x))
         y = x + glu(norm(x))
 
     Args:
-      cell: Of equal input and output size D.
-      hidden_size: Of the feed-forward layer; None for 3 D, which has the parameters of an ordinary one of 4.5 D.
-      activation: Of `glu`.
+      cell: A cell with the same input and output size, D.
+      hidden_size: The size of the feed-forward layer; None for 3 D, which has as many parameters as an ordinary one of
+        size 4.5 D.
+      activation: The activation of `glu`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -73,15 +74,15 @@ def residual_block(cell: Cell, hidden_size: int | None = None, activation: Activ
 
 
 def griffin_block(size: int, hidden_size: int | None = None, *, blocks: int = 1, window: int = 4) -> Cell:
-    """The recurrent block of Griffin: a causal convolution and an RG-LRU, times a gate that sees x alone.
+    """The recurrent block of Griffin: a causal convolution and an RG-LRU, times a gate that sees only x.
 
         y = (RGLRU(conv(x w_1)) · gelu(x w_2)) w_3
 
     Args:
-      size: D, of x and y.
-      hidden_size: Of the recurrence; None for D.
-      blocks: Of the gates of `RGLRU`.
-      window: Of the convolution.
+      size: The size D of x and y.
+      hidden_size: The size of the recurrence; None for D.
+      blocks: The number of blocks of the gates of `RGLRU`.
+      window: The window of the convolution.
 
     Examples:
       >>> import jaxrnn
@@ -100,16 +101,16 @@ def griffin_block(size: int, hidden_size: int | None = None, *, blocks: int = 1,
 def mamba_block(
     size: int, hidden_size: int | None = None, *, states: int = 16, rank: int | None = None, window: int = 4
 ) -> Cell:
-    """The block of Mamba: a causal convolution and a selective state space, times a gate that sees x alone.
+    """The block of Mamba: a causal convolution and a selective state space layer, times a gate that sees only x.
 
         y = (S6(silu(conv(x w_1))) · silu(x w_2)) w_3
 
     Args:
-      size: D, of x and y.
-      hidden_size: Of the recurrence; None for 2 D.
-      states: As of `S6`.
-      rank: As of `S6`; None for D/16, rounded up.
-      window: Of the convolution.
+      size: The size D of x and y.
+      hidden_size: The size of the recurrence; None for 2 D.
+      states: As in `S6`.
+      rank: As in `S6`; None for D/16, rounded up.
+      window: The window of the convolution.
 
     Examples:
       >>> import jaxrnn
@@ -138,12 +139,12 @@ def slstm_block(size: int, *, heads: int = 4, window: int | None = 4) -> Cell:
         x ← x + norm_heads(sLSTM(silu(conv(norm(x)))))
         y = x + glu(norm(x)), of 4/3 D
 
-    Here the convolution feeds all gates, in the paper those of input and forgetting.
+    Here the convolution feeds all gates; in the paper it feeds those of input and forgetting.
 
     Args:
-      size: D, of x and y.
-      heads: Of `SLSTM`.
-      window: Of the convolution; None for none.
+      size: The size D of x and y.
+      heads: The number of heads of `SLSTM`.
+      window: The window of the convolution; None for no convolution.
 
     Examples:
       >>> import jaxrnn

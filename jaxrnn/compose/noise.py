@@ -1,4 +1,4 @@
-"""Noise on the recurrence: on what its product reads, on its weights, on its carry."""
+"""Noise on the recurrence: on the input of its product, on its weights, or on its carry."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from jaxrnn.typing import Noise, PyTree
 
 
 class RecurrentDropout(Wrapper[Params, Carry]):
-    """Variational dropout on the recurrent product: (m h) w_h, m one mask per sequence, entries 0 or 1/(1 − rate).
+    """Variational dropout on the recurrent product: (m h) w_h, with one mask m per sequence, whose entries are 0 or
+    1/(1 − rate).
 
-    The carry itself is not masked. Without a key it is the cell.
+    The carry itself is not masked. Without a key, the wrapper acts as the cell alone.
 
     Args:
       cell: A cell that names its recurrent product, as all gated cells do.
       rate: The probability that an entry of m is 0, in [0, 1).
 
     Raises:
-      TypeError: For any other cell; other wrappers go around this one.
+      TypeError: If `cell` is any other cell; other wrappers go around this one.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -62,24 +63,24 @@ class RecurrentDropout(Wrapper[Params, Carry]):
 
 
 class WeightDropNoise(NamedTuple):
-    """Which recurrent weights are kept, one mask per weight, and the noise of the cell inside."""
+    """keep: masks of the recurrent weights that are kept, one per weight; cell: the noise of the inner cell."""
 
     keep: tuple
     cell: Any
 
 
 class WeightDrop(Wrapper[Params, Carry]):
-    """DropConnect on the recurrent weights: w_h becomes k w_h / (1 − rate), k Bernoulli(1 − rate).
+    """DropConnect on the recurrent weights: w_h becomes k w_h / (1 − rate), where k is Bernoulli(1 − rate).
 
-    One k per call, for all rows, which keeps the product a matrix product; vmap over keys for one per row. Without a
-    key it is the cell.
+    Each call draws one k for all rows, so that the product stays a matrix product; use vmap over keys for one k per
+    row. Without a key, the wrapper acts as the cell alone.
 
     Args:
       cell: A cell that names its recurrent weights, or `RecurrentDropout` around one.
       rate: The probability that a weight is dropped, in [0, 1).
 
     Raises:
-      TypeError: For any other cell.
+      TypeError: If `cell` is any other cell.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -133,23 +134,24 @@ class WeightDrop(Wrapper[Params, Carry]):
 
 
 class ZoneoutNoise(NamedTuple):
-    """Which entries of the carry stay, and the noise of the cell inside."""
+    """stay: masks of the entries of the carry that stay; cell: the noise of the inner cell."""
 
     stay: Any
     cell: Any
 
 
 class Zoneout(Wrapper[Params, Carry]):
-    """Entries of the carry keep their old value: carry' = z carry + (1 − z) step(carry), z Bernoulli(rate) per step.
+    """Entries of the carry keep their old value: carry' = z carry + (1 − z) step(carry), with z Bernoulli(rate) at each
+    step.
 
-    Without a key the expectation, z = rate. Where the cell puts out a part of its carry (h of the gated cells), y
-    is that part after zoneout; the y of any other cell is its own.
+    Without a key, z is its expectation, rate. If the output of the cell is a part of its carry (h of the gated cells),
+    y is that part after zoneout; any other cell keeps its own y.
 
     Args:
       cell: Any cell that runs step by step.
-      rate: The probability that an entry stays, in [0, 1]; or a tuple of one for each floating leaf of the carry, in
-        order: `(rate_h, rate_c)` for an LSTM. For `SLSTM` it is `(rate_h, 0, 0, 0)`, since c, n and m are defined up to
-        a common factor and cannot be mixed one by one.
+      rate: The probability that an entry keeps its value, in [0, 1]; or a tuple with one probability for each floating
+        leaf of the carry, in order: `(rate_h, rate_c)` for an LSTM. For `SLSTM` it is `(rate_h, 0, 0, 0)`, since c, n
+        and m are defined up to a common factor and cannot be mixed one by one.
 
     Raises:
       ValueError: If the rates do not fit the carry.
@@ -188,7 +190,7 @@ class Zoneout(Wrapper[Params, Carry]):
             )
 
     def _rates(self, carry):
-        """A rate for each leaf of `carry`, None for those that are not floating."""
+        """Returns a rate for each leaf of `carry`, or None for leaves that are not floating."""
         leaves, structure = jax.tree.flatten(carry)
         rates = iter(self.rate if isinstance(self.rate, tuple) else (self.rate,) * len(leaves))
         return leaves, [next(rates, None) if inexact(leaf) else None for leaf in leaves], structure
@@ -220,7 +222,9 @@ class Zoneout(Wrapper[Params, Carry]):
 
 
 def _joint(carry: PyTree) -> list[bool]:
-    """Of every leaf, whether it has a meaning only together with others: a carry names those as `joint`."""
+    """Returns, for every leaf, whether it has a meaning only together with others; a carry lists such fields as
+    `joint`.
+    """
     nodes = jax.tree.leaves(carry, is_leaf=lambda node: hasattr(node, "joint"))
     return [
         flag

@@ -1,4 +1,4 @@
-"""Cells beside one another, whose outputs are merged: all in one direction, or two in opposite ones."""
+"""Cells side by side, whose outputs are merged: all in one direction, or two in opposite directions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _merge(merge: str | Callable[..., PyTree], ys: PyTree) -> PyTree:
 
 
 def _merged_size(merge: str | Callable[..., PyTree], sizes: Any) -> PyTree:
-    """The size of what is merged, or None where it is not known."""
+    """Returns the size of the merged output, or None if it is not known."""
     if callable(merge) or merge == "tuple" or None in sizes:
         return None
     if merge != "concat":
@@ -50,14 +50,14 @@ def _check_merge(cell: Any, sizes: Any) -> None:
 
 
 class Parallel(Several):
-    """Cells beside one another: all read the same x, and y = merge(their outputs).
+    """Cells side by side: all read the same x, and y = merge(their outputs).
 
-    Params and carry are tuples, one entry per cell.
+    Params and carry are tuples with one entry per cell.
 
     Args:
-      cells: Cells that read the same x.
-      merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of the outputs as they are), or a callable of all
-        outputs, compared by identity.
+      cells: Cells with the same input size.
+      merge: How the outputs are merged: "concat" (along the last axis), "sum", "mul", "average", "tuple" (the outputs
+        as they are), or a callable of all outputs, which is compared by identity.
 
     Raises:
       ValueError: If sizes do not fit.
@@ -123,25 +123,24 @@ class Parallel(Several):
 
 
 class BidirectionalPair(NamedTuple):
-    """What belongs to the forward and to the backward cell: params, carries."""
+    """The params or the carries of the forward cell and of the backward cell."""
 
     forward: Foreign
     backward: Foreign
 
 
 class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
-    """Two cells over the same sequence in opposite directions; y[t] = merge(forward y[t], backward y[t]).
+    """Two cells that run over the same sequence in opposite directions; y[t] = merge(forward y[t], backward y[t]).
 
     The backward cell begins at the last valid step, and a reset begins a new sequence for both.
-
 
     It cannot run step by step, since the backward cell needs the end of the sequence first.
 
     Args:
       forward: The cell that runs from the first step to the last.
       backward: The cell that runs from the last valid step to the first; both read the same input.
-      merge: "concat" (last axis), "sum", "mul", "average", "tuple" (of both outputs as they are), or a callable of both
-        outputs, compared by identity.
+      merge: How the outputs are merged: "concat" (along the last axis), "sum", "mul", "average", "tuple" (the outputs
+        as they are), or a callable of both outputs, which is compared by identity.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

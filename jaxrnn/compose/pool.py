@@ -1,4 +1,4 @@
-"""From a sequence to one output."""
+"""Pooling: from a sequence to one output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ HOWS = ("last", "mean", "max", "end")
 
 
 class PoolCarry(NamedTuple):
-    """The cell's carry; of the steps since the last fresh start the pooled outputs (..., O) and the number (...)."""
+    """cell: the carry of the cell; value (..., O): the pooled outputs of the steps since the last fresh start; count
+    (...): the number of these steps.
+    """
 
     cell: Any
     value: Any
@@ -29,25 +31,27 @@ class PoolCarry(NamedTuple):
 
     @property
     def handed_on(self) -> PyTree:
-        """The carry of what is pooled, which a decoder goes on from."""
+        """The carry of the pooled cell, from which a decoder continues."""
         return self.cell
 
 
 class Pool(Wrapper):
-    """One y for a whole sequence: the cell's last, mean or greatest output over the valid steps; 0 without any.
+    """One y for a whole sequence: the last, mean or greatest output of the cell over the valid steps, or 0 if there are
+    none.
 
-    It pools what came since the last reset, and goes on across chunks: the pooled outputs are part of the carry. One
-    step puts out what is pooled so far. Of a `Bidirectional` or `Backward` (also on top of a `Stack`), "last" is each
-    direction's own final output: the forward cell's at the last valid step, the backward cell's at the first.
+    It pools the steps since the last reset and continues across chunks, since the pooled outputs are part of the carry.
+    One step gives the output pooled so far. For a `Bidirectional` or `Backward` (also on top of a `Stack`), "last" is
+    each direction's own final output: that of the forward cell at the last valid step, and that of the backward cell at
+    the first.
 
     Args:
-      cell: A cell that says its output size.
-      how: "last", "mean" or "max"; or "end", the last output, but 0 where the sequence ends with a step that is not
-        valid (Keras' `zero_output_for_mask`); or a tuple of these, whose outputs are concatenated.
+      cell: A cell that states its output size.
+      how: "last", "mean" or "max"; or "end", which is the last output, but 0 where the sequence ends with a step that
+        is not valid (Keras' `zero_output_for_mask`); or a tuple of these, whose outputs are concatenated.
 
     Raises:
-      ValueError: For another `how`, and for a cell that ends the time axis already.
-      TypeError: For a cell that does not say its output size.
+      ValueError: If `how` is anything else, or if the cell already ends the time axis.
+      TypeError: If the cell does not state its output size.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -105,7 +109,7 @@ class Pool(Wrapper):
 
     @property
     def _by_direction(self) -> Cell | None:
-        """The cell that pools each direction by itself, where "last" or "end" asks for it."""
+        """The cell that pools each direction by itself, where "last" or "end" needs it."""
         match self.how, self.cell:
             case "last" | "end" as how, Bidirectional(forward=forward, backward=backward, merge=merge):
                 return Bidirectional(Pool(forward, how), Pool(backward, how), merge)
@@ -164,7 +168,9 @@ class Pool(Wrapper):
         return carry, self._output(carry, ended).astype(ys.dtype)
 
     def _output(self, carry, ended):
-        """What the carry holds as y; `ended` says whether the last step of the sequence was valid, None that it was."""
+        """Returns y from the carry; `ended` says whether the last step of the sequence was valid, and None means that
+        it was.
+        """
         count = jnp.maximum(carry.count, 1)
 
         def output(how, value):
@@ -180,7 +186,7 @@ class Pool(Wrapper):
 
 
 def _pooled(how, value, count, ys, pooled, reverse):
-    """`value`, which holds `count` outputs, with the `pooled` ones of `ys`, or all."""
+    """Pools the outputs `ys` where `pooled` is true, or all, into `value`, which already holds `count` outputs."""
     ys = ys.astype(value.dtype)
     if ys.shape[0] == 0:
         return value
@@ -200,7 +206,7 @@ def _pooled(how, value, count, ys, pooled, reverse):
 
 
 def _both_directions(cell: Cell) -> bool:
-    """Whether a backward cell puts out what `cell` does."""
+    """Whether a backward cell produces the output of `cell`, alone or with a forward one."""
     match cell:
         case Stack(cells=(*_, top), skip=False):
             return _both_directions(top)

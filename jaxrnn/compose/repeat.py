@@ -1,4 +1,4 @@
-"""A sequence from one input: what a cell puts out over steps that all read the same."""
+"""A sequence from one input: the outputs of a cell over steps that all read the same input."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from jaxrnn.typing import DTypeLike, PyTree
 
 
 class Repeat(Layer):
-    """The outputs of a cell over `length` steps of one and the same x, from the cell's fresh carry: one to many.
+    """One to many: the outputs of a cell over `length` steps that all read the same x, from the cell's fresh carry.
 
         carry_t, y_t = cell.step(params, carry_{t−1}, x),  y = (y_1, …, y_n)
 
-    It has no carry of its own, so above a `Pool` it is the decoder of a sequence to sequence model whose output has
-    another length than its input; Keras writes it as `RepeatVector` and the layers after it. Of a cell that ends time,
-    y is that cell's.
+    It has no carry of its own. Above a `Pool` it is therefore the decoder of a sequence to sequence model whose output
+    has another length than its input; Keras writes it as `RepeatVector` and the layers after it. For a cell that ends
+    time, y is the output of that cell.
 
     Args:
-      cell: Any cell, also one that runs backward.
+      cell: Any cell, including one that runs backward.
       length: The number of steps, n.
 
     Examples:
@@ -75,7 +75,7 @@ class Repeat(Layer):
         return carry, walk.without_padding(ys)
 
     def _run(self, params, x, keys, walk):
-        """Of x (*batch, ...), the outputs (*batch, n, ...)."""
+        """Returns the outputs (*batch, n, ...) for x (*batch, ...)."""
         ndim = jax.tree.leaves(x)[0].ndim - jax.tree.leaves(self.cell.input_ndim)[0]
 
         def run(x, key=None):

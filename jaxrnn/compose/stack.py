@@ -19,7 +19,7 @@ from jaxrnn.typing import DTypeLike, PyTree
 
 def _concatenate(*ys: Any) -> PyTree:
     def join(*leaves):
-        """Integers and flags beside floating numbers become such."""
+        """Joins leaves; integers and flags beside floating numbers become floating."""
         dtype = next((leaf.dtype for leaf in leaves if inexact(leaf)), leaves[0].dtype)
         return jnp.concatenate([leaf if inexact(leaf) else leaf.astype(dtype) for leaf in leaves], axis=-1)
 
@@ -76,18 +76,19 @@ class Several(Cell[tuple, tuple]):
 
 
 class Stack(Several):
-    """Cells one above another: each reads what the one below puts out.
+    """Cells one above another: each cell reads the output of the cell below.
 
-    A sequence runs layer by layer; a step runs through all of them. Params and carry are tuples, one entry per cell.
+    A sequence runs layer by layer; a step runs through all layers. Params and carry are tuples with one entry per cell.
 
     Args:
-      layers: Cells of any sizes and kinds, one by one or as one tuple. After a `Pool` only layers without time may
+      layers: Cells of any sizes and kinds, one by one or as one tuple. After a `Pool`, only layers without time may
         follow.
-      cells: The same tuple by name.
-      skip: Every cell reads (x, output below), and the output is that of all cells, concatenated (Graves 2013).
+      cells: The same cells, given by name.
+      skip: Skip connections: every cell reads x and the output of the cell below, and the output is those of all cells,
+        concatenated (Graves 2013).
 
     Raises:
-      ValueError: If sizes do not fit, naming the two cells.
+      ValueError: If sizes do not fit; the message names the two cells.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -131,7 +132,7 @@ class Stack(Several):
             raise ValueError("Stack: with skip no cell may end the time axis; put Pool around the Stack")
 
     def _reads(self, below):
-        """The size that a cell reads, for a cell below of output size `below`."""
+        """Returns the size that a cell reads above a cell of output size `below`."""
         if not self.skip:
             return below
         first = self.input_size
@@ -225,7 +226,7 @@ def part(noise, k):
 
 
 def fits(given, wanted, any_rank: bool = False) -> bool:
-    """Whether what has one size can be read where the other is wanted; None is a size that is not known."""
+    """Whether an array of size `given` can be read where size `wanted` is expected; None is an unknown size."""
     if any_rank and isinstance(given, tuple) and isinstance(wanted, int):
         given = given[-1]
     return given is None or wanted is None or given == wanted

@@ -1,4 +1,4 @@
-"""Cells around one other cell."""
+"""Wrappers: cells around one other cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from jaxrnn.typing import DTypeLike, PyTree
 
 
 class Wrapper(Cell[Params, Carry]):
-    """A cell around one other, whose params, carry, sizes and noise are that cell's unless it says otherwise."""
+    """A cell around one other cell; params, carry, sizes and noise are those of the inner cell unless it says
+    otherwise.
+    """
 
     cell: Cell[Params, Carry]
 
@@ -74,7 +76,7 @@ class Wrapper(Cell[Params, Carry]):
 
 
 class Residual(Wrapper[Params, Carry]):
-    """y = x + (the cell's y), for a cell whose output has the shape of its input.
+    """A residual connection: y = x + (the cell's y), for a cell whose output has the shape of its input.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -113,9 +115,10 @@ def _add(x, y):
 
 
 class Backward(Wrapper[Params, Carry]):
-    """The cell over the sequence in the opposite direction: from the last valid step to the first, ys aligned with xs.
+    """Runs the cell over the sequence in the opposite direction, from the last valid step to the first; ys stay aligned
+    with xs.
 
-    As the backward cell of a `Bidirectional`, it cannot run step by step.
+    Like the backward cell of a `Bidirectional`, it cannot run step by step.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -148,18 +151,20 @@ class Backward(Wrapper[Params, Carry]):
 
 
 class LearnedCarryParams(NamedTuple):
-    """The cell's params, and the carry to start from, without batch axes; None for what is no floating number."""
+    """cell: the params of the cell; carry: the carry to start from, without batch axes, with None for leaves that are
+    not floating numbers.
+    """
 
     cell: Any
     carry: PyTree
 
 
 class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
-    """The cell with a trainable initial carry, which every fresh start and every reset reads.
+    """The cell with a trainable initial carry, from which every fresh start and every reset begins.
 
-    A carry that is given takes its place: `scan` trains the learned one only with `carry=None` and at resets. In
-    truncated backpropagation, where each window is given the carry of the one before, set `reset` at the first step of
-    every sequence, as `jaxrnn.training.Streams` does.
+    A given carry replaces it: `scan` trains the learned one only with `carry=None` and at resets. In truncated
+    backpropagation, where each window is given the carry of the window before, set `reset` at the first step of every
+    sequence, as `jaxrnn.training.Streams` does.
 
     Examples:
       >>> import jax, jaxrnn
@@ -171,7 +176,7 @@ class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
     cell: Cell[PyTree, Carry]
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LearnedCarryParams:
-        """The cell's params, and the carry that it starts from by itself."""
+        """Returns the params of the cell, and the carry from which the cell starts by itself."""
         params = self.cell.init(key, dtype)
         carry = self.cell.initial_carry(params)
         return LearnedCarryParams(params, jax.tree.map(lambda leaf: leaf if inexact(leaf) else None, carry))
@@ -213,7 +218,7 @@ class Emitted(NamedTuple):
 
 
 class EmitCarry(Wrapper[Params, Carry]):
-    """The cell with the carry after every step among its outputs: y becomes `Emitted(y, carry)`.
+    """The cell, with the carry after every step added to its outputs: y becomes `Emitted(y, carry)`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn

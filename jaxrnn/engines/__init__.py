@@ -1,1 +1,1 @@
-"""Engines run a recurrence over time on a device: the only place that knows derivatives, kernels and platforms."""
+"""Engines run a recurrence over time on a device; nothing else knows derivatives, kernels and platforms."""

@@ -1,4 +1,4 @@
-"""Dtypes, products and selections, shared by everything above."""
+"""Functions for dtypes, products and selections, shared by everything above."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def inexact(leaf) -> bool:
 
 
 def varying_like(tree: PyTree, *others: Any) -> PyTree:
-    """`tree` varying over all mesh axes of a `shard_map` that a leaf of it or of `others` varies over."""
+    """Makes `tree` vary over all mesh axes of a `shard_map` over which a leaf of it or of `others` varies."""
 
     def axes(leaf):
         return jax.typeof(leaf).manual_axis_type.varying
@@ -36,8 +36,9 @@ def varying_like(tree: PyTree, *others: Any) -> PyTree:
 
 
 def with_rows_of(tree: PyTree, x: Array, first: int, ndim: int) -> PyTree:
-    """`tree`, leaves (*batch, ...), with its `ndim` batch axes divided among devices as those of `x` from axis `first`
-    on, where their types say so."""
+    """Divides the `ndim` batch axes of `tree`, with leaves (*batch, ...), among devices as those of `x` from axis
+    `first` on, where their types say so.
+    """
     sharding = jax.typeof(x).sharding
     rows = sharding.spec[first : first + ndim]
     if all(axis is None for axis in rows):
@@ -51,7 +52,7 @@ def with_rows_of(tree: PyTree, x: Array, first: int, ndim: int) -> PyTree:
 
 
 def compute_dtype(x: Array, params: PyTree):
-    """The dtype a layer computes in: that of `x` if it is floating or complex, else that of its params."""
+    """Returns the dtype that a layer computes in: that of `x` if it is floating or complex, else that of its params."""
     if inexact(x):
         return x.dtype
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if inexact(leaf)]
@@ -59,7 +60,7 @@ def compute_dtype(x: Array, params: PyTree):
 
 
 def accumulator(*dtypes):
-    """The dtype of sums of products of `dtypes`: at least float32."""
+    """Returns the dtype for sums of products of `dtypes`: at least float32."""
     return _widest(jnp.float32, *dtypes)
 
 
@@ -70,7 +71,9 @@ def _widest(*dtypes):
 
 
 def evaluated(primitive: Primitive, options: Sequence[str]) -> Callable[..., PyTree]:
-    """How `primitive` runs outside of `jit`: compiled, also where `jax.disable_jit` asks for steps one by one."""
+    """Returns a function that runs `primitive` outside of `jit`: compiled, also where `jax.disable_jit` asks for single
+    steps.
+    """
     compiled = jax.jit(primitive.bind, static_argnames=options)
 
     def run(*arrays, **given):
@@ -81,19 +84,20 @@ def evaluated(primitive: Primitive, options: Sequence[str]) -> Callable[..., PyT
 
 
 def on_device(array: np.ndarray) -> Array:
-    """`array` as JAX's, without the compilation that `jnp.asarray` needs for every new shape."""
+    """Converts `array` to a JAX array, without the compilation that `jnp.asarray` needs for every new shape."""
     return jax.device_put(np.array(array))  # a copy, since device_put shares the memory that it is given
 
 
 def cast(tree: PyTree, dtype) -> PyTree:
-    """`tree` with its floating and complex leaves in `dtype`."""
+    """Casts the floating and complex leaves of `tree` to `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if inexact(leaf) else leaf, tree)
 
 
 def widened(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """`tree` with its floating and complex leaves in at least float32, and the way back to its own dtypes.
+    """Returns `tree` with its floating and complex leaves in at least float32, and a function back to its own dtypes.
 
-    What a loop reads in this form, and takes back inside, has its cotangents summed over the steps in that dtype.
+    If a loop reads a tree in this form and converts it back inside, its cotangents are summed over the steps in that
+    dtype.
     """
 
     def widen(leaf):
@@ -106,7 +110,9 @@ def widened(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
 
 
 def cast_like(new: PyTree, old: PyTree, *, owner: str) -> PyTree:
-    """The carry `new` in the dtypes of `old`; raises if the structure, a shape or the kind of number changed."""
+    """Casts the carry `new` to the dtypes of `old`; raises an error if the structure, a shape or the kind of number
+    changed.
+    """
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise TypeError(
             f"{owner}.step: the carry it returns must have the structure that it took, "
@@ -128,19 +134,21 @@ def cast_like(new: PyTree, old: PyTree, *, owner: str) -> PyTree:
 
 
 def dot(x: Array, w: Array) -> Array:
-    """x w over the last axis of `x`, accumulated in at least float32."""
+    """Computes x w over the last axis of `x`, accumulated in at least float32."""
     if x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"x: expected (..., {w.shape[0]}) for weights of shape {w.shape}, got {x.shape}")
     return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
 
 
 def lifted(array: Array, like: Array) -> Array:
-    """`array` with the axes of size 1 in front that it lacks beside `like`, which NumPy would add in silence."""
+    """Adds to `array` the front axes of size 1 that it lacks beside `like`, which NumPy would add silently."""
     return array.reshape((1,) * (like.ndim - array.ndim) + array.shape)
 
 
 def select(flag: Array, on: Any, off: Any) -> PyTree:
-    """`on` where `flag` (a prefix of the leaves' axes) is true, else `off`. A selection, so NaN does not cross."""
+    """Returns `on` where `flag` (a prefix of the leaves' axes) is true, else `off`. It is a selection, so NaN does not
+    cross.
+    """
 
     def pick(on, off):
         return jnp.where(flag.reshape(flag.shape + (1,) * (on.ndim - flag.ndim)), on, off)
@@ -149,5 +157,5 @@ def select(flag: Array, on: Any, off: Any) -> PyTree:
 
 
 def zero_where_not(flag: Array | None, tree: PyTree) -> PyTree:
-    """`tree`, with zeros where `flag` is given and false."""
+    """Returns `tree`, with zeros where `flag` is given and false."""
     return tree if flag is None else select(flag, tree, jax.tree.map(jnp.zeros_like, tree))

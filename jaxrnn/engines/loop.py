@@ -1,4 +1,4 @@
-"""The time loop: `lax.scan` with fresh starts, invalid steps, direction and rematerialisation."""
+"""The time loop: `lax.scan` with fresh starts, invalid steps, a direction and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def time_loop(
     platform: str | None,
     prepare: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """`lax.scan` of `step(params, carry, x) -> (carry, y)`, whose cotangents of params are summed in at least float32.
+    """Runs `lax.scan` of `step(params, carry, x) -> (carry, y)`; cotangents of params are summed in at least float32.
 
-    With `prepare` it is `step(params, carry, prepare(params, x))`, and the platform decides: a CPU has in its cache
-    what it prepares step by step, accelerators prepare all steps at once, in one large product.
+    With `prepare`, it runs `step(params, carry, prepare(params, x))`, and the platform decides: a CPU prepares step by
+    step, so that the result is in its cache; accelerators prepare all steps at once, in one large product.
 
-    An invalid step is computed from the fresh carry and discarded by selection, so that whatever the carry holds there,
-    nothing of it reaches a gradient.
+    An invalid step is computed from the fresh carry and discarded by selection. So no value that the carry holds there
+    reaches a gradient.
     """
     wide, back = widened((params, fresh))
 
@@ -65,9 +65,10 @@ def in_chunks(
     xs: PyTree,
     walk: Walk,
 ) -> tuple[PyTree, PyTree]:
-    """`scan(constant, carry, xs) -> (carry, ys)`, storing for the backward pass one carry every `remat_every` steps.
+    """Runs `scan(constant, carry, xs) -> (carry, ys)` with gradient checkpointing: it keeps the carry only every
+    `remat_every` steps for the backward pass.
 
-    Cotangents of what is constant are summed over the chunks in at least float32.
+    Cotangents of `constant` are summed over the chunks in at least float32.
     """
     every, reverse = walk.remat_every, walk.reverse
     if every is None:

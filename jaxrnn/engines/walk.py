@@ -1,4 +1,4 @@
-"""How a sequence is walked: one value, the same for every layer of a model."""
+"""The way a sequence is processed: one value, the same for every layer of a model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Implementation = str | Mapping[str, str] | None
 
 
 class EngineCall(NamedTuple):
-    """One call of an engine: what runs it, and why the other implementations do not.
+    """One call of an engine: the implementation that runs it, and the reasons why the others do not.
 
-    `program` says which of several programs it is, where XLA has more than one: "loop", over the cell's own update,
-    which the name "xla" asks for; or "primitives", the kernels' form with derivatives written by hand, which
+    `program` says which of several programs it is, where XLA has more than one. "loop" is the loop over the cell's own
+    update, which the name "xla" asks for; "primitives" is the kernels' form with derivatives written by hand, which
     accelerators run.
     """
 
@@ -40,7 +40,9 @@ class EngineCall(NamedTuple):
 
 
 class Question:
-    """What would run on a platform, and the calls of engines that answer it; each question is one of its own."""
+    """Asks what would run on a platform, and holds the calls of engines that answer; questions are compared by
+    identity.
+    """
 
     def __init__(self, platform: str):
         self.platform = platform
@@ -48,7 +50,9 @@ class Question:
 
 
 class Flags(NamedTuple):
-    """Of every step (T, *batch), or None for all and for none: whether it is valid, and whether it starts fresh."""
+    """valid (T, *batch): whether each step is valid, None for all; start (T, *batch): whether it starts fresh, None for
+    none.
+    """
 
     valid: Array | None
     start: Array | None
@@ -57,16 +61,18 @@ class Flags(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """How a sequence is walked. A pytree of its arrays, so that `jit` takes it, and traces anew for another way.
+    """The way a sequence is processed. It is a pytree of its arrays, so that `jit` takes it and traces again for
+    another way.
 
     Args:
       valid: bool (T, *batch) or None. An invalid step keeps the carry and puts out 0.
       reset: bool (T, *batch) or None. A new sequence begins before step t.
-      reverse: From the last step to the first.
-      remat_every: Gradient checkpointing: the steps between two stored carries; None to store what every step needs.
-      implementation: A name, or pairs of engine and name; None for the fastest.
-      batch_major: Whether the caller's arrays have time after the batch. Engines may read and write them so.
-      question: What `explain` asks, or None.
+      reverse: Whether to run from the last step to the first.
+      remat_every: Gradient checkpointing: the number of steps between two stored carries; None to store all that the
+        backward pass needs of every step.
+      implementation: A name, or pairs of an engine and a name; None for the fastest.
+      batch_major: Whether the caller's arrays have time after the batch. Engines may read and write them in this order.
+      question: The question that `explain` asks, or None.
     """
 
     valid: Array | None = None
@@ -80,12 +86,12 @@ class Walk:
     question: Question | None = dataclasses.field(default=None, metadata={"static": True})
 
     def replace(self, **changes: Any) -> Walk:
-        """This walk with other values in some fields."""
+        """Returns this walk with other values in some fields."""
         return dataclasses.replace(self, **changes)
 
     @property
     def platform(self) -> str | None:
-        """The platform that is asked about, or None: the one that will be compiled for."""
+        """The platform that the question is about, or None for the one that will be compiled for."""
         return None if self.question is None else self.question.platform
 
     @property
@@ -100,11 +106,11 @@ class Walk:
 
     @property
     def flags(self) -> Flags:
-        """What happens at every step."""
+        """The flags of every step."""
         return Flags(self.valid, starts(self.reset, self.valid, self.reverse))
 
     def without_padding(self, ys: PyTree) -> PyTree:
-        """`ys` with zeros at invalid steps."""
+        """Returns `ys` with zeros at invalid steps."""
         return zero_where_not(self.valid, ys)
 
     def last(self, tree: PyTree) -> PyTree:
@@ -112,23 +118,24 @@ class Walk:
         return final(tree, self.valid, self.reverse)
 
     def named(self, engine: str) -> str | None:
-        """The implementation of `engine` that was named, or None."""
+        """Returns the implementation that was named for `engine`, or None."""
         of = self.implementation
         return dict(of).get(engine) if isinstance(of, tuple) else of
 
     def choose(
         self, engine: str, refusals: Mapping[str, str], *, cell: object, elsewhere: str | None = None
     ) -> tuple[str, Mapping[str, str]]:
-        """The implementation of `engine` that runs, the one that was named, else the fastest; and why others do not.
+        """Returns the implementation of `engine` that runs (the named one, else the fastest), and why the others do
+        not.
 
         Args:
           engine: The engine's name.
           refusals: For each implementation that cannot run this call, the reason.
-          cell: Whose recurrence it is, for messages.
-          elsewhere: The fastest where there is no CPU, if that is not the first.
+          cell: The cell whose recurrence it is, for messages.
+          elsewhere: The fastest implementation where there is no CPU, if that is not the first.
 
         Raises:
-          ValueError: If the named implementation cannot run this call, saying why and which can.
+          ValueError: If the named implementation cannot run this call; the message says why, and which ones can.
         """
         on_cpu = self.platform in (None, "cpu")
         if not on_cpu:
@@ -143,7 +150,7 @@ class Walk:
         return name or (None if on_cpu else elsewhere) or supported[0], refusals
 
     def form(self, engine: str, chosen: str) -> str | None:
-        """What is `chosen` where it is known, or None where each platform takes its own."""
+        """Returns `chosen` where it is known, or None where each platform takes its own."""
         return None if self.platform is None and self.named(engine) is None else chosen
 
     def record(
@@ -155,13 +162,13 @@ class Walk:
         cell: object,
         program: str | None = None,
     ) -> None:
-        """Tells `explain` of a call."""
+        """Records a call for `explain`."""
         if self.question is not None:
             self.question.calls.append(EngineCall(engine, repr(cell), implementation, dict(refusals), program))
 
 
 def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:
-    """`implementation` as a hashable value; raises if it names no engine or no implementation at all."""
+    """Returns `implementation` as a hashable value; raises an error if it names an unknown engine or implementation."""
     if isinstance(implementation, Mapping):
         for engine in implementation:
             if engine not in ENGINES:
@@ -179,14 +186,14 @@ def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:
 def by_platform(
     platform: str | None, *operands: Any, cpu: Callable[..., PyTree], default: Callable[..., PyTree]
 ) -> PyTree:
-    """`lax.platform_dependent`; or what `platform` takes, alone, where it is known."""
+    """Runs `lax.platform_dependent`, or only the branch for `platform` where it is known."""
     if platform is None:
         return lax.platform_dependent(*operands, cpu=cpu, default=default)
     return (cpu if platform == "cpu" else default)(*operands)
 
 
 def starts(reset: Array | None, valid: Array | None, reverse: bool) -> Array | None:
-    """Which steps start from the fresh carry, (T, *batch), or None.
+    """Returns which steps start from the fresh carry, (T, *batch), or None.
 
     `reset[t]` is a boundary before the valid step t. Forward, t itself starts fresh; in reverse, the valid step before
     the boundary does, because it is the first that is processed on its side.
@@ -208,7 +215,7 @@ def starts(reset: Array | None, valid: Array | None, reverse: bool) -> Array | N
 
 
 def final_index(valid: Array, reverse: bool) -> Array:
-    """The index of the valid step that is processed last, (*batch,); 0 where there is none."""
+    """Returns the index of the valid step that is processed last, (*batch,); 0 where there is none."""
     if valid.shape[0] == 0:
         return jnp.zeros(valid.shape[1:], int)
     if reverse:

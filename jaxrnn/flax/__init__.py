@@ -1,1 +1,1 @@
-"""Cells as modules of Flax, and its cells as cells."""
+"""Cells as Flax modules, and Flax cells as cells."""

@@ -1,4 +1,6 @@
-"""Between cells and Flax: params as nested dicts of named arrays, running under Flax's names, Flax's cells as cells."""
+"""The bridge between cells and Flax: params as nested dicts of named arrays, runs with Flax's names, Flax's cells as
+cells.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,13 @@ def check_cell(cell: Foreign) -> None:
 
 
 def from_params(cell: Cell, params: PyTree) -> Named:
-    """`params` of `cell` as nested dicts of arrays, the way a Flax module holds them: `{"layer_0": {"w_x": ...}}`.
+    """Converts the params of `cell` to nested dicts of arrays, as a Flax module holds them:
+    `{"layer_0": {"w_x": ...}}`.
 
-    A field of a named tuple keeps its name, entry k of a tuple is `layer_k`, a key of a dict is its string, and params
-    that are one bare array are `w`. At the top, a name that Flax modules use themselves gets an underscore behind it:
-    `cell_`. What the cell's options leave out is absent; an array that was replaced by None stays None.
+    A field of a named tuple keeps its name, entry k of a tuple becomes `layer_k`, a key of a dict becomes its string,
+    and params that are one bare array become `w`. At the top level, a name that Flax modules use themselves gets an
+    underscore at its end: `cell_`. Arrays that the cell's options leave out are absent; an array that was replaced by
+    None stays None.
 
     Raises:
       ValueError: If the params are not those of the cell.
@@ -73,10 +77,11 @@ def from_params(cell: Cell, params: PyTree) -> Named:
 
 
 def to_params(cell: Cell, tree: Mapping[str, PyTree]) -> PyTree:
-    """The params of `cell` from nested dicts of arrays, as `from_params` makes them and a Flax module holds them.
+    """Converts nested dicts of arrays, as `from_params` makes them and a Flax module holds them, to the params of
+    `cell`.
 
     Raises:
-      ValueError: For a name that is missing or that the cell does not have. None stands for an absent bias.
+      ValueError: If a name is missing, or if the cell does not have it. None stands for an absent bias.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn
@@ -93,13 +98,13 @@ def to_params(cell: Cell, tree: Mapping[str, PyTree]) -> PyTree:
 
 
 def top_names(cell: Cell) -> tuple[str, ...]:
-    """The names at the top of `from_params`."""
+    """Returns the names at the top level of `from_params`."""
     return tuple(dict.fromkeys(names[0] for _, names in _layout(cell)))
 
 
 @functools.lru_cache(maxsize=512)
 def _layout(cell: Cell) -> tuple[tuple[PyTree, tuple[str, ...]], ...]:
-    """Of every array in the cell's params: its path, and the names of its path."""
+    """Returns, for every array in the cell's params, its path and the names of its path."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(check.shapes_of_params(cell))]
     layout = []
     for path in paths:
@@ -146,7 +151,7 @@ def draws(cell: Cell) -> bool:
 
 
 def check_deterministic(cell: Cell, *given: bool | None) -> None:
-    """Someone has said whether noise is drawn."""
+    """Raises an error if nobody has said whether noise is drawn."""
     if all(each is None for each in given):
         raise ValueError(
             f"deterministic: expected True or False, of the RNN or of the call, since {cell!r} draws noise; got neither"
@@ -164,7 +169,7 @@ def run(
     time_major: bool,
     **keywords: Any,
 ) -> tuple[PyTree, PyTree]:
-    """`jaxrnn.scan` in Flax's layout, with Flax's names in its errors."""
+    """Runs `jaxrnn.scan` in Flax's layout, with Flax's names in its errors."""
     return scan_asked(
         None,
         cell,
@@ -180,7 +185,7 @@ def run(
 
 
 def _time_axis(cell: Cell, xs: PyTree) -> int:
-    """Where time lies if it is the last axis before those of one step."""
+    """Returns the position of the time axis if it is the last axis before those of one step."""
     leaves, ndims = jax.tree.leaves(xs), jax.tree.leaves(cell.input_ndim)
     axis = jnp.ndim(leaves[0]) - ndims[0] - 1 if leaves else 0
     if axis < 0:
@@ -189,26 +194,26 @@ def _time_axis(cell: Cell, xs: PyTree) -> int:
 
 
 class FlaxCarry(NamedTuple):
-    """The carry of a Flax cell that is one array."""
+    """The carry of a Flax cell whose carry is one array, h."""
 
     h: Array
 
 
 class FlaxCell(Cell):
-    """A cell of Flax as a cell; a subclass says how it begins and how it steps.
+    """A Flax cell as a cell; a subclass defines how it begins and how it steps.
 
-    Its carry gets names. One array is `FlaxCarry(h)`. Of two arrays, where the step puts out one of them, that one is h
-    of `LSTMCarry(h, c)`, which turns Flax's (c, h) round. Any other bare tuple is a dict with entries `carry_0`,
-    `carry_1` and so on; a named tuple, a dict or another tree stays what it is.
+    Its carry gets names. One array becomes `FlaxCarry(h)`. Two arrays become `LSTMCarry(h, c)` if the step outputs one
+    of them, which is then h; this reverses Flax's (c, h). Any other bare tuple becomes a dict with entries `carry_0`,
+    `carry_1` and so on; a named tuple, a dict or another tree stays as it is.
     """
 
     @abstractmethod
     def begin(self, params: PyTree, key: Array, shape: tuple[int, ...]) -> PyTree:
-        """Flax's carry for an x of this shape."""
+        """Returns Flax's carry for an x of this shape."""
 
     @abstractmethod
     def run(self, params: PyTree, carry: PyTree, x: Array) -> tuple[PyTree, PyTree]:
-        """Flax's step: (carry', y)."""
+        """Runs Flax's step: (carry', y)."""
 
     def __post_init__(self):
         sizes = input_size(self)
@@ -239,7 +244,7 @@ class FlaxCell(Cell):
         return _traced(self).state
 
     def x_shape(self, batch_shape: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """The shape of one step's x."""
+        """Returns the shape of x at one step."""
         size = input_size(self)
         return (*batch_shape, *(size if isinstance(size, tuple) else (size,)))
 
@@ -267,7 +272,9 @@ def _in_dtype_of(x: Array, y: Array) -> Array:
 
 
 class _Traced(NamedTuple):
-    """What tracing a Flax cell tells: its carry, which leaf of it the step puts out, under which name, and y's size."""
+    """The result of tracing a Flax cell: its carry, the leaf of it that the step outputs, the name of this leaf, and
+    the size of y.
+    """
 
     carry: PyTree
     hidden: int | None

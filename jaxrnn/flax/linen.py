@@ -24,23 +24,24 @@ __all__ = ["RNN", "FlaxCarry", "LinenCell", "from_params", "to_params"]
 
 
 class RNN(nn.Module):
-    """A cell, or a model made of cells, as a linen module: xs to ys, batch-major.
+    """A cell, or a model made of cells, as a linen module that maps xs to ys, batch-major.
 
-    Every array is a param of its own: `{"params": {"layer_0": {"w_x": ..., "w_h": ..., "b": ...}}}`, see `from_params`.
-    They begin as `cell.init` draws them with one key of the "params" stream.
+    Every array is a param of its own: `{"params": {"layer_0": {"w_x": ..., "w_h": ..., "b": ...}}}`; see `from_params`.
+    Their initial values are drawn by `cell.init` with one key of the "params" stream.
 
-    Unlike `flax.linen.RNN`: ys is 0 and the carry stays at padding; a length of 0 returns the initial carry; with
-    `reverse`, ys stay aligned with xs; `scan` returns the carry, and no flag changes what `__call__` returns.
+    Differences from `flax.linen.RNN`: at padding, ys is 0 and the carry stays the same; a length of 0 returns the
+    initial carry; with `reverse`, ys stay aligned with xs; `scan` returns the carry, and no flag changes what
+    `__call__` returns.
 
     Attributes:
       cell: Any `jaxrnn.Cell`.
-      time_major: xs and ys (T, *batch, ...) and not (*batch, T, ...)
+      time_major: Whether xs and ys are (T, *batch, ...) instead of (*batch, T, ...).
       reverse: As in `jaxrnn.scan`.
       remat_every: As in `jaxrnn.scan`.
       implementation: As in `jaxrnn.scan`.
-      deterministic: True for no noise (dropout, zoneout); here or in the call, needed where the cell draws noise.
+      deterministic: True for no noise (dropout, zoneout). It must be given here or in the call if the cell draws noise.
       param_dtype: The dtype of the params. Computation is in the dtype of xs.
-      rng_collection: The stream that noise is drawn from.
+      rng_collection: The stream from which noise is drawn.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxrnn
@@ -91,7 +92,7 @@ class RNN(nn.Module):
         initial_carry: Any = None,
         deterministic: bool | None = None,
     ) -> PyTree:
-        """The outputs of a sequence: `scan` without the carry."""
+        """Returns the outputs of a sequence: `scan` without the carry."""
         return self.scan(
             xs,
             seq_lengths=seq_lengths,
@@ -111,21 +112,19 @@ class RNN(nn.Module):
         initial_carry: Any = None,
         deterministic: bool | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """The final carry and the outputs of a sequence, by `jaxrnn.scan`.
+        """Runs `jaxrnn.scan` and returns the final carry and the outputs of a sequence.
 
         Args:
-          xs: (*batch, T, ...), or (T, *batch, ...) with `time_major`.
-          seq_lengths: Integers (*batch): the steps that are valid.
-          mask: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
-          reset: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
-          initial_carry: Leaves (*batch, ...), or None to start fresh.
+          xs: The inputs, (*batch, T, ...), or (T, *batch, ...) with `time_major`.
+          seq_lengths: Integers (*batch): the number of valid steps.
+          mask: bool, with time and batch axes as in xs: the valid steps.
+          reset: bool, with time and batch axes as in xs: True where a new sequence begins.
+          initial_carry: The carry to start from, with leaves (*batch, ...), or None to start fresh.
           deterministic: True for no noise.
 
         Raises:
-          ValueError: For shapes, dtypes and values that do not fit; for a cell that draws noise where nobody said
-            whether to.
-          TypeError: For shapes, dtypes and values that do not fit; for a cell that draws noise where nobody said
-            whether to.
+          ValueError: If shapes, dtypes or values do not fit, or if the cell draws noise and nobody said whether to.
+          TypeError: If types or dtypes do not fit.
         """
         return bridge.run(
             self.cell,
@@ -143,7 +142,7 @@ class RNN(nn.Module):
         )
 
     def step(self, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-        """One step without noise: the new carry, and y. A carry of None starts fresh.
+        """Runs one step without noise and returns the new carry and y. A carry of None starts fresh.
 
         Examples:
           >>> import jax, jax.numpy as jnp, jaxrnn
@@ -157,7 +156,7 @@ class RNN(nn.Module):
         return step(self.cell, self.params(), carry, x, implementation=self.implementation)
 
     def params(self) -> PyTree:
-        """The params as the cell takes them, for the functions of jaxrnn."""
+        """Returns the params in the form that the cell and the functions of jaxrnn take."""
         names = [name for name in bridge.top_names(self.cell) if self.has_variable("params", name)]
         return to_params(self.cell, {name: nn.meta.unbox(self.get_variable("params", name)) for name in names})
 
@@ -170,18 +169,18 @@ class RNN(nn.Module):
 
 
 class LinenCell(FlaxCell):
-    """A linen cell as a cell: with lengths, resets, both directions, remat, and in every composition.
+    """A linen cell as a cell: with lengths, resets, both directions, gradient checkpointing, and in every composition.
 
-    Its params are the module's own nested dicts. Its carry gets names: (c, h) of Flax becomes `LSTMCarry(h, c)`, one
-    array `FlaxCarry(h)`; see `jaxrnn.bridge.FlaxCell`. It computes as the module does, and puts out the dtype of
-    x. It hashes and compares as the module does; it may neither print as an expression nor pickle.
+    Its params are the module's own nested dicts. Its carry gets names: (c, h) of Flax becomes `LSTMCarry(h, c)`, and
+    one array becomes `FlaxCarry(h)`; see `jaxrnn.flax.bridge.FlaxCell`. It computes as the module does, and its output
+    has the dtype of x. It hashes and compares as the module does; it may neither print as an expression nor pickle.
 
     Args:
-      module: A `flax.linen.RNNCellBase` that holds params alone and begins with a constant carry.
-      input_size: D, or the sizes of all axes of one x.
+      module: A `flax.linen.RNNCellBase` that holds only params and begins with a constant carry.
+      input_size: The number of input features, D, or the sizes of all axes of one x.
 
     Raises:
-      TypeError: For another module, and on `init` for one with other state (batch statistics).
+      TypeError: If `module` is of another kind, and on `init` if it has other state (batch statistics).
       ValueError: If the module draws its initial carry at random.
 
     Examples:
@@ -205,7 +204,7 @@ class LinenCell(FlaxCell):
         FlaxCell.__post_init__(self)
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Named:
-        """The module's own params, drawn as it draws them, in `dtype`."""
+        """Draws the module's own params as the module draws them, in `dtype`."""
 
         def once(module, x):
             return module(module.initialize_carry(jax.random.key(0), x.shape), x)

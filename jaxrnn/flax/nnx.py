@@ -25,29 +25,31 @@ __all__ = ["RNN", "FlaxCarry", "NNXCell", "from_nnx", "from_params", "to_params"
 
 
 class RNN(nnx.Module):
-    """A cell, or a model made of cells, as an NNX module: xs to ys, batch-major.
+    """A cell, or a model made of cells, as an NNX module that maps xs to ys, batch-major.
 
-    Every array is an `nnx.Param` of its own, with a path like `("layer_0", "w_x")`, see `from_params`. They begin as
-    `cell.init` draws them with one key of `rngs.params`.
+    Every array is an `nnx.Param` of its own, with a path like `("layer_0", "w_x")`; see `from_params`. Their initial
+    values are drawn by `cell.init` with one key of `rngs.params`.
 
-    Unlike `flax.nnx.RNN`: ys is 0 and the carry stays at padding; a length of 0 returns the initial carry; with
-    `reverse`, ys stay aligned with xs; `scan` returns the carry, and no flag changes what `__call__` returns.
+    Differences from `flax.nnx.RNN`: at padding, ys is 0 and the carry stays the same; a length of 0 returns the initial
+    carry; with `reverse`, ys stay aligned with xs; `scan` returns the carry, and no flag changes what `__call__`
+    returns.
 
     Args:
       cell: Any `jaxrnn.Cell`.
-      rngs: For the params; and, where the cell draws noise (dropout, zoneout), forked for it.
-      params: The cell's params, in place of drawing them.
-      time_major: xs and ys (T, *batch, ...) and not (*batch, T, ...)
+      rngs: The streams from which the params are drawn; if the cell draws noise (dropout, zoneout), one is forked for
+        it.
+      params: The params of the cell, instead of drawing them.
+      time_major: Whether xs and ys are (T, *batch, ...) instead of (*batch, T, ...).
       reverse: As in `jaxrnn.scan`.
       remat_every: As in `jaxrnn.scan`.
       implementation: As in `jaxrnn.scan`.
       deterministic: True for no noise; `model.eval()` and `model.train()` set it.
       param_dtype: The dtype of the params that are drawn. Computation is in the dtype of xs.
-      rng_collection: The stream that noise is drawn from.
+      rng_collection: The stream from which noise is drawn.
 
     Raises:
-      TypeError: If there is neither `rngs` nor `params`.
-      ValueError: If `params` are not the cell's.
+      TypeError: If neither `rngs` nor `params` is given.
+      ValueError: If `params` are not those of the cell.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn
@@ -105,7 +107,7 @@ class RNN(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
     ) -> PyTree:
-        """The outputs of a sequence: `scan` without the carry."""
+        """Returns the outputs of a sequence: `scan` without the carry."""
         return self.scan(
             xs,
             seq_lengths=seq_lengths,
@@ -127,22 +129,21 @@ class RNN(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """The final carry and the outputs of a sequence, by `jaxrnn.scan`.
+        """Runs `jaxrnn.scan` and returns the final carry and the outputs of a sequence.
 
         Args:
-          xs: (*batch, T, ...), or (T, *batch, ...) with `time_major`.
-          seq_lengths: Integers (*batch): the steps that are valid.
-          mask: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
-          reset: bool, time and batch axes as in xs: the valid steps; where new sequences begin.
-          initial_carry: Leaves (*batch, ...), or None to start fresh.
-          deterministic: True for no noise; None for the attribute.
-          rngs: Where noise comes from, in place of the stream that was forked at construction.
+          xs: The inputs, (*batch, T, ...), or (T, *batch, ...) with `time_major`.
+          seq_lengths: Integers (*batch): the number of valid steps.
+          mask: bool, with time and batch axes as in xs: the valid steps.
+          reset: bool, with time and batch axes as in xs: True where a new sequence begins.
+          initial_carry: The carry to start from, with leaves (*batch, ...), or None to start fresh.
+          deterministic: True for no noise; None to use the attribute.
+          rngs: The source of noise, instead of the stream that was forked at construction.
 
         Raises:
-          ValueError: For shapes, dtypes and values that do not fit; for a cell that draws noise where there is nothing
-            to draw it from.
-          TypeError: For shapes, dtypes and values that do not fit; for a cell that draws noise where there is nothing
-            to draw it from.
+          ValueError: If shapes, dtypes or values do not fit, or if the cell draws noise and there is nothing to draw it
+            from.
+          TypeError: If types or dtypes do not fit.
         """
         return bridge.run(
             self.cell,
@@ -160,7 +161,7 @@ class RNN(nnx.Module):
         )
 
     def step(self, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-        """One step without noise: the new carry, and y. A carry of None starts fresh.
+        """Runs one step without noise and returns the new carry and y. A carry of None starts fresh.
 
         Examples:
           >>> import jax.numpy as jnp, jaxrnn
@@ -174,12 +175,14 @@ class RNN(nnx.Module):
         return step(self.cell, self.params(), carry, x, implementation=self.implementation)
 
     def params(self) -> PyTree:
-        """The params as the cell takes them, for the functions of jaxrnn; `RNN(cell, params=...)` is the way back."""
+        """Returns the params as the cell and the functions of jaxrnn take them; `RNN(cell, params=...)` is the way
+        back.
+        """
         tree = {name: getattr(self, name) for name in bridge.top_names(self.cell)}
         return to_params(self.cell, jax.tree.map(lambda p: p[...], tree, is_leaf=lambda p: isinstance(p, nnx.Param)))
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` sets."""
+        """Sets the attribute that `nnx.view` sets."""
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -203,17 +206,18 @@ class RNN(nnx.Module):
 
 
 class NNXCell(FlaxCell):
-    """An NNX cell as a cell, as `from_nnx` makes it: with lengths, resets, both directions, remat, in compositions.
+    """An NNX cell as a cell, made by `from_nnx`: with lengths, resets, both directions, gradient checkpointing, in
+    compositions.
 
     Its params are nested dicts of the module's `nnx.Param`s. Its carry gets names: (c, h) of Flax becomes
-    `LSTMCarry(h, c)`, one array `FlaxCarry(h)`; see `jaxrnn.bridge.FlaxCell`. It computes as the module does, and
-    puts out the dtype of x. It may neither print as an expression nor pickle.
+    `LSTMCarry(h, c)`, and one array becomes `FlaxCarry(h)`; see `jaxrnn.flax.bridge.FlaxCell`. It computes as the
+    module does, and its output has the dtype of x. It may neither print as an expression nor pickle.
 
     Args:
-      graphdef: What `nnx.split` gives.
-      input_size: D, or the sizes of all axes of one x.
-      shapes: Path, shape and dtype of every param.
-      create: `create(rngs)` builds such a module, which is how `init` draws params; or None.
+      graphdef: The graph definition that `nnx.split` gives.
+      input_size: The number of input features, D, or the sizes of all axes of one x.
+      shapes: The path, shape and dtype of every param.
+      create: A function: `create(rngs)` builds such a module, with which `init` draws params; or None.
     """
 
     graphdef: nnx.GraphDef
@@ -222,10 +226,10 @@ class NNXCell(FlaxCell):
     create: Callable[[nnx.Rngs], nnx.Module] | None = None
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> dict[PyTree, PyTree]:
-        """The params of a module that `create` builds, in `dtype`.
+        """Returns the params of a module that `create` builds, in `dtype`.
 
         Raises:
-          TypeError: If the cell was made without `create`: how a module was drawn cannot be seen in the module.
+          TypeError: If the cell was made without `create`, since a module does not show how its params were drawn.
         """
         if self.create is not None:
             graphdef, params = _split(self.create(nnx.Rngs(key)))
@@ -269,18 +273,18 @@ def from_nnx(
     *,
     create: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> tuple[NNXCell, dict[PyTree, PyTree]]:
-    """An NNX cell as a cell and its params: the module's graph definition, and its state.
+    """Converts an NNX cell to a cell and its params, which are the module's graph definition and its state.
 
-    Random streams that the module holds are left behind: a step that draws from one raises Flax's own error.
+    Random streams that the module holds are left out: a step that draws from one raises Flax's own error.
 
     Args:
-      module: A `flax.nnx.RNNCellBase` with no state but `nnx.Param`s, which begins with a constant carry.
-      input_size: D, or the sizes of all axes of one x; None for `module.in_features`.
-      create: `create(rngs)` builds such a module. Only with it can the cell draw other params, by `init`.
+      module: A `flax.nnx.RNNCellBase` with no state except `nnx.Param`s, which begins with a constant carry.
+      input_size: The number of input features, D, or the sizes of all axes of one x; None for `module.in_features`.
+      create: A function: `create(rngs)` builds such a module. Only with it can the cell draw other params, by `init`.
 
     Raises:
-      TypeError: For another module, for one with other state (batch statistics), for one that does not say its size.
-      ValueError: If the module draws its initial carry at random; if `create` builds another module.
+      TypeError: If the module is of another kind, has other state (batch statistics), or does not state its size.
+      ValueError: If the module draws its initial carry at random, or if `create` builds another module.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn
@@ -303,7 +307,7 @@ def from_nnx(
 
 
 def _split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[PyTree, PyTree]]:
-    """The graph definition without random streams, and the params as nested dicts."""
+    """Returns the graph definition without random streams, and the params as nested dicts."""
     module = nnx.clone(module)
     for _, part in nnx.iter_modules(module):
         for name, value in list(vars(part).items()):

@@ -1,1 +1,1 @@
-"""The compiled kernels, and the library that they are."""
+"""The compiled kernels, and the library that holds them."""

@@ -19,13 +19,13 @@ _lowerings: dict[Primitive, Callable[..., PyTree]] = {}
 
 
 def register(primitive: Primitive, lowering: Callable[..., PyTree]) -> None:
-    """Says how `primitive` is lowered on the CPU, where the kernel of its name can run."""
+    """Registers how `primitive` is lowered on the CPU where the kernel of its name can run."""
     _lowerings[primitive] = lowering
 
 
 @functools.cache
 def absent() -> str | None:
-    """Why the kernels cannot be called, or None: then they are registered."""
+    """Returns the reason why the kernels cannot be called; or None, and then they are registered."""
     folder = Path(__file__).parent
     files = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_kernels{suffix}").is_file()]
     if not files:
@@ -46,7 +46,9 @@ def absent() -> str | None:
 
 
 def newer(version: str) -> str | None:
-    """Why kernels compiled with the headers of this jaxlib cannot run here: newer ones stop the whole CPU backend."""
+    """Returns why kernels compiled with the headers of this jaxlib cannot run here, or None: newer ones stop the whole
+    CPU backend.
+    """
     running = jaxlib.version.__version__
     compiled, own = (tuple(map(int, each.split(".")[:3])) for each in (version, running))
     if compiled <= own:

@@ -31,10 +31,11 @@ REFUSALS = {
 
 
 class GatedWeights(NamedTuple):
-    """The arrays of one step, G columns for all gates that the products feed.
+    """The arrays of one step, with G columns for all gates that the products feed.
 
-    w_x: (D, G). b: (G,) or None. w_h: dense (S, G), block-diagonal (N, S/N, G/N) or diagonal (S,).
-    w_2: (S2, G2), or None without a second product. theta: the learned vectors that `update` and `second_input` read.
+    w_x (D, G): input weights; b (G,): bias, or None; w_h: recurrent weights, dense (S, G), block-diagonal (N, S/N, G/N)
+    or diagonal (S,); w_2 (S2, G2): weights of the second product, or None without one; theta: the learned vectors that
+    `update` and `second_input` read.
     """
 
     w_x: Array
@@ -53,9 +54,9 @@ class Kernel(NamedTuple):
 
 
 class GatedRecurrence(Protocol):
-    """What the engine asks of a cell; its own name says `recurrent_state`, the carry's field that the product reads.
+    """The interface that the engine needs of a cell. `recurrent_state` names the carry's field that the product reads.
 
-    `kernel` says which compiled kernel computes the same, or why none does.
+    `kernel` returns the compiled kernel that computes the same, or the reason why none does.
     """
 
     recurrent_state: str
@@ -68,7 +69,7 @@ class GatedRecurrence(Protocol):
 
 
 def recurrent_product(s: Array, w_h: Array) -> Array:
-    """s w_h, for a dense, block-diagonal or diagonal w_h."""
+    """Computes s w_h, for a dense, block-diagonal or diagonal w_h."""
     wide = accumulator(s.dtype)
     if w_h.ndim == 1:
         return s.astype(wide) * lifted(w_h.astype(wide), s)
@@ -81,13 +82,13 @@ def recurrent_product(s: Array, w_h: Array) -> Array:
 
 
 def _input_product(weights: GatedWeights, x, dtype, wide):
-    """u in the wide dtype, for one step or many."""
+    """Computes u in the wide dtype, for one step or many."""
     u = dot(x.astype(dtype), weights.w_x).astype(wide)
     return u if weights.b is None else u + lifted(weights.b.astype(wide), u)
 
 
 class Added(NamedTuple):
-    """What is added to u, v and w of every step: zeros, whose cotangents are those of the products."""
+    """The arrays that are added to u, v and w of every step: zeros, whose cotangents are those of the products."""
 
     u: Array
     v: Array
@@ -96,7 +97,9 @@ class Added(NamedTuple):
 
 @jax.custom_jvp
 def _moved(x: Array, added: Array) -> Array:
-    """x + added, of what is added only the tangent, since it is zero; so nothing of it is read before there is one."""
+    """Returns x + added. Since `added` is zero, only its tangent is added, so that it is not read before it has a
+    tangent.
+    """
     return x
 
 
@@ -106,14 +109,14 @@ def _moved_jvp(primals, tangents):
 
 
 class Read(NamedTuple):
-    """What the two products on the carry read at a step, in the dtype of the products."""
+    """The inputs of the two products on the carry at a step, in the dtype of the products."""
 
     s: Array
     mid: Array | None
 
 
 def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: Added | None = None):
-    """What `update` takes, in the wide dtype, and what the products read; `weights` have `dtype`."""
+    """Returns the arguments of `update`, in the wide dtype, and the inputs of the products; `weights` have `dtype`."""
     carry, theta = cast(carry, wide), cast(weights.theta, wide)
     s = getattr(carry, cell.recurrent_state)
     if mask is not None:
@@ -135,7 +138,7 @@ def _dtypes(weights, carry, x):
 
 
 class Recurrence(NamedTuple):
-    """What happens after the products of a step, as functions: a `GatedRecurrence` without a kernel."""
+    """The functions that follow the products of a step: a `GatedRecurrence` without a kernel."""
 
     update: Callable[..., tuple[PyTree, Array]]
     second_input: Callable[..., Array] | None = None
@@ -145,7 +148,7 @@ class Recurrence(NamedTuple):
 def gated_products(
     recurrence: GatedRecurrence | Recurrence, weights: GatedWeights, carry: PyTree, x: Array, mask: Array | None = None
 ):
-    """What `update` takes at one step: (θ, carry, u, v, w), in the dtype that gates compute in."""
+    """Returns the arguments of `update` at one step, (θ, carry, u, v, w), in the dtype that gates compute in."""
     dtype, wide = _dtypes(weights, carry, x)
     weights = cast(weights, dtype)
     return _products(recurrence, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
@@ -160,9 +163,9 @@ def gated_step(
     *,
     owner: str,
 ) -> tuple[PyTree, Array]:
-    """One step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation.
+    """Runs one step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation.
 
-    `owner` is what messages call it.
+    `owner` is its name in messages.
     """
     new, y = recurrence.update(*gated_products(recurrence, weights, carry, x, mask))
     return cast_like(new, carry, owner=owner), y.astype(compute_dtype(x, weights))
@@ -178,16 +181,16 @@ def gated_scan(
     mask: Array | None,
     walk: Walk,
 ) -> tuple[PyTree, Array]:
-    """The recurrence over the first axis of `xs`: (final carry, ys).
+    """Runs the recurrence over the first axis of `xs`: (final carry, ys).
 
     Args:
       cell: The recurrence: `update`, `second_input`, and the name of the carry's recurrent part.
-      weights: Its arrays.
-      carry: The carry before the first step, leaves (*batch, ...)
-      xs: (T, *batch, D), zero at invalid steps.
+      weights: The arrays of the recurrence.
+      carry: The carry before the first step, with leaves (*batch, ...).
+      xs: The inputs, (T, *batch, D), zero at invalid steps.
       fresh: The carry that a reset starts from.
-      mask: Factor on the recurrent part of the carry where the product reads it, (*batch, S), or None.
-      walk: How the sequence is walked.
+      mask: The mask (*batch, S) that multiplies the recurrent part of the carry where the product reads it, or None.
+      walk: The way the sequence is processed.
     """
     dtype, wide = _dtypes(weights, carry, xs)
     weights, xs = cast(weights, dtype), xs.astype(dtype)
@@ -206,7 +209,7 @@ def gated_scan(
 
 
 class _How(NamedTuple):
-    """What is no array."""
+    """The arguments of the time loop that are not arrays."""
 
     cell: GatedRecurrence
     dtype: DTypeLike
@@ -216,7 +219,7 @@ class _How(NamedTuple):
 
 
 def _loop(how: _How, weights, carry, fresh, mask, xs, flags: Flags, added: Added | None = None):
-    """(carry, (ys, what the products read)); with `added`, θ has the axes of a row in front."""
+    """Runs the time loop: (carry, (ys, the inputs of the products)); with `added`, θ has the axes of a row in front."""
     cell, dtype, wide, reverse, platform = how
 
     def prepare(constant, inputs):
@@ -246,7 +249,7 @@ def _loop(how: _How, weights, carry, fresh, mask, xs, flags: Flags, added: Added
 
 
 class _ByRow:
-    """A cell whose θ has the axes of a row in front, like all else that its `update` and `second_input` take."""
+    """A cell whose θ has the axes of a row in front, like all other arguments of its `update` and `second_input`."""
 
     def __init__(self, cell: GatedRecurrence, ndim: int):
         self.recurrent_state = cell.recurrent_state
@@ -257,11 +260,12 @@ class _ByRow:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _recurrence(how: _How, weights, carry, fresh, mask, xs, flags):
-    """The time loop, differentiated so that every gradient of a weight is one product after it, of all steps.
+    """The time loop, differentiated so that every gradient of a weight is one product over all steps, after the loop.
 
-    u, v and w of a step move with x, the carry, and what is added to them. So their products with tangents of weights
-    are taken of all steps at once, before the loop of tangents, and added there; the transpose multiplies all
-    cotangents after its loop, summed in at least float32. θ is one for each row, and the rows are summed at last.
+    The tangents of u, v and w of a step come from x, from the carry, and from the arrays added to them. So the products
+    with tangents of weights are computed for all steps at once, before the loop of tangents, and added there. The
+    transpose multiplies all cotangents after its loop, summed in at least float32. There is one θ for each row, and the
+    rows are summed at the end.
     """
     carry, (ys, _) = _loop(how, weights, carry, fresh, mask, xs, flags)
     return carry, ys
@@ -334,7 +338,7 @@ def _instantiated(tangent: PyTree) -> PyTree:
 def gated_scan_both(
     cell: GatedRecurrence, weights, carry, xs, *, fresh, mask, walk: Walk
 ) -> list[tuple[PyTree, Array]]:
-    """`gated_scan` of pairs, along the walk and along the opposite one, at once where a kernel can."""
+    """Runs `gated_scan` for pairs, along the walk and along the opposite one, at once where a kernel can."""
     walks = walk, walk.opposite
     if walk.remat_every is None:
         dtype, _ = _dtypes(weights, carry[0], xs)
@@ -345,7 +349,7 @@ def gated_scan_both(
 
 
 def _kernel(cell, weights, carries, xs, masks, walk: Walk):
-    """What runs recurrences of one cell by a compiled kernel, or None if none is chosen."""
+    """Returns a function that runs recurrences of one cell by a compiled kernel, or None if no kernel is chosen."""
     kernels = [cell.kernel(each) for each in weights]
     refusal = _refusal(kernels[0], [xs, *(leaf for carry in carries for leaf in carry)], masks)
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
@@ -370,7 +374,7 @@ def _kernel(cell, weights, carries, xs, masks, walk: Walk):
 
 
 def _refusal(kernel: Kernel | str, arrays, masks) -> str | None:
-    """Why the compiled kernels do not run this call, or None."""
+    """Returns the reason why the compiled kernels do not run this call, or None."""
     if isinstance(kernel, str):
         return kernel
     if any(array.dtype != jnp.float32 for array in arrays):

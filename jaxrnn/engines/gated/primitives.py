@@ -1,7 +1,7 @@
-"""Gated recurrences by compiled kernels on the CPU: three primitives, so that every transformation has them.
+"""Gated recurrences by compiled kernels on the CPU: three primitives, so that every transformation works on them.
 
-On the CPU `forward` and `backward` are kernels; `tangent`, what is differentiated again, and what runs elsewhere are
-the programs of `programs`, where the three and their arrays are described.
+On the CPU, `forward` and `backward` are kernels. `tangent`, higher derivatives and all other platforms use the programs
+of `programs`, where the three primitives and their arrays are described.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def _shapes(primitive, shapes, **options):
 
 
 def _names(primitive):
-    """Of what it takes, and of what it gives."""
+    """Returns the names of its inputs and of its outputs."""
     name = primitive.name.removeprefix("jaxrnn_gated_")
     return INPUTS[name], OUTPUTS[name]
 
 
 def _abstract(primitive):
-    """Rows are divided among devices as those that come in are."""
+    """Rows of the results are divided among devices as those of the inputs are."""
     inputs, outputs = _names(primitive)
 
     def rule(*avals, **options):
@@ -99,7 +99,7 @@ def _batched(primitive):
         )
 
         def fold(array, axis, name, shared):
-            """The new axis into that of members, or of rows."""
+            """Folds the new axis into that of members, or of rows."""
             place: Any = 0 if by_member else axis_of(name)
             if axis is None:
                 if place is None or (by_member and shared and array.shape[0] == 1):
@@ -130,7 +130,7 @@ def _instantiate(tangents):
 
 
 def _jvp_by_xla(reference, primals, tangents, options):
-    """By differentiating XLA's form."""
+    """Differentiates XLA's form."""
     moving = [k for k, primal in enumerate(primals) if primal.dtype != bool]
 
     def run(*arrays):
@@ -154,7 +154,7 @@ def _forward_jvp(primals, tangents, *, save, **options):
     shapes = linear_shapes(fixed, out.h.shape[0], wrt)
 
     def whole(tangent, shape):
-        """A tangent of every member; of what is absent, nothing."""
+        """Returns a tangent for every member, or no elements for an array that is absent."""
         if math.prod(shape.shape) == 0:
             return jnp.zeros(shape.shape, shape.dtype)
         tangent = ad.instantiate_zeros(tangent)
@@ -169,7 +169,7 @@ def _forward_jvp(primals, tangents, *, save, **options):
 
 
 def _linear_jvp(primitive):
-    """Of a primitive that is linear in all but its first arguments."""
+    """Returns the JVP rule of a primitive that is linear in all but its first arguments."""
 
     def rule(primals, tangents, **options):
         count = len(Fixed._fields)
@@ -198,7 +198,7 @@ def _by_xla(primitive):
 
 
 def _elsewhere(primitive):
-    """Where there is no kernel."""
+    """Returns the lowering rule for platforms without a kernel."""
     by_xla = _by_xla(primitive)
 
     def rule(ctx, *operands, **options):
@@ -273,7 +273,7 @@ def _together(arrays):
 
 
 def _weight(arrays, dtype):
-    """One weight of all layers: zeros where some lack it, without elements where all do."""
+    """Joins one weight of all layers: zeros where some lack it, no elements where all do."""
     one = next((array for array in arrays if array is not None), None)
     if one is None:
         return jnp.zeros((1, 0), dtype)
@@ -281,13 +281,13 @@ def _weight(arrays, dtype):
 
 
 def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
-    """Recurrences of the same sizes over the first axis of `xs`, all at once: (carry, ys) of each.
+    """Runs recurrences of the same sizes over the first axis of `xs`, all at once: (carry, ys) of each.
 
     Args:
-      kind: Of `KINDS`.
-      layers: What differs among them.
-      xs: (T, *batch, D).
-      walk: That of the first; with `remat_every`, of all.
+      kind: One of the names in `KINDS`.
+      layers: The values that differ among the recurrences.
+      xs: The inputs, (T, *batch, D).
+      walk: The walk of the first recurrence; with `remat_every`, of all.
     """
     named = walk.named("gated_scan") is not None
     batch = xs.shape[1:-1]
@@ -296,14 +296,15 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
     directions = tuple(layer.reverse for layer in layers)
 
     def carries(trees, present=True):
-        """h and c, without elements where they are absent."""
+        """Returns h and c, without elements where they are absent."""
         arrays = [_together(each).reshape(members, rows, size) for each in zip(*trees, strict=True)]
         arrays += [jnp.zeros((1, rows, 0), xs.dtype)] * (2 - len(arrays))
         return arrays if present else [array[..., :0] for array in arrays]
 
     def sequence(arrays, *last):
-        """(T, *batch, *last) of each, or of all, to that of the call; an axis is moved before another one is put in
-        front, so that XLA sees it move back."""
+        """Brings (T, *batch, *last), of each recurrence or of all, to the layout of the call. An axis is moved before
+        another one is put in front, so that XLA sees it move back.
+        """
         if by_batch:
             arrays = [jnp.moveaxis(array, 0, len(batch)) for array in arrays]
         length = arrays[0].shape[len(batch) if by_batch else 0]

@@ -1,11 +1,11 @@
-"""The gated recurrences that compiled kernels compute, in JAX: what runs where there is no kernel, and what is
-differentiated again.
+"""The gated recurrences that compiled kernels compute, in JAX. They run where there is no kernel, and for higher
+derivatives.
 
-forward: the recurrence, and what is kept of it. tangent: its derivative, linear in the tangents. backward: the
-transpose of that.
+forward: the recurrence, and the values that are kept of it. tangent: its derivative, linear in the tangents. backward:
+the transpose of that derivative.
 
 Every array has an axis of members M in front: weights (M, ...), rows (M, B, ...), sequences (M, T, B, ...), or
-(M, B, T, ...) if they are batch-major. What is read may have one member for all. What is absent has a last axis of 0.
+(M, B, T, ...) if they are batch-major. Inputs may have one member for all. An absent array has a last axis of 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _split(array: Array, parts: int) -> list[Array]:
 
 
 def _step(kind: str, u, w_h, b_hn, h, c):
-    """One step of one member: (h', c', what is kept) of u = x w_x + b."""
+    """Runs one step of one member from u = x w_x + b: (h', c', the values that are kept)."""
     size = w_h.shape[0]
     match kind:
         case "lstm":
@@ -55,7 +55,7 @@ def _choose(flag: Array | None, on, off):
 
 
 def zeros(tree):
-    """A tree of zeros like `tree`."""
+    """Returns a tree of zeros like `tree`."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 
@@ -81,7 +81,7 @@ def _forward_one(xs, w_x, w_h, h, c, fresh_h, fresh_c, valid, start, b, b_hn, *,
 
 
 def _before(first, fresh, states, valid, start, reverse):
-    """The carry before every step, from those after every step, the first and the fresh one."""
+    """Returns the carry before every step, from the carries after every step, the first one and the fresh one."""
 
     def body(state, inputs):
         new, valid, start = inputs
@@ -96,7 +96,7 @@ def _tangent_one(
     d_xs, d_w_x, d_w_h, d_h, d_c, d_fresh_h, d_fresh_c, d_b, d_b_hn,
     *, kind, reverse,
 ):  # fmt: skip
-    """The tangents of ys, h', c'."""
+    """Computes the tangents of ys, h', c'."""
     size, after = w_h.shape[0], kind == "gru"
     flags = valid, start = _present(valid, start)
     s, c_before = _before((h, c), (fresh_h, fresh_c), (ys, cs), valid, start, reverse)
@@ -150,7 +150,7 @@ def _tangent_one(
 
 
 class Read(NamedTuple):
-    """What `forward` reads: inputs, weights, the carry and the fresh one, which steps are valid, which start fresh."""
+    """The inputs of `forward`: xs, weights, the carry, the fresh one, which steps are valid, and which start fresh."""
 
     xs: PyTree
     w_x: PyTree
@@ -166,7 +166,7 @@ class Read(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What `forward` puts out: the outputs, the last carry; and with `save` the gates and every c."""
+    """The results of `forward`: the outputs, the last carry; and with `save` the gates and every c."""
 
     ys: PyTree
     h: PyTree
@@ -176,7 +176,7 @@ class Written(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What `tangent` and `backward` read beside what they are linear in."""
+    """The inputs of `tangent` and `backward` in which they are not linear."""
 
     xs: PyTree
     w_x: PyTree
@@ -193,7 +193,7 @@ class Fixed(NamedTuple):
 
 
 class Moving(NamedTuple):
-    """What `tangent` is linear in, and `backward` puts out the cotangents of."""
+    """The inputs in which `tangent` is linear; `backward` returns their cotangents."""
 
     xs: PyTree
     w_x: PyTree
@@ -207,7 +207,7 @@ class Moving(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What `tangent` puts out the tangents of, and `backward` is linear in."""
+    """The results whose tangents `tangent` returns, and in which `backward` is linear."""
 
     ys: PyTree
     h: PyTree
@@ -215,7 +215,7 @@ class Moved(NamedTuple):
 
 
 class Kind(enum.Enum):
-    """Where an array has its rows: in a weight nowhere."""
+    """The place of the rows in an array; a weight has none."""
 
     SEQUENCE = enum.auto()
     ROWS = enum.auto()
@@ -234,7 +234,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {"forward": Written._fields, "tangent": Mo
 
 
 def row_axis(name: str, batch_major: bool) -> int | None:
-    """Where the array `name` of a call has its rows, or None."""
+    """Returns the axis of rows in the array `name` of a call, or None."""
     match KINDS[name]:
         case Kind.SEQUENCE:
             return 1 if batch_major else 2
@@ -244,7 +244,7 @@ def row_axis(name: str, batch_major: bool) -> int | None:
 
 
 def _members(name, function):
-    """`function` of one member whose sequences are time-major, for all members."""
+    """Extends `function`, for one member whose sequences are time-major, to all members."""
     inputs, outputs = INPUTS[name], OUTPUTS[name]
 
     def turn(arrays, names):
@@ -276,7 +276,9 @@ def _members(name, function):
 
 
 def count_members(sizes: Iterable[int]) -> int:
-    """The members of a call, of arrays with these many: all, or one for all."""
+    """Returns the number of members of a call from the sizes of its arrays, each of which has all members or one for
+    all.
+    """
     counts = set(sizes) - {1}
     return counts.pop() if counts else 1
 
@@ -285,7 +287,7 @@ forward, tangent = _members("forward", _forward_one), _members("tangent", _tange
 
 
 def backward(*arrays, wrt, **options):
-    """The transpose of `tangent`: cotangents of xs, weights and carries."""
+    """Computes the transpose of `tangent`: cotangents of xs, weights and carries."""
     count = len(Fixed._fields)
     fixed, cotangents = Fixed(*arrays[:count]), list(arrays[count:])
     shapes = linear_shapes(fixed, count_members(array.shape[0] for array in arrays), wrt)
@@ -294,7 +296,7 @@ def backward(*arrays, wrt, **options):
 
 
 def linear_shapes(fixed: Fixed, members: int, wrt: tuple[str, ...]) -> Moving:
-    """Shapes of what `tangent` is linear in."""
+    """Returns the shapes of the inputs in which `tangent` is linear."""
 
     def like(array, present=True):
         last = array.shape[-1] if present else 0

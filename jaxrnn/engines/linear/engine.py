@@ -26,30 +26,32 @@ def linear_scan(
     time_axis: int = 0,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]:
-    """The linear recurrence h_t = a_t h_{t-1} + b_t, elementwise: (h_T, hs).
+    """Runs the linear recurrence h_t = a_t h_{t-1} + b_t, elementwise: (h_T, hs).
 
-    Real or complex, of any sign and modulus. In half precision sums are in float32, and so is h_T. Its gradients are
-    one such recurrence in the other direction; forward mode and second derivatives are exact too.
+    Numbers are real or complex, of any sign and modulus. In half precision, sums are in float32, and so is h_T. The
+    gradients are one such recurrence in the other direction; forward mode and second derivatives are exact too.
 
     Args:
-      a: The coefficients, broadcastable to b: constant over time, over a batch or over channels where an axis is 1 or
-        missing.
-      b: What is added, (T, ...), or with time at `time_axis`.
+      a: The coefficients, broadcastable to b. They are constant over time, over a batch or over channels where that
+        axis is 1 or missing.
+      b: The inputs that are added, (T, ...), or with time at `time_axis`.
       h0: The state before the first step, broadcastable to b without its time axis; None for zeros.
-      reverse: From the last step to the first: h_t = a_t h_{t+1} + b_t.
-      reset: bool, the shape of b's leading axes, time among them: a new sequence begins at step t. Forward h_t = b_t
-        there; in reverse that is so at the valid step before. By selection: nothing non-finite crosses the boundary.
-      mask: bool like `reset`: the valid steps. An invalid one keeps the state, and its hs is 0.
-      time_axis: The axis of time in b, and in `reset` and `mask`; in a too, where a has as many axes as b.
+      reverse: Whether to run from the last step to the first: h_t = a_t h_{t+1} + b_t.
+      reset: bool, with the shape of b's leading axes, time among them: True where a new sequence begins at step t.
+        Forward, h_t = b_t there; in reverse, that is so at the valid step before. It is a selection: nothing non-finite
+        crosses the boundary.
+      mask: bool like `reset`: the valid steps. An invalid step keeps the state, and its hs is 0.
+      time_axis: The axis of time in b, and in `reset` and `mask`; also in a, if a has as many axes as b.
       implementation: None for the fastest; "native" is one pass of a compiled kernel (float32, on the CPU), "xla" goes
-        step by step, "associative" takes logarithmically many parallel passes, "chunked" does so in chunks, in turn.
+        step by step, "associative" takes logarithmically many parallel passes, and "chunked" does so in chunks, one
+        after another.
 
     Returns:
-      The last state, b's shape without time, and all states, like b.
+      The last state, with b's shape without time, and all states, with the shape of b.
 
     Raises:
-      ValueError: For shapes, dtypes and names that do not fit, at trace time.
-      TypeError: For shapes, dtypes and names that do not fit, at trace time.
+      ValueError: If shapes, dtypes or names do not fit. It is raised at trace time.
+      TypeError: If shapes, dtypes or names do not fit. It is raised at trace time.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn
@@ -97,7 +99,7 @@ def linear_scan(
 
 
 def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
-    """What runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
+    """Returns what runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
     refusal = library.absent()
     if any(dtype != jnp.float32 for dtype in dtypes):
         names = ", ".join(sorted({jnp.dtype(dtype).name for dtype in dtypes}))
@@ -111,15 +113,15 @@ def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | Non
 def linear_recurrence(
     a: Array, b: Array, h: Array, *, flags: Flags, reverse: bool, form: str | None
 ) -> tuple[Array, Array]:
-    """The recurrence over the first axis: (the last h, all h).
+    """Runs the recurrence over the first axis: (the last h, all h).
 
     Args:
-      a: Broadcastable to b.
-      b: (T, ...), of the dtype of the result.
-      h: The state before the first step, b's shape without time, in a dtype that sums are in.
-      flags: Over leading axes of b. An invalid step keeps the state; at one that starts fresh, h_t = b_t.
-      reverse: From the last step to the first.
-      form: Of `linear_form`.
+      a: The coefficients, broadcastable to b.
+      b: The inputs that are added, (T, ...), in the dtype of the result.
+      h: The state before the first step, with b's shape without time, in a dtype for sums.
+      flags: The flags over leading axes of b. An invalid step keeps the state; at a step that starts fresh, h_t = b_t.
+      reverse: Whether to run from the last step to the first.
+      form: The result of `linear_form`.
     """
     valid, start = flags
     if b.size == 0:
@@ -143,7 +145,7 @@ def _broadcastable(name: str, array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _flags(name: str, flag: Any, shape: tuple[int, ...], time_axis: int) -> Array | None:
-    """Time first."""
+    """Returns the flag with time first."""
     if flag is None:
         return None
     flag = jnp.asarray(flag)

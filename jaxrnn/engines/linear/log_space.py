@@ -1,4 +1,4 @@
-"""The linear recurrence of positive numbers in log space: the logarithms of a and b go in, and no product is taken.
+"""The linear recurrence of positive numbers in log space: it takes the logarithms of a and b, and computes no product.
 
 Where decays or inputs lie beyond the range of floats, their logarithms do not. Stretches of steps are joined in pairs,
 since the difference of two long sums of logarithms would have lost its digits.
@@ -20,7 +20,7 @@ REFUSALS = {"native": "no kernel works in log space"}
 
 
 def log_linear_form(walk: Walk, owner: object) -> str | None:
-    """As `linear_form`."""
+    """Does the same as `linear_form`, in log space."""
     chosen, refusals = walk.choose("linear_scan", REFUSALS, cell=owner, elsewhere=ELSEWHERE)
     walk.record("linear_scan", chosen, refusals, cell=owner)
     return walk.form("linear_scan", chosen)
@@ -36,16 +36,17 @@ def log_linear_recurrence(
     reverse: bool,
     form: str | None,
 ) -> tuple[Array, Array]:
-    """h_t = exp(log_a_t) h_{t-1} + exp(log_b_t) over the first axis: (the last h, all h); h itself of any sign.
+    """Runs h_t = exp(log_a_t) h_{t-1} + exp(log_b_t) over the first axis: (the last h, all h); the given h has any
+    sign.
 
     Args:
-      log_a: (T, ...)
-      log_b: (T, ...)
-      h: The state before the first step, and its dtype that of sums.
-      fresh: What is before a step that starts fresh.
-      flags: Over leading axes of b.
-      reverse: From the last step to the first.
-      form: Of `log_linear_form`.
+      log_a: The logarithms of a, (T, ...).
+      log_b: The logarithms of b, (T, ...).
+      h: The state before the first step; sums are in its dtype.
+      fresh: The state before a step that starts fresh.
+      flags: The flags over leading axes of b.
+      reverse: Whether to run from the last step to the first.
+      form: The result of `log_linear_form`.
     """
     valid, start = flags
     if log_b.size == 0:
@@ -69,7 +70,9 @@ def log_linear_recurrence(
 
 
 def _combine(first, second):
-    """Of two stretches of steps: (the sum of log_a, log h from 0, both since a sequence began; whether one did)."""
+    """Joins two stretches of steps: (the sum of log_a and log h from 0, both since a sequence began; whether one
+    began).
+    """
     (a_1, b_1, begun_1), (a_2, b_2, begun_2) = first, second
     a_1 = jnp.where(begun_2, jnp.zeros_like(a_1), a_1)
     b_1 = jnp.where(begun_2, jnp.full_like(b_1, NOTHING), b_1)

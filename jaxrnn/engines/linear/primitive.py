@@ -1,12 +1,12 @@
 """The primitive of linear recurrences, and the programs that compute it.
 
-One primitive, so that every transformation has it. It is linear in b and in h before the first step, and its transpose
-is itself, in the other direction and shifted:
+There is one primitive, so that every transformation works on it. It is linear in b and in h before the first step, and
+its transpose is itself, in the other direction and shifted:
 
     plain      h_k = A_k h_{k-1} + b_k          gives all h_k, and the last
     shifted    h_k = c_{k-1} + b_k, c_k = A_k h_k   gives all h_k, and the last c_k
 
-where a cut at step k stands for A_k = 0, by selection. In a, which it is not linear in, the product rule gives the
+Here a cut at step k means A_k = 0, by selection. The primitive is not linear in a; for a, the product rule gives the
 tangent: the recurrence of ȧ_k h_{k-1} + ḃ_k.
 """
 
@@ -33,7 +33,7 @@ CHUNK = 128  # steps that "chunked" computes at once
 
 
 def _before(coefficient: Array, cut: Array | None, h: Array) -> Array:
-    """What a step adds to b: A h."""
+    """Returns A h, which a step adds to b."""
     product = coefficient.astype(h.dtype) * h
     return product if cut is None else jnp.where(cut, jnp.zeros_like(product), product)
 
@@ -56,7 +56,7 @@ def _sequential(a, b, h, *cut, reverse, shifted):
 
 
 def _combine(first, second):
-    """Two stretches of steps to one: (product of coefficients, h from 0, whether there is a cut in it)."""
+    """Joins two stretches of steps to one: (product of coefficients, h from 0, whether there is a cut in it)."""
     a_1, b_1, *cut_1 = first
     a_2, b_2, *cut_2 = second
     if not cut_1:
@@ -67,7 +67,7 @@ def _combine(first, second):
 
 
 def _unshifted(function):
-    """A form of the plain recurrence, for the shifted one too."""
+    """Extends a form of the plain recurrence to the shifted one."""
 
     @functools.wraps(function)
     def run(a, b, h, *cut, reverse, shifted):
@@ -140,7 +140,7 @@ linear_scan_p = Primitive("jaxrnn_linear_scan")
 
 def _abstract(a, b, h, *cut, reverse, shifted, form):
     def like(aval, *time):
-        """All axes but time are divided among devices as those of b are."""
+        """Divides all axes but time among devices as those of b are."""
         sharding = b.sharding.update(spec=PartitionSpec(*time, *b.sharding.spec[1:]))
         return b.update(shape=aval.shape, dtype=aval.dtype, weak_type=False, sharding=sharding)
 
@@ -148,12 +148,12 @@ def _abstract(a, b, h, *cut, reverse, shifted, form):
 
 
 def bind(*arrays, **options):
-    """The primitive of (a, b, h) and, where something is cut, the cuts; options: reverse, shifted, form."""
+    """Binds the primitive to (a, b, h) and, where something is cut, to the cuts; options: reverse, shifted, form."""
     return linear_scan_p.bind(*varying_like(arrays), **options)
 
 
 def _previous(h, hs, reverse):
-    """The state before every step, in the dtype of h."""
+    """Returns the state before every step, in the dtype of h."""
     hs = hs.astype(h.dtype)
     return jnp.concatenate([hs[1:], h[None]] if reverse else [h[None], hs[:-1]])
 
@@ -190,7 +190,7 @@ def _transpose(cotangents, a, b, h, *cut, reverse, shifted, form):
 
 
 def _batched(arrays, axes, **options):
-    """The new axis becomes the second one, of size 1 where an array does not have it."""
+    """The new axis comes after time, and first in h; a and the cuts have size 1 there if they lack it."""
     size = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
 
     def moved(k, array, axis):
@@ -216,7 +216,7 @@ _RULES = {name: _rule(name) for name in FORMS}
 
 
 def _elsewhere(ctx, *operands, form, **options):
-    """Where there is no kernel."""
+    """Lowers the primitive where there is no kernel."""
     if form == "native":
         platforms = ", ".join(ctx.module_context.platforms)
         raise ValueError(f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}")
