@@ -3,10 +3,14 @@
 import ast
 import contextlib
 import importlib.util
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -197,3 +201,35 @@ def test_no_file_shares_its_name_with_a_function_of_its_package():
             if isinstance(node, ast.FunctionDef)
         }
         assert not functions & {path.stem for path in folder.glob("*.py")}, folder
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_read(tmp_path):
+    """The hook that `pip install -e .` calls writes a plain path, so pyright finds every name without running it."""
+    pytest.importorskip("setuptools", "77")
+    pyright = shutil.which("pyright", path=str(Path(sys.executable).parent))
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "*.so", "build", "*.egg-info"))
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    none = {"CC": "false", "CXX": "false"}  # the kernels are optional, and take minutes
+    run = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, env=os.environ | none, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    (path,) = site.glob("*.pth")
+    assert path.read_text().strip() == str(source)
+    if pyright is None:
+        pytest.skip("needs pyright")
+    file = tmp_path / "names.py"
+    names = [name for name in jaxrnn.__all__ if name != "__version__"]
+    lines = ["import jaxrnn", "import jaxrnn.training", *(f"jaxrnn.{name}" for name in names), "jaxrnn.training.train"]
+    file.write_text("\n".join([*lines, "reveal_type(jaxrnn.LSTM(3, 4).init)"]))
+    settings = {"include": [file.name], "extraPaths": [path.read_text().strip()], "reportUnusedExpression": False}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    run = subprocess.run(
+        [pyright, "--pythonpath", sys.executable], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "LSTMParams" in run.stdout, run.stdout
+    assert "0 errors" in run.stdout, run.stdout
