@@ -15,7 +15,7 @@ every step. For each seed, the script prints the share of right answers on new s
 where chance is one half, and over all tokens for copying.
 
 Exit status: 0 if the best seed of every model that should learn its task exceeds `--wanted`, and every seed of the
-others stays below it, 1 if not.
+others stays below it, 1 if not; with `--quick` always 0.
 
 Reference: parity and eigenvalues: Grazzi et al. 2024, arXiv 2411.12537; selective copying: Gu & Dao 2023, Mamba, arXiv
 2312.00752; Feng et al. 2024, arXiv 2410.01201.
@@ -208,6 +208,9 @@ def main(argv: list[str] | None = None) -> int:
             table.add_row(name, kind, "yes" if learns else "no", f"{shares.max():.3f}", f"{shares.min():.3f}")
     Console().print(table)
     picture(found).savefig(args.out, dpi=130)
+    if args.quick:
+        print(f"too small to win, and not judged; picture in {args.out}")
+        return 0
     print(f"{'as' if as_expected else 'not as'} theory says, at {args.wanted} right answers; picture in {args.out}")
     return 0 if as_expected else 1
 

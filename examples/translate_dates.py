@@ -12,7 +12,8 @@ The script writes every day of a century twice, in one of eight styles, with a s
 Separate days choose the epoch and make the test. A date is right if all ten characters are. The baseline knows the
 formats of all styles: each word is replaced by the most similar known one (difflib), and `strptime` parses the text.
 
-Exit status: 0 if the network beats it by --margin of the dates, 1 if not, 2 for an unusable flag.
+Exit status: 0 if the network beats it by --margin of the dates, 1 if not, 2 for an unusable flag. With `--quick`
+never 1.
 """
 
 import argparse
@@ -224,6 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     picture(result).savefig(args.out, dpi=130)
     gain = result.network - result.baseline
+    if args.quick:
+        console.print(f"too small to win, and not judged; picture in {args.out}")
+        return 0
     console.print(f"gain {gain:.3f}, wanted at least {args.margin}; picture in {args.out}")
     return 0 if gain >= args.margin else 1
 

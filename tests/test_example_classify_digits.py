@@ -49,6 +49,8 @@ def test_parts_do_not_overlap():
 def test_the_exit_status_follows_the_margin(result, monkeypatch, capsys, tmp_path, margin, status):
     monkeypatch.setattr(digits, "run", lambda args: result)
     out = tmp_path / "digits.png"
-    assert digits.main(["--quick", f"--margin={margin}", "--out", str(out)]) == status
+    assert digits.main(["--quick", f"--margin={margin}", "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert digits.main([f"--margin={margin}", "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert f"{result.network.mean():.3f}" in capsys.readouterr().out

@@ -33,7 +33,9 @@ def test_every_model_is_better_than_the_most_frequent_mark(result):
 def test_the_exit_status_follows_the_margin(result, monkeypatch, capsys, tmp_path, margin, status):
     monkeypatch.setattr(text, "run", lambda args: result)
     out = tmp_path / "text.png"
-    assert text.main(["--quick", f"--margin={margin}", "--out", str(out)]) == status
+    assert text.main(["--quick", f"--margin={margin}", "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert text.main([f"--margin={margin}", "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert f"{result.accuracy('network'):.3f}" in capsys.readouterr().out
 

@@ -88,7 +88,9 @@ def test_the_margin_and_the_difference_decide(result, monkeypatch, tmp_path, cap
     accuracies = {"baseline": 0.4, "linen": linen, "NNX": other}
     monkeypatch.setattr(flax_models, "run", lambda args: result._replace(accuracies=accuracies))
     out = tmp_path / "flax.png"
-    assert flax_models.main(["--quick", "--margin", "0.3", "--out", str(out)]) == status
+    assert flax_models.main(["--quick", "--margin", "0.3", "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert flax_models.main(["--margin", "0.3", "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "baseline" in capsys.readouterr().out
 

@@ -72,7 +72,9 @@ def test_the_short_mode_forecasts(result):
 def test_the_margin_decides_the_exit_status(result, monkeypatch, tmp_path, capsys, margin, status):
     monkeypatch.setattr(forecast, "run", lambda args: result)
     out = tmp_path / "forecast.png"
-    assert forecast.main(["--quick", "--margin", margin, "--out", str(out)]) == status
+    assert forecast.main(["--quick", "--margin", margin, "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert forecast.main(["--margin", margin, "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "persistence" in capsys.readouterr().out
 

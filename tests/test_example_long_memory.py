@@ -57,7 +57,9 @@ def test_the_margin_is_kept(result, monkeypatch, tmp_path, capsys, mine, lstm, s
     runs = {name: run._replace(error=errors[name]) for name, run in result.runs.items()}
     monkeypatch.setattr(long_memory, "run", lambda args: result._replace(chance=0.17, runs=runs))
     out = tmp_path / "long.png"
-    assert long_memory.main(["--quick", "--margin", "0.1", "--out", str(out)]) == status
+    assert long_memory.main(["--quick", "--margin", "0.1", "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert long_memory.main(["--margin", "0.1", "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "chance" in capsys.readouterr().out
 

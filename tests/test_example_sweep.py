@@ -53,7 +53,9 @@ def test_the_margin_decides_the_exit_status(result, monkeypatch, tmp_path, capsy
     times = {"loop": sweep.Times(100.0, run), "sweep": sweep.Times(1.0, 2.5)}
     monkeypatch.setattr(sweep, "run", lambda args: result._replace(**times))
     out = tmp_path / "sweep.png"
-    assert sweep.main(["--quick", "--margin", "2", "--out", str(out)]) == status
+    assert sweep.main(["--quick", "--margin", "2", "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert sweep.main(["--margin", "2", "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "100.00" in capsys.readouterr().out
 

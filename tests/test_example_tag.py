@@ -69,6 +69,8 @@ def test_windows_see_no_padding_and_no_more_than_the_radius():
 def test_the_exit_status_follows_the_margin(result, monkeypatch, capsys, tmp_path, margin, status):
     monkeypatch.setattr(tag, "run", lambda args: result)
     out = tmp_path / "tag.png"
-    assert tag.main(["--quick", f"--margin={margin}", "--out", str(out)]) == status
+    assert tag.main(["--quick", f"--margin={margin}", "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert tag.main([f"--margin={margin}", "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert f"{result.accuracy('bidirectional'):.3f}" in capsys.readouterr().out

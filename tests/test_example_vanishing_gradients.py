@@ -57,7 +57,9 @@ def test_both_have_to_keep_the_margin(result, monkeypatch, tmp_path, capsys, lst
     runs = {name: run._replace(error=errors[name]) for name, run in result.runs.items()}
     monkeypatch.setattr(vanishing_gradients, "run", lambda args: result._replace(chance=0.17, runs=runs))
     out = tmp_path / "vanishing.png"
-    assert vanishing_gradients.main(["--quick", "--margin", "0.1", "--out", str(out)]) == status
+    assert vanishing_gradients.main(["--quick", "--margin", "0.1", "--out", str(out)]) == 0
+    assert "too small to win, and not judged" in capsys.readouterr().out
+    assert vanishing_gradients.main(["--margin", "0.1", "--out", str(out)]) == status
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "chance" in capsys.readouterr().out
 

@@ -97,7 +97,8 @@ def from_keras(source: Foreign, weights: PyTree = None) -> KerasModel:
       >>> ys.shape
       (2, 2)
 
-      The losses here take logits: to train it on, take off the sigmoid or softmax at its end.
+      The losses here take logits: to train a model on that ends in a sigmoid or softmax, take that layer off,
+      `Stack(model.cells[:-1])` with `params[:-1]`, and apply it to predictions.
 
       >>> from jaxrnn.training import cross_entropy, make_loss
       >>> logits, params = jaxrnn.Stack(model.cell.cells[:-1]), model.params[:-1]
