@@ -13,8 +13,8 @@ Comparison: accuracy on the test part. The baseline is logistic regression on a 
 validation part chooses between words alone and words with punctuation marks, and it chooses C and the network's epoch.
 The same regression on character n-grams, which see some of the order, is shown beside it.
 
-Exit status: 0 if the network beats the bag of words by at least `--margin`, 1 if not, 2 for a file that is unusable. With
-`--quick` never 1.
+Exit status: 0 if the network beats the bag of words by at least `--margin`, 1 if not, 2 for a file that is unusable.
+With `--quick` never 1.
 """
 
 from __future__ import annotations

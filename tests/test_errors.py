@@ -129,7 +129,7 @@ class Unhashable(Cell):
         (lambda: WeightDrop(Stack((CELL,)), 0.1), TypeError, "names its recurrent weights"),
         (lambda: WeightDrop(LearnedCarry(CELL), 0.1), TypeError, "names its recurrent weights"),
         (lambda: Stack(()), TypeError, "at least one cell"),
-        (lambda: Stack(CELL), TypeError, "cells: expected a tuple"),
+        (lambda: Stack("cells"), TypeError, r"cells\[0\]: expected a jaxrnn.Cell, got 'cells'"),
         (lambda: Stack((CELL, "gru")), TypeError, r"cells\[1\]: expected a jaxrnn.Cell, got 'gru'"),
         (lambda: Stack((GRU(2, 3), LSTM(4, 5))), ValueError, r"cells\[1\] reads size 4 and gets 3.*LSTM.*above GRU"),
         (lambda: Stack((GRU(2, 3), Dropout(0.1), Apply("tanh"), LSTM(4, 5))), ValueError, "reads size 4 and gets 3"),

@@ -139,7 +139,10 @@ def close(a, b, rtol):
 def spoiled(batch):
     """The data as a list of batches, one of which gives an infinite loss."""
     batches = list(Arrays(DATA, 8, shuffle=False, drop_last=True))
-    return [each._replace(xs=each.xs * np.inf) if k == batch else each for k, each in enumerate(batches * 2)]
+    return [
+        each._replace(weights=np.full(len(each.xs), np.inf if k == batch else 1, np.float32))
+        for k, each in enumerate(batches * 2)
+    ]
 
 
 def test_what_is_not_finite_raises_with_step_and_leaf():
@@ -328,22 +331,19 @@ def test_a_learned_carry_is_trained_where_a_sequence_begins():
     assert abs(want - evaluate(loss, after.params, [unset], carry=nothing)["loss"]) > 1e-4
 
 
-def test_progress_is_drawn_where_it_is_asked_for_and_quiet_elsewhere(capsys):
+def test_progress_is_a_line_an_epoch_and_a_bar_on_a_terminal(capsys):
     screen = io.StringIO()
-    train(progress=Console(file=screen, force_terminal=True, width=200), validation=DATA)
-    for part in (
-        "epoch 2/2",
-        "loss 0.",
-        "accuracy",
-        "validation loss",
-        "steps",
-        "steps/s",
-    ):
+    train(progress=Console(file=screen, force_terminal=True, width=80), validation=DATA)
+    for part in ("epoch 2/2", "loss 0.", "accuracy", "val loss", "steps/s"):
         assert part in screen.getvalue(), part
-    quiet = io.StringIO()
-    train(progress=Console(file=quiet))
+    plain = io.StringIO()
+    train(progress=Console(file=plain))
+    assert [line.split("  ")[0] for line in plain.getvalue().splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    assert capsys.readouterr().out == ""
     train()
-    assert quiet.getvalue() == capsys.readouterr().out == ""
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    train(progress=False)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
