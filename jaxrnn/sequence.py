@@ -64,7 +64,8 @@ def scan(
       params: The parameters of the cell, as `cell.init` returns them.
       carry: The carry to start from, with leaves (*batch, ...), or None for `cell.initial_carry`. A given carry keeps
         its dtypes; with None, the carry has the widest dtype among float32, that of the params and that of floating xs.
-      xs: The inputs.
+      xs: The inputs. Arrays with the batch first need `time_axis=1`: without it the
+        recurrence would run along the batch.
       lengths: Integers (*batch): the number of valid steps, counted from the first step. Where the values are not known
         at trace time, a length above T acts as T and one below 0 as 0; where they are known, such a length raises an
         error.

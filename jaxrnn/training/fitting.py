@@ -67,8 +67,8 @@ def fit(
         the same batches in the same order. Members may differ in everything that is an array: the key, the params, the
         values in `optax.inject_hyperparams`. The fields of a cell (sizes, dropout rates) are part of the program, so
         each value needs its own `fit`.
-      data: Arrays with a common first axis, or a tuple, `Batch` or dict of such arrays; or batches: a list, an
-        iterable, or a source (see `Source`) such as `Buckets` or `Streams`.
+      data: Arrays with the batch as the first axis and time as the second, (N, T, ...), or a tuple, `Batch` or dict of
+        such arrays; or batches: a list, an iterable, or a source (see `Source`) such as `Buckets` or `Streams`.
       optimizer: The Optax optimizer that `state` was made with.
       epochs: The number of passes over the data.
       batch_size: The number of rows per batch, for arrays; the last batch of an epoch may be smaller.
