@@ -1,5 +1,8 @@
 """Layers without memory: cells with an empty carry, which act on each step separately."""
 
+# What other cells are by a class variable, some here are by a property.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 from abc import abstractmethod

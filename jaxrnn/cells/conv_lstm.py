@@ -1,5 +1,8 @@
 """The convolutional LSTM, in one, two or three spatial dimensions."""
 
+# What other cells are by a class variable, some here are by a property.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,8 @@
 """Cells side by side, whose outputs are merged: all in one direction, or two in opposite directions."""
 
+# What other cells are by a class variable, some here are by a property.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import dataclasses

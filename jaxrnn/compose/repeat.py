@@ -1,5 +1,8 @@
 """A sequence from one input: the outputs of a cell over steps that all read the same input."""
 
+# What other cells are by a class variable, some here are by a property.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,8 @@
 """Cells made of several cells, and cells one above another."""
 
+# What other cells are by a class variable, some here are by a property.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,8 @@
 """Wrappers: cells around one other cell."""
 
+# What other cells are by a class variable, some here are by a property.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -2,6 +2,9 @@
 cells.
 """
 
+# What other cells are by a class variable, some here are by a property.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import functools
