@@ -225,8 +225,8 @@ class Part(NamedTuple):
 
 
 def take_step(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, noise: Noise) -> tuple[PyTree, PyTree]:
-    """`cell.step`, which need not take noise where the cell draws none."""
-    if noise is None or type(cell).noise is Cell.noise:
+    """`cell.step`, which need not take noise where there is none."""
+    if not jax.tree.leaves(noise):
         return cell.step(params, carry, x)
     return cell.step(params, carry, x, noise)
 

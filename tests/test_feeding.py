@@ -67,7 +67,7 @@ def test_whatever_gives_an_array_is_one():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([XS, CLASSES], "batch: expected a Batch or a pair .*, got ndarray"),
+        ([XS, CLASSES], r"data: a list is one of batches, .* as a tuple, \(xs, targets\)"),
         ([(XS, CLASSES, CLASSES)], "batch: expected a Batch or a pair .*, got tuple of 3"),
         ({"x": XS, "y": CLASSES}, "batch: expected a Batch or a pair .*, got dict"),
         ([(XS, None)], "targets: expected an array, got None"),

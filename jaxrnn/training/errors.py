@@ -118,6 +118,7 @@ def cross_entropy(
       Options of an error are bound by `functools.partial`:
 
       >>> import functools, jaxrnn
+      >>> from jaxrnn.training import make_loss
       >>> error = functools.partial(cross_entropy, ignore=-100, class_weights=(1.0, 5.0))
       >>> loss = make_loss(jaxrnn.Stack(jaxrnn.Pool(jaxrnn.GRU(3, 8)), jaxrnn.Linear(8, 2)), error)
     """

@@ -37,7 +37,7 @@ class Trained:
       >>> import numpy as np, jaxrnn
       >>> from jaxrnn.training import squared_error, train
       >>> xs = np.ones((6, 3, 1), np.float32)
-      >>> trained = train(jaxrnn.GRU(1, 1), (xs, xs), squared_error, epochs=1)
+      >>> trained = train(jaxrnn.GRU(1, 1), (xs, xs), squared_error, epochs=1, progress=False)
       >>> trained.predict(xs).shape
       (6, 3, 1)
     """
@@ -109,7 +109,7 @@ def train(
       >>> from jaxrnn.training import accuracy, cross_entropy, train
       >>> model = jaxrnn.Stack(jaxrnn.Pool(jaxrnn.GRU(1, 8)), jaxrnn.Linear(8, 2))
       >>> xs, kinds = np.ones((6, 3, 1), np.float32), np.array([0, 1, 0, 1, 0, 1])
-      >>> trained = train(model, (xs, kinds), cross_entropy, metrics=[accuracy], epochs=2, batch_size=3)
+      >>> trained = train(model, (xs, kinds), cross_entropy, metrics=[accuracy], epochs=2, progress=False)
       >>> sorted(trained.evaluate((xs, kinds)))
       ['accuracy', 'loss']
     """
