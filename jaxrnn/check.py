@@ -72,16 +72,21 @@ def concrete(value: object) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
+def _key() -> jax.ShapeDtypeStruct:
+    """A key to ask for shapes with; a real one would stay in the program that is being traced."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
 @functools.lru_cache(maxsize=512)  # not without bound, since a cell may hold a closure
 def shapes_of_params(cell) -> PyTree:
     """The shapes and dtypes that `cell.init` would allocate."""
-    return jax.eval_shape(cell.init, jax.random.key(0))
+    return jax.eval_shape(cell.init, _key())
 
 
 @functools.lru_cache(maxsize=512)
 def shapes_of_carry(cell, batch_shape: tuple[int, ...] = ()) -> PyTree:
     """The shapes and dtypes of `cell.initial_carry`."""
-    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), jax.random.key(0))
+    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), _key())
 
 
 def params(cell: Cell, given: PyTree) -> None:
@@ -103,7 +108,7 @@ def drawn(given: PyTree, init: Callable[..., PyTree], *arguments: Any, **options
 
 @functools.lru_cache(maxsize=512)
 def _shapes_of_drawn(init, arguments, options) -> PyTree:
-    return jax.eval_shape(lambda key: init(key, *arguments, **dict(options)), jax.random.key(0))
+    return jax.eval_shape(lambda key: init(key, *arguments, **dict(options)), _key())
 
 
 def _as_expected(owner: str, expected: PyTree, given: PyTree, optional: tuple[str, ...]) -> None:
