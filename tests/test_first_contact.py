@@ -428,6 +428,11 @@ STATE = train_state(PARAMS, optax.sgd(0.1), KEY)
             "metrics: .* got 'accuracy'; pass the function jaxrnn.training.accuracy",
         ),
         (lambda: make_loss(MODEL, cross_entropy, metrics="accuracy"), TypeError, "metrics: expected functions by name"),
+        (
+            lambda: make_loss(MODEL, cross_entropy, metrics=[accuracy, functools.partial(accuracy, ignore=1)]),
+            ValueError,
+            "metrics: expected functions of different names, .* name them",
+        ),
         (lambda: make_loss(cross_entropy, MODEL), TypeError, "cell: expected a jaxrnn.Cell"),
         (lambda: make_loss(MODEL, MODEL), TypeError, "error: expected a function"),
         (lambda: train_state(PARAMS, "adam", KEY), TypeError, r"optimizer: .* such as optax.adam\(1e-3\), got 'adam'"),

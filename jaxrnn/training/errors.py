@@ -286,7 +286,12 @@ def named_metrics(metrics: Metrics) -> dict[str, Callable[..., Metric]]:
             raise TypeError(f"metrics: expected functions by name, or a list of them, got {metrics!r}")
         for metric in metrics:
             check_error("metrics", metric)
-        metrics = {unbound(metric)[0].__name__: metric for metric in metrics}
+        named = [getattr(unbound(metric)[0], "__name__", "") for metric in metrics]
+        if "" in named or len(set(named)) < len(named):
+            raise ValueError(
+                f"metrics: expected functions of different names, got {named}; name them, {{name: function}}"
+            )
+        metrics = dict(zip(named, metrics, strict=True))
     for name, metric in metrics.items():
         check_error(f"metrics[{name!r}]", metric)
     if "loss" in metrics:
