@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +11,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import accumulator, inexact, zero_where_not
 from jaxrnn.training.targets import is_chance
-from jaxrnn.typing import Named, PyTree
+from jaxrnn.typing import PyTree
 
 
 class Mean(NamedTuple):
@@ -268,60 +266,6 @@ def perplexity(
       Array(8., dtype=float32)
     """
     return Perplexity(*cross_entropy(logits, targets, mask, weights=weights, ignore=ignore))
-
-
-def unbound(error: Callable) -> tuple[Callable, Named]:
-    """An error and the options that `functools.partial` gave it."""
-    if isinstance(error, functools.partial) and not error.args:
-        return error.func, error.keywords
-    return error, {}
-
-
-def named_metrics(metrics: Metrics) -> dict[str, Callable[..., Metric]]:
-    """Metrics by name."""
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
-        if isinstance(metrics, str) or not isinstance(metrics, Sequence):
-            raise TypeError(f"metrics: expected functions by name, or a list of them, got {metrics!r}")
-        for metric in metrics:
-            check_error("metrics", metric)
-        named = [getattr(unbound(metric)[0], "__name__", "") for metric in metrics]
-        if "" in named or len(set(named)) < len(named):
-            raise ValueError(
-                f"metrics: expected functions of different names, got {named}; name them, {{name: function}}"
-            )
-        metrics = dict(zip(named, metrics, strict=True))
-    for name, metric in metrics.items():
-        check_error(f"metrics[{name!r}]", metric)
-    if "loss" in metrics:
-        raise ValueError("metrics: the name 'loss' is that of the error itself")
-    return dict(metrics)
-
-
-def check_error(name: str, error: Any) -> None:
-    """It is a function of (ys, targets, mask)."""
-    if isinstance(error, Cell) or not callable(error):
-        ours = OTHER_NAMES.get(error) if isinstance(error, str) else None
-        hint = f"; pass the function jaxrnn.training.{ours}" if ours else ""
-        raise TypeError(f"{name}: expected a function such as jaxrnn.training.cross_entropy, got {error!r}{hint}")
-
-
-OTHER_NAMES = {
-    "mse": "squared_error",
-    "mean_squared_error": "squared_error",
-    "squared_error": "squared_error",
-    "mae": "absolute_error",
-    "mean_absolute_error": "absolute_error",
-    "cross_entropy": "cross_entropy",
-    "categorical_crossentropy": "cross_entropy",
-    "sparse_categorical_crossentropy": "cross_entropy",
-    "binary_crossentropy": "binary_cross_entropy",
-    "acc": "accuracy",
-    "accuracy": "accuracy",
-    "binary_accuracy": "binary_accuracy",
-    "perplexity": "perplexity",
-}
 
 
 def _masked(ys, targets, mask):

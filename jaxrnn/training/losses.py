@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,21 +21,19 @@ from jaxrnn.sequence import scan
 from jaxrnn.training.batches import Batch
 from jaxrnn.training.errors import (
     Error,
+    Metric,
     Metrics,
     absolute_error,
     accuracy,
     binary_accuracy,
     binary_cross_entropy,
-    check_error,
     cross_entropy,
-    named_metrics,
     not_ignored,
     perplexity,
     squared_error,
-    unbound,
 )
 from jaxrnn.training.targets import Check, chances, classes, finite, require
-from jaxrnn.typing import PyTree
+from jaxrnn.typing import Named, PyTree
 
 
 def make_loss(
@@ -99,8 +98,8 @@ def make_truncated_loss(
       (5, 1)
     """
     check.a_cell("cell", cell)
-    check_error("error", error)
-    metrics = named_metrics(metrics)
+    _check_error("error", error)
+    metrics = _named_metrics(metrics)
     _check_head(cell, [error, *metrics.values()])
 
     def loss(params, carry, batch, key):
@@ -148,10 +147,64 @@ class CellLoss:
         size = size[-1] if isinstance(size, tuple) else size
         mask = None if self.cell.ends_time else valid_steps(batch, np)
         for error in self.errors:
-            function, options = unbound(error)
+            function, options = _unbound(error)
             if function in CHECKS:
                 seen = not_ignored(batch.targets, mask, options.get("ignore"), np)
                 CHECKS[function](name, batch.targets, seen, size)
+
+
+def _unbound(error: Callable) -> tuple[Callable, Named]:
+    """An error and the options that `functools.partial` gave it."""
+    if isinstance(error, functools.partial) and not error.args:
+        return error.func, error.keywords
+    return error, {}
+
+
+def _named_metrics(metrics: Metrics) -> dict[str, Callable[..., Metric]]:
+    """Metrics by name."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+            raise TypeError(f"metrics: expected functions by name, or a list of them, got {metrics!r}")
+        for metric in metrics:
+            _check_error("metrics", metric)
+        named = [getattr(_unbound(metric)[0], "__name__", "") for metric in metrics]
+        if "" in named or len(set(named)) < len(named):
+            raise ValueError(
+                f"metrics: expected functions of different names, got {named}; name them, {{name: function}}"
+            )
+        metrics = dict(zip(named, metrics, strict=True))
+    for name, metric in metrics.items():
+        _check_error(f"metrics[{name!r}]", metric)
+    if "loss" in metrics:
+        raise ValueError("metrics: the name 'loss' is that of the error itself")
+    return dict(metrics)
+
+
+def _check_error(name: str, error: Any) -> None:
+    """It is a function of (ys, targets, mask)."""
+    if isinstance(error, Cell) or not callable(error):
+        ours = _OTHER_NAMES.get(error) if isinstance(error, str) else None
+        hint = f"; pass the function jaxrnn.training.{ours}" if ours else ""
+        raise TypeError(f"{name}: expected a function such as jaxrnn.training.cross_entropy, got {error!r}{hint}")
+
+
+_OTHER_NAMES = {
+    "mse": "squared_error",
+    "mean_squared_error": "squared_error",
+    "squared_error": "squared_error",
+    "mae": "absolute_error",
+    "mean_absolute_error": "absolute_error",
+    "cross_entropy": "cross_entropy",
+    "categorical_crossentropy": "cross_entropy",
+    "sparse_categorical_crossentropy": "cross_entropy",
+    "binary_crossentropy": "binary_cross_entropy",
+    "acc": "accuracy",
+    "accuracy": "accuracy",
+    "binary_accuracy": "binary_accuracy",
+    "perplexity": "perplexity",
+}
 
 
 _SIGMOIDS = ("sigmoid", "hard_sigmoid", "keras_hard_sigmoid", jax.nn.sigmoid, jax.nn.hard_sigmoid)
@@ -165,7 +218,7 @@ def _check_head(cell: Cell, errors: Sequence[Callable]) -> None:
         top = top.cells[-1] if isinstance(top, Stack) else top.cell
     spec = top.fn[0] if isinstance(top, Apply) and isinstance(top.fn, tuple) else getattr(top, "fn", None)
     for error in errors:
-        function, _ = unbound(error)
+        function, _ = _unbound(error)
         wrong = {
             cross_entropy: _SIGMOIDS + _SOFTMAX,
             perplexity: _SIGMOIDS + _SOFTMAX,
