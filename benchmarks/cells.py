@@ -21,12 +21,11 @@ import statistics
 import sys
 from typing import Any
 
-import contest
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
-from contest import Contestant, Table
+from helpers import contest, peers
+from helpers.contest import Contestant, Table
 
 SHAPES = ("32,128,64,128", "64,128,128,256", "16,100,256,512", "1,1000,32,64", "256,64,64,64")
 

@@ -17,12 +17,11 @@ import sys
 import time
 from typing import Any
 
-import contest
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
-from contest import Table
+from helpers import contest, peers
+from helpers.contest import Table
 
 IMPORT = "import time; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin)"
 

@@ -22,11 +22,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import contest
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contest import Contestant, Table
+from helpers import contest
+from helpers.contest import Contestant, Table
 from jax import lax
 
 import jaxrnn

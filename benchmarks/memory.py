@@ -22,12 +22,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import contest
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
-from contest import Table
+from helpers import contest, peers
+from helpers.contest import Table
 
 MIB = 2**20
 

@@ -14,9 +14,8 @@ import math
 import sys
 
 import cells
-import contest
-import peers
-from contest import Table
+from helpers import contest, peers
+from helpers.contest import Table
 
 VALUES = {"T": [2**k for k in range(6, 14)], "B": [2**k for k in range(9)], "H": [2**k for k in range(4, 11)]}
 FIELDS = {"T": "steps", "B": "rows", "H": "units"}

@@ -18,12 +18,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import contest
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
-from contest import Contestant, Table
+from helpers import contest, peers
+from helpers.contest import Contestant, Table
 
 import jaxrnn
 

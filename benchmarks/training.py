@@ -19,13 +19,12 @@ import sys
 from functools import partial
 from typing import Any, NamedTuple
 
-import contest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peers
-from contest import Contestant, Table
+from helpers import contest, peers
+from helpers.contest import Contestant, Table
 
 import jaxrnn
 

@@ -2,15 +2,16 @@
 
     python examples/char_lm.py                                  # reads the topics of Python's own help()
     python examples/char_lm.py --text book.txt --cell gru --minutes 10
+    python examples/char_lm.py --quick                          # a small network, half a minute
 
 The first nine tenths of the text are for training, the last tenth is for validation. Training is truncated
 backpropagation: the text is cut into parallel streams, and each window of a stream starts from the carry in which the
 window before it ended. The network is compared with n-gram models of the same split, with Witten–Bell interpolation.
 Both sides choose by the validation part: the network keeps the parameters of its best validation, and the n-grams keep
-their best order.
+their best order. The learning curve is drawn if matplotlib is there.
 
 Exit status: 0 if the network beats the strongest of them by --margin bits per character, 1 if not, 2 for a text or a
-flag that cannot be used, 130 after Ctrl-C.
+flag that cannot be used, 130 after Ctrl-C. With --quick never 1.
 """
 
 import argparse
@@ -213,6 +214,9 @@ def sample(model: jaxrnn.Cell, params: Any, alphabet: str, args: argparse.Namesp
 
 # The run.
 
+QUICK = {"layers": 1, "hidden": 64, "minutes": 0.5}
+SHORT = ", ".join(f"--{flag} {value}" for flag, value in QUICK.items())
+
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[list[bool]]:
@@ -245,8 +249,30 @@ class Clock(NamedTuple):
         return bool(self.pressed) or self.progress() >= 1
 
 
-def train_epoch(step: Callable, state: State, windows: Windows, clock: Clock, bar: Progress) -> tuple[State, str]:
-    """One pass over the windows, or as far as the clock allows: the state, and a line on how it went."""
+class Point(NamedTuple):
+    """Of the learning curve: seconds of training, and bits per character of both parts."""
+
+    seconds: float
+    training: float
+    validation: float
+
+
+class Trained(NamedTuple):
+    """The parameters of the best validation, its bits per character, the curve, and whether Ctrl-C ended it."""
+
+    params: Any
+    bits: float
+    curve: list[Point]
+    interrupted: bool
+
+
+def train_epoch(
+    step: Callable, state: State, windows: Windows, clock: Clock, bar: Progress
+) -> tuple[State, float, str]:
+    """One pass over the windows, or as far as the clock allows.
+
+    Returns the state, bits per character, and a line on how it went.
+    """
     begun, seen, total, line = time.perf_counter(), 0, 0.0, ""
     for window in map(Windows._make, zip(*windows, strict=True)):
         state, bits = step(state, window, clock.progress())
@@ -256,18 +282,15 @@ def train_epoch(step: Callable, state: State, windows: Windows, clock: Clock, ba
         bar.update(bar.task_ids[0], completed=clock.progress(), description=line)
         if clock.over():
             break
-    return state, line
+    return state, total / seen, line
 
 
-def train(model: jaxrnn.Cell, text: Text, args: argparse.Namespace, console: Console, deadline: float):
-    """Trains until the deadline, validating after every epoch, where they are short every fiftieth of the time.
-
-    Returns the parameters of the best validation, its bits per character, and whether Ctrl-C ended the training.
-    """
+def train(model: jaxrnn.Cell, text: Text, args: argparse.Namespace, console: Console, deadline: float) -> Trained:
+    """Trains until the deadline, validating after every epoch, where they are short every fiftieth of the time."""
     windows = cut(text.codes[: text.training], args.streams, args.window)
     held_out = cut(text.codes[text.training - 1 :], 1, 512)
     state, step = make_train_step(model, args)
-    best, best_bits, validated = jax.tree.map(jnp.copy, state.params), math.inf, 0.0
+    best, best_bits, validated, curve = jax.tree.map(jnp.copy, state.params), math.inf, 0.0, []
     columns = "{task.description}", BarColumn(20), TimeRemainingColumn()
     on_screen = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with ctrl_c() as pressed, on_screen as bar:
@@ -276,16 +299,37 @@ def train(model: jaxrnn.Cell, text: Text, args: argparse.Namespace, console: Con
         clock = Clock(time.perf_counter(), deadline, pressed)
         for epoch in itertools.count(1):
             state = state._replace(carry=model.initial_carry(state.params, (args.streams,)))
-            state, line = train_epoch(step, state, windows, clock, bar)
+            state, training, line = train_epoch(step, state, windows, clock, bar)
             if clock.over() or clock.progress() > validated + 0.02:
                 bits, validated = float(evaluate(model, state.params, held_out)), clock.progress()
                 left = max(0, deadline - time.perf_counter())
+                curve.append(Point(time.perf_counter() - clock.start, training, bits))
                 console.print(f"epoch {epoch:3}  {line}  validation {bits:.3f}  {left:.0f} s left")
                 if bits < best_bits:  # a copy, since the next step takes the state's memory
                     best, best_bits = jax.tree.map(jnp.copy, state.params), bits
                 if clock.over():
                     break
-    return best, best_bits, bool(pressed)
+    return Trained(best, best_bits, curve, bool(pressed))
+
+
+def draw(curve: list[Point], ngrams: dict[str, float], path: Path) -> str:
+    """Writes the picture of the learning curve, and returns a line on it."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no picture of the learning curve, for lack of matplotlib"
+    with rc_context(jaxrnn.analysis.STYLE):
+        axes = (figure := Figure(figsize=(3.5, 2.6))).subplots()
+        seconds, training, validation = zip(*curve, strict=True)
+        axes.plot(seconds, training, ".-", label="training")
+        axes.plot(seconds, validation, ".-", label="validation")
+        for (order, bits), line in zip(ngrams.items(), (":", "-.", "--"), strict=True):
+            axes.axhline(bits, color="0.5", ls=line, lw=0.8, label=f"n-gram, {order}")
+        axes.set(xlabel="seconds of training", ylabel="bits per character")
+        axes.legend()
+        figure.savefig(path)
+    return f"the learning curve is in {path}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -299,7 +343,7 @@ def run(args: argparse.Namespace) -> int:
     network = f"{args.cell.upper()}, {args.layers} x {args.hidden}, {size:,} parameters"
     console.print(f"{name}: {len(text.codes):,} characters, {text.training:,} of them to train on; {network}")
     ngrams = baselines(text)
-    params, bits, interrupted = train(model, text, args, console, deadline)
+    params, bits, curve, interrupted = train(model, text, args, console, deadline)
 
     table = Table("on the validation part", "bits/char")
     for order, value in ngrams.items():
@@ -307,8 +351,12 @@ def run(args: argparse.Namespace) -> int:
     table.add_row(f"{network}, the best validation", f"{bits:.3f}")
     console.print(table)
     console.print(sample(model, params, text.alphabet, args))
+    console.print(draw(curve, ngrams, args.out))
     if interrupted:
         raise KeyboardInterrupt
+    if args.quick:
+        console.print("too small to win, and not judged")
+        return 0
     strongest = min(ngrams.values())
     if strongest - bits >= args.margin:
         return 0
@@ -335,8 +383,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     seed = checked(int, lambda n: 0 <= n < 2**32, "an integer from 0 to 2**32 - 1")
     rate = checked(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
     finite = checked(float, math.isfinite, "a number")
+    file = checked(Path, lambda path: path.parent.is_dir(), "a file in a folder that exists")
     letters = checked(str, len, "at least one character")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"where not given: {SHORT}")
     parser.add_argument("--text", type=Path, metavar="PATH", help="a UTF-8 text (default: the topics of help())")
     parser.add_argument("--cell", choices=("lstm", "gru"), default="lstm", help="the recurrent layer (default: lstm)")
     for flag, kind, default, meaning in (
@@ -354,8 +404,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("--prompt", letters, "The ", "the text that the sample begins with"),
         ("--sample", count, 400, "characters to sample"),
         ("--temperature", positive, 0.7, "below 1 the sample takes fewer risks"),
+        ("--out", file, Path("char_lm.png"), "the picture of the learning curve"),
     ):
-        parser.add_argument(flag, type=kind, default=default, metavar="X", help=f"{meaning} (default: %(default)r)")
+        parser.add_argument(flag, type=kind, default=default, metavar="X", help=f"{meaning} (default: %(default)s)")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
     return parser.parse_args(argv)
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from jaxrnn import GRU, Bidirectional, Dropout, Linear, Pool, Stack
+from jaxrnn.analysis import STYLE
 from jaxrnn.training import Batch, Validation, accuracy, cross_entropy, fit, make_loss, predict, train_state
 
 ROWS = 8
@@ -120,28 +122,29 @@ def run(args: argparse.Namespace) -> Result:
 
 def picture(result: Result, test: Digits) -> Figure:
     """Above, accuracy against rows read; below, digits and what the network takes them for after each row."""
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(7, 6.2))
     grid = figure.add_gridspec(2, 1, height_ratios=(3, 4))
     above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     axes, rows = above.subplots(), np.arange(1, ROWS + 1)
     axes.plot(rows, result.network, "o-", label="one recurrent network for any number of rows")
     axes.plot(rows, result.baseline, "s--", color="0.5", label="logistic regression, one for each number of rows")
     axes.set(xlabel="rows read, from the top", ylabel="accuracy on the test part", ylim=(0.3, 1))
-    axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
 
     surprising = np.argsort(
         -(np.diff(result.predicted, axis=0) != 0).sum(0), kind="stable"
     )  # changed its mind most often
     below.suptitle(
-        "digits of the test part; beside each row, what the network takes them for when it has read that row"
+        "digits of the test part; beside each row, what the network takes them for when it has read that row:\n"
+        "green where that is right, orange where it is wrong"
     )
     for digit, axes in enumerate(below.subplots(2, 5).flat):
         index = next(k for k in surprising if test.labels[k] == digit)
         axes.imshow(test.images[index], cmap="Greys", extent=(0, ROWS, ROWS, 0))
         for row, guess in enumerate(result.predicted[:, index]):
-            axes.text(8.5, row + 0.5, guess, color="tab:green" if guess == digit else "tab:red", va="center")
+            axes.text(8.5, row + 0.5, guess, color="C2" if guess == digit else "C1", va="center")
         axes.set(xticks=[], yticks=[], title=f"{digit}")
+        axes.spines[:].set_visible(True)
     return figure
 
 
@@ -163,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(str(rows), *(f"{value:.3f}" for value in both))
     table.add_row("mean", f"{result.network.mean():.3f}", f"{result.baseline.mean():.3f}")
     Console().print(table)
-    picture(result, load()[2]).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(result, load()[2]).savefig(args.out)
     if args.quick:
         print(f"too small to win, and not judged; picture in {args.out}")
         return 0

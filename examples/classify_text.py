@@ -30,6 +30,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from jaxrnn import GRU, Bidirectional, Dropout, Embed, Linear, Pool, Stack
+from jaxrnn.analysis import STYLE
 from jaxrnn.training import Arrays, Batch, Validation, accuracy, cross_entropy, fit, make_loss, predict, train_state
 from jaxrnn.training.ragged import pad
 
@@ -167,27 +169,32 @@ def run(args: argparse.Namespace) -> Result:
 
 def picture(result: Result) -> Figure:
     """What two models take each class for, and texts that only the network gets right."""
-    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
+    figure = Figure(figsize=(7, 5.6))
     grid = figure.add_gridspec(2, 1)
     above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     for axes, model in zip(above.subplots(1, 2), ("bag of words", "network"), strict=True):
         shares = np.zeros((len(result.names), len(result.names)))
         np.add.at(shares, (result.test.classes, result.predicted[model]), 1)
         shares /= np.maximum(shares.sum(1, keepdims=True), 1)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(shares, vmin=0, vmax=1)
         for (row, column), share in np.ndenumerate(shares) if len(result.names) <= 8 else ():
-            axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="w" if share > 0.5 else "k")
-        axes.set(xticks=range(len(shares)), yticks=range(len(shares)), xlabel="predicted", ylabel="true")
-        axes.set(xticklabels=result.names, yticklabels=result.names, title=f"{model}: {result.accuracy(model):.1%}")
+            number = f"{100 * share:.0f}" if share >= 0.005 else ""
+            axes.text(column, row, number, ha="center", va="center", color="w" if share > 0.5 else "k")
+        axes.set(
+            xticks=range(len(shares)), yticks=range(len(shares)), xlabel="predicted", ylabel="true (% of each row)"
+        )
+        axes.set(
+            xticklabels=result.names, yticklabels=result.names, title=f"{model}: {result.accuracy(model):.1%} right"
+        )
     axes = below.subplots()
     axes.set_axis_off()
-    axes.text(0, 1, "texts that only the network gets right", fontsize=12)
+    axes.text(0, 1, "texts that only the network gets right", fontsize=9)
     wrong = result.predicted["bag of words"]
     only = np.flatnonzero((result.predicted["network"] == result.test.classes) & (wrong != result.test.classes))
     rows = [(result.names[result.test.classes[k]], result.names[wrong[k]], result.test.texts[k]) for k in only[:12]]
     for row, entries in enumerate([("true", "bag of words", "text"), *rows], 1):
-        for x, entry, color in zip((0.03, 0.11, 0.25), entries, ("tab:green", "tab:red", "k"), strict=True):
-            axes.text(x, 1 - row / 14, entry, family="monospace", fontsize=9, color=color, parse_math=False)
+        for x, entry, color in zip((0.03, 0.11, 0.25), entries, ("C2", "C1", "k"), strict=True):
+            axes.text(x, 1 - row / 14, entry, family="monospace", fontsize=8, color=color, parse_math=False)
     return figure
 
 
@@ -213,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     for model in result.predicted:
         table.add_row(model, f"{result.accuracy(model):.3f}")
     Console().print(table)
-    picture(result).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(result).savefig(args.out)
     if args.quick:
         print(f"too small to win, and not judged; picture in {args.out}")
         return 0

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ from rich.table import Table
 import jaxrnn.linen
 import jaxrnn.nnx
 from jaxrnn import GRU, Dropout, Stack
+from jaxrnn.analysis import STYLE
 from jaxrnn.training import Batch, History, accuracy, cross_entropy, evaluate, fit, train_state
 
 PLACES, MOVES, SIZE, LONGEST = 4, 3, 16, 40
@@ -171,18 +173,18 @@ def run(args: argparse.Namespace) -> Result:
 
 def picture(result: Result) -> Figure:
     """The learning curves, and the accuracies."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 2.6))
     curves, bars = figure.subplots(1, 2, width_ratios=(2, 1))
     for name, history in result.histories.items():
         smooth = np.convolve(history.train["accuracy"], np.ones(20) / 20, "valid")
         curves.plot(np.arange(len(smooth)) + 20, smooth, label=name)
-    curves.axhline(1 / PLACES, color="0.5", ls="--", label="chance")
+    curves.axhline(1 / PLACES, color="0.5", ls="--", lw=0.8, label="chance")
     curves.set(xscale="log", xlabel="step of training", ylabel="accuracy, training walks", ylim=(0, 1.02))
-    curves.grid(alpha=0.3)
-    curves.legend(loc="lower right")
+    curves.legend(loc="center right")
     names = list(result.accuracies)
-    bars.bar(names, [result.accuracies[name] for name in names], color=["0.6", "tab:blue", "tab:orange"])
-    bars.set(ylabel="accuracy, new, longer walks", ylim=(0, 1.02))
+    drawn = bars.bar(names, [result.accuracies[name] for name in names], width=0.6, color=["0.6", "C0", "C1"])
+    bars.bar_label(drawn, fmt="{:.3f}")
+    bars.set(ylabel="accuracy, new, longer walks", ylim=(0, 1.1))
     return figure
 
 
@@ -203,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in result.accuracies.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    picture(result).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(result).savefig(args.out)
     gain, difference = result.gain(), result.difference()
     if args.quick:
         print(f"too small to win, and not judged; picture in {args.out}")

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +35,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 
 import jaxrnn
+from jaxrnn import analysis
 from jaxrnn.training import fit, mean, train_state
 
 LETTERS = {"e": (1.0, 1.0), "l": (2.1, 1.3), "i": (1.0, 0.0), "t": (1.9, 0.0), "j": (-1.6, 1.2)}  # height, loop
@@ -161,10 +163,10 @@ def run(args: argparse.Namespace) -> Result:
 
 def picture(result: Result) -> Figure:
     """Words of the test: drawn beside true."""
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.6))
     grid = figure.subplots(3, 4).ravel()
     for axes, drawn, true in zip(grid, result.drawn, result.true, strict=False):
-        axes.plot(*true.T, color="0.75", linewidth=6, solid_capstyle="round", label="as it should be")
+        axes.plot(*true.T, color="0.75", linewidth=4, solid_capstyle="round", label="as it should be")
         axes.plot(*drawn.T, color="C0", label="drawn by the network from the vector alone")
         axes.set_aspect("equal")
         axes.set_axis_off()
@@ -195,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, error in result.errors.items():
         table.add_row(name, f"{error:.3f}")
     console.print(table)
-    picture(result).savefig(args.out, dpi=130)
+    with rc_context(analysis.STYLE):
+        picture(result).savefig(args.out)
     if args.quick:
         console.print(f"too small to win, and not judged; picture in {args.out}")
         return 0

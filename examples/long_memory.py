@@ -24,12 +24,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import jaxrnn
 from jaxrnn import LSTM, Cell, LayerNorm, Linear, MinGRU, Pool, Stack, residual_block
+from jaxrnn.analysis import STYLE
 from jaxrnn.training import Batch, fit, make_loss, predict, squared_error, train_state
 
 ROWS = 32
@@ -108,15 +110,14 @@ def run(args: argparse.Namespace) -> Result:
 
 def picture(result: Result) -> Figure:
     """The losses in training, smoothed."""
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(3.5, 2.6))
     axes = figure.subplots()
     for name, each in result.runs.items():
         smooth = np.convolve(each.losses, np.ones(25) / 25, "valid")
         axes.plot(np.arange(len(smooth)) + 25, smooth, label=f"{name}, {each.parameters} parameters")
-    axes.axhline(result.chance, color="0.5", ls="--", label="chance")
+    axes.axhline(result.chance, color="0.5", ls="--", lw=0.8, label="chance")
     axes.set(xlabel="step of training", ylabel="mean squared error", yscale="log", title="the adding problem")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend()
     return figure
 
 
@@ -140,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, each in result.runs.items():
         table.add_row(name, f"{each.error:.4f}", str(each.parameters), f"{each.seconds:.0f}")
     Console().print(table)
-    picture(result).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(result).savefig(args.out)
     error, other = (result.runs[name].error for name in ("MinGRU", "LSTM"))
     gain = result.chance - error
     if args.quick:

@@ -33,11 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import jaxrnn
 from jaxrnn import GRU, LRU, LSTM, S6, SLSTM, Cell, Elman, Embed, LayerNorm, Linear, MinGRU, Stack, residual_block
+from jaxrnn.analysis import STYLE
 from jaxrnn.training import labels
 
 Sample = Callable[[Array, int], tuple[Array, Array]]  # (key, length) -> (tokens, targets), (T, B), −1 where none
@@ -180,19 +183,27 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, tuple[np.ndarray, np.nd
     return found
 
 
-def picture(found: Any) -> Any:
-    """The losses of all seeds, a panel for each task."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(found), 3.8), layout="constrained")
-    for axes, (name, kinds) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        for k, (kind, (_, losses)) in enumerate(kinds.items()):
-            for n, each in enumerate(losses):
+def picture(found: Any) -> Figure:
+    """The losses in training, and right answers on new, longer sequences; a row for each task."""
+    figure = Figure(figsize=(7, 2.6 * len(found)))
+    rows = figure.subplots(len(found), 2, squeeze=False)
+    for (axes, right), (name, kinds) in zip(rows, found.items(), strict=True):
+        task = TASKS[name]
+        for k, (shares, losses) in enumerate(kinds.values()):
+            for each in losses:
                 smooth = np.convolve(each, np.ones(20) / 20, "valid")
-                axes.plot(np.arange(len(smooth)) + 20, smooth, f"C{k}", alpha=0.7, label=None if n else kind)
-        axes.set(yscale="log", xlabel="step of training", ylabel="cross-entropy, in training", title=name)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+                axes.plot(np.arange(len(smooth)) + 20, smooth, f"C{k}", alpha=0.7)
+            right.plot(shares, [k] * len(shares), "o", color=f"C{k}", alpha=0.7, markersize=5, clip_on=False)
+        right.axvline(1 / task.answers, color="0.5", ls="--", lw=0.8, label="chance")
+        right.set_yticks(range(len(kinds)), list(kinds))
+        for k, label in enumerate(right.get_yticklabels()):
+            label.set_color(f"C{k}")
+        right.invert_yaxis()
+        right.legend(loc="lower right")
+        right.set(
+            xlim=(0, 1), xlabel="share of right answers, a dot for each seed", title=f"tested: {task.tested} steps"
+        )
+        axes.set(yscale="log", xlabel="step of training", ylabel="cross-entropy", title=f"{name}: {task.trained} steps")
     return figure
 
 
@@ -207,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
             as_expected &= bool(shares.max() >= args.wanted) == learns
             table.add_row(name, kind, "yes" if learns else "no", f"{shares.max():.3f}", f"{shares.min():.3f}")
     Console().print(table)
-    picture(found).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(found).savefig(args.out)
     if args.quick:
         print(f"too small to win, and not judged; picture in {args.out}")
         return 0

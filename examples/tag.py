@@ -30,6 +30,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from jaxrnn import LSTM, Bidirectional, Cell, Dropout, Embed, Linear, Stack
+from jaxrnn.analysis import STYLE
 from jaxrnn.training import Batch, Validation, accuracy, cross_entropy, fit, make_loss, predict, train_state
 from jaxrnn.training.ragged import pad
 
@@ -45,6 +47,7 @@ LENGTH = 80
 VOCABULARY = 128  # ASCII; code 0 stands for any other character
 TAGS = ["space", "keyword", "name", "called name", "number", "operator", "string", "comment"]
 COLORS = ["white", "#8250df", "#24292f", "#0969da", "#bc4c00", "#8c959f", "#1a7f37", "#bf8700"]
+MISTAKE = "#cf222e"
 
 
 class Result(NamedTuple):
@@ -161,29 +164,33 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def picture(result: Result) -> Figure:
-    """Lines in the colours of the true tags and of those predicted, mistakes underlined."""
+    """Lines in the colours of the true tags and of those predicted, with a legend; mistakes are underlined."""
     mistakes = {name: (tags != result.test.targets) & result.counted for name, tags in result.predicted.items()}
     count = {name: each.sum(1) for name, each in mistakes.items()}
     kinds = np.array([len(set(row.tolist())) for row in result.test.targets])
     order = np.argsort(np.where(count["bidirectional"] < 3, -count["forward only"], 0), kind="stable")
     shown = [k for k in order if kinds[k] >= 6 and result.test.lengths[k] < 68][:4]
     rows = {"true": result.test.targets} | result.predicted
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.set(xlim=(-14, 64), ylim=(len(shown) * (len(rows) + 1), -2))
     axes.set_axis_off()
     for k in range(1, len(TAGS)):
-        axes.text(11.5 * k - 25.5, -1, TAGS[k], color=COLORS[k], weight="bold")
+        axes.text(9.5 * k - 23.5, -1, TAGS[k], color=COLORS[k], weight="bold", fontsize=7)
+    axes.text(52.5, -1, "mistake", color=MISTAKE, fontsize=7)
+    axes.plot([52.5, 59.5], [-0.5, -0.5], color=MISTAKE, lw=1.5)
     for (block, line), (row, (name, tags)) in itertools.product(enumerate(shown), enumerate(rows.items())):
         y = block * (len(rows) + 1) + row + 0.5
-        axes.text(-14, y, name, fontsize=8, color="0.5", va="center")
+        axes.text(-14, y, name, fontsize=7, color="0.5", va="center")
         places = np.flatnonzero(result.counted[line])
         for place in places:
             x, color = place - places[0], COLORS[tags[line, place]]
             character = chr(result.test.xs[line, place] or ord("?"))
-            axes.text(x, y, character, color=color, family="monospace", ha="center", va="center", parse_math=False)
+            axes.text(
+                x, y, character, color=color, family="monospace", fontsize=7, ha="center", va="center", parse_math=False
+            )
             if name in mistakes and mistakes[name][line, place]:
-                axes.plot([x - 0.5, x + 0.5], [y + 0.45] * 2, color="#cf222e", lw=2)
+                axes.plot([x - 0.5, x + 0.5], [y + 0.45] * 2, color=MISTAKE, lw=1.5)
     return figure
 
 
@@ -204,7 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in result.predicted:
         table.add_row(name, f"{result.accuracy(name):.3f}")
     Console().print(table)
-    picture(result).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(result).savefig(args.out)
     if args.quick:
         print(f"too small to win, and not judged; picture in {args.out}")
         return 0

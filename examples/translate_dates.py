@@ -30,11 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import jaxrnn
+from jaxrnn.analysis import STYLE
 from jaxrnn.training import Batch, accuracy, cross_entropy, fit, train_state
 
 # As for strftime; {d} and {m} are numbers without zeros in front, {th} is the ordinal ending of the day.
@@ -189,11 +191,12 @@ def run(args: argparse.Namespace) -> Result:
 
 def picture(result: Result) -> Figure:
     """Where the decoder looks as it writes."""
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(7, 4.2))
     for axes, (text, meaning), a in zip(figure.subplots(2, 3).flat, result.test, result.attention, strict=False):
-        axes.imshow(a[:, : len(text)], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(a[:, : len(text)], vmin=0, vmax=1, aspect="auto")
         axes.set(xticks=range(len(text)), yticks=range(10), xticklabels=text, yticklabels=meaning)
-    figure.suptitle("across: what is read; down: what is to be written; dark: where the decoder looks")
+        axes.tick_params(labelsize=6, length=0)
+    figure.suptitle("across: what is read; down: what is written; dark: where the decoder looks as it writes that")
     return figure
 
 
@@ -223,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     table.add_row("the network", f"{result.network:.1%}")
     table.add_row("words mended, strptime", f"{result.baseline:.1%}")
     console.print(table)
-    picture(result).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(result).savefig(args.out)
     gain = result.network - result.baseline
     if args.quick:
         console.print(f"too small to win, and not judged; picture in {args.out}")

@@ -25,12 +25,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import GRU, LSTM, Elman, Linear, Pool, Stack
-from jaxrnn.analysis import gradient_flow
+from jaxrnn.analysis import STYLE, gradient_flow
 from jaxrnn.training import Batch, fit, make_loss, predict, squared_error, train_state
 
 CELLS = {"Elman": Elman, "LSTM": LSTM, "GRU": GRU}
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> Result:
 
 def picture(result: Result) -> Figure:
     """The gradient flow before and after training, and the losses."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 2.6))
     before, after, losses = figure.subplots(1, 3)
     after.sharey(before)
     for name, each in result.runs.items():
@@ -107,14 +108,12 @@ def picture(result: Result) -> Figure:
             axes.fill_between(np.arange(len(norms)), low, high, color=line.get_color(), alpha=0.2, lw=0)
         smooth = np.convolve(each.losses, np.ones(25) / 25, "valid")
         losses.plot(np.arange(len(smooth)) + 25, smooth, label=name)
-    losses.axhline(result.chance, color="0.5", ls="--", label="chance")
+    losses.axhline(result.chance, color="0.5", ls="--", lw=0.8, label="chance")
     for axes, title in (before, "before training"), (after, "after training"):
         axes.set(xlabel="time step $t$", yscale="log", title=f"gradient flow {title}")
     before.set(ylabel=r"$\|\partial y_T/\partial c_t\|$")
     losses.set(xlabel="step of training", ylabel="mean squared error", yscale="log", title="learning to add")
-    for axes in (before, after, losses):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -137,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         ratios = (float(np.median(norms[0] / norms[-1])) for norms in (each.before, each.after))
         table.add_row(name, f"{each.error:.4f}", *(f"{ratio:.1e}" for ratio in ratios))
     Console().print(table)
-    picture(result).savefig(args.out, dpi=130)
+    with rc_context(STYLE):
+        picture(result).savefig(args.out)
     gain = result.chance - np.max([result.runs[name].error for name in ("LSTM", "GRU")])
     if args.quick:
         print(f"too small to win, and not judged; picture in {args.out}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from jaxrnn import (
     Zoneout,
 )
 from jaxrnn.analysis import (
+    STYLE,
     GradientFlow,
     JacobianSpectrum,
     LyapunovSpectrum,
@@ -513,8 +515,30 @@ def test_matplotlib_is_imported_only_to_draw():
     assert run.returncode == 0, run.stderr
 
 
+def test_one_style_and_no_trace_of_it():
+    """Figures are drawn in STYLE, which other figures can take, and matplotlib's settings stay."""
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    figure = plot_training_memory(TrainingMemory(1, 2, 3, 5, 4))
+    assert dict(matplotlib.rcParams) == before
+    assert (figure.dpi, figure.axes[0].xaxis.label.get_size()) == (200, 9)
+    with matplotlib.rc_context(STYLE):
+        own = matplotlib.figure.Figure().subplots()
+    assert own.figure.dpi == 200
+    assert [line.get_color() for line in own.plot([0, 1], np.eye(2))] == ["#0072B2", "#D55E00"]
+
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("**/*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_draw_in_the_same_style(path):
+    text = path.read_text(encoding="utf-8")
+    assert ("Figure(" in text) == ("STYLE" in text)
+
+
 def test_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "jaxrnn\[plot\]"'):
         plot_training_memory(TrainingMemory(1, 2, 3, 5, 4))
 

@@ -34,7 +34,7 @@ def load():
     """Imports a benchmark by its name; the product of matrices is a small one, and what is compiled stays."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
-        contest = importlib.import_module("contest")
+        contest = importlib.import_module("helpers.contest")
         patch.setattr(contest, "PRODUCT", 16)
         patch.setattr(contest, "BLOCK", 0.0)
         patch.setattr(contest, "REST", 0.0)
@@ -61,7 +61,7 @@ def test_a_benchmark_runs_and_writes(load, tmp_path, capsys, name):
 
 
 def test_whoever_is_absent_is_named(load, monkeypatch, capsys):
-    contest, streaming = load("contest"), load("streaming")
+    contest, streaming = load("helpers.contest"), load("streaming")
     monkeypatch.setattr(contest.native, "absent", lambda: "no compiler")
     monkeypatch.setattr(contest.importlib.util, "find_spec", lambda module: None if module == "torch" else module)
     args = contest.parse(contest.parser("streaming.py", None, streaming.CONTESTANTS), [])
@@ -83,7 +83,7 @@ def test_bad_flags(load, capsys, flags):
 @pytest.mark.parametrize("backward", [False, True])
 def test_other_results_are_no_contest(load, monkeypatch, backward):
     """Outputs that are off by a hundredth, and gradients alone that are."""
-    cells, peers = load("cells"), load("peers")
+    cells, peers = load("cells"), load("helpers.peers")
     build = peers.ours("xla")
 
     def tampered(cell, params):
@@ -106,20 +106,20 @@ def test_they_take_turns(load):
     """After two calls to see how long they take, in every round each has one call before those that are timed."""
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    found = load("contest").interleaved(runs, 2)
+    found = load("helpers.contest").interleaved(runs, 2)
     assert "".join(calls) == "ab" + "ab" + 2 * ("aaaa" + "bbbb")
     assert [len(each) for each in found.values()] == [2, 2]
 
 
 def test_the_lead_is_of_the_fastest_peer(load):
-    contest = load("contest")
+    contest = load("helpers.contest")
     assert contest.lead({"native": 2.0, "xla": 1.0, "torch": 5.0, "flax": 4.0}, "native") == 2
     assert contest.lead({"native": 2.0, "xla": 1.0}, "native") is None
 
 
 def test_operations(load):
     """As XLA counts them for the products alone: the layer above reads both directions."""
-    peers = load("peers")
+    peers = load("helpers.peers")
     shape = peers.Shape(3, 5, 7, 11)
     assert peers.operations("gru", shape) == 2 * 3 * 5 * (7 + 11) * 3 * 11
     both = 2 * (2 * 3 * 5 * (7 + 11) * 4 * 11) + 2 * (2 * 3 * 5 * (22 + 11) * 4 * 11)

@@ -3,6 +3,7 @@
 import importlib.util
 import random
 import signal
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -21,6 +22,12 @@ SPEC.loader.exec_module(char_lm)
 PROMOTION = "standard"  # Optax divides floats by integers
 FLAGS = "--hidden 8 --embed 4 --streams 2 --window 8 --sample 20 --dropout 0 --minutes 0.01"
 SMALL = FLAGS.split()
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Where the pictures go."""
+    monkeypatch.chdir(tmp_path)
 
 
 def words(length, seed=0):
@@ -221,6 +228,7 @@ def test_the_shortest_text_fits():
         "--margin nan",
         "--seed -1",
         "--prompt=",
+        "--out none/char_lm.png",
         "--unknown",
     ],
 )
@@ -235,7 +243,13 @@ def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
         char_lm.main(["--help"])
     assert stopped.value.code == 0
-    assert capsys.readouterr().out.count("(default:") == len(vars(char_lm.parse([])))
+    assert capsys.readouterr().out.count("(default:") == len(vars(char_lm.parse([]))) - 1  # --quick
+
+
+def test_quick_is_small_and_yields_to_flags():
+    full, quick, larger = (char_lm.parse(flags.split()) for flags in ("", "--quick", "--hidden 96 --quick"))
+    assert quick.hidden < larger.hidden == 96 < full.hidden
+    assert quick.minutes < full.minutes
 
 
 def test_a_missed_margin_is_exit_status_1(book, capsys):
@@ -250,9 +264,24 @@ def test_a_missed_margin_is_exit_status_1(book, capsys):
 @pytest.mark.parametrize(("bits", "status"), [(0.4, 0), (0.6, 1), (float("nan"), 1)])
 def test_the_margin_is_to_the_strongest_ngram(book, monkeypatch, bits, status):
     monkeypatch.setattr(char_lm, "baselines", lambda text: {"order 0": 2.0, "order 2": 1.0, "order 3": 1.5})
-    monkeypatch.setattr(char_lm, "train", lambda *_: (None, bits, False))
+    monkeypatch.setattr(
+        char_lm, "train", lambda *_: char_lm.Trained(None, bits, [char_lm.Point(1.0, 2.0, bits)] * 2, False)
+    )
     monkeypatch.setattr(char_lm, "sample", lambda *_: "The sample")
     assert char_lm.main([*SMALL, "--text", str(book), "--margin", "0.5"]) == status
+    assert char_lm.main([*SMALL, "--text", str(book), "--quick"]) == 0
+
+
+def test_the_learning_curve(book, tmp_path, capsys, monkeypatch):
+    """Drawn where matplotlib is; without it the run goes on and says so."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "curve.png"
+    char_lm.main([*SMALL, "--text", str(book), "--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert f"the learning curve is in {out}" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    char_lm.main([*SMALL, "--text", str(book), "--quick"])
+    assert "no picture of the learning curve, for lack of matplotlib" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_with_a_report(book, capsys, monkeypatch):

@@ -28,17 +28,18 @@ def test_the_short_mode_learns(result):
     assert len(np.unique(result.held_out)) == 8
     assert result.held_out.min() < math.log(10) - 0.5
     assert result.held_out[0].min() > result.held_out[2].max()
-    assert min(*result.loop, *result.sweep) > 0
+    assert min(min(times) for times in result.times.values()) > 0
 
 
-def test_losses_that_differ_are_no_comparison(monkeypatch):
-    """Here the loop gets other batches than the sweep."""
+@pytest.mark.parametrize("way", ["step", "train"])
+def test_losses_that_differ_are_no_comparison(monkeypatch, way):
+    """Here one of the loops gets other batches than the sweep."""
     monkeypatch.setattr(sweep, "ROWS", 2)
     compiled = sweep.compiled
 
     def tampered(function, state, batches):
         program, seconds = compiled(function, state, batches)
-        if state.step.ndim:
+        if state.step.ndim or function.__name__ != way:
             return program, seconds
         return lambda state, batches: program(state, batches._replace(xs=1 - batches.xs)), seconds
 
@@ -50,8 +51,12 @@ def test_losses_that_differ_are_no_comparison(monkeypatch):
 @pytest.mark.parametrize(("run", "status"), [(6.0, 0), (4.0, 1), (math.nan, 1)])
 def test_the_margin_decides_the_exit_status(result, monkeypatch, tmp_path, capsys, run, status):
     """Twice as fast is wanted; compile times do not count."""
-    times = {"loop": sweep.Times(100.0, run), "sweep": sweep.Times(1.0, 2.5)}
-    monkeypatch.setattr(sweep, "run", lambda args: result._replace(**times))
+    times = {
+        sweep.CALLS: sweep.Times(100.0, run),
+        sweep.TRAININGS: sweep.Times(100.0, 0.1),
+        sweep.SWEEP: sweep.Times(1.0, 2.5),
+    }
+    monkeypatch.setattr(sweep, "run", lambda args: result._replace(times=times))
     out = tmp_path / "sweep.png"
     assert sweep.main(["--quick", "--margin", "2", "--out", str(out)]) == 0
     assert "too small to win, and not judged" in capsys.readouterr().out

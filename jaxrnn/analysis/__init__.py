@@ -9,6 +9,8 @@
 | how far back the network remembers | `memory_length` | `plot_memory_length` |
 | memory of a training step in bytes | `training_memory` | `plot_training_memory` |
 | the course of training | the `History` of `fit` | `plot_history` |
+
+All figures are drawn in `STYLE`; `matplotlib.style.use(jaxrnn.analysis.STYLE)` draws your own like them.
 """
 
 from jaxrnn.analysis.footprint import TrainingMemory, training_memory
@@ -17,6 +19,7 @@ from jaxrnn.analysis.gradient import GradientFlow, gradient_flow
 from jaxrnn.analysis.jacobian import JacobianSpectrum, LyapunovSpectrum, lyapunov_exponents, singular_values
 from jaxrnn.analysis.memory import MemoryLength, memory_length
 from jaxrnn.analysis.plots import (
+    STYLE,
     plot_gate_saturation,
     plot_gradient_flow,
     plot_history,
@@ -27,6 +30,7 @@ from jaxrnn.analysis.plots import (
 )
 
 __all__ = [
+    "STYLE",
     "GradientFlow",
     "JacobianSpectrum",
     "LyapunovSpectrum",

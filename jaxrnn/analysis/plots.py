@@ -1,14 +1,15 @@
 """A figure for each analysis, of one result or of several side by side: `plot_...({"LSTM": a, "GRU": b})`.
 
-The figures are `matplotlib.figure.Figure`s, sized for a column of a paper: `figure.savefig("flow.pdf")`. They touch no
-global state of matplotlib, which is imported only when a figure is drawn. With `axes` (one Axes, or one
+The figures are `matplotlib.figure.Figure`s in `STYLE`, sized for a column of a paper: `figure.savefig("flow.pdf")`.
+They leave matplotlib's settings as they were; it is imported only when a figure is drawn. With `axes` (one Axes, or one
 for each panel) they draw there, and return the figure of these axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -33,10 +34,50 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#808080"
 COLUMN, PAGE = 3.5, 7.0  # inches
+# Settings of matplotlib for figures of a paper, as `matplotlib.rc_context` and `matplotlib.style.use` take them.
+STYLE: dict[Any, Any] = {
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.8,
+    "axes.prop_cycle": f"cycler('color', {list(COLORS)})",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 200,
+    "figure.titlesize": 9,
+    "font.size": 8,
+    "image.cmap": "Blues",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3,
+    "xtick.labelsize": 8,
+    "xtick.major.width": 0.8,
+    "ytick.labelsize": 8,
+    "ytick.major.width": 0.8,
+}
 # Where to draw in place of a new figure: one of matplotlib's Axes, or one for each panel.
 Panels = Any
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _in_style(plot: Callable[P, R]) -> Callable[P, R]:
+    """Draws with `STYLE`, and says what is missing where matplotlib is not installed."""
+
+    @functools.wraps(plot)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            from matplotlib import rc_context
+        except ImportError as error:
+            raise ImportError('plots need matplotlib: pip install "jaxrnn[plot]"') from error
+        with rc_context(STYLE):
+            return plot(*args, **kwargs)
+
+    return drawn
+
+
+@_in_style
 def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow], *, axes: Panels = None) -> Figure:
     """Plots ‖∂L/∂c_t‖ over time, on a logarithmic axis: the median of the rows, and a band for their 10 to 90 %.
 
@@ -65,6 +106,7 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[PyTree, GradientFlow], *, a
     return figure
 
 
+@_in_style
 def plot_singular_values(
     spectra: JacobianSpectrum | Mapping[PyTree, JacobianSpectrum], *, axes: Panels = None
 ) -> Figure:
@@ -96,12 +138,13 @@ def plot_singular_values(
             ax.plot(time, rows[:, column], line, color=color, linewidth=1.2, label=name)
         _finish(ax, "time step $t$", r"singular values of $J_t$" if k == 0 else "", log=True)
         ax.axhline(1, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
-        ax.set_title(str(label), fontsize=9)
+        ax.set_title(str(label))
     for line in _legend_above(figure, *axes[0].get_legend_handles_labels()).get_lines():
         line.set_color("black")
     return figure
 
 
+@_in_style
 def plot_lyapunov_exponents(
     spectra: LyapunovSpectrum | Mapping[PyTree, LyapunovSpectrum], *, axes: Panels = None
 ) -> Figure:
@@ -120,15 +163,14 @@ def plot_lyapunov_exponents(
         rows = np.asarray(spectrum.exponents)
         rows = rows.reshape(-1, rows.shape[-1])[np.ravel(spectrum.steps) > 0]
         index, spread = np.arange(1, rows.shape[-1] + 1), rows.std(0) if len(rows) > 1 else None
-        ax.errorbar(
-            index, rows.mean(0), spread, label=str(label), markersize=3, elinewidth=0.8, **_look(k, marker=True)
-        )
+        ax.errorbar(index, rows.mean(0), spread, label=str(label), elinewidth=0.8, **_look(k, marker=True))
     _finish(ax, "index $k$", r"exponent $\lambda_k$ (nats per step)", legend=len(results) > 1)
     ax.axhline(0, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
     ax.locator_params(axis="x", integer=True)
     return figure
 
 
+@_in_style
 def plot_gate_saturation(saturations: Any, *, axes: Panels = None) -> Figure:
     """Plots how often each unit is low and how often it is high, with a panel for each gate and a point for each unit.
 
@@ -166,12 +208,13 @@ def plot_gate_saturation(saturations: Any, *, axes: Panels = None) -> Figure:
                 handles[label] = ax.scatter(low, high, s=14, alpha=0.6, clip_on=False, **look)
         _finish(ax, "fraction low", "fraction high" if ax in axes[::columns] else "")
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        ax.set_title(gate, fontsize=9)
+        ax.set_title(gate)
     if len(handles) > 1:
         _legend_above(figure, [handles[label] for label in series], list(series))
     return figure
 
 
+@_in_style
 def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength], *, axes: Panels = None) -> Figure:
     """Plots the influence of the input k steps back on a logarithmic axis, with the mean lag as a mark.
 
@@ -195,6 +238,7 @@ def plot_memory_length(memories: MemoryLength | Mapping[PyTree, MemoryLength], *
     return figure
 
 
+@_in_style
 def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemory], *, axes: Panels = None) -> Figure:
     """Plots the memory of a training step as bars: estimated (residuals and recomputed) beside measured.
 
@@ -228,6 +272,7 @@ def plot_training_memory(memories: TrainingMemory | Mapping[PyTree, TrainingMemo
     return figure
 
 
+@_in_style
 def plot_history(history: History, *, axes: Panels = None) -> Figure:
     """A panel for each metric of training: every step, the mean over each epoch, and the validations.
 
@@ -255,7 +300,7 @@ def plot_history(history: History, *, axes: Panels = None) -> Figure:
             (("epoch", history.epoch_step, epochs), ("validation", history.validation_step, held_out))
         ):
             if len(rows):
-                ax.plot(at, _middle(rows), label=label, **_look(k, marker=True), markersize=3)
+                ax.plot(at, _middle(rows), label=label, **_look(k, marker=True))
             if np.ndim(rows) > 1:
                 low, high = np.nanquantile(rows, (0.1, 0.9), axis=1)
                 ax.fill_between(at, low, high, color=COLORS[k], alpha=0.2, linewidth=0)
@@ -292,13 +337,11 @@ def _figure(
         if len(axes) != panels:
             raise ValueError(f"axes: expected {panels}, one for each panel, got {len(axes)}")
         return axes[0].get_figure(), axes
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "jaxrnn[plot]"') from error
+    from matplotlib.figure import Figure
+
     columns = columns or panels
     rows = -(-panels // columns)
-    figure = Figure(figsize=(width, height * rows), dpi=200, layout="constrained")
+    figure = Figure(figsize=(width, height * rows))
     axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel())
     for ax in axes[panels:]:
         ax.remove()
@@ -308,22 +351,18 @@ def _figure(
 def _finish(ax: Axes, xlabel: str, ylabel: str, *, log: bool = False, legend: bool = False) -> None:
     if log:
         ax.set_yscale("log")
-    ax.set_xlabel(xlabel, fontsize=9)
-    ax.set_ylabel(ylabel, fontsize=9)
-    ax.tick_params(labelsize=8, width=0.8)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_linewidth(0.8)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     if legend:
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend()
 
 
 def _legend_above(figure: Figure, handles: list, labels: list[str]) -> Legend:
     place = "outside upper center" if figure.get_layout_engine() else "upper center"
-    return figure.legend(handles, labels, loc=place, ncols=4, fontsize=8, frameon=False)
+    return figure.legend(handles, labels, loc=place, ncols=4)
 
 
 def _look(k: int, marker: bool = False) -> Named:
-    look: Named = {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k % len(LINES)], "linewidth": 1.4}
+    look: Named = {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k % len(LINES)]}
     return look | ({"marker": MARKERS[k % len(MARKERS)]} if marker else {})
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn.analysis import STYLE
 from jaxrnn.engines.cpu import library as native
 
 PEERS = {name: [name] for name in ("torch", "onnxruntime", "keras", "flax", "haiku", "equinox")}  # what each imports
@@ -244,13 +245,17 @@ def write(args: argparse.Namespace, parts: Iterable[Any], data: Any, draw: Calla
     origin = {"command": args.command, "machine": args.machine, "absent": args.absent}
     Path(f"{args.out}.json").write_text(json.dumps(origin | data, indent=1) + "\n", encoding="utf-8")
 
+    from matplotlib import colormaps, rc_context
+    from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    draw(figure)
-    half = args.machine.find(", Python")
-    figure.supxlabel(f"{args.command}\n{args.machine[:half]}\n{args.machine[half + 2 :]}", fontsize=7)
-    figure.savefig(f"{args.out}.png", dpi=130)
+    ten = [to_hex(color) for color in colormaps["tab10"].colors]  # contestants are more than the colours of STYLE
+    with rc_context(STYLE | {"axes.prop_cycle": f"cycler('color', {ten})"}):
+        figure = Figure(figsize=(12, 6))
+        draw(figure)
+        half = args.machine.find(", Python")
+        figure.supxlabel(f"{args.command}\n{args.machine[:half]}\n{args.machine[half + 2 :]}", fontsize=7)
+        figure.savefig(f"{args.out}.png")
 
 
 def bars(axes: Any, labels: list[str], heights: Mapping[str, list[float]], **settings: Any) -> None:
