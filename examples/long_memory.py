@@ -114,10 +114,10 @@ def picture(result: Result) -> Figure:
     axes = figure.subplots()
     for name, each in result.runs.items():
         smooth = np.convolve(each.losses, np.ones(25) / 25, "valid")
-        axes.plot(np.arange(len(smooth)) + 25, smooth, label=f"{name}, {each.parameters} parameters")
+        axes.plot(np.arange(len(smooth)) + 25, smooth, label=f"{name}, {each.parameters:,} parameters")
     axes.axhline(result.chance, color="0.5", ls="--", lw=0.8, label="chance")
     axes.set(xlabel="step of training", ylabel="mean squared error", yscale="log", title="the adding problem")
-    axes.legend()
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.8))
     return figure
 
 

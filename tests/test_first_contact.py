@@ -519,3 +519,16 @@ def test_a_step_need_not_take_noise(cell, key):
         jax.block_until_ready(jaxrnn.scan(cell, cell.init(KEY), None, XS, time_axis=1, key=key))
         if cell.causal:
             jaxrnn.step(cell, cell.init(KEY), None, XS[:, 0])
+
+
+def test_a_trained_model_prints_as_a_line_without_arrays():
+    xs = np.ones((6, 3, 1), np.float32)
+    model = Stack(Pool(GRU(1, 2)), Linear(2, 1))
+    for epochs in (2, 0):
+        trained = train(model, (xs, xs[:, 0]), squared_error, epochs=epochs, progress=False)
+        line = repr(trained)
+        assert line.startswith(f"Trained({model}, ")
+        assert ("epoch=2, loss=" in line) == (epochs == 2)
+        assert line.endswith("ended='epochs')")
+        assert "\n" not in line
+        assert "array" not in line.lower()

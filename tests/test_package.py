@@ -203,10 +203,11 @@ def test_no_file_shares_its_name_with_a_function_of_its_package():
         assert not functions & {path.stem for path in folder.glob("*.py")}, folder
 
 
-def test_an_editable_install_is_a_path_that_type_checkers_read(tmp_path):
-    """The hook that `pip install -e .` calls writes a plain path, so pyright finds every name without running it."""
+@pytest.mark.parametrize("checker", ["pyright", pytest.param("mypy", marks=pytest.mark.full)])
+def test_an_editable_install_is_a_path_that_type_checkers_read(tmp_path, checker):
+    """The hook that `pip install -e .` calls writes a plain path, so they find every name without running it."""
     pytest.importorskip("setuptools", "77")
-    pyright = shutil.which("pyright", path=str(Path(sys.executable).parent))
+    program = shutil.which(checker, path=str(Path(sys.executable).parent))
     source, site = tmp_path / "source", tmp_path / "site"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "*.so", "build", "*.egg-info"))
     build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
@@ -220,16 +221,25 @@ def test_an_editable_install_is_a_path_that_type_checkers_read(tmp_path):
         file.extractall(site)
     (path,) = site.glob("*.pth")
     assert path.read_text().strip() == str(source)
-    if pyright is None:
-        pytest.skip("needs pyright")
+    if program is None:
+        pytest.skip(f"needs {checker}")
     file = tmp_path / "names.py"
     names = [name for name in jaxrnn.__all__ if name != "__version__"]
     lines = ["import jaxrnn", "import jaxrnn.training", *(f"jaxrnn.{name}" for name in names), "jaxrnn.training.train"]
     file.write_text("\n".join([*lines, "reveal_type(jaxrnn.LSTM(3, 4).init)"]))
-    settings = {"include": [file.name], "extraPaths": [path.read_text().strip()], "reportUnusedExpression": False}
+    settings = {"include": [file.name], "extraPaths": [str(source)], "reportUnusedExpression": False}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    flags, none_found = {
+        "pyright": (["--pythonpath", sys.executable], "0 errors"),
+        "mypy": (["--follow-imports=silent", file.name], "no issues found"),
+    }[checker]
     run = subprocess.run(
-        [pyright, "--pythonpath", sys.executable], cwd=tmp_path, capture_output=True, text=True, check=False
+        [program, *flags],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(source)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "LSTMParams" in run.stdout, run.stdout
-    assert "0 errors" in run.stdout, run.stdout
+    assert none_found in run.stdout, run.stdout

@@ -15,7 +15,7 @@ from jaxrnn.table import Summary, summary
 from jaxrnn.training.errors import Error, Metrics
 from jaxrnn.training.evaluation import evaluate
 from jaxrnn.training.fitting import fit
-from jaxrnn.training.history import History
+from jaxrnn.training.history import History, short
 from jaxrnn.training.losses import make_loss
 from jaxrnn.training.prediction import predict
 from jaxrnn.training.saving import save
@@ -23,7 +23,7 @@ from jaxrnn.training.step import TrainState, best_params, train_state
 from jaxrnn.typing import Named, PyTree
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trained:
     """A trained model: what `train` returns.
 
@@ -46,6 +46,12 @@ class Trained:
     loss: Callable
     state: TrainState
     history: History
+
+    def __repr__(self) -> str:
+        """The model and how its training went, without arrays."""
+        last = {name: short(column[-1]) for name, column in self.history.epochs().items() if len(column)}
+        told = "".join(f", {name.replace(' ', '_')}={value}" for name, value in last.items())
+        return f"Trained({self.model}{told}, ended={self.history.ended!r})"
 
     @property
     def params(self) -> PyTree:
