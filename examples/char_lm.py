@@ -327,7 +327,7 @@ def draw(curve: list[Point], ngrams: dict[str, float], path: Path) -> str:
         for (order, bits), line in zip(ngrams.items(), (":", "-.", "--"), strict=True):
             axes.axhline(bits, color="0.5", ls=line, lw=0.8, label=f"n-gram, {order}")
         axes.set(xlabel="seconds of training", ylabel="bits per character")
-        axes.legend()
+        axes.legend(loc="upper right", bbox_to_anchor=(1, 0.95))
         figure.savefig(path)
     return f"the learning curve is in {path}"
 

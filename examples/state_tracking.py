@@ -201,9 +201,14 @@ def picture(found: Any) -> Figure:
         right.invert_yaxis()
         right.legend(loc="lower right")
         right.set(
-            xlim=(0, 1), xlabel="share of right answers, a dot for each seed", title=f"tested: {task.tested} steps"
+            xlim=(0, 1), xlabel="share of right answers, a dot for each seed", title=f"tested on {task.tested} steps"
         )
-        axes.set(yscale="log", xlabel="step of training", ylabel="cross-entropy", title=f"{name}: {task.trained} steps")
+        axes.set(
+            yscale="log",
+            xlabel="step of training",
+            ylabel="cross-entropy",
+            title=f"{name}, trained on {task.trained} steps",
+        )
     return figure
 
 
