@@ -13,6 +13,8 @@ pixels of the same rows. It is not one model but eight, each for one number of r
 validation part chooses each C and the network's epoch; the test part is not used before the end.
 
 Exit status: 0 if the network is better than the baseline by at least `--margin`, 1 if not; with `--quick` always 0.
+
+What it needs beside the package: pip install -e ".[examples]"
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ The same regression on character n-grams, which see some of the order, is shown 
 
 Exit status: 0 if the network beats the bag of words by at least `--margin`, 1 if not, 2 for a file that is unusable.
 With `--quick` never 1.
+
+What it needs beside the package: pip install -e ".[examples]"
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ Exit status: 0 if both are better than the baseline by at least `--margin` and w
 1 if not; with `--quick` always 0.
 
 Reference for the task: Delétang et al. 2023, Neural networks and the Chomsky hierarchy.
+
+What it needs beside the package: pip install -e ".[plot]"
 """
 
 from __future__ import annotations

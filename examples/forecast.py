@@ -16,6 +16,8 @@ member.
 
 Exit status: 0 if the error is below that of the best baseline by at least `--margin` ppm,
 1 if not; with `--quick` always 0.
+
+What it needs beside the package: pip install -e ".[examples]"
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ regression. The validation part, which has other new words, chooses their settin
 
 Exit status: 0 if the network's error is less than the better baseline's by --margin (a share of it), 1 if not, 2 for an
 unusable flag. With `--quick` never 1.
+
+What it needs beside the package: pip install -e ".[examples]"
 """
 
 import argparse

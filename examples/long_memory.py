@@ -12,6 +12,8 @@ Exit status: 0 if the linear recurrences are below the LSTM, and below chance by
 
 Reference: Feng et al. 2024, Were RNNs all we needed?; Hochreiter & Schmidhuber 1997, Long short-term memory; the sums
 in this form: Arjovsky et al. 2016.
+
+What it needs beside the package: pip install -e ".[plot]"
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ others stays below it, 1 if not; with `--quick` always 0.
 
 Reference: parity and eigenvalues: Grazzi et al. 2024, arXiv 2411.12537; selective copying: Gu & Dao 2023, Mamba, arXiv
 2312.00752; Feng et al. 2024, arXiv 2410.01201.
+
+What it needs beside the package: pip install -e ".[plot]"
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ few, taken in turn.
 
 Exit status: 0 if the sweep is at least `--margin` times as fast as the loop in Python, 1 if not; with `--quick`
 always 0.
+
+What it needs beside the package: pip install -e ".[examples]"
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ window's width and the network's epoch. The same stack with LSTMs of one directi
 show what the rest of the line is worth.
 
 Exit status: 0 if the bidirectional stack beats both others by at least `--margin`, 1 if not; with `--quick` always 0.
+
+What it needs beside the package: pip install -e ".[examples]"
 """
 
 from __future__ import annotations

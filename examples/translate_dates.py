@@ -14,6 +14,8 @@ formats of all styles: each word is replaced by the most similar known one (diff
 
 Exit status: 0 if the network beats it by --margin of the dates, 1 if not, 2 for an unusable flag. With `--quick`
 never 1.
+
+What it needs beside the package: pip install -e ".[plot]"
 """
 
 import argparse

@@ -14,6 +14,8 @@ and its error usually stays at chance.
 Exit status: 0 if LSTM and GRU are both below chance by at least `--margin`, 1 if not; with `--quick` always 0.
 
 Reference: Hochreiter & Schmidhuber 1997, Long short-term memory; the sums in this form: Arjovsky et al. 2016.
+
+What it needs beside the package: pip install -e ".[plot]"
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """jaxrnn: recurrent networks for JAX, as pure functions over pytrees."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from jaxrnn.attributes import of_package as _of_package
 from jaxrnn.cell import Cell
 from jaxrnn.cells.activations import activation
@@ -217,4 +219,12 @@ __all__ = [
 ]
 
 _name_types(list(vars().values()))
-__getattr__, __dir__ = _of_package(__all__)
+if _TYPE_CHECKING:
+    from jaxrnn import analysis as analysis
+    from jaxrnn import convert as convert
+    from jaxrnn import linen as linen
+    from jaxrnn import nnx as nnx
+    from jaxrnn import training as training
+    from jaxrnn import typing as typing
+else:  # else a type checker would take any name for one
+    __getattr__, __dir__ = _of_package(__all__)

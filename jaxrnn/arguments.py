@@ -39,6 +39,10 @@ def batch_shape_of(cell: Cell, name: str, x: PyTree) -> tuple[int, ...]:
     ndims = cell.input_ndim
     if isinstance(ndims, int):
         ndims = jax.tree.map(lambda _: cell.input_ndim, x)
+    if x is None:
+        raise TypeError(
+            f"{name}: expected an array, got None; the carry stands before it: (cell, params, carry, {name})"
+        )
     if jax.tree.structure(ndims) != jax.tree.structure(x) or not jax.tree.leaves(x):
         raise ValueError(f"{name}: expected a tree like {cell.input_ndim}, got {jax.tree.structure(x)}")
     shapes = []
@@ -62,8 +66,14 @@ def batch_shape_of(cell: Cell, name: str, x: PyTree) -> tuple[int, ...]:
 def time_first(cell: Cell, xs: PyTree, time_axis: Any) -> tuple[PyTree, int, tuple[int, ...], int]:
     """Returns xs with time first, its length, the batch shape, and the time axis."""
     time_axis = check.integer("time_axis", time_axis, least=0)
+    if isinstance(xs, list) and isinstance(cell.input_ndim, int):
+        raise TypeError("xs: expected an array, got a list; jnp.asarray(xs) makes one of numbers")
     xs = jax.tree.map(jnp.asarray, xs)
     shape = batch_shape_of(cell, "xs", xs)
+    if not shape:
+        raise ValueError(
+            f"xs: expected an axis of time before those of one step, got shape {jax.tree.leaves(xs)[0].shape}"
+        )
     if time_axis >= len(shape):
         raise ValueError(
             f"time_axis: expected less than {len(shape)}, the number of time and batch axes, got {time_axis}"
@@ -79,7 +89,8 @@ def flags_of(name: str, flags: Any, length: int, batch_shape: tuple[int, ...], t
         raise TypeError(f"{name}: expected bool, got {flags.dtype}")
     shape = (*batch_shape[:time_axis], length, *batch_shape[time_axis:])
     if flags.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, time and batch axes as in xs, got {flags.shape}")
+        hint = BATCH_FIRST if time_axis == 0 and flags.shape[:2] == shape[1::-1] else ""
+        raise ValueError(f"{name}: expected shape {shape}, time and batch axes as in xs, got {flags.shape}{hint}")
     return jnp.moveaxis(flags, time_axis, 0)
 
 
@@ -91,6 +102,9 @@ def single_flags(name: str, flags: PyTree, batch_shape: tuple[int, ...]) -> Arra
     if flags.shape != batch_shape:
         raise ValueError(f"{name}: expected the batch shape {batch_shape}, got {flags.shape}")
     return flags
+
+
+BATCH_FIRST = "; if the batch comes first in xs, pass time_axis=1"
 
 
 class Names(NamedTuple):
@@ -119,7 +133,7 @@ def valid_steps(
         raise TypeError(f"{name}: expected integers, got {lengths.dtype}")
     if lengths.shape != batch_shape:
         batch_first = lengths.shape == (length,) and time_axis == 0
-        hint = "; if the batch comes first in xs, pass time_axis=1" if batch_first else ""
+        hint = BATCH_FIRST if batch_first else ""
         raise ValueError(f"{name}: expected the batch shape {batch_shape}, got {lengths.shape}{hint}")
     if check.concrete(lengths) and lengths.size and (lengths.min() < 0 or lengths.max() > length):
         raise ValueError(f"{name}: expected 0 to {length}, got {lengths.min()} to {lengths.max()}")
@@ -152,7 +166,8 @@ def carries(
     for (path, want), have in zip(expected, jax.tree.leaves(carry), strict=True):
         at_leaf = f"{name}{jax.tree_util.keystr(path)}"
         if have.shape != want.shape:
-            raise ValueError(f"{at_leaf}: expected shape {want.shape}, got {have.shape}")
+            hint = BATCH_FIRST if at == 1 and batch_shape and have.shape[:1] == first.shape[:1] else ""
+            raise ValueError(f"{at_leaf}: expected shape {want.shape}, got {have.shape}{hint}")
         of_a_kind = jnp.iscomplexobj(want) == jnp.iscomplexobj(have)
         if not of_a_kind or not jnp.can_cast(want.dtype, have.dtype, casting="same_kind"):
             raise TypeError(f"{at_leaf}: expected {want.dtype} or a dtype of its kind, got {have.dtype}")

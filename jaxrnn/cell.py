@@ -17,7 +17,7 @@ from jax import Array
 from jaxrnn.engines.arrays import cast_like
 from jaxrnn.engines.loop import in_chunks, time_loop
 from jaxrnn.engines.walk import IMPLEMENTATIONS, Walk
-from jaxrnn.foreign_names import ARGUMENTS, method_hint
+from jaxrnn.foreign_names import check_arguments, method_hint
 from jaxrnn.typing import DTypeLike, Named, Noise, PyTree, WithParams
 
 _XLA_ONLY = "the loop runs the cell's own step, which only XLA can"
@@ -44,12 +44,13 @@ class CellType(ABCMeta):
         return signature.replace(parameters=list(signature.parameters.values())[1:], return_annotation=cls)
 
     def __call__(cls, *args: Any, **kwargs: Any):
-        for name in kwargs.keys() & ARGUMENTS.keys() - {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
-            raise TypeError(f"{cls.__name__}: no argument {name!r}; here it is {ARGUMENTS[name]}")
+        check_arguments(cls.__name__, kwargs, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
         cell = super().__call__(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
         for field in dataclasses.fields(cell):
             value = _plain(getattr(cell, field.name))
             _check_hashable(value, f"{cls.__name__}.{field.name}")
+            if field.type in (bool, "bool") and not isinstance(value, bool):
+                raise TypeError(f"{cls.__name__}.{field.name}: expected True or False, got {value!r}")
             object.__setattr__(cell, field.name, value)
         return cell
 

@@ -15,11 +15,23 @@ from jaxrnn.cell import Cell
 from jaxrnn.typing import PyTree
 
 
+def brief(value: object) -> str:
+    """What `value` is, in at most a line: its type alone where it holds arrays."""
+    text = repr(value)
+    holds_arrays = any(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in jax.tree.leaves(value))
+    return f"{type(value).__name__}" if holds_arrays or len(text) > 120 else text
+
+
 def a_cell(name: str, value: object) -> Cell:
     """Checks that `value` is a cell, and returns it."""
     if not isinstance(value, Cell):
         hint = " (the class; write e.g. GRU(3, 16))" if isinstance(value, type) else ""
-        raise TypeError(f"{name}: expected a jaxrnn.Cell, got {value!r}{hint}")
+        for field in ("cell", "model"):
+            if isinstance(getattr(value, field, None), Cell):
+                hint = f"; pass its .{field}"
+        if callable(value) and getattr(value, "__module__", "").startswith(("jax.", "jax_", "flax.")) and not hint:
+            hint = "; a function of every step is the layer Apply(function)"
+        raise TypeError(f"{name}: expected a jaxrnn.Cell, got {brief(value)}{hint}")
     return value
 
 

@@ -413,7 +413,11 @@ SEQUENCES = [np.ones((n, 2), np.float32) for n in (3, 1)]
         (lambda: Arrays((), 2, key=KEY), ValueError, "data: expected at least one array"),
         (lambda: Arrays(np.zeros((0, 3)), 2, key=KEY), ValueError, "data: expected at least one row"),
         (lambda: Arrays(["a"], 2, key=KEY), TypeError, "data: expected an array of numbers, got list: \\['a'\\]"),
-        (lambda: Arrays((SEQUENCES, np.ones(2)), 2, key=KEY), TypeError, r"(?s)data\[0\]: .*; Buckets and pad take"),
+        (
+            lambda: Arrays((SEQUENCES, np.ones(2)), 2, key=KEY),
+            TypeError,
+            r"(?s)data\[0\]: .*; sequences of different lengths are",
+        ),
         (lambda: Arrays(jax.random.split(KEY), 2, key=KEY), TypeError, "data: expected an array of numbers"),
         (lambda: Arrays(np.zeros(3), 0, key=KEY), ValueError, "batch_size: expected at least 1, got 0"),
         (lambda: Arrays(np.zeros(3), 2.0, key=KEY), TypeError, "batch_size: expected an integer, got 2.0"),

@@ -191,7 +191,7 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
         ({"cell": "gru"}, TypeError, "cell: expected a jaxrnn.Cell, got 'gru'"),
         ({"xs": np.ones((5, 4, 3), np.float32)}, ValueError, r"xs: .* expects \(..., 2\), got shape \(5, 4, 3\)"),
         ({"xs": np.float32(1)}, ValueError, "xs: .* takes 1 axes per step"),
-        ({"xs": np.ones(2, np.float32)}, ValueError, "time_axis: expected less than 0"),
+        ({"xs": np.ones(2, np.float32)}, ValueError, "xs: expected an axis of time before those of one step"),
         ({"xs": {"a": XS, "b": XS[:3]}}, ValueError, r"xs\['b'\]: expected leading axes \(5, 4\)"),
         ({"xs": ()}, ValueError, "xs: expected a tree like 1"),
         ({"time_axis": 2}, ValueError, "time_axis: expected less than 2"),

@@ -72,7 +72,7 @@ def test_whatever_gives_an_array_is_one():
         ({"x": XS, "y": CLASSES}, "batch: expected a Batch or a pair .*, got dict"),
         ([(XS, None)], "targets: expected an array, got None"),
         ([(["a", "b"], CLASSES)], r"batch\[0\]: expected an array of numbers, got list"),
-        (([XS[0, :2], *XS[1:]], CLASSES), r"(?s)data\[0\]: .*; Buckets and pad take sequences of different lengths"),
+        (([XS[0, :2], *XS[1:]], CLASSES), r"(?s)data\[0\]: .*got a list of 6; sequences of different lengths are"),
     ],
 )
 def test_what_is_no_batch_is_refused(data, message):

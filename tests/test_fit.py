@@ -400,7 +400,7 @@ def test_predict_of_no_rows():
 
 
 def test_data_that_are_none_raise():
-    with pytest.raises(TypeError, match="data: expected arrays"):
+    with pytest.raises(TypeError, match="data: expected a pair of arrays"):
         train(data=3)
     with pytest.raises(TypeError, match="validation: expected data that can be gone through"):
         train(validation=iter([DATA]))

@@ -8,6 +8,7 @@ for each panel) they draw there, and return the figure of these axes.
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -287,7 +288,11 @@ def plot_history(history: History, *, axes: Panels = None) -> Figure:
       >>> plot_history(trained.history).axes[0].get_ylabel()
       'loss'
     """
-    from jaxrnn.training.history import in_order  # which imports Optax
+    from jaxrnn.training.history import History, in_order  # which imports Optax
+
+    if not isinstance(history, History):
+        hint = "; pass its .history" if hasattr(history, "history") else ""
+        raise TypeError(f"history: expected what fit returns, got {type(history).__name__}{hint}")
 
     names = [name for name in in_order(history.train) if name != "gradient_norm"]
     if not names:
@@ -342,10 +347,17 @@ def _figure(
     columns = columns or panels
     rows = -(-panels // columns)
     figure = Figure(figsize=(width, height * rows))
+    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]  # what a notebook shows
     axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel())
     for ax in axes[panels:]:
         ax.remove()
     return figure, axes[:panels]
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _finish(ax: Axes, xlabel: str, ylabel: str, *, log: bool = False, legend: bool = False) -> None:

@@ -21,7 +21,7 @@ from jaxrnn.arguments import Names
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.cells.lstm import LSTMCarry
 from jaxrnn.engines.arrays import accumulator, cast_like, inexact
-from jaxrnn.foreign_names import LAYERS
+from jaxrnn.foreign_names import NAMES
 from jaxrnn.sequence import scan_asked
 from jaxrnn.typing import Foreign, Named, PyTree, Size
 
@@ -38,7 +38,7 @@ def check_cell(cell: Foreign) -> None:
     """It is one of ours, not a Flax module."""
     if any(kind.__module__.startswith("flax.") for kind in type(cell).__mro__):
         name = type(cell).__name__
-        ours = f"; jaxrnn.{LAYERS[name]} is the cell" if name in LAYERS else ""
+        ours = f"; jaxrnn.{NAMES[name]} is the cell" if name in NAMES else ""
         raise TypeError(
             f"cell: expected a jaxrnn.Cell, got Flax's {name}{ours}, and jaxrnn.convert.from_flax(module, variables) "
             "makes one of a module with its weights"

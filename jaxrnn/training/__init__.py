@@ -1,5 +1,8 @@
 """Training: from arrays to a trained, saved and resumed model, with pure functions and one loop above them."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from jaxrnn.attributes import of_module as _of_module
 from jaxrnn.training.batches import Arrays, Batch, Source
 from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Restored, restore
 from jaxrnn.training.errors import (
@@ -74,3 +77,6 @@ __all__ = [
     "unpad",
     "windows",
 ]
+
+if not _TYPE_CHECKING:
+    __getattr__ = _of_module(__name__)

@@ -186,8 +186,13 @@ def as_array(value: Any, name: str) -> np.ndarray:
     except (TypeError, ValueError):
         numbers, array = False, None
     if array is None or not numbers:
-        hint = "; Buckets and pad take sequences of different lengths" if is_list(value) else ""
-        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}: {value!r:.80}{hint}")
+        several = is_list(value) or getattr(value, "dtype", None) == np.dtype(object)
+        if several and len(value) and (is_list(value[0]) or hasattr(value[0], "shape")):
+            raise TypeError(
+                f"{name}: expected an array of numbers, got a {type(value).__name__} of {len(value)}; sequences of "
+                "different lengths are Batch(xs, targets, lengths) with xs, lengths = pad(sequences), or Buckets(...)"
+            )
+        raise TypeError(f"{name}: expected an array of numbers, got {type(value).__name__}: {value!r:.80}")
     return array
 
 

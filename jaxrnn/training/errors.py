@@ -166,13 +166,19 @@ def binary_cross_entropy(
     chance = targets.astype(logits.dtype)
     losses = optax.sigmoid_binary_cross_entropy(logits, chance)
     if class_weights is not None:
-        of_class = class_weights[0] * (1 - chance) + class_weights[1] * chance
+        table = _table(class_weights, 2)
+        of_class = table[0] * (1 - chance) + table[1] * chance
         weights = _product(of_class, weights)
     return mean(_known(is_chance(targets), losses), mask, weights)
 
 
 def squared_error(
-    predictions: Array, targets: Array, mask: Array | None = None, *, weights: Array | None = None
+    predictions: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    weights: Array | None = None,
+    ignore: float | None = None,
 ) -> Mean:
     """The average of (prediction − target)².
 
@@ -181,19 +187,26 @@ def squared_error(
       targets: The targets (...).
       mask: As in `cross_entropy`.
       weights: As in `cross_entropy`.
+      ignore: A value of targets that do not count, for instance NaN where nothing was measured.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> squared_error(jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0])).value
       Array(2., dtype=float32)
     """
+    mask = not_ignored(targets, mask, ignore)
     predictions, targets, mask = _masked(predictions, targets, mask)
     predictions = _match(predictions, targets)
     return mean(optax.squared_error(predictions, targets.astype(predictions.dtype)), mask, weights)
 
 
 def absolute_error(
-    predictions: Array, targets: Array, mask: Array | None = None, *, weights: Array | None = None
+    predictions: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    weights: Array | None = None,
+    ignore: float | None = None,
 ) -> Mean:
     """The average of |prediction − target|; the arguments are as in `squared_error`.
 
@@ -202,6 +215,7 @@ def absolute_error(
       >>> absolute_error(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])).value
       Array(1., dtype=float32)
     """
+    mask = not_ignored(targets, mask, ignore)
     predictions, targets, mask = _masked(predictions, targets, mask)
     predictions = _match(predictions, targets)
     return mean(jnp.abs(predictions - targets.astype(predictions.dtype)), mask, weights)
@@ -213,6 +227,7 @@ def accuracy(
     mask: Array | None = None,
     *,
     weights: Array | None = None,
+    class_weights: Array | Sequence[float] | None = None,
     ignore: int | None = None,
 ) -> Mean:
     """The share of rows whose greatest logit is that of the target; the arguments are as in `cross_entropy`.
@@ -227,7 +242,8 @@ def accuracy(
     if inexact(targets):
         _probability_shape(logits, targets)
         targets = targets.argmax(-1)
-    return mean(logits.argmax(-1) == _classes(logits, targets), mask, weights)
+    targets = _classes(logits, targets)
+    return mean(logits.argmax(-1) == targets, mask, _of_classes(class_weights, targets, logits.shape[-1], weights))
 
 
 def binary_accuracy(
@@ -256,6 +272,7 @@ def perplexity(
     mask: Array | None = None,
     *,
     weights: Array | None = None,
+    class_weights: Array | Sequence[float] | None = None,
     ignore: int | None = None,
 ) -> Perplexity:
     """The exponential of the mean cross-entropy; the arguments are as in `cross_entropy`.
@@ -265,7 +282,8 @@ def perplexity(
       >>> perplexity(jnp.zeros((3, 8)), jnp.array([1, 5, 7])).value.round(4)
       Array(8., dtype=float32)
     """
-    return Perplexity(*cross_entropy(logits, targets, mask, weights=weights, ignore=ignore))
+    options = {"weights": weights, "class_weights": class_weights, "ignore": ignore}
+    return Perplexity(*cross_entropy(logits, targets, mask, **options))
 
 
 def _masked(ys, targets, mask):
@@ -289,11 +307,14 @@ def _masked(ys, targets, mask):
     return zero_where_not(mask, ys), zero_where_not(mask, targets), mask
 
 
-def not_ignored(targets: PyTree, mask: PyTree, ignore: int | None, xp: Any = jnp) -> PyTree:
+def not_ignored(targets: PyTree, mask: PyTree, ignore: float | None, xp: Any = jnp) -> PyTree:
     """The mask without targets that do not count; `xp` is jax.numpy or numpy."""
     if ignore is None:
         return mask
-    counts = xp.asarray(targets) != ignore
+    if isinstance(ignore, bool) or not isinstance(ignore, (int, float, np.number)):
+        raise TypeError(f"ignore: expected a number, the value of targets that do not count, got {ignore!r}")
+    targets = xp.asarray(targets)
+    counts = ~xp.isnan(targets) if ignore != ignore else targets != ignore
     return counts if mask is None else counts & xp.asarray(mask).reshape(mask.shape + (1,) * (counts.ndim - mask.ndim))
 
 
@@ -309,10 +330,17 @@ def _of_classes(class_weights, targets, size, weights):
     """The weight of every target: that of its class, times its own."""
     if class_weights is None:
         return weights
+    return _product(_table(class_weights, size)[jnp.clip(targets, 0, size - 1)], weights)
+
+
+def _table(class_weights: PyTree, size: int) -> Array:
+    """The weights of `size` classes."""
+    if isinstance(class_weights, Mapping):
+        raise TypeError("class_weights: expected a number for each class in their order, got a dict; pass its values")
     table = jnp.asarray(class_weights, accumulator())
     if table.shape != (size,):
         raise ValueError(f"class_weights: expected ({size},), one for each class, got {table.shape}")
-    return _product(table[jnp.clip(targets, 0, size - 1)], weights)
+    return table
 
 
 def _known(known, losses):
@@ -325,18 +353,31 @@ def _classes(logits, targets):
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets: expected classes of shape {logits.shape[:-1]} for logits {logits.shape}, got {targets.dtype} "
-            f"of shape {targets.shape}{_advice(logits, targets, targets.ndim + 2)}"
+            f"of shape {targets.shape}{_advice(targets.shape, logits.shape[:-1], logits.shape)}"
         )
     return targets.astype(int)
 
 
-def _advice(ys, targets, per_step: int) -> str:
-    """What to do about targets of one sequence where there is a prediction of every step, and about an axis of 1."""
-    if ys.ndim == per_step and targets.shape[:1] == ys.shape[:1]:
-        return "; the model has one output for each step: wrap it in Pool(...) for one for each sequence"
-    if targets.shape[-1:] == (1,):
+def _advice(targets: tuple[int, ...], wanted: tuple[int, ...], predictions: tuple[int, ...]) -> str:
+    """What to do about targets of another shape than `wanted`, that of the predictions or of their classes."""
+    single = _without_one(targets)
+    if wanted == predictions[:-1] and targets == predictions:
+        return "; classes of one-hot rows are targets.argmax(-1)"
+    if single == wanted or (single != targets and single == predictions[:-1] and predictions[-1:] == (1,)):
         return "; leave out the last axis of the targets, targets[..., 0]"
+    of_sequence = (*wanted[:1], *wanted[2:])
+    if len(wanted) > 1 and len(predictions) > 2 and single in (of_sequence, _without_one(of_sequence)):
+        return "; the model has one output for each step: wrap it in Pool(...) for one for each sequence"
+    if predictions and wanted == predictions and single == predictions[:-1]:
+        return (
+            f"; the model puts out {predictions[-1]} numbers where there is one target: let it end in one, as "
+            "Linear(..., 1) does, or take cross_entropy for classes"
+        )
     return ""
+
+
+def _without_one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:-1] if shape[-1:] == (1,) else shape
 
 
 def _probability_shape(logits, targets):
@@ -347,7 +388,7 @@ def _probability_shape(logits, targets):
 
 def _same_shape(ys, targets):
     if targets.shape != ys.shape:
-        advice = _advice(ys, targets, targets.ndim + (2 if ys.shape[-1:] == (1,) else 1))
+        advice = _advice(targets.shape, ys.shape, ys.shape)
         raise ValueError(f"targets: expected shape {ys.shape} as the predictions, got {targets.shape}{advice}")
 
 

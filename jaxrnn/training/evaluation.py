@@ -121,6 +121,8 @@ def check_params(params: PyTree) -> None:
     """They are no state of training."""
     if isinstance(params, TrainState):
         raise TypeError("params: expected the model's, got a TrainState; pass best_params(state), or state.params")
+    if hasattr(params, "params"):
+        raise TypeError(f"params: expected the model's, got a {type(params).__name__}; pass its .params")
 
 
 def check_members(params: PyTree) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrnn import check
 from jaxrnn.training.batches import Arrays, Epochs, as_array, is_list
 from jaxrnn.training.losses import CellLoss
 from jaxrnn.typing import Foreign, Named, PyTree
@@ -78,7 +79,7 @@ def as_source(name: str, data: PyTree, batch_size: int | None, key: Any, shuffle
         return Arrays(data, batch_size, key=key if shuffle else None, shuffle=shuffle)
     if isinstance(data, Iterable):
         return Plain(data)
-    raise TypeError(f"{name}: expected arrays, a tuple or dict of arrays, or batches, got {type(data).__name__}")
+    raise TypeError(f"{name}: expected a pair of arrays (xs, targets), a Batch, or batches, got {check.brief(data)}")
 
 
 def as_batch(batch: PyTree) -> PyTree:
@@ -102,10 +103,12 @@ def checked(loss: Callable, source: Foreign, name: str = "targets") -> Callable[
     Data that are known now are checked at once.
     """
 
+    data = name.removesuffix("targets").rstrip(".") or "data"
+
     def take(batch):
         if isinstance(loss, CellLoss) and isinstance(source, Listed) and hasattr(batch, "shape"):
             raise TypeError(
-                "data: a list is one of batches, and its first entry is an array; pass xs and targets as a tuple, "
+                f"{data}: a list is one of batches, and its first entry is an array; pass xs and targets as a tuple, "
                 "(xs, targets)"
             )
         batch = as_batch(batch)

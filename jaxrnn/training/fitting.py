@@ -20,7 +20,16 @@ from jaxrnn.training.feeding import Group, as_source, checked, groups
 from jaxrnn.training.history import BadStep, History, empty_history, in_order
 from jaxrnn.training.identity import run_identity
 from jaxrnn.training.progress import on_screen
-from jaxrnn.training.step import Best, TrainState, better, keep_if, make_update
+from jaxrnn.training.step import (
+    Best,
+    TrainState,
+    better,
+    check_loss,
+    check_optimizer,
+    check_state,
+    keep_if,
+    make_update,
+)
 from jaxrnn.training.totals import Totals, added, as_json, from_json, means
 from jaxrnn.typing import DTypeLike, Foreign, PyTree
 
@@ -125,6 +134,7 @@ def fit(
         validation = Validation(validation)
     if validation is not None and validation.patience is not None:
         check.integer("validation.patience", validation.patience)
+    check_loss(loss)
     _check_state(state, optimizer)
     source = as_source("data", data, batch_size, key, shuffle)
     take = checked(loss, source)
@@ -213,14 +223,14 @@ def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *
     return judge
 
 
-def _check_state(state: PyTree, optimizer: optax.GradientTransformation) -> None:
-    if not isinstance(state, TrainState):
-        raise TypeError(f"state: expected a TrainState, as train_state makes it, got {type(state).__name__}")
+def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
+    check_state(state)
+    check_optimizer(optimizer)
     expected = jax.tree.structure(jax.eval_shape(optimizer.init, state.params))
     if jax.tree.structure(state.opt_state) != expected:
         raise ValueError(
-            f"optimizer: expected the one that the state was made with; it keeps {expected}, and state.opt_state is "
-            f"{jax.tree.structure(state.opt_state)}"
+            f"optimizer: expected the one that the state was made with; it keeps {expected!s:.200}, and "
+            f"state.opt_state is {jax.tree.structure(state.opt_state)!s:.200}"
         )
 
 

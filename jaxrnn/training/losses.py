@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +18,9 @@ from jaxrnn.cell import Cell, input_size, output_size
 from jaxrnn.compose.pool import Pool
 from jaxrnn.compose.stack import Stack
 from jaxrnn.engines.walk import Implementation
-from jaxrnn.layers import Apply, Embed
+from jaxrnn.layers import Apply, Dropout, Embed
 from jaxrnn.sequence import scan
-from jaxrnn.training.batches import Batch
+from jaxrnn.training.batches import Batch, check_valid
 from jaxrnn.training.errors import (
     Error,
     Metric,
@@ -121,6 +123,11 @@ def make_truncated_loss(
         targets = jax.tree.map(jnp.asarray, batch.targets)
         weighted = {} if batch.weights is None else {"weights": jnp.asarray(batch.weights)}
         measured = {name: each(ys, targets, mask, **weighted) for name, each in ({"loss": error} | metrics).items()}
+        if not hasattr(measured["loss"], "value"):
+            raise TypeError(
+                "error: expected a function that returns a Mean, as jaxrnn.training.mean(values, mask) is, got "
+                f"{type(measured['loss']).__name__}"
+            )
         return measured["loss"].value, (carry, measured)
 
     return CellLoss(loss, cell, (error, *metrics.values()))
@@ -140,7 +147,10 @@ class CellLoss:
     def check(self, batch: PyTree, name: str = "targets") -> None:
         """Raises if its error functions are undefined for the targets of a NumPy batch; padding is ignored."""
         batch = _as_batch(self.cell, batch)
-        _check_inputs(self.cell, batch)
+        of = name.removesuffix("targets")
+        rows, steps = jnp.shape(jax.tree.leaves(batch.xs)[0])[:2]
+        check_valid(batch.lengths, batch.mask, rows, steps)
+        _check_inputs(self.cell, batch, f"{of}xs")
         if not isinstance(batch.targets, np.ndarray):
             return  # trees are for errors of the user's own
         size = output_size(self.cell, input_size(self.cell))
@@ -148,9 +158,23 @@ class CellLoss:
         mask = None if self.cell.ends_time else valid_steps(batch, np)
         for error in self.errors:
             function, options = _unbound(error)
+            if function in (cross_entropy, perplexity, accuracy) and size == 1:
+                other = binary_accuracy if function is accuracy else binary_cross_entropy
+                raise ValueError(
+                    f"predictions: {function.__name__} expects logits of at least two classes, and the model puts out "
+                    f"1; use {other.__name__}"
+                )
             if function in CHECKS:
                 seen = not_ignored(batch.targets, mask, options.get("ignore"), np)
-                CHECKS[function](name, batch.targets, seen, size)
+                try:
+                    CHECKS[function](name, batch.targets, seen, size)
+                except ValueError as wrong:
+                    ignore = _unbound(self.errors[0])[1].get("ignore")
+                    if error is self.errors[0] or ignore is None or "ignore" in options:
+                        raise
+                    raise ValueError(
+                        f"{wrong}; the metric needs functools.partial({function.__name__}, ignore={ignore}), too"
+                    ) from None
 
 
 def _unbound(error: Callable) -> tuple[Callable, Named]:
@@ -166,7 +190,8 @@ def _named_metrics(metrics: Metrics) -> dict[str, Callable[..., Metric]]:
         return {}
     if not isinstance(metrics, Mapping):
         if isinstance(metrics, str) or not isinstance(metrics, Sequence):
-            raise TypeError(f"metrics: expected functions by name, or a list of them, got {metrics!r}")
+            hint = f"; pass a list, [{_ours(metrics)}]" if _ours(metrics) else ""
+            raise TypeError(f"metrics: expected functions by name, or a list of them, got {check.brief(metrics)}{hint}")
         for metric in metrics:
             _check_error("metrics", metric)
         named = [getattr(_unbound(metric)[0], "__name__", "") for metric in metrics]
@@ -184,30 +209,57 @@ def _named_metrics(metrics: Metrics) -> dict[str, Callable[..., Metric]]:
 
 def _check_error(name: str, error: Any) -> None:
     """It is a function of (ys, targets, mask)."""
-    if isinstance(error, Cell) or not callable(error):
-        ours = _OTHER_NAMES.get(error) if isinstance(error, str) else None
-        hint = f"; pass the function jaxrnn.training.{ours}" if ours else ""
-        raise TypeError(f"{name}: expected a function such as jaxrnn.training.cross_entropy, got {error!r}{hint}")
+    expected = f"{name}: expected a function such as jaxrnn.training.cross_entropy"
+    if isinstance(error, (Cell, CellLoss)) or not callable(error):
+        hint = f"; pass the function {_ours(error)}" if _ours(error) else ""
+        raise TypeError(f"{expected}, got {check.brief(error)}{hint}")
+    if getattr(error, "__module__", "").startswith("optax"):
+        raise TypeError(
+            f"{expected}, got Optax's {error.__name__}; "
+            f"lambda ys, targets, mask: jaxrnn.training.mean({error.__name__}(ys, targets), mask) is one"
+        )
+    with contextlib.suppress(ValueError):  # some have no signature
+        signature = inspect.signature(error)
+        try:
+            signature.bind(None, None, None)
+        except TypeError:
+            raise TypeError(
+                f"{name}: expected a function of outputs, targets and a mask, which may be None, got one of {signature}"
+            ) from None
+
+
+def _ours(name: Any) -> str | None:
+    """Our function for what others call by a name."""
+    plain = name.lower().replace("_", "").replace("loss", "") if isinstance(name, str) else ""
+    ours = _OTHER_NAMES.get(plain)
+    return f"jaxrnn.training.{ours}" if ours else None
 
 
 _OTHER_NAMES = {
-    "mse": "squared_error",
-    "mean_squared_error": "squared_error",
-    "squared_error": "squared_error",
-    "mae": "absolute_error",
-    "mean_absolute_error": "absolute_error",
-    "cross_entropy": "cross_entropy",
-    "categorical_crossentropy": "cross_entropy",
-    "sparse_categorical_crossentropy": "cross_entropy",
-    "binary_crossentropy": "binary_cross_entropy",
     "acc": "accuracy",
     "accuracy": "accuracy",
-    "binary_accuracy": "binary_accuracy",
+    "absoluteerror": "absolute_error",
+    "bce": "binary_cross_entropy",
+    "binaryaccuracy": "binary_accuracy",
+    "binarycrossentropy": "binary_cross_entropy",
+    "categoricalcrossentropy": "cross_entropy",
+    "ce": "cross_entropy",
+    "crossentropy": "cross_entropy",
+    "l1": "absolute_error",
+    "mae": "absolute_error",
+    "meanabsoluteerror": "absolute_error",
+    "meansquarederror": "squared_error",
+    "mse": "squared_error",
     "perplexity": "perplexity",
+    "sparsecategoricalcrossentropy": "cross_entropy",
+    "squarederror": "squared_error",
 }
 
 
-_SIGMOIDS = ("sigmoid", "hard_sigmoid", "keras_hard_sigmoid", jax.nn.sigmoid, jax.nn.hard_sigmoid)
+_SIGMOIDS = (
+    *("sigmoid", "log_sigmoid", "hard_sigmoid", "keras_hard_sigmoid"),
+    *(jax.nn.sigmoid, jax.nn.log_sigmoid, jax.nn.hard_sigmoid),
+)
 _SOFTMAX = ("softmax", jax.nn.softmax)
 
 
@@ -215,7 +267,11 @@ def _check_head(cell: Cell, errors: Sequence[Callable]) -> None:
     """A model for an error of logits does not end in the function that the error applies itself."""
     top = cell
     while isinstance(top, (Stack, Pool)):
-        top = top.cells[-1] if isinstance(top, Stack) else top.cell
+        top = (
+            next((c for c in reversed(top.cells) if not isinstance(c, Dropout)), top)
+            if isinstance(top, Stack)
+            else top.cell
+        )
     spec = top.fn[0] if isinstance(top, Apply) and isinstance(top.fn, tuple) else getattr(top, "fn", None)
     for error in errors:
         function, _ = _unbound(error)
@@ -226,9 +282,11 @@ def _check_head(cell: Cell, errors: Sequence[Callable]) -> None:
             binary_accuracy: _SIGMOIDS + _SOFTMAX,
         }.get(function, ())
         if isinstance(top, Apply) and spec in wrong:
+            last = isinstance(cell, Stack) and cell.cells[-1] is top
+            how = ", Stack(cell.cells[:-1]) with params[:-1]," if last else ""
             raise ValueError(
                 f"cell: it ends in {top!r}, and {function.__name__} takes logits, which are what it reads: train "
-                "without this last layer, Stack(cell.cells[:-1]) with params[:-1], and apply it to predictions"
+                f"without this layer{how} and apply it to predictions"
             )
 
 
@@ -243,7 +301,7 @@ CHECKS: dict[Callable, Check] = {
 }
 
 
-def _check_inputs(cell: Cell, batch: Batch) -> None:
+def _check_inputs(cell: Cell, batch: Batch, name: str) -> None:
     """xs of valid steps are finite, and tokens are in the vocabulary."""
     valid = valid_steps(batch, np)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch.xs):
@@ -255,7 +313,7 @@ def _check_inputs(cell: Cell, batch: Batch) -> None:
             what = f"tokens 0 to {first.vocabulary - 1}, those of {first!r}"
         else:
             continue
-        require(known, f"xs{jax.tree_util.keystr(path)}", what, leaf, valid)
+        require(known, f"{name}{jax.tree_util.keystr(path)}", what, leaf, valid)
 
 
 def _first(cell: Cell) -> Cell:

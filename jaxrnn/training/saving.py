@@ -73,6 +73,8 @@ def save(path: str | os.PathLike, cell: Cell, params: PyTree) -> None:
       >>> again == cell, bool((loaded[0].w_x == params[0].w_x).all())
       (True, True)
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected that of a directory, got {check.brief(path)}; it comes first")
     path = os.path.abspath(os.fspath(path))
     check.a_cell("cell", cell)
     index = {"format": FORMAT, "version": VERSION, "cell": _encode(cell, type(cell).__name__)}

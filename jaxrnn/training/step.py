@@ -72,6 +72,8 @@ def train_state(
       Array(0, dtype=int32)
     """
     check_optimizer(optimizer)
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key: expected a jax.random key, got {check.brief(key)}; jax.random.key(0) makes one")
     if isinstance(params, Cell):
         raise TypeError(f"params: expected those that {type(params).__name__}(...).init(key) returns, got the cell")
     step, stopped = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
@@ -88,19 +90,31 @@ def best_params(state: TrainState) -> PyTree:
       >>> best_params(state) is state.params
       True
     """
+    check_state(state)
     return state.params if state.best is None else state.best.params
+
+
+def check_state(state: Any) -> None:
+    """It is a `TrainState`."""
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: expected a TrainState, as train_state makes it, got {type(state).__name__}")
 
 
 def check_optimizer(optimizer: Any) -> None:
     """It is one of Optax."""
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise TypeError(f"optimizer: expected one of Optax, such as optax.adam(1e-3), got {optimizer!r}")
+        raise TypeError(f"optimizer: expected one of Optax, such as optax.adam(1e-3), got {check.brief(optimizer)}")
 
 
 def check_loss(loss: Any) -> None:
     """It is a function, and no cell."""
     if isinstance(loss, Cell) or not callable(loss):
-        raise TypeError(f"loss: expected a function, such as make_loss(cell, error) returns, got {loss!r}")
+        raise TypeError(f"loss: expected a function, such as make_loss(cell, error) returns, got {check.brief(loss)}")
+    if getattr(loss, "__module__", None) == Mean.__module__:
+        raise TypeError(
+            f"loss: expected a function of params and batches, got {loss.__name__}, an error of outputs; "
+            f"pass make_loss(cell, {loss.__name__})"
+        )
 
 
 def make_step(

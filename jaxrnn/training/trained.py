@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
+from jaxrnn.foreign_names import check_arguments
 from jaxrnn.table import Summary, summary
 from jaxrnn.training.errors import Error, Metrics
 from jaxrnn.training.evaluation import evaluate
@@ -75,6 +77,27 @@ class Trained:
         save(path, self.model, self.params)
 
 
+_MONITORED = "validation=Validation(data, monitor, patience=...)"
+_OF_CLASSES = "functools.partial(cross_entropy, class_weights=(...)) as the error"
+_OF_SAMPLES = "Batch(xs, targets, weights=...) as the data"
+_OPTIMIZER = "optimizer=optax.adam(...), with a rate or a schedule"
+_OTHER_OPTIONS = {
+    "callbacks": f"checkpoints=, progress=, and {_MONITORED}",
+    "class_weight": _OF_CLASSES,
+    "class_weights": _OF_CLASSES,
+    "key": "seed=",
+    "learning_rate": _OPTIMIZER,
+    "loss": "the third argument, error",
+    "lr": _OPTIMIZER,
+    "patience": _MONITORED,
+    "sample_weight": _OF_SAMPLES,
+    "validation_data": "validation=",
+    "validation_split": "validation=(xs, targets), which you cut off the data",
+    "verbose": "progress=",
+    "weights": _OF_SAMPLES,
+}
+
+
 def train(
     model: Cell,
     data: PyTree,
@@ -120,6 +143,12 @@ def train(
       ['accuracy', 'loss']
     """
     check.a_cell("model", model)
+    known = inspect.signature(fit).parameters.keys() - {"key"}
+    check_arguments(
+        "train", options, known, lambda name, _: _OTHER_OPTIONS.get(name, f"the options are {sorted(known)}")
+    )
+    if params is not None:
+        check.params(model, params)
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
     loss = make_loss(model, error, metrics=metrics)
     init, noise, order = jax.random.split(jax.random.key(check.integer("seed", seed, least=0)), 3)
