@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 folder = Path("jaxrnn/engines/cpu")
 kernels = Extension(
     "jaxrnn.engines.cpu._kernels",
-    sources=[str(folder / name) for name in ("binding.cc", "linear_binding.cc", "kernels.cc")],
+    sources=[str(folder / name) for name in ("binding.cc", "linear_binding.cc", "matrix_binding.cc", "kernels.cc")],
     depends=[str(path) for path in folder.glob("*.h")],
     include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
     define_macros=[("JAXRNN_JAXLIB", f'"{jaxlib.__version__}"')],

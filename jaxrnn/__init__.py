@@ -14,14 +14,32 @@ from jaxrnn.cells.causal_conv import (
 )
 from jaxrnn.cells.chrono import chrono_init
 from jaxrnn.cells.conv_lstm import ConvLSTM, ConvLSTMCarry, ConvLSTMParams, conv_lstm_init, conv_lstm_step
+from jaxrnn.cells.delta_net import (
+    DeltaNet,
+    DeltaNetCarry,
+    DeltaNetGates,
+    DeltaNetParams,
+    delta_net_init,
+    delta_net_step,
+)
 from jaxrnn.cells.elman import Elman, ElmanCarry, ElmanGates, ElmanParams, elman_init, elman_step, irnn_init
 from jaxrnn.cells.gated import GatedCell
+from jaxrnn.cells.gated_delta_net import (
+    GatedDeltaNet,
+    GatedDeltaNetCarry,
+    GatedDeltaNetGates,
+    GatedDeltaNetParams,
+    gated_delta_net_init,
+    gated_delta_net_step,
+)
+from jaxrnn.cells.gla import GLA, GLACarry, GLAGates, GLAParams, gla_init, gla_step
 from jaxrnn.cells.gru import GRU, GRUCarry, GRUGates, GRUNorm, GRUParams, gru_init, gru_step
 from jaxrnn.cells.hgrn import HGRN, HGRNCarry, HGRNGates, HGRNParams, hgrn_init, hgrn_step
 from jaxrnn.cells.indrnn import IndRNN, IndRNNCarry, IndRNNGates, IndRNNParams, indrnn_init, indrnn_step
 from jaxrnn.cells.linear import LinearCell
 from jaxrnn.cells.lru import LRU, LRUCarry, LRUParams, lru_init, lru_step
 from jaxrnn.cells.lstm import LSTM, LSTMCarry, LSTMGates, LSTMNorm, LSTMParams, lstm_init, lstm_step
+from jaxrnn.cells.matrix import MatrixCell, MatrixInputs
 from jaxrnn.cells.mgu import MGU, MGUCarry, MGUGates, MGUParams, mgu_init, mgu_step
 from jaxrnn.cells.min_gru import MinGRU, MinGRUCarry, MinGRUGates, MinGRUParams, min_gru_init, min_gru_step
 from jaxrnn.cells.min_lstm import (
@@ -48,6 +66,7 @@ from jaxrnn.compose.stack import Stack
 from jaxrnn.compose.wrap import Backward, EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
 from jaxrnn.engines.gated.engine import GatedWeights
 from jaxrnn.engines.linear.engine import linear_scan
+from jaxrnn.engines.matrix.engine import matrix_scan
 from jaxrnn.exporting import name_types as _name_types
 from jaxrnn.layers import (
     Apply,
@@ -66,6 +85,7 @@ from jaxrnn.table import Summary, SummaryRow, summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "GLA",
     "GRU",
     "HGRN",
     "LRU",
@@ -89,6 +109,10 @@ __all__ = [
     "ConvLSTM",
     "ConvLSTMCarry",
     "ConvLSTMParams",
+    "DeltaNet",
+    "DeltaNetCarry",
+    "DeltaNetGates",
+    "DeltaNetParams",
     "Dropout",
     "Elman",
     "ElmanCarry",
@@ -99,11 +123,18 @@ __all__ = [
     "EmitCarry",
     "Emitted",
     "Explanation",
+    "GLACarry",
+    "GLAGates",
+    "GLAParams",
     "GRUCarry",
     "GRUGates",
     "GRUNorm",
     "GRUParams",
     "GatedCell",
+    "GatedDeltaNet",
+    "GatedDeltaNetCarry",
+    "GatedDeltaNetGates",
+    "GatedDeltaNetParams",
     "GatedWeights",
     "HGRNCarry",
     "HGRNGates",
@@ -129,6 +160,8 @@ __all__ = [
     "MGUCarry",
     "MGUGates",
     "MGUParams",
+    "MatrixCell",
+    "MatrixInputs",
     "MinGRU",
     "MinGRUCarry",
     "MinGRUGates",
@@ -171,9 +204,15 @@ __all__ = [
     "chrono_init",
     "conv_lstm_init",
     "conv_lstm_step",
+    "delta_net_init",
+    "delta_net_step",
     "elman_init",
     "elman_step",
     "explain",
+    "gated_delta_net_init",
+    "gated_delta_net_step",
+    "gla_init",
+    "gla_step",
     "glu",
     "griffin_block",
     "gru_init",
@@ -190,6 +229,7 @@ __all__ = [
     "lstm_init",
     "lstm_step",
     "mamba_block",
+    "matrix_scan",
     "mgu_init",
     "mgu_step",
     "min_gru_init",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrnn import (
+    GLA,
     GRU,
     HGRN,
     LRU,
@@ -27,10 +28,12 @@ from jaxrnn import (
     CausalConv,
     Cell,
     ConvLSTM,
+    DeltaNet,
     Dropout,
     Elman,
     Embed,
     EmitCarry,
+    GatedDeltaNet,
     IndRNN,
     LayerNorm,
     LearnedCarry,
@@ -163,6 +166,9 @@ CELLS = {
     "rg_lru": RGLRU(D),
     "hgrn": HGRN(D, H, lower_bound=0.3),
     "slstm": SLSTM(D, 4, heads=2),
+    "delta_net": DeltaNet(D, heads=2, key_size=3, value_size=4, negative_eigenvalues=True),
+    "gated_delta_net": GatedDeltaNet(D, heads=2, key_size=4, value_size=3),
+    "gla": GLA(D, heads=2, key_size=3, value_size=4, rank=2),
     "conv_lstm_1d": ConvLSTM((4,), D, H),
     "conv_lstm_2d": ConvLSTM((5, 4), D, H, kernel_size=(3, 2), strides=2, dilation=(1, 2), padding="VALID"),
     "own": Own(H),

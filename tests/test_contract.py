@@ -515,7 +515,8 @@ def test_explain_names_what_runs(cell):
     """Every engine call of a cell is explained; another implementation by name raises and says why."""
     params, _, xs = arguments(cell)
     calls = jaxrnn.explain(cell, params, None, xs).calls
-    assert all(call.implementation == "xla" and call.refused for call in calls)
+    without_kernel = {"matrix_scan": "chunked"}  # these tests are in float64
+    assert all(call.implementation == without_kernel.get(call.engine, "xla") and call.refused for call in calls)
     jax.eval_shape(lambda: jaxrnn.scan(cell, params, None, xs, implementation={"linear_scan": "chunked"}))
     if calls:
         with pytest.raises(ValueError, match=r"implementation: .*native.*supported here"):

@@ -13,6 +13,7 @@ import jaxrnn
 from jaxrnn import training
 
 SLOW = {
+    "GatedDeltaNet": {"log_decay", "b_step"},
     "LRU": {"nu", "theta", "gamma"},
     "S4D": {"log_decay", "frequency", "log_step"},
     "S5": {"log_decay", "frequency", "log_step"},

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxrnn.engines.arrays import zero_where_not
 from jaxrnn.typing import PyTree
 
-ENGINES = ("scan", "gated_scan", "linear_scan")
+ENGINES = ("scan", "gated_scan", "linear_scan", "matrix_scan")
 IMPLEMENTATIONS = ("native", "xla", "associative", "chunked")  # the fastest that can run first
 
 Implementation = str | Mapping[str, str] | None
@@ -123,7 +123,13 @@ class Walk:
         return dict(of).get(engine) if isinstance(of, tuple) else of
 
     def choose(
-        self, engine: str, refusals: Mapping[str, str], *, cell: object, elsewhere: str | None = None
+        self,
+        engine: str,
+        refusals: Mapping[str, str],
+        *,
+        cell: object,
+        elsewhere: str | None = None,
+        without_kernel: str | None = None,
     ) -> tuple[str, Mapping[str, str]]:
         """Returns the implementation of `engine` that runs (the named one, else the fastest), and why the others do
         not.
@@ -133,6 +139,7 @@ class Walk:
           refusals: For each implementation that cannot run this call, the reason.
           cell: The cell whose recurrence it is, for messages.
           elsewhere: The fastest implementation where there is no CPU, if that is not the first.
+          without_kernel: The fastest one on a CPU where the kernel cannot run, if that is not the first.
 
         Raises:
           ValueError: If the named implementation cannot run this call; the message says why, and which ones can.
@@ -147,7 +154,8 @@ class Walk:
                 f"implementation: {engine} cannot run {cell!r} as {name!r}: {refusals[name]}; "
                 f"supported here: {supported}"
             )
-        return name or (None if on_cpu else elsewhere) or supported[0], refusals
+        fastest = elsewhere if not on_cpu else without_kernel if "native" in refusals else None
+        return name or fastest or supported[0], refusals
 
     def form(self, engine: str, chosen: str) -> str | None:
         """Returns `chosen` where it is known, or None where each platform takes its own."""

@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -33,6 +34,8 @@ struct Kernels {
   void (*step[KINDS])(const Sizes&, const Forward&, int threads);  // a single one
   void (*small_step[KINDS])(const Sizes&, const Forward&, int threads);
   void (*linear)(const LinearProblem&, int threads);
+  void (*matrix)(const MatrixProblem&, int threads);
+  void (*matrix_backward)(const MatrixProblem&, const MatrixGradient&, int threads);
 };
 
 template <class F>
@@ -53,6 +56,7 @@ namespace baseline {
 #include "forward.h"
 #include "backward.h"
 #include "linear.h"
+#include "matrix.h"
 #include "step.h"
 #include "table.h"
 }  // namespace baseline
@@ -70,6 +74,7 @@ namespace avx2 {
 #include "forward.h"
 #include "backward.h"
 #include "linear.h"
+#include "matrix.h"
 #include "step.h"
 #include "table.h"
 }  // namespace avx2
@@ -97,6 +102,7 @@ namespace avx512 {
 #include "forward.h"
 #include "backward.h"
 #include "linear.h"
+#include "matrix.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
@@ -142,6 +148,12 @@ void backward(Kind kind, const Sizes& n, const Backward& p, int threads) {
 }
 
 void linear(const LinearProblem& p, int threads) { kernels().linear(p, threads); }
+
+void matrix(const MatrixProblem& p, int threads) { kernels().matrix(p, threads); }
+
+void matrix_backward(const MatrixProblem& p, const MatrixGradient& g, int threads) {
+  kernels().matrix_backward(p, g, threads);
+}
 
 const char* instructions() { return kernels().name; }
 

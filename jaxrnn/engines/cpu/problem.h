@@ -53,12 +53,41 @@ struct LinearProblem {
   float *hs, *last;  // (T, R), (R,)
 };
 
+// An array of T steps of R rows and one or all of G heads.
+struct Shared {
+  const float* data;  // null where it is absent
+  long heads;
+};
+
+// A matrix recurrence: T steps, R rows, G heads, states (R, G, K, V). What is absent is null.
+struct MatrixProblem {
+  long steps, rows, heads, keys, values;
+  bool reverse;
+  long chunk;                    // steps between two states that are kept
+  Shared q, k, u, w;             // (T, R, 1 or G, K)
+  const float *v, *s;            // (T, R, G, V), (R, G, K, V)
+  Shared log_decay, beta;        // (T, R, 1 or G, 1 or K), (T, R, 1 or G)
+  bool decay_by_row;             // K of them
+  const uint8_t* start;          // (T, R)
+  const float* fresh;            // (R, G, K, V)
+  float *ys, *last;              // (T, R, G, V), (R, G, K, V)
+  float *reads, *states;         // (T, R, G, V), (chunks, R, G, K, V): kept by the forward pass, read by the other
+};
+
+// Cotangents, in the shapes of their arrays with all G heads.
+struct MatrixGradient {
+  const float *d_ys, *d_last;
+  float *d_q, *d_k, *d_v, *d_s, *d_log_decay, *d_beta, *d_u, *d_w, *d_fresh;
+};
+
 constexpr int KINDS = 5;
 
 // By the best instruction set that this processor has.
 void forward(Kind kind, const Sizes& n, const Forward& p, int threads);
 void backward(Kind kind, const Sizes& n, const Backward& p, int threads);
 void linear(const LinearProblem& p, int threads);
+void matrix(const MatrixProblem& p, int threads);
+void matrix_backward(const MatrixProblem& p, const MatrixGradient& g, int threads);
 const char* instructions();
 
 }  // namespace jaxrnn
