@@ -84,7 +84,7 @@ def concrete(value: object) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
-def _key() -> jax.ShapeDtypeStruct:
+def shape_of_key() -> jax.ShapeDtypeStruct:
     """A key to ask for shapes with; a real one would stay in the program that is being traced."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
@@ -92,13 +92,13 @@ def _key() -> jax.ShapeDtypeStruct:
 @functools.lru_cache(maxsize=512)  # not without bound, since a cell may hold a closure
 def shapes_of_params(cell) -> PyTree:
     """The shapes and dtypes that `cell.init` would allocate."""
-    return jax.eval_shape(cell.init, _key())
+    return jax.eval_shape(cell.init, shape_of_key())
 
 
 @functools.lru_cache(maxsize=512)
 def shapes_of_carry(cell, batch_shape: tuple[int, ...] = ()) -> PyTree:
     """The shapes and dtypes of `cell.initial_carry`."""
-    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), _key())
+    return jax.eval_shape(lambda key: cell.initial_carry(cell.init(key), batch_shape), shape_of_key())
 
 
 def params(cell: Cell, given: PyTree) -> None:
@@ -120,7 +120,7 @@ def drawn(given: PyTree, init: Callable[..., PyTree], *arguments: Any, **options
 
 @functools.lru_cache(maxsize=512)
 def _shapes_of_drawn(init, arguments, options) -> PyTree:
-    return jax.eval_shape(lambda key: init(key, *arguments, **dict(options)), _key())
+    return jax.eval_shape(lambda key: init(key, *arguments, **dict(options)), shape_of_key())
 
 
 def _as_expected(owner: str, expected: PyTree, given: PyTree, optional: tuple[str, ...]) -> None:

@@ -80,7 +80,7 @@ def summary(cell: Cell, dtype: DTypeLike = jnp.float32) -> Summary:
         jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"dtype: expected that of the parameters, got {check.brief(dtype)}") from None
-    params = jax.eval_shape(lambda key: cell.init(key, dtype), jax.random.key(0))
+    params = jax.eval_shape(lambda key: cell.init(key, dtype), check.shape_of_key())
     rows = tuple(_rows("", cell, params, input_size(cell)))
     return Summary(rows, sum(row.count for row in rows), sum(row.bytes for row in rows))
 

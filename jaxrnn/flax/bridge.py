@@ -150,7 +150,7 @@ def _get(cell: Cell, tree: PyTree, names: tuple[str, ...]) -> PyTree:
 @functools.lru_cache(maxsize=512)
 def draws(cell: Cell) -> bool:
     """Whether the cell draws noise when it is given a key."""
-    return bool(jax.tree.leaves(jax.eval_shape(lambda key: cell.noise(key, 1, ()), jax.random.key(0))))
+    return bool(jax.tree.leaves(jax.eval_shape(lambda key: cell.noise(key, 1, ()), check.shape_of_key())))
 
 
 def check_deterministic(cell: Cell, *given: bool | None) -> None:

@@ -221,7 +221,7 @@ def _known(cells: Sequence[type[Cell]]) -> dict[str, type[Cell]]:
 
 
 def _shapes(cell: Cell) -> PyTree:
-    return jax.eval_shape(cell.init, jax.random.key(0))
+    return jax.eval_shape(cell.init, check.shape_of_key())
 
 
 def _leaves(tree: PyTree):
