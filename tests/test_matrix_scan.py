@@ -93,7 +93,9 @@ KINDS = list(itertools.product((None, "one", "rows"), ("add", "delta", "low rank
 SIZES = [(0, (2,), 3, 4), (1, (), 5, 2), (7, (2, 3), 4, 6), (64, (3,), 17, 3), (65, (2, 1), 3, 19), (40, (0, 2), 3, 2)]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "chunked", None, *NATIVE])
+@pytest.mark.parametrize(
+    "implementation", ["chunked", *NATIVE, *(pytest.param(x, marks=pytest.mark.full) for x in ("xla", None))]
+)
 @pytest.mark.parametrize(
     ("decay", "update"),
     [kind if kind in KINDS[4::4] else pytest.param(*kind, marks=pytest.mark.full) for kind in KINDS],
@@ -135,7 +137,7 @@ def halves(given):
     return given, fixed
 
 
-@pytest.mark.parametrize("implementation", ["chunked", None, *NATIVE])
+@pytest.mark.parametrize("implementation", ["chunked", *NATIVE, pytest.param(None, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("decay", "update"),
     [kind if kind in KINDS[4::4] else pytest.param(*kind, marks=pytest.mark.full) for kind in KINDS],
@@ -165,7 +167,9 @@ def test_gradients_are_those_of_the_loop(implementation, decay, update, flags):
             np.testing.assert_allclose(found[name], want, rtol=0, atol=bound, err_msg=name)
 
 
-@pytest.mark.parametrize(("decay", "update"), [("one", "delta"), ("rows", "low rank")])
+@pytest.mark.parametrize(
+    ("decay", "update"), [("one", "delta"), pytest.param("rows", "low rank", marks=pytest.mark.full)]
+)
 def test_every_derivative(decay, update):
     """Forward mode, reverse of reverse, forward of reverse: the kernels' as the loop's."""
     given = draw(9, (2, 2), 4, 3, decay=decay, update=update, flags="rows")
@@ -186,7 +190,7 @@ def test_every_derivative(decay, update):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4 * max(np.abs(wanted).max(), 1))
 
 
-@pytest.mark.parametrize("implementation", ["chunked", *NATIVE])
+@pytest.mark.parametrize("implementation", [pytest.param("chunked", marks=pytest.mark.full), *NATIVE])
 def test_vmap_over_anything(implementation):
     given = cast(draw(6, (3, 2), 4, 5, decay="rows", update="delta", flags="rows"), jnp.float32)
     for chosen in (["v"], ["s0", "log_decay"], ["reset", "q"], list(given)):

@@ -22,6 +22,12 @@ from jaxrnn.typing import PyTree
 class MatrixInputs(NamedTuple):
     """What the recurrence of a step reads, for each head: q, k, u, w (..., heads, K), v (..., heads, V), log_decay
     (..., heads) or (..., heads, K), beta (..., heads); see `jaxrnn.matrix_scan`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxrnn
+      >>> one = jnp.ones((2, 3))
+      >>> jaxrnn.MatrixInputs(one, one, one, beta=jnp.ones(2)).log_decay is None
+      True
     """
 
     q: Array

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxrnn import check
 from jaxrnn.engines.arrays import accumulator, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.matrix.primitives import bind
@@ -97,14 +98,16 @@ def matrix_scan(
         if not jnp.issubdtype(each.dtype, jnp.floating):
             raise TypeError(f"{name}: expected floating numbers, got {each.dtype}")
     shape = arrays["v"].shape
-    time_axis = check.integer("time_axis", time_axis, least=0)
-    if time_axis > len(shape) - 2:
+    if not 0 <= time_axis <= len(shape) - 2:
         raise ValueError(f"time_axis: expected an axis before the last of v with shape {shape}, got {time_axis}")
     arrays = {name: jnp.moveaxis(each, time_axis, 0) for name, each in arrays.items()}
     length, *batch, _ = arrays["v"].shape
     _check_shapes(arrays, length, tuple(batch))
-    if log_decay is not None and check.concrete(log_decay) and np.size(log_decay) and np.max(log_decay) > 0:
-        raise ValueError(f"log_decay: expected at most 0, got {np.max(log_decay)}")
+    decays = arrays.get("log_decay")
+    if decays is not None and not isinstance(decays, jax.core.Tracer) and decays.is_fully_addressable and decays.size:
+        greatest = np.max(np.asarray(decays))
+        if greatest > 0:
+            raise ValueError(f"log_decay: expected at most 0, got {greatest}")
     flags = {name: _flags(name, each, shape, time_axis) for name, each in (("mask", mask), ("reset", reset))}
     walk = Walk(flags["mask"], flags["reset"], bool(reverse), implementation=checked(implementation))
     state = (*batch, arrays["k"].shape[-1], shape[-1])
