@@ -35,10 +35,20 @@ from jaxrnn.cells.gated_delta_net import (
 from jaxrnn.cells.gla import GLA, GLACarry, GLAGates, GLAParams, gla_init, gla_step
 from jaxrnn.cells.gru import GRU, GRUCarry, GRUGates, GRUNorm, GRUParams, gru_init, gru_step
 from jaxrnn.cells.hgrn import HGRN, HGRNCarry, HGRNGates, HGRNParams, hgrn_init, hgrn_step
+from jaxrnn.cells.hgrn2 import HGRN2, HGRN2Carry, HGRN2Gates, HGRN2Params, hgrn2_init, hgrn2_step
 from jaxrnn.cells.indrnn import IndRNN, IndRNNCarry, IndRNNGates, IndRNNParams, indrnn_init, indrnn_step
+from jaxrnn.cells.kda import KDA, KDACarry, KDAGates, KDAParams, kda_init, kda_step
 from jaxrnn.cells.linear import LinearCell
+from jaxrnn.cells.linear_attention import (
+    LinearAttention,
+    LinearAttentionCarry,
+    LinearAttentionParams,
+    linear_attention_init,
+    linear_attention_step,
+)
 from jaxrnn.cells.lru import LRU, LRUCarry, LRUParams, lru_init, lru_step
 from jaxrnn.cells.lstm import LSTM, LSTMCarry, LSTMGates, LSTMNorm, LSTMParams, lstm_init, lstm_step
+from jaxrnn.cells.mamba2 import Mamba2, Mamba2Carry, Mamba2Gates, Mamba2Params, mamba2_init, mamba2_step
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs
 from jaxrnn.cells.mgu import MGU, MGUCarry, MGUGates, MGUParams, mgu_init, mgu_step
 from jaxrnn.cells.min_gru import MinGRU, MinGRUCarry, MinGRUGates, MinGRUParams, min_gru_init, min_gru_step
@@ -50,8 +60,11 @@ from jaxrnn.cells.min_lstm import (
     min_lstm_init,
     min_lstm_step,
 )
+from jaxrnn.cells.mlstm import MLSTM, MLSTMCarry, MLSTMGates, MLSTMParams, mlstm_init, mlstm_step
 from jaxrnn.cells.qrnn import QRNN, QRNNCarry, QRNNParams, qrnn_init, qrnn_step
+from jaxrnn.cells.ret_net import RetNet, RetNetCarry, RetNetParams, ret_net_init, ret_net_step
 from jaxrnn.cells.rg_lru import RGLRU, RGLRUCarry, RGLRUGates, RGLRUParams, rg_lru_init, rg_lru_step
+from jaxrnn.cells.rwkv7 import RWKV7, RWKV7Carry, RWKV7Gates, RWKV7Params, rwkv7_init, rwkv7_step
 from jaxrnn.cells.s4d import S4D, S4DCarry, S4DParams, s4d_init, s4d_step
 from jaxrnn.cells.s5 import S5, S5Carry, S5Params, s5_init, s5_step
 from jaxrnn.cells.s6 import S6, S6Carry, S6Params, s6_init, s6_step
@@ -88,11 +101,15 @@ __all__ = [
     "GLA",
     "GRU",
     "HGRN",
+    "HGRN2",
+    "KDA",
     "LRU",
     "LSTM",
     "MGU",
+    "MLSTM",
     "QRNN",
     "RGLRU",
+    "RWKV7",
     "S4D",
     "S5",
     "S6",
@@ -136,6 +153,9 @@ __all__ = [
     "GatedDeltaNetGates",
     "GatedDeltaNetParams",
     "GatedWeights",
+    "HGRN2Carry",
+    "HGRN2Gates",
+    "HGRN2Params",
     "HGRNCarry",
     "HGRNGates",
     "HGRNParams",
@@ -143,6 +163,9 @@ __all__ = [
     "IndRNNCarry",
     "IndRNNGates",
     "IndRNNParams",
+    "KDACarry",
+    "KDAGates",
+    "KDAParams",
     "LRUCarry",
     "LRUParams",
     "LSTMCarry",
@@ -155,11 +178,21 @@ __all__ = [
     "LearnedCarry",
     "LearnedCarryParams",
     "Linear",
+    "LinearAttention",
+    "LinearAttentionCarry",
+    "LinearAttentionParams",
     "LinearCell",
     "LinearParams",
     "MGUCarry",
     "MGUGates",
     "MGUParams",
+    "MLSTMCarry",
+    "MLSTMGates",
+    "MLSTMParams",
+    "Mamba2",
+    "Mamba2Carry",
+    "Mamba2Gates",
+    "Mamba2Params",
     "MatrixCell",
     "MatrixInputs",
     "MinGRU",
@@ -178,9 +211,15 @@ __all__ = [
     "RGLRUCarry",
     "RGLRUGates",
     "RGLRUParams",
+    "RWKV7Carry",
+    "RWKV7Gates",
+    "RWKV7Params",
     "RecurrentDropout",
     "Repeat",
     "Residual",
+    "RetNet",
+    "RetNetCarry",
+    "RetNetParams",
     "S4DCarry",
     "S4DParams",
     "S5Carry",
@@ -217,17 +256,25 @@ __all__ = [
     "griffin_block",
     "gru_init",
     "gru_step",
+    "hgrn2_init",
+    "hgrn2_step",
     "hgrn_init",
     "hgrn_step",
     "indrnn_init",
     "indrnn_step",
     "irnn_init",
+    "kda_init",
+    "kda_step",
     "last",
+    "linear_attention_init",
+    "linear_attention_step",
     "linear_scan",
     "lru_init",
     "lru_step",
     "lstm_init",
     "lstm_step",
+    "mamba2_init",
+    "mamba2_step",
     "mamba_block",
     "matrix_scan",
     "mgu_init",
@@ -236,12 +283,18 @@ __all__ = [
     "min_gru_step",
     "min_lstm_init",
     "min_lstm_step",
+    "mlstm_init",
+    "mlstm_step",
     "qrnn_init",
     "qrnn_step",
     "residual_block",
+    "ret_net_init",
+    "ret_net_step",
     "rg_lru_init",
     "rg_lru_step",
     "rollout",
+    "rwkv7_init",
+    "rwkv7_step",
     "s4d_init",
     "s4d_step",
     "s5_init",

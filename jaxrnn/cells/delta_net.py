@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
+from jaxrnn.cells.delta import Sizes, check_delta, check_products, strength, written
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, matrix_step, unit
-from jaxrnn.engines.arrays import dot
+from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, matrix_step, projected
 from jaxrnn.typing import DTypeLike, Noise
 
 
 class DeltaNetParams(NamedTuple):
-    """w_x (D, heads (2K + V + 1)): input weights; columns of q, of k, of v and of β, head by head."""
+    """w_x (D, heads (K + n (K + V + 1))): input weights; columns of q, of k, of v and of β, product by product and head
+    by head; None where x holds these already.
+    """
 
-    w_x: Array
+    w_x: Array | None
 
 
 class DeltaNetCarry(NamedTuple):
@@ -29,7 +30,7 @@ class DeltaNetCarry(NamedTuple):
 
 
 class DeltaNetGates(NamedTuple):
-    """beta (..., heads): the strength of writing."""
+    """beta (..., n heads): the strength of writing, product by product."""
 
     beta: Array
 
@@ -49,6 +50,11 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
       value_size: The size of the values of a head, V; y has heads · V features.
       negative_eigenvalues: Whether β = 2 σ(x w_β), so that a step can turn the state round, which tasks of counting and
         of permutations need.
+      products: The number n of keys, values and β of a step, which are written one after the other: a step is then a
+        product of n reflections, as a permutation is of swaps (DeltaProduct).
+      key_heads: The number of heads of q and k, a divisor of `heads`, each for several of v; None for one each.
+      project: Whether x is multiplied by w_x. If not, x already holds q, k, v and β side by side, as in a
+        block that convolves them before, and `input_size` is their number.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -59,7 +65,8 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
 
     References:
       Schlag et al. 2021, Linear transformers are secretly fast weight programmers, arXiv 2102.11174; Yang et al. 2024,
-      arXiv 2406.06484; negative eigenvalues: Grazzi et al. 2024, arXiv 2411.12537.
+      arXiv 2406.06484; negative eigenvalues: Grazzi et al. 2024, arXiv 2411.12537; products: Siems et al. 2025, arXiv
+      2502.10297.
     """
 
     input_size: int
@@ -67,12 +74,30 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
     key_size: int
     value_size: int
     negative_eigenvalues: bool = False
+    products: int = 1
+    key_heads: int | None = None
+    project: bool = True
 
     def __post_init__(self):
-        check.sizes(self, "input_size", "heads", "key_size", "value_size")
+        check_delta(self)
+        check_products(self)
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.heads, self.key_size, self.value_size, self.key_heads or self.heads, self.products)
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> DeltaNetParams:
-        return delta_net_init(key, self.input_size, self.heads, self.key_size, self.value_size, dtype=dtype)
+        return delta_net_init(
+            key,
+            self.input_size,
+            self.heads,
+            self.key_size,
+            self.value_size,
+            products=self.products,
+            key_heads=self.key_heads,
+            project=self.project,
+            dtype=dtype,
+        )
 
     def initial_carry(self, params: DeltaNetParams, batch_shape: tuple[int, ...] = ()) -> DeltaNetCarry:
         return DeltaNetCarry(self.zeros(params, batch_shape))
@@ -80,18 +105,36 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
     def gates(self, params: DeltaNetParams, carry: DeltaNetCarry, x: Array, noise: Noise = None) -> DeltaNetGates:
         """The strength of writing of one step."""
         check.params(self, params)
-        return DeltaNetGates(_beta(dot(x, params.w_x), self.heads, self.negative_eigenvalues))
+        beta = projected(params, x)[..., -self.products * self.heads :]
+        return DeltaNetGates(strength(beta, self.negative_eigenvalues))
 
     def step(self, params, carry, x, noise=None):
         check.params(self, params)
-        return delta_net_step(params, carry, x, noise, negative_eigenvalues=self.negative_eigenvalues)
+        return delta_net_step(
+            params,
+            carry,
+            x,
+            noise,
+            negative_eigenvalues=self.negative_eigenvalues,
+            products=self.products,
+            key_heads=self.key_heads,
+        )
 
     def inputs(self, params, x):
-        return _inputs(params, x, self.heads, self.key_size, self.negative_eigenvalues)
+        return _inputs(params, x, self._sizes, self.negative_eigenvalues)
 
 
 def delta_net_init(
-    key: Array, input_size: int, heads: int, key_size: int, value_size: int, *, dtype: DTypeLike = jnp.float32
+    key: Array,
+    input_size: int,
+    heads: int,
+    key_size: int,
+    value_size: int,
+    *,
+    products: int = 1,
+    key_heads: int | None = None,
+    project: bool = True,
+    dtype: DTypeLike = jnp.float32,
 ) -> DeltaNetParams:
     """Draws the parameters of `delta_net_step`: w_x is LeCun normal.
 
@@ -100,22 +143,32 @@ def delta_net_init(
       >>> jaxrnn.delta_net_init(jax.random.key(0), 8, 2, 4, 6).w_x.shape
       (8, 30)
     """
-    return DeltaNetParams(lecun_normal(key, input_size, heads * (2 * key_size + value_size + 1), 1, dtype))
+    columns = sum(Sizes(heads, key_size, value_size, key_heads or heads, products).columns)
+    return DeltaNetParams(lecun_normal(key, input_size, columns, 1, dtype) if project else None)
 
 
 def delta_net_step(
-    params: DeltaNetParams, carry: DeltaNetCarry, x: Array, noise: Noise = None, *, negative_eigenvalues: bool = False
+    params: DeltaNetParams,
+    carry: DeltaNetCarry,
+    x: Array,
+    noise: Noise = None,
+    *,
+    negative_eigenvalues: bool = False,
+    products: int = 1,
+    key_heads: int | None = None,
 ) -> tuple[DeltaNetCarry, Array]:
     """One step of the delta rule.
 
         S' = (I − β k kᵀ) S + β k vᵀ,  y = S'ᵀ q
 
     Args:
-      params: `DeltaNetParams` with w_x (D, heads (2K + V + 1)).
+      params: `DeltaNetParams` with w_x (D, heads (K + n (K + V + 1))), or None.
       carry: `DeltaNetCarry(s)` with s (..., heads, K, V).
       x: The input of one step, of shape (..., D).
       noise: Always None.
       negative_eigenvalues: As in `DeltaNet`.
+      products: As in `DeltaNet`.
+      key_heads: As in `DeltaNet`.
 
     Returns:
       The new carry, and the output of shape (..., heads · V).
@@ -132,19 +185,15 @@ def delta_net_step(
       (12,)
     """
     check.kind(params, DeltaNetParams)
+    size = x.shape[-1] if params.w_x is None else params.w_x.shape[0]
+    options = {"products": products, "key_heads": key_heads, "project": params.w_x is not None}
+    check.drawn(params, delta_net_init, size, *carry.s.shape[-3:], **options)
     heads, key_size, value_size = carry.s.shape[-3:]
-    check.drawn(params, delta_net_init, params.w_x.shape[0], heads, key_size, value_size)
-    inputs = functools.partial(_inputs, heads=heads, key_size=key_size, negative_eigenvalues=negative_eigenvalues)
-    return matrix_step(params, carry, x, inputs)
+    sizes = Sizes(heads, key_size, value_size, key_heads or heads, products)
+    inputs = functools.partial(_inputs, sizes=sizes, negative_eigenvalues=negative_eigenvalues)
+    return matrix_step(params, carry, x, inputs, products=products)
 
 
-def _beta(projected, heads, negative_eigenvalues):
-    return jax.nn.sigmoid(projected[..., -heads:]) * (2 if negative_eigenvalues else 1)
-
-
-def _inputs(params, x, heads, key_size, negative_eigenvalues) -> MatrixInputs:
-    projected = dot(x, params.w_x)
-    size = heads * key_size
-    q, k, v = (by_head(part, heads) for part in jnp.split(projected[..., :-heads], [size, 2 * size], axis=-1))
-    beta = _beta(projected, heads, negative_eigenvalues)
-    return MatrixInputs(unit(q) * key_size**-0.5, unit(k), v, beta=beta)
+def _inputs(params, x, sizes, negative_eigenvalues) -> MatrixInputs:
+    q, k, v, beta, _ = written(projected(params, x), sizes, negative_eigenvalues)
+    return MatrixInputs(q, k, v, beta=beta)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -11,19 +10,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
+from jaxrnn.cells.delta import Sizes, check_delta, check_products, strength, written
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, matrix_step, unit
-from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, draw_step_bias, matrix_step, projected
+from jaxrnn.engines.arrays import accumulator, lifted
 from jaxrnn.typing import DTypeLike, Noise
 
 
 class GatedDeltaNetParams(NamedTuple):
-    """w_x (D, heads (2K + V + 2)): input weights; columns of q, of k, of v, of β and of the step Δ, head by head.
-
-    b_step (heads,): bias of Δ; log_decay (heads,): the logarithm of the rate at which a head forgets.
+    """w_x (D, heads (K + n (K + V + 1) + 1)): input weights; columns of q, of k, of v, of β and of the step Δ, product
+    by product and head by head; None where x holds these already. b_step (heads,): bias of Δ; log_decay (heads,): the
+    logarithm of the rate at which a head forgets.
     """
 
-    w_x: Array
+    w_x: Array | None
     b_step: Array
     log_decay: Array
 
@@ -35,7 +35,7 @@ class GatedDeltaNetCarry(NamedTuple):
 
 
 class GatedDeltaNetGates(NamedTuple):
-    """beta, the strength of writing, and a, the share that is kept, each (..., heads)."""
+    """beta (..., n heads): the strength of writing, product by product; a (..., heads): the share that is kept."""
 
     beta: Array
     a: Array
@@ -59,6 +59,11 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
       value_size: The size of the values of a head, V; y has heads · V features.
       negative_eigenvalues: Whether β = 2 σ(x w_β), so that a step can turn the state round, which tasks of counting and
         of permutations need.
+      products: The number n of keys, values and β of a step, which are written one after the other: a step is then a
+        product of n reflections (Gated DeltaProduct).
+      key_heads: The number of heads of q and k, a divisor of `heads`, each for several of v; None for one each.
+      project: Whether x is multiplied by w_x. If not, x already holds q, k, v, β and Δ side by side, as in a
+        block that convolves them before, and `input_size` is their number.
       step_min: The smallest Δ that is drawn; its logarithm is drawn uniformly.
       step_max: The largest Δ that is drawn.
 
@@ -71,7 +76,7 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
 
     References:
       Yang et al. 2024, Gated delta networks, arXiv 2412.06464; negative eigenvalues: Grazzi et al. 2024, arXiv
-      2411.12537.
+      2411.12537; products: Siems et al. 2025, arXiv 2502.10297.
     """
 
     slow_weights = ("log_decay", "b_step")
@@ -81,18 +86,37 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
     key_size: int
     value_size: int
     negative_eigenvalues: bool = False
+    products: int = 1
+    key_heads: int | None = None
+    project: bool = True
     step_min: float = 1e-3
     step_max: float = 1e-1
 
     def __post_init__(self):
-        check.sizes(self, "input_size", "heads", "key_size", "value_size")
+        check_delta(self)
+        check_products(self)
         check.fields(self, step_min=check.positive, step_max=check.positive)
         if self.step_min > self.step_max:
             raise ValueError(f"GatedDeltaNet.step_min: expected at most step_max, {self.step_max}, got {self.step_min}")
 
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.heads, self.key_size, self.value_size, self.key_heads or self.heads, self.products)
+
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> GatedDeltaNetParams:
-        sizes = self.input_size, self.heads, self.key_size, self.value_size
-        return gated_delta_net_init(key, *sizes, step_min=self.step_min, step_max=self.step_max, dtype=dtype)
+        return gated_delta_net_init(
+            key,
+            self.input_size,
+            self.heads,
+            self.key_size,
+            self.value_size,
+            products=self.products,
+            key_heads=self.key_heads,
+            project=self.project,
+            step_min=self.step_min,
+            step_max=self.step_max,
+            dtype=dtype,
+        )
 
     def initial_carry(self, params: GatedDeltaNetParams, batch_shape: tuple[int, ...] = ()) -> GatedDeltaNetCarry:
         return GatedDeltaNetCarry(self.zeros(params, batch_shape))
@@ -102,15 +126,24 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
     ) -> GatedDeltaNetGates:
         """The strength of writing and the share that is kept of one step."""
         check.params(self, params)
-        beta, log_decay = _gates(params, dot(x, params.w_x), self.negative_eigenvalues)
-        return GatedDeltaNetGates(beta, jnp.exp(log_decay))
+        features, betas = projected(params, x), self.products * self.heads
+        beta, step = features[..., -betas - self.heads : -self.heads], features[..., -self.heads :]
+        return GatedDeltaNetGates(strength(beta, self.negative_eigenvalues), jnp.exp(_log_decay(params, step)))
 
     def step(self, params, carry, x, noise=None):
         check.params(self, params)
-        return gated_delta_net_step(params, carry, x, noise, negative_eigenvalues=self.negative_eigenvalues)
+        return gated_delta_net_step(
+            params,
+            carry,
+            x,
+            noise,
+            negative_eigenvalues=self.negative_eigenvalues,
+            products=self.products,
+            key_heads=self.key_heads,
+        )
 
     def inputs(self, params, x):
-        return _inputs(params, x, self.key_size, self.negative_eigenvalues)
+        return _inputs(params, x, self._sizes, self.negative_eigenvalues)
 
 
 def gated_delta_net_init(
@@ -120,6 +153,9 @@ def gated_delta_net_init(
     key_size: int,
     value_size: int,
     *,
+    products: int = 1,
+    key_heads: int | None = None,
+    project: bool = True,
     step_min: float = 1e-3,
     step_max: float = 1e-1,
     dtype: DTypeLike = jnp.float32,
@@ -134,13 +170,13 @@ def gated_delta_net_init(
     """
     wide = accumulator(dtype)
     k_x, k_step, k_decay = jax.random.split(key, 3)
-    step = jnp.exp(jax.random.uniform(k_step, (heads,), wide, math.log(step_min), math.log(step_max)))
+    columns = sum(Sizes(heads, key_size, value_size, key_heads or heads, products).columns) + heads
     params = GatedDeltaNetParams(
-        w_x=lecun_normal(k_x, input_size, heads * (2 * key_size + value_size + 2), 1, wide),
-        b_step=step + jnp.log(-jnp.expm1(-step)),  # whose softplus is the step
+        w_x=lecun_normal(k_x, input_size, columns, 1, wide) if project else None,
+        b_step=draw_step_bias(k_step, heads, step_min, step_max, wide),
         log_decay=jnp.log(jax.random.uniform(k_decay, (heads,), wide, 0.01, 16.0)),
     )
-    return GatedDeltaNetParams(*(each.astype(dtype) for each in params))
+    return jax.tree.map(lambda each: each.astype(dtype), params)
 
 
 def gated_delta_net_step(
@@ -150,17 +186,21 @@ def gated_delta_net_step(
     noise: Noise = None,
     *,
     negative_eigenvalues: bool = False,
+    products: int = 1,
+    key_heads: int | None = None,
 ) -> tuple[GatedDeltaNetCarry, Array]:
     """One step of the gated delta rule.
 
         S' = a (I − β k kᵀ) S + β k vᵀ,  y = S'ᵀ q
 
     Args:
-      params: `GatedDeltaNetParams` with w_x (D, heads (2K + V + 2)), b_step (heads,), log_decay (heads,).
+      params: `GatedDeltaNetParams` with w_x (D, heads (K + n (K + V + 1) + 1)) or None, b_step and log_decay (heads,).
       carry: `GatedDeltaNetCarry(s)` with s (..., heads, K, V).
       x: The input of one step, of shape (..., D).
       noise: Always None.
       negative_eigenvalues: As in `GatedDeltaNet`.
+      products: As in `GatedDeltaNet`.
+      key_heads: As in `GatedDeltaNet`.
 
     Returns:
       The new carry, and the output of shape (..., heads · V).
@@ -177,25 +217,21 @@ def gated_delta_net_step(
       (12,)
     """
     check.kind(params, GatedDeltaNetParams)
-    check.drawn(params, gated_delta_net_init, params.w_x.shape[0], *carry.s.shape[-3:])
-    key_size = carry.s.shape[-2]
-    inputs = functools.partial(_inputs, key_size=key_size, negative_eigenvalues=negative_eigenvalues)
-    return matrix_step(params, carry, x, inputs)
+    size = x.shape[-1] if params.w_x is None else params.w_x.shape[0]
+    options = {"products": products, "key_heads": key_heads, "project": params.w_x is not None}
+    check.drawn(params, gated_delta_net_init, size, *carry.s.shape[-3:], **options)
+    heads, key_size, value_size = carry.s.shape[-3:]
+    sizes = Sizes(heads, key_size, value_size, key_heads or heads, products)
+    inputs = functools.partial(_inputs, sizes=sizes, negative_eigenvalues=negative_eigenvalues)
+    return matrix_step(params, carry, x, inputs, products=products)
 
 
-def _gates(params, projected, negative_eigenvalues) -> tuple[Array, Array]:
-    """β and the logarithm of a."""
-    heads = params.b_step.shape[0]
-    beta, step = projected[..., -2 * heads : -heads], projected[..., -heads:]
+def _log_decay(params, step) -> Array:
     step = jax.nn.softplus(step + lifted(params.b_step.astype(step.dtype), step))
-    log_decay = -jnp.exp(lifted(params.log_decay.astype(step.dtype), step)) * step
-    return jax.nn.sigmoid(beta) * (2 if negative_eigenvalues else 1), log_decay
+    return -jnp.exp(lifted(params.log_decay.astype(step.dtype), step)) * step
 
 
-def _inputs(params, x, key_size, negative_eigenvalues) -> MatrixInputs:
-    heads = params.b_step.shape[0]
-    projected = dot(x, params.w_x)
-    size = heads * key_size
-    q, k, v = (by_head(part, heads) for part in jnp.split(projected[..., : -2 * heads], [size, 2 * size], axis=-1))
-    beta, log_decay = _gates(params, projected, negative_eigenvalues)
-    return MatrixInputs(unit(q) * key_size**-0.5, unit(k), v, log_decay, beta)
+def _inputs(params, x, sizes, negative_eigenvalues) -> MatrixInputs:
+    features = projected(params, x)
+    q, k, v, beta, (step,) = written(features, sizes, negative_eigenvalues, sizes.heads)
+    return MatrixInputs(q, k, v, _log_decay(params, step), beta)

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, matrix_step
+from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, matrix_step, queries
 from jaxrnn.engines.arrays import dot, lifted
 from jaxrnn.typing import DTypeLike, Noise
 
@@ -153,16 +153,15 @@ def gla_step(params: GLAParams, carry: GLACarry, x: Array, noise: Noise = None) 
 SOFTENING = 16  # the root that is taken of the gate
 
 
-def _log_decay(params, projected, heads):
+def _log_decay(params, features, heads):
     rank = params.w_gate.shape[0]
-    gate = dot(projected[..., -rank:], params.w_gate.astype(projected.dtype))
+    gate = dot(features[..., -rank:], params.w_gate.astype(features.dtype))
     gate = gate + lifted(params.b_gate.astype(gate.dtype), gate)
     return by_head(jax.nn.log_sigmoid(gate), heads) / SOFTENING
 
 
 def _inputs(params, x, heads, key_size) -> MatrixInputs:
     rank = params.w_gate.shape[0]
-    projected = dot(x, params.w_x)
-    size = heads * key_size
-    q, k, v = (by_head(part, heads) for part in jnp.split(projected[..., :-rank], [size, 2 * size], axis=-1))
-    return MatrixInputs(q * key_size**-0.5, k, v, _log_decay(params, projected, heads))
+    features = dot(x, params.w_x)
+    q, k, v = queries(features[..., :-rank], heads, key_size)
+    return MatrixInputs(q * key_size**-0.5, k, v, _log_decay(params, features, heads))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,16 +13,19 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
-from jaxrnn.engines.arrays import accumulator, cast, compute_dtype
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, dot, inexact
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.matrix import programs
 from jaxrnn.engines.matrix.engine import matrix_form, matrix_recurrence
-from jaxrnn.typing import PyTree
+from jaxrnn.engines.walk import Flags
+from jaxrnn.typing import DTypeLike, PyTree
 
 
 class MatrixInputs(NamedTuple):
     """What the recurrence of a step reads, for each head: q, k, u, w (..., heads, K), v (..., heads, V), log_decay
-    (..., heads) or (..., heads, K), beta (..., heads); see `jaxrnn.matrix_scan`.
+    (..., heads) or (..., heads, K), beta (..., heads); see `jaxrnn.matrix_scan`. `aside` is what `output` reads of x.
+
+    q, k, u and w may have fewer heads, each for several of v that stand side by side.
 
     Examples:
       >>> import jax.numpy as jnp, jaxrnn
@@ -37,14 +41,24 @@ class MatrixInputs(NamedTuple):
     beta: Array | None = None
     u: Array | None = None
     w: Array | None = None
+    aside: PyTree = None
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Those that the recurrence reads."""
+        return {name: each for name, each in self._asdict().items() if each is not None and name != "aside"}
 
 
 class MatrixCell(Cell[Params, Carry]):
     """A cell whose state is a matrix for each head: S' = (diag(a) + u wᵀ) S + k vᵀ, read by y = S'ᵀ q.
 
     A subclass has a carry with the field s (..., heads, K, V) and the fields heads, key_size and value_size. It defines
-    `inputs`, which depends on x alone; if y is not that of all heads side by side, it also defines `output`. Both
-    accept any leading axes, so that each is called once for a whole sequence. The recurrence runs by `matrix_scan`.
+    `inputs`, which depends on x alone; if y is not that of all heads side by side, it also defines `output`; if its
+    carry holds more than s, `follow`. All accept any leading axes, so that each is called once for a whole sequence.
+    The recurrence runs by `matrix_scan`.
+
+    With `products` n above 1, a step is n steps of the recurrence, of which the last one is read: k, v and beta have
+    an axis of n before their heads, and the decay is that of the first.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -69,6 +83,8 @@ class MatrixCell(Cell[Params, Carry]):
       Array([3., 6., 9.], dtype=float32)
     """
 
+    products = 1
+
     @property
     def output_size(self) -> int:
         cell: Any = self  # which has these fields
@@ -78,48 +94,72 @@ class MatrixCell(Cell[Params, Carry]):
     def inputs(self, params: PyTree, x: Array) -> MatrixInputs:
         """What the recurrence reads, in at least float32."""
 
-    def output(self, params: PyTree, ys: Array, x: Array) -> Array:
+    def output(self, params: PyTree, ys: Array, inputs: MatrixInputs) -> Array:
         """Computes y from what is read of all heads, (..., heads, V)."""
-        return _side_by_side(params, ys, x)
+        return side_by_side(params, ys, inputs)
+
+    def follow(
+        self, inputs: MatrixInputs, carry: PyTree, fresh: PyTree, flags: Flags, reverse: bool
+    ) -> tuple[MatrixInputs, PyTree]:
+        """Follows what the carry holds beside s through the steps, the first axis: (what the recurrence reads then, the
+        last carry).
+        """
+        return nothing_more(inputs, carry, fresh, flags, reverse)
 
     def step(self, params, carry: PyTree, x, noise=None):
         check.params(self, params)
-        return matrix_step(params, carry, x, self.inputs, output=self.output)
+        return matrix_step(
+            params, carry, x, self.inputs, output=self.output, follow=self.follow, products=self.products
+        )
 
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
-        dtypes = [each.dtype for each in found if each is not None]
-        form = matrix_form(walk, accumulator(*dtypes, carry.s.dtype), *dtypes, owner=self)
+        dtypes = [each.dtype for each in found.arrays.values()]
+        wide = accumulator(*dtypes, carry.s.dtype)
+        form = matrix_form(walk, wide, *dtypes, owner=self)
 
         def run(constant, carry, inputs):
             params, fresh = constant
             xs, flags = inputs
             params = cast(params, dtype)
-            given = {name: each for name, each in self.inputs(params, xs)._asdict().items() if each is not None}
+            given, carry = self.follow(self.inputs(params, xs), carry, fresh, flags, walk.reverse)
+            heads = _Heads(given)
+            arrays, each_flags = _micro_steps(given.arrays, flags, self.products, walk.reverse)
             last, ys = matrix_recurrence(
-                given,
-                carry.s.astype(accumulator(*dtypes, carry.s.dtype)),
-                fresh=fresh.s,
-                flags=flags,
+                heads.grouped(arrays),
+                heads.grouped_state(carry.s.astype(wide)),
+                fresh=heads.grouped_state(fresh.s),
+                flags=each_flags,
                 reverse=walk.reverse,
                 form=form,
             )
-            ys = walk.replace(valid=flags.valid).without_padding(self.output(params, ys, xs).astype(dtype))
-            return carry._replace(s=last.astype(carry.s.dtype)), ys
+            ys = ys[0 if walk.reverse else self.products - 1 :: self.products]
+            ys = self.output(params, ys.reshape(*xs.shape[:-1], heads.count, ys.shape[-1]), given)
+            ys = walk.replace(valid=flags.valid).without_padding(ys.astype(dtype))
+            return carry._replace(s=last.reshape(carry.s.shape).astype(carry.s.dtype)), ys
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
-    def zeros(self, params: PyTree, batch_shape: tuple[int, ...]) -> Array:
-        """Returns a state of zeros, in the dtype of the params."""
+    def zeros(self, params: PyTree, batch_shape: tuple[int, ...], columns: int = 0) -> Array:
+        """Returns a state of zeros, in the dtype of the params, with more columns than V if asked."""
         check.params(self, params)
         cell: Any = self
-        return jnp.zeros((*batch_shape, cell.heads, cell.key_size, cell.value_size), params.w_x.dtype)
+        shape = *batch_shape, cell.heads, cell.key_size, cell.value_size + columns
+        return jnp.zeros(
+            shape, next((leaf.dtype for leaf in jax.tree.leaves(params) if inexact(leaf)), jnp.result_type(float))
+        )
 
 
-def _side_by_side(params, ys, x):
+def nothing_more(inputs, carry, fresh, flags, reverse):
+    """`follow` of a carry that holds s alone."""
+    return inputs, carry
+
+
+def side_by_side(params: PyTree, ys: Array, inputs: MatrixInputs) -> Array:
+    """(..., heads, V) as (..., heads · V)."""
     return ys.reshape(*ys.shape[:-2], ys.shape[-2] * ys.shape[-1])
 
 
@@ -129,9 +169,11 @@ def matrix_step(
     x: Array,
     inputs: Callable[..., MatrixInputs],
     *,
-    output: Callable[..., Array] = _side_by_side,
+    output: Callable[..., Array] = side_by_side,
+    follow: Callable[..., tuple[MatrixInputs, PyTree]] = nothing_more,
+    products: int = 1,
 ) -> tuple[PyTree, Array]:
-    """One step: the state after what `inputs(params, x)` says, and y = output(params, ys, x).
+    """One step: the state after what `inputs(params, x)` says, and y.
 
     Args:
       params: The params of the cell.
@@ -139,13 +181,86 @@ def matrix_step(
       x: The input of one step.
       inputs: As in `MatrixCell`.
       output: As in `MatrixCell`; by default y is that of all heads side by side.
+      follow: As in `MatrixCell`.
+      products: As in `MatrixCell`.
     """
     dtype = compute_dtype(x, params)
     params, x = cast(params, dtype), x.astype(dtype)
-    given = inputs(params, x)
-    wide = accumulator(*(each.dtype for each in given if each is not None), carry.s.dtype)
-    s, ys = programs.step(carry.s.astype(wide), *(None if each is None else each.astype(wide) for each in given))  # type: ignore[arg-type]
-    return carry._replace(s=s.astype(carry.s.dtype)), output(params, ys, x).astype(dtype)
+    given, carry = follow(inputs(params, x[None]), carry, carry, Flags(None, None), False)
+    arrays, _ = _micro_steps(given.arrays, Flags(None, None), products, False)
+    wide = accumulator(*(each.dtype for each in arrays.values()), carry.s.dtype)
+    heads = _Heads(given)
+    arrays = {name: each.astype(wide) for name, each in heads.grouped(arrays).items()}
+    s, ys = programs.step(heads.grouped_state(carry.s.astype(wide)), **{name: each[0] for name, each in arrays.items()})
+    for n in range(1, products):
+        s, ys = programs.step(s, **{name: each[n] for name, each in arrays.items()})
+    ys = output(params, ys.reshape(1, *x.shape[:-1], heads.count, ys.shape[-1]), given)[0]
+    return carry._replace(s=s.reshape(carry.s.shape).astype(carry.s.dtype)), ys.astype(dtype)
+
+
+class _Heads:
+    """Heads that share keys: (..., heads, ·) as (..., heads of keys, heads for each, ·), so that no key is copied."""
+
+    def __init__(self, given: MatrixInputs):
+        self.count, self.of_keys = given.v.shape[-2], given.k.shape[-2]
+        self.alike = self.of_keys in (1, self.count)
+        self.by_row = given.log_decay is not None and given.log_decay.ndim == given.q.ndim
+
+    def grouped(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        def group(name, each):
+            at = each.ndim - (1 if name == "beta" or (name == "log_decay" and not self.by_row) else 2)
+            own = each.shape[at] // self.of_keys
+            return each.reshape(*each.shape[:at], self.of_keys, own, *each.shape[at + 1 :])
+
+        return arrays if self.alike else {name: group(name, each) for name, each in arrays.items()}
+
+    def grouped_state(self, s: Array) -> Array:
+        if self.alike:
+            return s
+        return s.reshape(*s.shape[:-3], self.of_keys, self.count // self.of_keys, *s.shape[-2:])
+
+
+def _micro_steps(
+    arrays: dict[str, Array], flags: Flags, products: int, reverse: bool
+) -> tuple[dict[str, Array], Flags]:
+    """Arrays (T, ...) and flags of T · products steps, in the order of processing within each of T."""
+    if products == 1:
+        return arrays, flags
+    k = arrays["k"]
+    before = k.ndim - 3  # the axes of time and batch
+
+    def of_first(array, other):
+        rest = jnp.broadcast_to(jnp.asarray(other, array.dtype), array.shape)
+        return ordered(jnp.stack([array, *[rest] * (products - 1)], axis=1))
+
+    def ordered(array):
+        array = jnp.flip(array, 1) if reverse else array
+        return array.reshape(array.shape[0] * products, *array.shape[2:])
+
+    def spread(name, array):
+        if name == "log_decay":
+            return of_first(array, 0)
+        if name == "q":
+            return jnp.repeat(array, products, axis=0)
+        return ordered(jnp.moveaxis(array, before, 1))
+
+    valid, start = flags
+    valid = None if valid is None else jnp.repeat(valid, products, axis=0)
+    start = None if start is None else of_first(start, False)
+    return {name: spread(name, each) for name, each in arrays.items()}, Flags(valid, start)
+
+
+def projected(params: PyTree, x: Array) -> Array:
+    """x w_x, or x itself where there is no w_x, in at least float32."""
+    return x.astype(accumulator(x.dtype)) if params.w_x is None else dot(x, params.w_x)
+
+
+def pieces(x: Array, *sizes: int) -> list[Array]:
+    """Parts of x along its last axis, of these sizes."""
+    if x.shape[-1] != sum(sizes):
+        raise ValueError(f"x: expected {sum(sizes)} features, {' + '.join(map(str, sizes))}, got shape {x.shape}")
+    ends = [sum(sizes[: k + 1]) for k in range(len(sizes) - 1)]
+    return jnp.split(x, ends, axis=-1)
 
 
 def by_head(x: Array, heads: int) -> Array:
@@ -153,6 +268,19 @@ def by_head(x: Array, heads: int) -> Array:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
+def queries(features: Array, heads: int, key_size: int) -> tuple[Array, Array, Array]:
+    """q, k (..., heads, K) and v (..., heads, V) of features that are these side by side."""
+    keys = heads * key_size
+    q, k, v = (by_head(each, heads) for each in pieces(features, keys, keys, features.shape[-1] - 2 * keys))
+    return q, k, v
+
+
 def unit(x: Array) -> Array:
     """x / ‖x‖ over the last axis; near zero its length goes to zero, too."""
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def draw_step_bias(key: Array, heads: int, least: float, most: float, dtype: DTypeLike) -> Array:
+    """Draws biases whose softplus, a step Δ, is log-uniform."""
+    step = jnp.exp(jax.random.uniform(key, (heads,), dtype, math.log(least), math.log(most)))
+    return step + jnp.log(-jnp.expm1(-step))
