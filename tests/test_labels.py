@@ -14,7 +14,10 @@ from jaxrnn import training
 
 SLOW = {
     "GatedDeltaNet": {"log_decay", "b_step"},
+    "KDA": {"log_decay", "b_gate"},
     "LRU": {"nu", "theta", "gamma"},
+    "Mamba2": {"log_decay", "b_step", "d"},
+    "RWKV7": {"b_decay", "b_rate"},
     "S4D": {"log_decay", "frequency", "log_step"},
     "S5": {"log_decay", "frequency", "log_step"},
     "S6": {"log_decay", "b_step", "d"},

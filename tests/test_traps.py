@@ -73,6 +73,36 @@ TRAPS = {
         "return cast(new, dtype), (y.astype(dtype),",
         "test_time.py::test_a_half_precision_carry_is_kept_and_none_starts_in_float32",
     ),
+    "a delta rule that reads before the decay": (
+        "engines/matrix/programs.py",
+        "v = beta[..., None] * (v - _read(decayed, k))",
+        "v = beta[..., None] * (v - _read(s, k))",
+        "test_matrix_cells.py::test_scan_is_the_oracle[xla-GatedDeltaNet]",
+    ),
+    "a low rank that reads after the decay": (
+        "engines/matrix/programs.py",
+        "chunk.pairs(w, k, shift=1, strict=True) @ v",
+        "chunk.pairs(w, k, shift=0, strict=True) @ v",
+        "test_matrix_cells.py::test_scan_is_the_oracle[None-RWKV7]",
+    ),
+    "a state that crosses a reset within a chunk": (
+        "engines/matrix/programs.py",
+        "self.earlier = self.earlier & (_between(starts, 0)[..., 0] == 0)",
+        "pass",
+        "test_matrix_cells.py::test_masks_resets_and_directions_are_a_loop_of_steps[False-KDA]",
+    ),
+    "products in the wrong order in reverse": (
+        "cells/matrix.py",
+        "array = jnp.flip(array, 1) if reverse else array",
+        "pass",
+        "test_matrix_cells.py::test_masks_resets_and_directions_are_a_loop_of_steps[True-DeltaNet products]",
+    ),
+    "a stabiliser that is forgotten at a reset": (
+        "cells/mlstm.py",
+        "before = jnp.where(starts, fresh, before)",
+        "pass",
+        "test_matrix_cells.py::test_masks_resets_and_directions_are_a_loop_of_steps[False-MLSTM]",
+    ),
     "products summed in half precision": (
         "engines/arrays.py",
         "return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))",

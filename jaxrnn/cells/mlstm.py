@@ -85,8 +85,6 @@ class MLSTM(MatrixCell[MLSTMParams, MLSTMCarry]):
       gate: Beck et al. 2025, Tiled flash linear attention, arXiv 2503.14376.
     """
 
-    slow_weights = ("b_gates",)
-
     input_size: int
     heads: int
     key_size: int
@@ -229,6 +227,7 @@ def _stabilized(inputs, carry, fresh, flags, reverse):
     begins = jnp.zeros(log_f.shape, bool).at[at].set(True)
     if start is not None:
         starts = jnp.broadcast_to(start.reshape(start.shape + (1,) * (log_f.ndim - start.ndim)), log_f.shape)
+        fresh = lifted(fresh, log_f)
         known = jnp.where(starts, log_f + fresh, known)
         begins = begins | starts
     steps = jnp.where(begins, least, log_f), jnp.where(begins, jnp.maximum(known, log_i), log_i)

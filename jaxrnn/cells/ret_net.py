@@ -12,7 +12,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, matrix_step, nothing_more, queries
-from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.arrays import dot, lifted
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -169,8 +169,9 @@ def _positions(shape, position, fresh, flags, reverse):
     ones = jnp.ones(shape, position.dtype)
     counted = ordered(ones if flags.valid is None else _over(flags.valid, ones))
     count = jnp.cumsum(counted, axis=0) - counted
+    position = lifted(position, count)
     if flags.start is None:
         return ordered(count + position)
     start = ordered(_over(flags.start, ones)) > 0
     begun = jax.lax.cummax(jnp.where(start, count, -1), axis=0)  # the count where the sequence at hand began
-    return ordered(jnp.where(begun < 0, count + position, count - begun + fresh))
+    return ordered(jnp.where(begun < 0, count + position, count - begun + lifted(fresh, count)))

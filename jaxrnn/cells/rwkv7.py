@@ -85,7 +85,7 @@ class RWKV7(MatrixCell[RWKV7Params, RWKV7Carry]):
       Peng et al. 2025, RWKV-7 "Goose", arXiv 2503.14456.
     """
 
-    slow_weights = ("b_decay", "b_rate", "removal", "replacement", "bonus", "scale", "offset")
+    slow_weights = ("b_decay", "b_rate")
 
     input_size: int
     heads: int
