@@ -53,7 +53,11 @@ NAMES = {
     "LayerNormalization": "LayerNorm",
     "MGUCell": "MGU",
     "MSELoss": "jaxrnn.training.squared_error",
+    "DeltaProduct": "DeltaNet(..., products=2)",
+    "GatedDeltaProduct": "GatedDeltaNet(..., products=2)",
+    "KimiDeltaAttention": "KDA",
     "Mamba": "mamba_block",
+    "MultiScaleRetention": "RetNet",
     "Masking": "the argument mask of jaxrnn.scan and of jaxrnn.training.Batch",
     "Model": "Stack, or a cell of your own: a subclass of jaxrnn.Cell",
     "ModelCheckpoint": "checkpoints= of jaxrnn.training.fit",
@@ -98,7 +102,9 @@ NAMES = {
     "pad_sequences": _PADDING,
     "sparse_categorical_crossentropy": "jaxrnn.training.cross_entropy",
     "static_unroll": "jaxrnn.scan",
-    "xLSTM": "slstm_block",
+    "mLSTM": "MLSTM",
+    "sLSTM": "SLSTM",
+    "xLSTM": "mlstm_block and slstm_block",
 }
 
 _NO_PARAMS = "the params that cell.init(key) returns, since a cell holds none"

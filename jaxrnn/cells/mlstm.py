@@ -222,27 +222,25 @@ def _stabilized(inputs, carry, fresh, flags, reverse):
     if valid is not None:
         log_f = select(valid, log_f, jnp.zeros_like(log_f))
         log_i = select(valid, log_i, jnp.full_like(log_i, LEAST))
-    at = -1 if reverse else 0
-    known, least = log_f.at[at].add(first), jnp.full_like(log_f, LEAST)  # what is known of log f + m
+    at, last = (-1, 0) if reverse else (0, -1)
     begins = jnp.zeros(log_f.shape, bool).at[at].set(True)
-    if start is not None:
+    if start is None:
+        given = jnp.broadcast_to(first, log_f.shape)
+    else:
         starts = jnp.broadcast_to(start.reshape(start.shape + (1,) * (log_f.ndim - start.ndim)), log_f.shape)
-        fresh = lifted(fresh, log_f)
-        known = jnp.where(starts, log_f + fresh, known)
+        given = jnp.where(starts, lifted(fresh, log_f), lifted(first, log_f))
         begins = begins | starts
-    steps = jnp.where(begins, least, log_f), jnp.where(begins, jnp.maximum(known, log_i), log_i)
+    # The first step of a sequence knows m, so that it has none to wait for.
+    known = jnp.where(begins, jnp.maximum(log_f + given, log_i), log_i)
 
     def joined(one, two):
         return one[0] + two[0], jnp.maximum(one[1] + two[0], two[1])
 
-    m = lax.associative_scan(joined, steps, reverse=reverse)[1]
-    before = jnp.concatenate([m[1:], first[None]] if reverse else [first[None], m[:-1]])
-    if start is not None:
-        before = jnp.where(starts, fresh, before)
+    m = lax.associative_scan(joined, (jnp.where(begins, LEAST, log_f), known), reverse=reverse)[1]
+    before = jnp.where(begins, given, jnp.roll(m, -1 if reverse else 1, axis=0))
     log_decay = jnp.minimum(log_f + before - m, 0)
     k = jnp.exp(log_i - m)[..., None].astype(inputs.k.dtype) * inputs.k
-    last = m[0 if reverse else -1].astype(carry.m.dtype)
-    return inputs._replace(k=k, log_decay=log_decay, aside=m), carry._replace(m=last)
+    return inputs._replace(k=k, log_decay=log_decay, aside=m), carry._replace(m=m[last].astype(carry.m.dtype))
 
 
 def _normalized(params, ys, inputs):
