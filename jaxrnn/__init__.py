@@ -71,6 +71,7 @@ from jaxrnn.cells.s6 import S6, S6Carry, S6Params, s6_init, s6_step
 from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm_init, slstm_step
 from jaxrnn.cells.sru import SRU, SRUCarry, SRUGates, SRUParams, sru_init, sru_step
 from jaxrnn.compose.blocks import glu, griffin_block, mamba_block, residual_block, slstm_block
+from jaxrnn.compose.matrix_blocks import gated_delta_block
 from jaxrnn.compose.noise import RecurrentDropout, WeightDrop, Zoneout
 from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair, Parallel
 from jaxrnn.compose.pool import Pool, PoolCarry
@@ -91,6 +92,8 @@ from jaxrnn.layers import (
     LayerNormParams,
     Linear,
     LinearParams,
+    RMSNorm,
+    RMSNormParams,
 )
 from jaxrnn.sequence import Explanation, explain, last, rollout, scan, step
 from jaxrnn.table import Summary, SummaryRow, summary
@@ -211,6 +214,8 @@ __all__ = [
     "RGLRUCarry",
     "RGLRUGates",
     "RGLRUParams",
+    "RMSNorm",
+    "RMSNormParams",
     "RWKV7Carry",
     "RWKV7Gates",
     "RWKV7Params",
@@ -248,6 +253,7 @@ __all__ = [
     "elman_init",
     "elman_step",
     "explain",
+    "gated_delta_block",
     "gated_delta_net_init",
     "gated_delta_net_step",
     "gla_init",

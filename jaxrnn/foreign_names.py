@@ -172,6 +172,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "p": ("rate",),
     "proj_size": ("projection",),
     "recurrent_activation": ("gate_activation",),
+    "use_bias": ("bias",),
     "units": ("hidden_size", "output_size"),
 }
 

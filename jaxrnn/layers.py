@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, Params
@@ -60,6 +60,7 @@ class Linear(Layer[LinearParams]):
     Args:
       input_size: D, the size of x.
       output_size: O, the size of y.
+      bias: Whether there is a b.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -70,6 +71,7 @@ class Linear(Layer[LinearParams]):
 
     input_size: int
     output_size: int
+    bias: bool = True
 
     def __post_init__(self):
         check.sizes(self, "input_size", "output_size")
@@ -77,7 +79,7 @@ class Linear(Layer[LinearParams]):
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LinearParams:
         """Draws w from the LeCun normal distribution; b is zero."""
         w = lecun_normal(key, self.input_size, self.output_size, 1, dtype)
-        return LinearParams(w, jnp.zeros(self.output_size, dtype))
+        return LinearParams(w, jnp.zeros(self.output_size, dtype) if self.bias else None)
 
     def apply(self, params, x, noise=None):
         check.params(self, params)
@@ -175,10 +177,7 @@ class LayerNorm(Layer[LayerNormParams]):
     keeps_size = True
 
     def __post_init__(self):
-        check.sizes(self, "size", "groups")
-        check.fields(self, epsilon=check.positive)
-        if self.size % self.groups:
-            raise ValueError(f"LayerNorm.groups: expected a divisor of size {self.size}, got {self.groups}")
+        _check_norm(self)
 
     @property
     def input_size(self) -> int:
@@ -194,15 +193,85 @@ class LayerNorm(Layer[LayerNormParams]):
 
     def apply(self, params, x, noise=None):
         check.params(self, params)
-        if x.shape[-1:] != (self.size,):
-            raise ValueError(f"x: expected (..., {self.size}), got {x.shape}")
         dtype = compute_dtype(x, params)
         wide = accumulator(dtype)
-        parts = x.astype(dtype).astype(wide).reshape(*x.shape[:-1], self.groups, self.size // self.groups)
+        parts = _parts(self, x.astype(dtype).astype(wide))
         y = normalize(parts, self.epsilon).reshape(x.shape) * lifted(params.scale.astype(dtype).astype(wide), x)
         if params.b is not None:
             y = y + lifted(params.b.astype(dtype).astype(wide), y)
         return y.astype(dtype)
+
+
+class RMSNormParams(NamedTuple):
+    """The params of `RMSNorm`: scale (D,), or (D/groups,) if it is shared."""
+
+    scale: Array
+
+
+class RMSNorm(Layer[RMSNormParams]):
+    """y = x / √(mean(x²) + ε) · scale over the last axis, or over each of its groups.
+
+    Args:
+      size: D, the size of the last axis.
+      epsilon: The constant ε.
+      groups: The number of parts of the last axis that are normalised separately; it divides D.
+      shared: Whether all groups have the same scale, of size D/groups.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxrnn
+      >>> layer = jaxrnn.RMSNorm(2)
+      >>> jaxrnn.scan(layer, layer.init(jax.random.key(0)), None, jnp.array([[3.0, 3.0]]))[1].round(3)
+      Array([[1., 1.]], dtype=float32)
+
+    References:
+      Zhang & Sennrich 2019, Root mean square layer normalization, arXiv 1910.07467.
+    """
+
+    size: int
+    epsilon: float = 1e-6
+    groups: int = 1
+    shared: bool = False
+
+    keeps_size = True
+
+    def __post_init__(self):
+        _check_norm(self)
+
+    @property
+    def input_size(self) -> int:
+        return self.size
+
+    @property
+    def output_size(self) -> int:
+        return self.size
+
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> RMSNormParams:
+        """Sets scale to one."""
+        return RMSNormParams(jnp.ones(self.size // self.groups if self.shared else self.size, dtype))
+
+    def apply(self, params, x, noise=None):
+        check.params(self, params)
+        dtype = compute_dtype(x, params)
+        parts = _parts(self, x.astype(dtype).astype(accumulator(dtype)))
+        scale = params.scale.astype(dtype).astype(parts.dtype)
+        scale = scale if self.shared else scale.reshape(self.groups, -1)
+        y = parts * lax.rsqrt(jnp.mean(parts**2, axis=-1, keepdims=True) + self.epsilon) * lifted(scale, parts)
+        return y.reshape(x.shape).astype(dtype)
+
+
+def _check_norm(layer: Any) -> None:
+    check.sizes(layer, "size", "groups")
+    check.fields(layer, epsilon=check.positive)
+    if layer.size % layer.groups:
+        name = type(layer).__name__
+        raise ValueError(f"{name}.groups: expected a divisor of size {layer.size}, got {layer.groups}")
+
+
+def _parts(layer: LayerNorm | RMSNorm, x: Array) -> Array:
+    """x (..., D) as (..., groups, D/groups)."""
+    if x.shape[-1:] != (layer.size,):
+        raise ValueError(f"x: expected (..., {layer.size}), got {x.shape}")
+    return x.reshape(*x.shape[:-1], layer.groups, layer.size // layer.groups)
 
 
 class Apply(Layer[tuple[()]]):

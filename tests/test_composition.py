@@ -141,6 +141,26 @@ def test_layer_norm():
     assert eval(repr(cell), vars(jaxrnn)) == cell
 
 
+@pytest.mark.parametrize(("groups", "shared"), [(1, False), (3, False), (3, True)])
+def test_rms_norm(groups, shared):
+    cell = jaxrnn.RMSNorm(6, 0.5, groups, shared)
+    params, xs = draw_params(cell), draw_x(cell, 0, 7)
+    parts = xs.reshape(7, groups, -1)
+    scale = params.scale if shared else params.scale.reshape(groups, -1)
+    expected = parts / np.sqrt((parts**2).mean(-1, keepdims=True) + 0.5) * scale
+    close(jaxrnn.scan(cell, params, None, xs)[1], expected.reshape(7, 6))
+    assert eval(repr(cell), vars(jaxrnn)) == cell
+
+
+def test_layers_without_bias():
+    for cell in (Linear(2, 3, bias=False), jaxrnn.CausalConv(2, 3, bias=False)):
+        params = cell.init(jax.random.key(0))
+        assert params.b is None
+        jaxrnn.scan(cell, params, None, jnp.ones((4, 2)))
+        with pytest.raises(ValueError, match=r"params.b: .* has no such parameter"):
+            jaxrnn.scan(cell, params._replace(b=jnp.zeros(3)), None, jnp.ones((4, 2)))
+
+
 def test_residual_adds():
     cell = Residual(GRU(3, 3))
     params, xs = draw_params(cell), draw_x(cell, 0, 4, 2)

@@ -40,6 +40,7 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
     Args:
       input_size: The number of input features, D; y has the same number.
       window: The number of inputs that the convolution reads, K.
+      bias: Whether there is a b.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
@@ -54,6 +55,7 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
 
     input_size: int
     window: int
+    bias: bool = True
 
     def __post_init__(self):
         check.sizes(self, "input_size", "window")
@@ -63,7 +65,7 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
         return self.input_size
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> CausalConvParams:
-        return causal_conv_init(key, self.input_size, self.window, dtype=dtype)
+        return causal_conv_init(key, self.input_size, self.window, bias=self.bias, dtype=dtype)
 
     def initial_carry(self, params: CausalConvParams, batch_shape: tuple[int, ...] = ()) -> CausalConvCarry:
         check.params(self, params)
@@ -94,8 +96,10 @@ def _weighted(params, taps):
     return y.astype(taps[0].dtype)
 
 
-def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: DTypeLike = jnp.float32) -> CausalConvParams:
-    """Draws the parameters of `causal_conv_step`: w is normal with variance 1/K, and b is zero.
+def causal_conv_init(
+    key: Array, input_size: int, window: int, *, bias: bool = True, dtype: DTypeLike = jnp.float32
+) -> CausalConvParams:
+    """Draws the parameters of `causal_conv_step`: w is normal with variance 1/K, and b is zero, or None.
 
     Examples:
       >>> import jax, jaxrnn
@@ -103,7 +107,7 @@ def causal_conv_init(key: Array, input_size: int, window: int, *, dtype: DTypeLi
       (4, 3)
     """
     w = jax.random.normal(key, (window, input_size), accumulator(dtype)) / window**0.5
-    return CausalConvParams(w.astype(dtype), jnp.zeros(input_size, dtype))
+    return CausalConvParams(w.astype(dtype), jnp.zeros(input_size, dtype) if bias else None)
 
 
 def causal_conv_step(

@@ -14,11 +14,11 @@ from jaxrnn.compose.wrap import Residual
 from jaxrnn.layers import Apply, LayerNorm, Linear
 
 
-def gated(cell: Cell, size: int, output: int, activation: Activation) -> Cell:
+def gated(cell: Cell, size: int, output: int, activation: Activation, *, bias: bool = True) -> Cell:
     """Returns a cell with y = (cell(x) · φ(x w)) w_out: the output of a branch, times a gate that sees only x."""
     inner = output_size(cell, size)
-    gate = Stack((Linear(size, inner), Apply(activation)))
-    return Stack((Parallel((cell, gate), "mul"), Linear(inner, output)))
+    gate = Stack((Linear(size, inner, bias), Apply(activation)))
+    return Stack((Parallel((cell, gate), "mul"), Linear(inner, output, bias)))
 
 
 def glu(size: int, hidden_size: int, activation: Activation = "gelu") -> Cell:
