@@ -70,8 +70,15 @@ from jaxrnn.cells.s5 import S5, S5Carry, S5Params, s5_init, s5_step
 from jaxrnn.cells.s6 import S6, S6Carry, S6Params, s6_init, s6_step
 from jaxrnn.cells.slstm import SLSTM, SLSTMCarry, SLSTMGates, SLSTMParams, slstm_init, slstm_step
 from jaxrnn.cells.sru import SRU, SRUCarry, SRUGates, SRUParams, sru_init, sru_step
+from jaxrnn.cells.token_shift import (
+    TokenShift,
+    TokenShiftCarry,
+    TokenShiftParams,
+    token_shift_init,
+    token_shift_step,
+)
 from jaxrnn.compose.blocks import glu, griffin_block, mamba_block, residual_block, slstm_block
-from jaxrnn.compose.matrix_blocks import gated_delta_block
+from jaxrnn.compose.matrix_blocks import gated_delta_block, kda_block, mamba2_block, mlstm_block, rwkv7_block
 from jaxrnn.compose.noise import RecurrentDropout, WeightDrop, Zoneout
 from jaxrnn.compose.parallel import Bidirectional, BidirectionalPair, Parallel
 from jaxrnn.compose.pool import Pool, PoolCarry
@@ -240,6 +247,9 @@ __all__ = [
     "Stack",
     "Summary",
     "SummaryRow",
+    "TokenShift",
+    "TokenShiftCarry",
+    "TokenShiftParams",
     "WeightDrop",
     "Zoneout",
     "activation",
@@ -269,6 +279,7 @@ __all__ = [
     "indrnn_init",
     "indrnn_step",
     "irnn_init",
+    "kda_block",
     "kda_init",
     "kda_step",
     "last",
@@ -279,6 +290,7 @@ __all__ = [
     "lru_step",
     "lstm_init",
     "lstm_step",
+    "mamba2_block",
     "mamba2_init",
     "mamba2_step",
     "mamba_block",
@@ -289,6 +301,7 @@ __all__ = [
     "min_gru_step",
     "min_lstm_init",
     "min_lstm_step",
+    "mlstm_block",
     "mlstm_init",
     "mlstm_step",
     "qrnn_init",
@@ -299,6 +312,7 @@ __all__ = [
     "rg_lru_init",
     "rg_lru_step",
     "rollout",
+    "rwkv7_block",
     "rwkv7_init",
     "rwkv7_step",
     "s4d_init",
@@ -315,6 +329,8 @@ __all__ = [
     "sru_step",
     "step",
     "summary",
+    "token_shift_init",
+    "token_shift_step",
 ]
 
 _name_types(list(vars().values()))

@@ -90,12 +90,103 @@ def test_gated_delta_net(torch, form):
     same(torch, theirs, ours, (params, draw(2, B, 4, 3, 8), draw(3, B, T, 52)), 1e-4)
 
 
+@pytest.mark.parametrize("form", ["chunk", "recurrent"])
+def test_kda(torch, form):
+    rule = getattr(peer("transformers.models.kimi_linear.modeling_kimi_linear"), f"{form}_kimi_delta_attention")
+    cell = jaxrnn.KDA(54, heads=3, key_size=4, value_size=5, project=False)
+    params = jaxrnn.KDAParams(None, None, draw(0, 12), draw(1, 3))
+
+    def theirs(params, s, xs):
+        q, k, v, beta, z = xs.split([12, 12, 15, 3, 12], -1)
+        q, k, v, z = (each.unflatten(-1, (3, -1)) for each in (q, k, v, z + params.b_gate))
+        g = -params.log_decay.exp()[:, None] * torch.nn.functional.softplus(z)
+        options = {"initial_state": s, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        ys, s = rule(q, k, v, g, beta.sigmoid(), **options)
+        return ys.flatten(-2), s
+
+    def ours(params, s, xs):
+        carry, ys = run(cell, params, jaxrnn.KDACarry(s), xs)
+        return ys, carry.s
+
+    same(torch, theirs, ours, (params, draw(2, B, 3, 4, 5), draw(3, B, T, 54)), 1e-4)
+
+
+def test_mamba2(torch):
+    chunks = peer("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
+    cell = jaxrnn.Mamba2(36, heads=4, key_size=3, value_size=5, key_heads=2, project=False)
+    params = jaxrnn.Mamba2Params(None, draw(0, 4), draw(1, 4), draw(2, 4))
+
+    def theirs(params, s, xs):
+        c, b, v, step = xs.split([6, 6, 20, 4], -1)
+        c, b, v = (each.unflatten(-1, (heads, -1)) for each, heads in ((c, 2), (b, 2), (v, 4)))
+        options = {"D": params.d, "dt_bias": params.b_step, "dt_softplus": True, "return_final_states": True}
+        s = s.transpose(-1, -2)
+        ys, s = chunks(v, step, -params.log_decay.exp(), b, c, 16, initial_states=s, **options)
+        return ys.flatten(-2), s.transpose(-1, -2)
+
+    def ours(params, s, xs):
+        carry, ys = run(cell, params, jaxrnn.Mamba2Carry(s), xs)
+        return ys, carry.s
+
+    same(torch, theirs, ours, (params, draw(3, B, 4, 3, 5), draw(4, B, T, 36)), 1e-4)
+
+
+def test_mlstm(torch):
+    """mlstm_kernels, all of whose states can be in float64."""
+    unroll = peer("mlstm_kernels.torch.recurrent.native_sequence").mlstm_recurrent_sequence__native_fw
+    cell = jaxrnn.MLSTM(D, heads=3, key_size=4, value_size=5)
+    params = redraw(0, jax.eval_shape(cell.init, jax.random.key(0)))
+
+    def theirs(params, carry, xs):
+        q, k, v = (each.unflatten(-1, (3, -1)).transpose(1, 2) for each in (xs @ params.w_x).split([12, 12, 15], -1))
+        gates = 15 * torch.tanh((xs @ params.w_gates + params.b_gates) / 15)
+        i, f = gates.transpose(1, 2).split(3, 1)
+        begin = carry.s[..., :-1], carry.s[..., -1], carry.m[..., None]
+        options = {"return_last_states": True, "eps": 1e-6, "dtype_state": torch.float64}
+        ys, (c, n, m) = unroll(q, k, v, i, f, *begin, **options)
+        return ys.transpose(1, 2).flatten(-2), torch.cat([c, n[..., None]], -1), m[..., 0]
+
+    def ours(params, carry, xs):
+        carry, ys = run(cell, params, carry, xs)
+        return ys, carry.s, carry.m
+
+    carry = jaxrnn.MLSTMCarry(draw(1, B, 3, 4, 6), draw(2, B, 3))
+    same(torch, theirs, ours, (params, carry, 3 * draw(3, B, T, D)), 1e-9, "float64")
+
+
+def test_rwkv7(torch):
+    unroll = peer("rwkv7_hf.ops_rwkv7").rwkv7_recurrent
+    cell = jaxrnn.RWKV7(63, heads=3, key_size=4, value_size=5, project=False)
+    params = redraw(0, jax.eval_shape(cell.init, jax.random.key(0)))
+
+    def theirs(params, s, xs):
+        def by_head(x):
+            return x.unflatten(-1, (3, -1))
+
+        r, k, v, decay, rate = xs.split([12, 12, 15, 12, 12], -1)
+        decay = torch.exp(-np.exp(-0.5) * torch.sigmoid(decay + params.b_decay))
+        rate = torch.sigmoid(rate + params.b_rate)
+        removed = torch.nn.functional.normalize(by_head(k * params.removal), dim=-1)
+        k = k * (1 + (rate - 1) * params.replacement)
+        r, k, v, decay, rate = map(by_head, (r, k, v, decay, rate))
+        ys, s = unroll(r, decay, k, v, -removed, removed * rate, s)
+        ys = torch.nn.functional.group_norm(ys.flatten(0, 1).flatten(1), 3, params.scale, params.offset, 5e-5)
+        bonus = (r * k * by_head(params.bonus)).sum(-1, keepdim=True) * v
+        return ys.unflatten(0, (B, T)) + bonus.flatten(2), s
+
+    def ours(params, s, xs):
+        carry, ys = run(cell, params, jaxrnn.RWKV7Carry(s), xs)
+        return ys, carry.s
+
+    same(torch, theirs, ours, (params, draw(1, B, 3, 4, 5), draw(2, B, T, 63)), 1e-8, "float64")
+
+
 # Whole layers, with their weights carried over by hand.
 
 
 class Layer(NamedTuple):
-    """module: theirs, for which `config` makes a cache. cell and convert(weights): ours, and its params. read(carry): the
-    window of the convolution and the state in our carry.
+    """module: theirs, for which `config` makes a cache. cell and convert(weights): ours, and its params. read(carry):
+    the window of the convolution, and the state, in our carry.
     """
 
     module: Any
@@ -137,7 +228,55 @@ def gated_delta():
     return Layer(module, config, cell, convert, lambda carry: (carry[0][0][0][0][1].window, carry[0][0][1].s))
 
 
-LAYERS = {"gated delta": gated_delta}
+def kda():
+    config = peer("transformers.models.kimi_linear.configuration_kimi_linear").KimiLinearConfig(
+        hidden_size=D,
+        linear_num_heads=3,
+        linear_head_dim=4,
+        linear_conv_kernel_dim=3,
+        num_hidden_layers=4,
+        rms_norm_eps=1e-3,
+    )
+    module = peer("transformers.models.kimi_linear.modeling_kimi_linear").KimiLinearDeltaAttention(config, 0)
+
+    def convert(weights):
+        def pair(first, second):
+            return linear(weights[f"{first}.weight"]), linear(weights[f"{second}.weight"])
+
+        into = linear(jnp.concatenate([weights[f"{name}_proj.weight"] for name in "qkv"]))
+        decay = pair("forget_gate.f_a_proj", "forget_gate.f_b_proj")
+        features = (into, convolution(weights), ()), linear(weights["b_proj.weight"]), decay
+        rule = jaxrnn.KDAParams(None, None, weights["forget_gate.dt_bias"], weights["forget_gate.A_log"].ravel())
+        branch = features, rule, jaxrnn.RMSNormParams(weights["o_norm.weight"])
+        return (branch, (*pair("g_a_proj", "g_b_proj"), ())), linear(weights["o_proj.weight"])
+
+    cell = jaxrnn.kda_block(D, heads=3, key_size=4, value_size=4, window=3, epsilon=1e-3)
+    return Layer(module, config, cell, convert, lambda carry: (carry[0][0][0][0][1].window, carry[0][0][1].s))
+
+
+def mamba2():
+    config = peer("transformers.models.mamba2.configuration_mamba2").Mamba2Config(
+        hidden_size=D, expand=4, num_heads=4, head_dim=D, n_groups=2, state_size=3, num_hidden_layers=2, chunk_size=16
+    )
+    module = peer("transformers.models.mamba2.modeling_mamba2").Mamba2Mixer(config, 0)
+    values, keys = 4 * D, 6
+    order = np.r_[values + keys : values + 2 * keys, values : values + keys, :values]  # of theirs, x, B, C
+
+    def convert(weights):
+        z, read, step = jnp.split(weights["in_proj.weight"], [values, 2 * (values + keys)])
+        features = (linear(read[order]), convolution(weights, order), ()), linear(step)
+        layer = jaxrnn.Mamba2Params(None, weights["dt_bias"], weights["A_log"], weights["D"])
+        gated = (features, layer), (linear(z), ())
+        return gated, jaxrnn.RMSNormParams(weights["norm.weight"]), linear(weights["out_proj.weight"])
+
+    def read(carry):
+        features, layer = carry[0][0]
+        return features[0][1].window[..., np.argsort(order)], jnp.swapaxes(layer.s, -1, -2)
+
+    return Layer(module, config, jaxrnn.mamba2_block(D, 4, 3, D, key_heads=2), convert, read)
+
+
+LAYERS = {"gated delta": gated_delta, "kda": kda, "mamba2": mamba2}
 every_layer = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
 
 
@@ -208,3 +347,148 @@ def test_a_layers_padding(torch, build, side):
     close(ys, expected * torch.tensor(mask[..., None].copy()), 1e-4)
     if side == "left":
         close(layer.read(carry)[1], cache.get_recurrent_state(0, state_idx=0), 1e-4)
+
+
+def mlstm(mode):
+    """xLSTM-7B's layer in transformers: (the module, our cell, convert(weights))."""
+    xlstm = peer("transformers.models.xlstm.modeling_xlstm")
+    config = peer("transformers.models.xlstm.configuration_xlstm").xLSTMConfig(
+        hidden_size=12,
+        num_heads=3,
+        num_hidden_layers=1,
+        chunk_size=16,
+        mode=mode,
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        autocast_kernel_dtype="float32",
+        norm_eps=1e-3,
+    )
+
+    def convert(weights):
+        read = jnp.concatenate([weights[f"{name}.weight"] for name in "qkv"]).T
+        gates = [jnp.concatenate([weights[f"{g}gate_preact.{name}"] for g in "if"]) for name in ("weight", "bias")]
+        branch = (
+            jaxrnn.MLSTMParams(read, gates[0].T, gates[1]),
+            jaxrnn.LayerNormParams(weights["multihead_norm.weight"], None),
+        )
+        return (branch, (linear(weights["ogate_preact.weight"]), ())), linear(weights["out_proj.weight"])
+
+    cell = jaxrnn.mlstm_block(12, heads=3, key_size=2, value_size=4, epsilon=1e-3)
+    return Layer(xlstm.xLSTMLayer(config), config, cell, convert, lambda carry: carry[0][0][0])
+
+
+def test_the_mlstm_layer(torch):
+    """As it trains, in chunks."""
+    layer = mlstm("train")
+
+    def theirs(weights, xs):
+        return (torch.func.functional_call(layer.module, weights, xs)[0],)
+
+    def ours(weights, xs):
+        return (run(layer.cell, layer.convert(weights), None, xs)[1],)
+
+    same(torch, theirs, ours, (weights_of(layer), draw(1, B, 64, 12)), 1e-4)
+
+
+def test_the_mlstm_layers_state(torch):
+    """As it infers."""
+    layer = mlstm("inference")
+    params = set_weights(torch, layer, weights_of(layer))
+    xs = draw(1, B, 21, 12)
+    state, carry = None, None
+    for begin, end in ((0, 19), (19, 20), (20, 21)):
+        part = xs[:, begin:end]
+        with torch.no_grad():
+            expected, state = layer.module(torch.tensor(part, dtype=torch.float32), state)
+        if end - begin > 1:
+            carry, ys = run(layer.cell, params, carry, part)
+        else:
+            carry, y = jaxrnn.step(layer.cell, params, carry, jnp.asarray(part[:, 0]))
+            ys = y[:, None]
+        close(ys, expected, 1e-4)
+        s, m = layer.read(carry)
+        for each, wanted in zip((s[..., :-1], s[..., -1], m[..., None]), state, strict=True):
+            close(each, wanted, 1e-4)
+
+
+def rwkv7():
+    """The first block of rwkv7_hf, which begins with a normalisation: (the module, our cell, convert(weights))."""
+    models = peer("rwkv7_hf.modeling_rwkv7")
+    config = models.RWKV7Config(
+        hidden_size=12,
+        num_heads=3,
+        head_dim=4,
+        attention_hidden_size=12,
+        intermediate_size=11,
+        decay_low_rank_dim=5,
+        a_low_rank_dim=5,
+        gate_low_rank_dim=6,
+        num_hidden_layers=2,
+    )
+
+    def convert(weights):
+        def shift(name):
+            return jaxrnn.TokenShiftParams(weights[name].ravel())
+
+        def norm(name):
+            return jaxrnn.LayerNormParams(weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+        def low_rank(name, *between):
+            first, second = (linear(weights[f"attn.{name}_lora.lora.{k}.weight"]) for k in (0, 2))
+            return shift(f"attn.x_{name}"), first, *between, second
+
+        read = tuple((shift(f"attn.x_{name}"), linear(weights[f"attn.{name}_proj.weight"])) for name in "rkv")
+        rule = jaxrnn.RWKV7Params(
+            None,
+            None,
+            None,
+            b_decay=weights["attn.w_lora.lora.2.bias"],
+            b_rate=weights["attn.a_lora.lora.2.bias"],
+            removal=weights["attn.k_k"],
+            replacement=weights["attn.k_a"],
+            bonus=weights["attn.r_k"].ravel(),
+            scale=weights["attn.g_norm.weight"],
+            offset=weights["attn.g_norm.bias"],
+        )
+        branch = (*read, low_rank("w", ()), low_rank("a")), rule
+        time = norm("attn_norm"), (branch, low_rank("g", ())), linear(weights["attn.o_proj.weight"])
+        key, value = (linear(weights[f"ffn.{name}.weight"]) for name in ("key", "value"))
+        channel = norm("ffn_norm"), (shift("ffn.x_k"), key, ((), ()), value)
+        return norm("pre_norm"), (time, channel)
+
+    block = jaxrnn.rwkv7_block(12, heads=3, key_size=4, hidden_size=11, rank=5, gate_rank=6)
+    cell = jaxrnn.Stack((jaxrnn.LayerNorm(12), block))
+
+    def read(carry):
+        time, channel = carry[1]
+        return time[1][0][1].s, time[1][0][0][0][0].x, channel[1][0].x
+
+    return Layer(models.RWKV7Block(config, 0), config, cell, convert, read)
+
+
+def test_the_rwkv7_block(torch):
+    """With padding; a second call begins with the states of the first."""
+    layer = rwkv7()
+    mask = np.arange(T) < np.array([T - 9, T])[:, None]
+
+    def theirs(weights, xs):
+        s, shift = torch.zeros(B, 3, 4, 4, dtype=xs.dtype), torch.zeros(B, 12, dtype=xs.dtype)
+        ys, *states, _ = torch.func.functional_call(
+            layer.module, weights, (xs, s, shift, shift, None, torch.tensor(mask))
+        )
+        rest, *states, _ = torch.func.functional_call(
+            layer.module, weights, (xs[:, :3], *states, None, torch.ones(B, 3, dtype=torch.bool))
+        )
+        return ys, rest, *states
+
+    def ours(weights, xs):
+        params = layer.convert(weights)
+        carry, ys = run(layer.cell, params, None, xs, lengths=mask.sum(1))
+        rest = []
+        for t in range(3):
+            carry, y = jaxrnn.step(layer.cell, params, carry, xs[:, t])
+            rest.append(y)
+        return ys, jnp.stack(rest, 1), *layer.read(carry)
+
+    same(torch, theirs, ours, (weights_of(layer), draw(1, B, T, 12)), 1e-4)
