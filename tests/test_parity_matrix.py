@@ -181,6 +181,113 @@ def test_rwkv7(torch):
     same(torch, theirs, ours, (params, draw(1, B, 3, 4, 5), draw(2, B, T, 63)), 1e-8, "float64")
 
 
+# The cells that no installable package has: loops in torch over naive steps, restated here from the papers.
+
+
+def loop(torch, s, q, k, v, decay=None, beta=None):
+    """(B, T, heads, ·) and s (B, heads, K, V): ys, and the last s. k, v and beta may be lists, of several products."""
+    ys = []
+    several = [x if isinstance(x, list) else [x] for x in (k, v, beta)]
+    for t in range(q.shape[1]):
+        s = s if decay is None else decay[:, t, ..., None] * s
+        for k, v, beta in zip(*several, strict=True):
+            written = v[:, t]
+            if beta is not None:
+                written = beta[:, t, :, None] * (written - torch.einsum("bhk,bhkv->bhv", k[:, t], s))
+            s = s + torch.einsum("bhk,bhv->bhkv", k[:, t], written)
+        ys.append(torch.einsum("bhk,bhkv->bhv", q[:, t], s))
+    return torch.stack(ys, 1), s
+
+
+HEADS, K, V = 3, 4, 5
+
+
+def columns(xs, *sizes):
+    """Parts of these sizes for each head, (..., heads, size)."""
+    return [each.unflatten(-1, (HEADS, -1)) for each in xs.split([HEADS * size for size in sizes], -1)]
+
+
+def unit(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def linear_attention(torch, params, s, xs):
+    q, k, v = columns(xs @ params.w_x, K, K, V)
+    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    ys, s = loop(torch, s, q / K**0.5, k, torch.cat([v, torch.ones_like(v[..., :1])], -1))
+    return ys[..., :-1] / (ys[..., -1:] + 1e-6), s
+
+
+def ret_net(torch, params, s, xs):
+    """From the eleventh step on."""
+    q, k, v = columns(xs @ params.w_x, K, K, V)
+    angle = (10 + torch.arange(T))[:, None] * 10000.0 ** (-torch.arange(K // 2, dtype=torch.float64) * 2 / K)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def turned(x):
+        z = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    decay = 1 - 2.0 ** (-5 - torch.arange(HEADS, dtype=torch.float64))
+    return loop(torch, s, turned(q) / K**0.5, turned(k), v, decay.expand(B, T, -1)[..., None])
+
+
+def gla(torch, params, s, xs):
+    *features, low = (xs @ params.w_x).split([HEADS * K, HEADS * K, HEADS * V, 2], -1)
+    q, k, v = (each.unflatten(-1, (HEADS, -1)) for each in features)
+    decay = torch.sigmoid(low @ params.w_gate + params.b_gate).pow(1 / 16).unflatten(-1, (HEADS, -1))
+    return loop(torch, s, q / K**0.5, k, v, decay)
+
+
+def hgrn2(torch, params, s, xs):
+    q, f, v = columns(xs @ params.w_x, K, K, V)
+    f = 0.3 + 0.7 * torch.sigmoid(f)
+    return loop(torch, s, torch.nn.functional.silu(q), 1 - f, v, f)
+
+
+def delta_net(torch, params, s, xs):
+    q, k, v, beta = columns(xs @ params.w_x, K, K, V, 1)
+    return loop(torch, s, unit(q) / K**0.5, unit(k), v, beta=torch.sigmoid(beta[..., 0]))
+
+
+def delta_product(torch, params, s, xs):
+    """Two products, and negative eigenvalues."""
+    q, k1, k2, v1, v2, b1, b2, step = columns(xs @ params.w_x, K, K, K, V, V, 1, 1, 1)
+    decay = torch.exp(-params.log_decay.exp() * torch.nn.functional.softplus(step[..., 0] + params.b_step))
+    betas = [2 * torch.sigmoid(each[..., 0]) for each in (b1, b2)]
+    return loop(torch, s, unit(q) / K**0.5, [unit(k1), unit(k2)], [v1, v2], decay[..., None], betas)
+
+
+SIZES = {"heads": HEADS, "key_size": K, "value_size": V}
+LOOPS = {
+    "LinearAttention": (jaxrnn.LinearAttention(D, **SIZES, normalized=True), linear_attention),
+    "RetNet": (jaxrnn.RetNet(D, **SIZES), ret_net),
+    "GLA": (jaxrnn.GLA(D, **SIZES, rank=2), gla),
+    "HGRN2": (jaxrnn.HGRN2(D, **SIZES, lower_bound=0.3), hgrn2),
+    "DeltaNet": (jaxrnn.DeltaNet(D, **SIZES), delta_net),
+    "DeltaProduct": (jaxrnn.GatedDeltaNet(D, **SIZES, products=2, negative_eigenvalues=True), delta_product),
+}
+
+
+@pytest.mark.parametrize(("cell", "naive"), LOOPS.values(), ids=LOOPS)
+def test_a_naive_loop(torch, cell, naive):
+    params = redraw(0, jax.eval_shape(cell.init, jax.random.key(0)))
+    carry = jax.tree.map(jnp.asarray, cell.initial_carry(params, (B,)))
+    if isinstance(cell, jaxrnn.RetNet):
+        carry = carry._replace(position=carry.position + 10)
+
+    def theirs(params, s, xs):
+        ys, s = naive(torch, params, s, xs)
+        return ys.flatten(-2), s
+
+    def ours(params, s, xs):
+        last, ys = run(cell, params, carry._replace(s=s), xs)
+        return ys, last.s
+
+    # Positive, so that no sum of weights is near zero.
+    same(torch, theirs, ours, (params, abs(draw(1, *carry.s.shape)), draw(2, B, T, D)), 1e-8, "float64")
+
+
 # Whole layers, with their weights carried over by hand.
 
 
