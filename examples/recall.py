@@ -9,7 +9,8 @@ delta rule has the eigenvalue 1 − β: with β below 1 the state cannot change 
 `negative_eigenvalues=True`, β reaches 2, and it answers.
 
 Permutations: after every permutation of three things, what they all make together, trained on 32 and tested on 128.
-Then one step is at best one reflection, and a rotation is two of them: `products=2` answers, one product does not.
+Then one step is at best one reflection, and a rotation is two of them: `products=2` answers. With one product the model
+is right in a third, as if it knew the sign of the permutation alone.
 
 Every model is one layer of a cell in the same network. It is trained from several seeds in one program, on sequences
 that are drawn anew at every step. The share of right answers is that on new sequences, of parity and permutations at
@@ -132,9 +133,9 @@ def permutations(key: Array, length: int) -> tuple[Array, Array]:
 
 
 TASKS = {
-    "recall": Task(recall, 2 * KEYS + 1, KEYS, 32, 32, last=False, window=3, steps=1200, rate=1e-2),
-    "parity": Task(parity, 2, 2, 20, 100, last=True, window=1, steps=1000, rate=3e-3),
-    "permutations": Task(permutations, 6, 6, 32, 128, last=True, window=1, steps=1500, rate=5e-3),
+    "recall": Task(recall, 2 * KEYS + 1, KEYS, 32, 32, last=False, window=3, steps=800, rate=1e-2),
+    "parity": Task(parity, 2, 2, 20, 100, last=True, window=1, steps=600, rate=3e-3),
+    "permutations": Task(permutations, 6, 6, 32, 128, last=True, window=1, steps=1000, rate=5e-3),
 }
 
 
@@ -158,11 +159,13 @@ def models(name: str) -> dict[str, Model]:
     if name == "permutations":
         twice = DeltaNet(*sizes, products=2, negative_eigenvalues=True)
         return {"DeltaNet, 2 products": Model(twice, True), "DeltaNet, 1 product": Model(turning, False)}
-    matrices = {"GatedDeltaNet": GatedDeltaNet(*sizes), "DeltaNet": DeltaNet(*sizes), "MLSTM": MLSTM(*sizes)}
+    gated = GatedDeltaNet(
+        *sizes, step_min=1e-4, step_max=1e-2
+    )  # forgets slowly at first; else, one seed of three fails
+    matrices = {"GatedDeltaNet": gated, "DeltaNet": DeltaNet(*sizes), "MLSTM": MLSTM(*sizes)}
     vectors = {"MinGRU": MinGRU, "HGRN": HGRN, "LRU": LRU}
     return {kind: Model(cell, True) for kind, cell in matrices.items()} | {
-        kind: Model(as_large(task, lambda n, cell=cell: cell(SIZE, n), matrices["GatedDeltaNet"]), False)
-        for kind, cell in vectors.items()
+        kind: Model(as_large(task, lambda n, cell=cell: cell(SIZE, n), gated), False) for kind, cell in vectors.items()
     }
 
 
@@ -251,7 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, for a first look")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="tasks (default: all)")
-    parser.add_argument("--steps", type=int, help="steps of training (default: 1000 to 1500, by the task)")
+    parser.add_argument("--steps", type=int, help="steps of training (default: 600 to 1000, by the task)")
     parser.add_argument("--seeds", type=int, default=3, help="number of models of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all of them (default: %(default)s)")
     parser.add_argument(
@@ -271,14 +274,16 @@ def main(argv: list[str] | None = None) -> int:
     """The exit status."""
     args = parse(argv)
     found, as_expected = run(args), True
-    seeds = [f"seed {k}" for k in range(args.seeds)]
-    table = Table("task", "model", "parameters", "can it?", *seeds, "median", "best", "chance")
+    table = Table("model", "parameters", "can it?", "right answers of each seed", "median", "best")
     for name, kinds in found.items():
+        table.add_section()
+        table.add_row(f"[bold]{name}[/], chance {chance(TASKS[name]):.2f}")
         for kind, each in kinds.items():
             answers, median, best = models(name)[kind].answers, np.median(each.shares), np.max(each.shares)
             as_expected &= bool(median >= args.wanted if answers else best <= args.others)
-            shares = (f"{share:.3f}" for share in (*each.shares, median, best, chance(TASKS[name])))
-            table.add_row(name, kind, f"{each.parameters:,}", "yes" if answers else "no", *shares)
+            shares = ", ".join(f"{share:.3f}" for share in each.shares)
+            can = "yes" if answers else "no"
+            table.add_row(kind, f"{each.parameters:,}", can, shares, f"{median:.3f}", f"{best:.3f}")
     Console().print(table)
     with rc_context(STYLE):
         picture(found).savefig(args.out)
