@@ -3,9 +3,11 @@
     python benchmarks/matrix.py
     python benchmarks/matrix.py --shapes 1,2048,8,64,64 --kinds "gated delta" --repeats 9
 
-`jaxrnn.matrix_scan` in every implementation. A shape is B,T,heads,K,V. Kinds: "gated delta" (one decay for a head, the
-delta rule, as in Qwen3-Next), "row delta" (a decay for each row of the state, as in Kimi Linear), "delta" (no decay),
-"decay" (one decay for a head and no delta rule, as in Mamba-2 and RetNet), "row decay" (as in GLA).
+`jaxrnn.matrix_scan` in every implementation; and, for the kinds that they have, the chunked forms of transformers and
+of mlstm_kernels, and the operator of onnxruntime, which has no gradients. A shape is B,T,heads,K,V. Kinds: "gated
+delta" (one decay for a head, the delta rule, as in Qwen3-Next), "row delta" (a decay for each row of the state, as in
+Kimi Linear), "delta" (no decay), "decay" (one decay for a head and no delta rule, as in Mamba-2 and RetNet), "row
+decay" (as in GLA).
 
 Printed are milliseconds, forward and with the gradients of all arrays; how many times as long the best of the others
 takes; and the rate of the first contestant beside that of the product of two matrices (2048³), counting 6 B T heads K V
@@ -22,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import contest
+from helpers import contest, recurrences
 from helpers.contest import Contestant, Table
 
 import jaxrnn
@@ -35,7 +37,7 @@ KINDS = {
     "decay": ("head", False),
     "row decay": ("row", False),
 }
-CONTESTANTS = ("native", "xla", "chunked")
+OURS = ("native", "xla", "chunked")
 
 
 def draw(shape: str, kind: str) -> dict[str, jax.Array]:
@@ -71,17 +73,21 @@ def build(name: str, given: dict[str, jax.Array], backward: bool) -> Contestant:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = contest.parser(__file__, __doc__, CONTESTANTS)
+    parser = contest.parser(__file__, __doc__, (*OURS, *recurrences.CONTESTANTS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="B,T,H,K,V")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND")
     args = contest.parse(parser, argv)
     names, rows = args.contestants, []
+    peers = [name for name in names if name not in OURS]
     table = Table("kind", "B,T,heads,K,V", "pass", *names, f"best other / {names[0]}", "of a product's rate")
     for kind in args.kinds:
         for shape in args.shapes:
             given = draw(shape, kind)
             for backward in (False, True):
-                contestants = {name: build(name, given, backward) for name in names}
+                arrays = {name: np.asarray(each) for name, each in given.items()}
+                task = recurrences.Task(*KINDS[kind], arrays, backward, args.threads)
+                contestants = {name: build(name, given, backward) for name in names if name in OURS}
+                contestants |= contest.enter(recurrences.CONTESTANTS, peers, task)
                 contest.agree(contestants)
                 product = contest.products(args.threads)
                 runs = {name: each.run for name, each in contestants.items()} | product
@@ -90,19 +96,19 @@ def main(argv: list[str] | None = None) -> int:
                 sizes = np.prod(list(map(float, shape.split(","))))
                 work = sizes * (6 if KINDS[kind][1] else 4) * (3 if backward else 1)
                 share = work / times[names[0]] / (2 * contest.PRODUCT**3 / best)
-                others = [times[name] for name in names[1:]]
+                others = [times[name] for name in times if name != names[0]]
                 ratio = min(others) / times[names[0]] if others else None
                 label = "with gradients" if backward else "forward"
                 ms = {name: 1e3 * value for name, value in times.items()}
                 rows.append({"kind": kind, "shape": shape, "pass": label, "ms": ms, "share": share, "ratio": ratio})
-                table.add(kind, shape, label, *ms.values(), ratio, f"{share:.0%}")
+                table.add(kind, shape, label, *map(ms.get, names), ratio, f"{share:.0%}")
     for label in ("forward", "with gradients"):
         found = [row["ratio"] for row in rows if row["pass"] == label and row["ratio"]]
         if found:
             table.add("geometric mean", "", label, *[None] * len(names), statistics.geometric_mean(found), None)
 
     def picture(figure: Any) -> None:
-        heights = {name: [row["ms"][name] for row in rows] for name in names}
+        heights = {name: [row["ms"].get(name, np.nan) for row in rows] for name in names}
         labels = [f"{row['kind']}\n{row['shape']}\n{row['pass']}" for row in rows]
         contest.bars(figure.subplots(), labels, heights, ylabel="ms", yscale="log", title="matrix_scan")
 

@@ -24,7 +24,7 @@ SCRIPTS = {
     "memory": f"--steps 9 --rows 2 --inputs 3 --units 4 --contestants {OURS}-remat torch",
     "linear": f"--shapes 9,3 --dtypes float32 complex64 --contestants {OURS} lax.scan floor --steps 5 --cells GRU S6",
     "linear cells": "--shapes --steps 5 9 --cells GRU MinGRU",
-    "matrix": f"--shapes 1,9,2,3,4 --kinds delta --contestants {OURS} chunked",
+    "matrix": f"--shapes 1,9,2,3,4 --kinds delta --contestants {OURS} chunked onnxruntime",
     "scaling": f"--base 2,3,3,4 --points 2 --axes B --contestants {OURS} torch",
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers

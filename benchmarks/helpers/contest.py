@@ -31,7 +31,9 @@ from jaxrnn.engines.cpu import library as native
 
 PEERS = {name: [name] for name in ("torch", "onnxruntime", "keras", "flax", "haiku", "equinox")}  # what each imports
 PEERS["onnxruntime"] += ["onnx"]
+PEERS |= {name: [name, "torch"] for name in ("transformers", "mlstm_kernels")}
 PACKAGES = ("jax", "jaxlib", "torch", "onnxruntime", "keras", "flax", "dm-haiku", "equinox", "optax", "numpy")
+PACKAGES += ("transformers", "mlstm_kernels")
 REST = 0.1  # seconds before a turn, in which the threads of the last one stop spinning (onnxruntime's after 0.04)
 BLOCK = 0.03  # seconds that a timed block lasts at least
 CALLS = 3  # that it has at least
