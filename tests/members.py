@@ -52,12 +52,19 @@ from jaxrnn import (
     Repeat,
     Residual,
     RetNet,
+    RMSNorm,
     Stack,
+    TokenShift,
     WeightDrop,
     Zoneout,
+    gated_delta_block,
     griffin_block,
+    kda_block,
+    mamba2_block,
     mamba_block,
+    mlstm_block,
     residual_block,
+    rwkv7_block,
     slstm_block,
 )
 
@@ -166,6 +173,7 @@ CELLS = {
     "sru": SRU(D, H, activation="tanh"),
     "qrnn": QRNN(D, H, window=3),
     "causal_conv": CausalConv(D, 4),
+    "token_shift": TokenShift(D),
     "s4d": S4D(D, 4, "inverse"),
     "s6": S6(D, 4, 2),
     "lru": LRU(D, H),
@@ -193,6 +201,7 @@ LAYERS = {
     "linear": Linear(D, H),
     "embed": Embed(7, H),
     "layer_norm": LayerNorm(D, epsilon=1e-3),
+    "rms_norm": RMSNorm(4, groups=2, shared=True),
     "apply": Apply("softplus"),
     "dropout": Dropout(0.4),
     "dropout_sequence": Dropout(0.4, per_sequence=True),
@@ -222,6 +231,17 @@ COMPOSITIONS = {
             slstm_block(4, heads=1, window=2),
         )
     ),
+    "delta_blocks": Stack(
+        (
+            Linear(D, 4, bias=False),
+            gated_delta_block(4, 4, 2, 3, key_heads=2, window=3, negative_eigenvalues=True, epsilon=0.1),
+            kda_block(4, 2, 3, 2, rank=1, window=2, epsilon=0.1),
+        )
+    ),
+    "matrix_blocks": Stack(
+        (mamba2_block(4, 4, 2, 3, key_heads=2, window=2, epsilon=0.1), mlstm_block(4, 2, 3, 2, epsilon=0.1))
+    ),
+    "rwkv7_block": rwkv7_block(4, 2, 3, 5, rank=2, gate_rank=1),
     "learned_carry": LearnedCarry(LSTM(D, H)),
     "emit_carry": EmitCarry(LSTM(D, H)),
     "recurrent_dropout": RecurrentDropout(LSTM(D, H), 0.3),
@@ -258,6 +278,8 @@ OTHERS = {
     "lstm_coupled_input": LSTM(D, H, coupled="input", peephole=True, gate_activation=("hard_sigmoid", 0.3, 0.4)),
     "conv_lstm_3d": ConvLSTM((3, 2, 4), D, H, kernel_size=2, strides=(1, 1, 2)),
     "layer_norm_groups": LayerNorm(6, groups=2),
+    "rms_norm_plain": RMSNorm(D),
+    "causal_conv_plain": CausalConv(D, 3, bias=False),
     "apply_callable": Apply(jnp.sin),
     "bidirectional_sum": Bidirectional(MGU(D, H), IndRNN(D, H, activation="tanh"), "sum"),
     "learned_qrnn": LearnedCarry(QRNN(D, H, window=3)),
