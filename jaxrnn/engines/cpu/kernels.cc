@@ -13,6 +13,7 @@
 #include <initializer_list>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -57,6 +58,7 @@ namespace baseline {
 #include "backward.h"
 #include "linear.h"
 #include "matrix.h"
+#include "matrix_backward.h"
 #include "step.h"
 #include "table.h"
 }  // namespace baseline
@@ -75,6 +77,7 @@ namespace avx2 {
 #include "backward.h"
 #include "linear.h"
 #include "matrix.h"
+#include "matrix_backward.h"
 #include "step.h"
 #include "table.h"
 }  // namespace avx2
@@ -103,6 +106,7 @@ namespace avx512 {
 #include "backward.h"
 #include "linear.h"
 #include "matrix.h"
+#include "matrix_backward.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
