@@ -1,9 +1,10 @@
-// The backward pass of the matrix recurrence, chunk by chunk of steps, and in a chunk one panel of columns at a time.
+// The backward pass of the matrix recurrence: chunk by chunk of steps, and in a chunk panel by panel of columns.
 //
 // With D = ∂L/∂S after a step, e what k writes, and d_r = −β d_e, of the delta rule, or Dᵀ u, of the low rank one:
 //
 //     D += q d_yᵀ;   d_q = S d_y,  d_k = D e,  d_u = D r,  d_e = Dᵀ k;   add: D' = a ⊙ D
 //     delta: D' = a ⊙ (D + k d_rᵀ),  d_k += a ⊙ S' d_r;   low rank: D' = a ⊙ D + w d_rᵀ,  d_w = S' d_r
+//     d log a: the sums of rows of D' ⊙ S', of low rank without w d_rᵀ
 //
 // where ' is of the step before. The states of a chunk are computed again from the one that was kept. Then one pass
 // over D and S does the second half of a step and the first half of the one before it, since they need the same S. Here
@@ -72,19 +73,18 @@ class BackwardHead {
     const PanelShape whole(K, V), panel(K, wide);
     const long n = rows_of(p);
     dS = take(whole.size()), states = take(n * panel.size()), fresh = take(panel.size());
-    nothing = take(whole.rows + whole.room), ones = take(whole.rows), unused = take(whole.rows);
+    nothing = take(whole.rows + whole.room), ones = take(whole.rows), unused = take(2 * whole.rows);
     std::memset(nothing, 0, (whole.rows + whole.room) * sizeof(float));
     std::fill(ones, ones + whole.rows, 1.0f);
-    for (Rows* rows : {&decay, &k, &q, &u, &w, &sum_q, &sum_k, &sum_u, &sum_read})
+    for (Rows* rows : {&decay, &k, &q, &u, &w, &sum_q, &sum_k, &sum_u, &sum_read, &sum_decay})
       *rows = {take(n * whole.rows), whole.rows};
     for (Rows* rows : {&e, &r, &d_y, &d_e, &d_r}) *rows = {take(n * whole.room), whole.room};
-    begin_sums();
   }
 
   static long floats(const MatrixProblem& p) {
     const PanelShape whole(p.keys, p.values), panel(p.keys, columns_of(p));
     const long n = rows_of(p);
-    return whole.size() + (n + 1) * panel.size() + (9 * n + 3) * whole.rows + (5 * n + 1) * whole.room;
+    return whole.size() + (n + 1) * panel.size() + (10 * n + 4) * whole.rows + (5 * n + 1) * whole.room;
   }
 
   void run() {
@@ -114,10 +114,10 @@ class BackwardHead {
   }
 
  private:
-  // What a pass reads of the step that is due, and where S d_r goes.
+  // What a pass reads of the step that is due, and where S d_r and the rows of D ⊙ S go.
   struct Due {
     const float *decay, *read, *d_r;
-    float* sum;
+    float *sum_read, *sum_decay;
   };
 
   const Head h;
@@ -126,9 +126,8 @@ class BackwardHead {
   const long K, V, wide;     // the last: columns of a panel
   long begin = 0, count = 0;  // of the steps of the chunk
   float *dS, *states, *fresh, *nothing, *ones, *unused;
-  Rows decay, k, q, u, w, sum_q, sum_k, sum_u, sum_read;  // the sums are S d_y, D e, D r and S d_r
+  Rows decay, k, q, u, w, sum_q, sum_k, sum_u, sum_read, sum_decay;  // S d_y, D e, D r, S d_r, rows of D ⊙ S
   Rows e, r, d_y, d_e, d_r;
-  std::vector<double> decay_sums;
   alignas(64) Vec lanes_e[MOST_COLUMNS], lanes_r[MOST_COLUMNS];  // d_e and Dᵀ u of a panel, before lanes are added
 
   static long columns_of(const MatrixProblem& p) {
@@ -146,7 +145,7 @@ class BackwardHead {
   const float* value(const float* array, long t) const { return array + h.place(t) * V; }
   float beta(long t) const { return U == Update::kDelta ? p.beta.data[h.at(t, p.beta.heads)] : 1.0f; }
   Due due_of(long j, long column) const {
-    return {decay[j], U == Update::kLowRank ? w[j] : k[j], d_r[j] + column, sum_read[j]};
+    return {decay[j], U == Update::kLowRank ? w[j] : k[j], d_r[j] + column, sum_read[j], sum_decay[j]};
   }
   static void copy(float* to, const float* from, long n) {
     for (long i = 0; i < n; i += LANES) store(to + i, load(from + i, n - i));
@@ -155,9 +154,9 @@ class BackwardHead {
   // `later`: whether the first step of the chunk after this one is due.
   void load_chunk(bool later) {
     if (later)
-      for (const Rows* rows : {&decay, &k, &q, &u, &w, &sum_q, &sum_k, &sum_u, &sum_read, &e, &r, &d_y, &d_e, &d_r})
+      for (const Rows* rows : {&decay, &k, &q, &u, &w, &sum_q, &sum_k, &sum_u, &sum_read, &sum_decay, &r, &d_e, &d_r})
         std::memcpy((*rows)[count], (*rows)[0], rows->width * sizeof(float));
-    for (const Rows* rows : {&sum_q, &sum_k, &sum_u, &sum_read})
+    for (const Rows* rows : {&sum_q, &sum_k, &sum_u, &sum_read, &sum_decay})
       std::memset(rows->data, 0, count * rows->width * sizeof(float));
     for (long j = 0; j < count; ++j) {
       const long t = h.time(begin + j);
@@ -216,7 +215,7 @@ class BackwardHead {
     const float *of_e = e[j] + column, *of_r = r[j] + column, *of_y = d_y[j] + column;
     panel.each_block([&](long i, auto vectors) {
       constexpr long Z = vectors;
-      Vec a[Z], read[Z], of_k[Z], of_q[Z], of_u[Z], sq[Z] = {}, sk[Z] = {}, su[Z] = {}, sr[Z] = {};
+      Vec a[Z], read[Z], of_k[Z], of_q[Z], of_u[Z], sq[Z] = {}, sk[Z] = {}, su[Z] = {}, sr[Z] = {}, sa[Z] = {};
       for (long z = 0; z < Z; ++z) {
         const long at = i + z * LANES;
         if constexpr (D != Decay::kNone) a[z] = D == Decay::kRow ? load(due.decay + at) : splat(due.decay[0]);
@@ -235,7 +234,7 @@ class BackwardHead {
           const Vec s = load(from + at);
           Vec d = load(into + at);
           if constexpr (U == Update::kDelta) d += read[z] * x_r;
-          if constexpr (D != Decay::kNone) d = a[z] * d;
+          if constexpr (D != Decay::kNone) d = a[z] * d, sa[z] += d * s;
           if constexpr (U == Update::kLowRank) d += read[z] * x_r;
           if constexpr (OWN) {
             d += of_q[z] * x_y;
@@ -255,7 +254,8 @@ class BackwardHead {
       };
       if constexpr (OWN) add(sum_q[j], sq), add(sum_k[j], sk);
       if constexpr (OWN && U == Update::kLowRank) add(sum_u[j], su);
-      if constexpr (U != Update::kAdd) add(due.sum, sr);
+      if constexpr (U != Update::kAdd) add(due.sum_read, sr);
+      if constexpr (D != Decay::kNone) add(due.sum_decay, sa);
     });
   }
 
@@ -271,7 +271,7 @@ class BackwardHead {
     const long next = begin + j + 1;
     const bool starts = next < p.steps && h.starts(h.time(next)), due = next < p.steps && !starts;
     if (starts) restart(j + 1, column, panel);
-    const Due none{ones, nothing, nothing, unused};
+    const Due none{ones, nothing, nothing, unused, unused + k.width};
     pass<true>(j, column, panel, states + (j + 1) * panel.size(), due ? due_of(j + 1, column) : none);
     const float b = beta(h.time(begin + j));
     for (long c = 0; c < panel.room; c += LANES) {
@@ -282,66 +282,32 @@ class BackwardHead {
     }
   }
 
-  // Sums over the steps from the last one on, of what there is of d log_decay: in double precision.
-  //
-  // Row i of D ⊙ S, summed over its columns, changes from step to step by what q, k, u and w add.
-  void begin_sums() {
-    if constexpr (D == Decay::kNone) return;
-    decay_sums.assign(D == Decay::kRow ? K : 1, 0.0);
-    for (long i = 0; i < K; ++i)
-      for (long c = 0; c < V; ++c) {
-        const long at = h.state() + i * V + c;
-        decay_sums[D == Decay::kRow ? i : 0] += static_cast<double>(g.d_last[at]) * p.last[at];
-      }
-  }
-
   // The cotangents of step j.
   void give(long j) {
     const long t = h.time(begin + j), place = h.place(t);
-    float of_decay = 0;
-    give_values(t, j, &of_decay);
+    Vec of_decay{};
     for (long i = 0; i < K; i += LANES) {
       const long n = K - i, at = place * K + i;
-      Vec of_k = load(sum_k[j] + i), of_read = load(sum_read[j] + i);
-      const Vec of_q = load(sum_q[j] + i);
+      Vec of_k = load(sum_k[j] + i);
+      const Vec of_read = load(sum_read[j] + i), rows = load(sum_decay[j] + i);
       if constexpr (U == Update::kLowRank) store(g.d_u + at, load(sum_u[j] + i), n), store(g.d_w + at, of_read, n);
-      if constexpr (D == Decay::kRow) {
-        Vec x = load(q[j] + i) * of_q - load(k[j] + i) * of_k;
-        if constexpr (U == Update::kLowRank) x -= load(u[j] + i) * load(sum_u[j] + i);
-        if constexpr (U == Update::kDelta) x += load(k[j] + i) * load(decay[j] + i) * of_read;
-        store(unused + i, x);
-      }
-      if constexpr (U == Update::kDelta && D != Decay::kNone)
-        of_read *= D == Decay::kRow ? load(decay[j] + i) : splat(decay[j][0]);
-      if constexpr (U == Update::kDelta) of_k += of_read;
-      store(g.d_q + at, of_q, n);
+      if constexpr (U == Update::kDelta)
+        of_k += D == Decay::kNone ? of_read
+                : D == Decay::kRow ? load(decay[j] + i) * of_read : decay[j][0] * of_read;
+      if constexpr (D == Decay::kRow) store(g.d_log_decay + at, rows, n);
+      store(g.d_q + at, load(sum_q[j] + i), n);
       store(g.d_k + at, of_k, n);
+      of_decay += rows;
     }
-    if constexpr (D != Decay::kNone) {
-      const long many = D == Decay::kRow ? K : 1;
-      const float* x = D == Decay::kRow ? unused : &of_decay;
-      for (long i = 0; i < many; ++i) g.d_log_decay[place * many + i] = static_cast<float>(decay_sums[i] += x[i]);
-      if constexpr (U == Update::kLowRank)
-        for (long i = 0; i < K; ++i)
-          decay_sums[D == Decay::kRow ? i : 0] += static_cast<double>(w[j][i]) * sum_read[j][i];
-      if (h.starts(t)) std::fill(decay_sums.begin(), decay_sums.end(), 0.0);
-    }
-  }
-
-  // d_v and d_beta; and, of one decay for the head, what there is of d log_decay.
-  void give_values(long t, long j, float* of_decay) {
-    const float b = beta(t), *v = value(p.v, t), *y = value(p.ys, t);
-    Vec d_beta{}, x{};
+    if constexpr (D == Decay::kScalar) g.d_log_decay[place] = sum_of(of_decay);
+    const float b = beta(t), *v = value(p.v, t);
+    Vec of_beta{};
     for (long c = 0; c < V; c += LANES) {
-      const long n = V - c;
-      const Vec of_e = load(d_e[j] + c), of_v = load(v + c, n), of_r = load(r[j] + c), d_v = b * of_e;
-      store(g.d_v + h.place(t) * V + c, d_v, n);
-      if constexpr (U == Update::kDelta) d_beta += of_e * (of_v - of_r);
-      if constexpr (D == Decay::kScalar) x += load(d_y[j] + c) * load(y + c, n) - d_v * of_v;
-      if constexpr (D == Decay::kScalar && U == Update::kLowRank) x -= load(d_r[j] + c) * of_r;
+      const Vec of_e = load(d_e[j] + c);
+      store(g.d_v + place * V + c, b * of_e, V - c);
+      if constexpr (U == Update::kDelta) of_beta += of_e * (load(v + c, V - c) - load(r[j] + c));
     }
-    if constexpr (U == Update::kDelta) g.d_beta[h.place(t)] = sum_of(d_beta);
-    if constexpr (D == Decay::kScalar) *of_decay = sum_of(x);
+    if constexpr (U == Update::kDelta) g.d_beta[place] = sum_of(of_beta);
   }
 };
 
