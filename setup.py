@@ -5,10 +5,11 @@ from pathlib import Path
 import jaxlib
 from setuptools import Extension, setup
 
+SOURCES = ("binding.cc", "linear_binding.cc", "matrix_binding.cc", "diagonal_binding.cc", "kernels.cc")
 folder = Path("jaxrnn/engines/cpu")
 kernels = Extension(
     "jaxrnn.engines.cpu._kernels",
-    sources=[str(folder / name) for name in ("binding.cc", "linear_binding.cc", "matrix_binding.cc", "kernels.cc")],
+    sources=[str(folder / name) for name in SOURCES],
     depends=[str(path) for path in folder.glob("*.h")],
     include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
     define_macros=[("JAXRNN_JAXLIB", f'"{jaxlib.__version__}"')],

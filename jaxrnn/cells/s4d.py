@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cells.linear import LinearCell, linear_step
+from jaxrnn.cells.diagonal import Diagonal, DiagonalCell
+from jaxrnn.cells.linear import linear_step
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
 from jaxrnn.engines.arrays import accumulator, lifted
 from jaxrnn.typing import DTypeLike, Noise
@@ -37,7 +38,7 @@ class S4DCarry(NamedTuple):
     h: Array
 
 
-class S4D(LinearCell[S4DParams, S4DCarry]):
+class S4D(DiagonalCell[S4DParams, S4DCarry]):
     """The diagonal structured state space layer: `s4d_step` as a cell.
 
         s' = λ s + x,  λ = −exp(decay) + i frequency     the continuous system, N pairs of states for each channel
@@ -112,6 +113,14 @@ class S4D(LinearCell[S4DParams, S4DCarry]):
 
     def output(self, params, h, x):
         return _output(params, h, x, self.timed)
+
+    @property
+    def by_kernel(self):
+        return not self.timed
+
+    def diagonal(self, params, x):
+        a, b = discretize(self.discretization, params.log_decay, params.frequency, jnp.exp(params.log_step)[:, None])
+        return Diagonal(a, b, lax.complex(*params.c))
 
 
 def s4d_init(

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
+from jaxrnn.cells.diagonal import Diagonal, DiagonalCell
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.linear import LinearCell, linear_step
+from jaxrnn.cells.linear import linear_step
 from jaxrnn.engines.arrays import accumulator, dot, lifted
 from jaxrnn.typing import DTypeLike, Noise
 
@@ -36,7 +37,7 @@ class S6Carry(NamedTuple):
     h: Array
 
 
-class S6(LinearCell[S6Params, S6Carry]):
+class S6(DiagonalCell[S6Params, S6Carry]):
     """The selective state space layer of Mamba: `s6_step` as a cell.
 
         r, B, C = x w_x
@@ -106,6 +107,11 @@ class S6(LinearCell[S6Params, S6Carry]):
 
     def output(self, params, h, x):
         return _output(params, h, x)
+
+    def diagonal(self, params, x):
+        u, step = _products(params, x)
+        states = self.states
+        return Diagonal(-jnp.exp(params.log_decay), u[..., -2 * states : -states], u[..., -states:], step)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         if walk.remat_every is None and xs.shape[0] > CHUNK:
@@ -180,13 +186,20 @@ def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Noise = None) -> 
     return linear_step(params, carry, x, _coefficients, output=_output)
 
 
-def _coefficients(params, x):
-    wide, rank, states = accumulator(x.dtype), params.w_step.shape[0], params.log_decay.shape[1]
-    u = dot(x, params.w_x[:, : rank + states]).astype(wide)
+def _products(params, x, columns=None):
+    """The first columns of x w_x, and Δ."""
+    wide, rank = accumulator(x.dtype), params.w_step.shape[0]
+    u = dot(x, params.w_x[:, :columns]).astype(wide)
     step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide)
-    step = jax.nn.softplus(step + lifted(params.b_step.astype(wide), step))[..., None]
-    a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(wide), step)) * step)
-    return a, step * x.astype(wide)[..., None] * u[..., None, rank:]
+    return u, jax.nn.softplus(step + lifted(params.b_step.astype(wide), step))
+
+
+def _coefficients(params, x):
+    rank, states = params.w_step.shape[0], params.log_decay.shape[1]
+    u, step = _products(params, x, rank + states)
+    step = step[..., None]
+    a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(step.dtype), step)) * step)
+    return a, step * x.astype(step.dtype)[..., None] * u[..., None, rank:]
 
 
 def _output(params, h, x):

@@ -37,6 +37,8 @@ struct Kernels {
   void (*linear)(const LinearProblem&, int threads);
   void (*matrix)(const MatrixProblem&, int threads);
   void (*matrix_backward)(const MatrixProblem&, const MatrixGradient&, int threads);
+  void (*diagonal)(const DiagonalProblem&, int threads);
+  void (*diagonal_backward)(const DiagonalProblem&, const DiagonalGradient&, int threads);
 };
 
 template <class F>
@@ -59,6 +61,7 @@ namespace baseline {
 #include "linear.h"
 #include "matrix.h"
 #include "matrix_backward.h"
+#include "diagonal.h"
 #include "step.h"
 #include "table.h"
 }  // namespace baseline
@@ -78,6 +81,7 @@ namespace avx2 {
 #include "linear.h"
 #include "matrix.h"
 #include "matrix_backward.h"
+#include "diagonal.h"
 #include "step.h"
 #include "table.h"
 }  // namespace avx2
@@ -107,6 +111,7 @@ namespace avx512 {
 #include "linear.h"
 #include "matrix.h"
 #include "matrix_backward.h"
+#include "diagonal.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
@@ -157,6 +162,12 @@ void matrix(const MatrixProblem& p, int threads) { kernels().matrix(p, threads);
 
 void matrix_backward(const MatrixProblem& p, const MatrixGradient& g, int threads) {
   kernels().matrix_backward(p, g, threads);
+}
+
+void diagonal(const DiagonalProblem& p, int threads) { kernels().diagonal(p, threads); }
+
+void diagonal_backward(const DiagonalProblem& p, const DiagonalGradient& g, int threads) {
+  kernels().diagonal_backward(p, g, threads);
 }
 
 const char* instructions() { return kernels().name; }

@@ -80,6 +80,27 @@ struct MatrixGradient {
   float *d_q, *d_k, *d_v, *d_s, *d_log_decay, *d_beta, *d_u, *d_w, *d_fresh;
 };
 
+// A diagonal recurrence: T steps, R rows of M members, D channels, N states of each. What is absent is null.
+//
+// Selective, with `step`: a are decays (M, N, D), b and c are (T, R, N). Fixed: a, b and c are (M, N, D), complex numbers
+// with all real parts first, as all states are.
+struct DiagonalProblem {
+  long steps, rows, members, channels, states;
+  bool reverse;
+  long chunk, groups;            // steps between two states that are kept; sums of the cotangents of b and c
+  const float *x, *a, *b, *c, *h;  // (T, R, D), ..., (R, N, D)
+  const float *step, *fresh;     // (T, R, D), (R, N, D)
+  const uint8_t *valid, *start;  // (T, R)
+  float *ys, *last, *kept;       // (T, R, D), (R, N, D), (chunks, R, N, D): read by the backward pass
+};
+
+// Cotangents in the shapes of their arrays; those of weights are of each row, and d_b and d_c of a selective recurrence
+// are G sums over groups of channels.
+struct DiagonalGradient {
+  const float *d_ys, *d_last;
+  float *d_x, *d_a, *d_b, *d_c, *d_h, *d_step, *d_fresh;
+};
+
 constexpr int KINDS = 5;
 
 // By the best instruction set that this processor has.
@@ -88,6 +109,8 @@ void backward(Kind kind, const Sizes& n, const Backward& p, int threads);
 void linear(const LinearProblem& p, int threads);
 void matrix(const MatrixProblem& p, int threads);
 void matrix_backward(const MatrixProblem& p, const MatrixGradient& g, int threads);
+void diagonal(const DiagonalProblem& p, int threads);
+void diagonal_backward(const DiagonalProblem& p, const DiagonalGradient& g, int threads);
 const char* instructions();
 
 }  // namespace jaxrnn

@@ -16,6 +16,8 @@ inline Kernels table(const char* name) {
   kernels.linear = run_linear;
   kernels.matrix = run_matrix;
   kernels.matrix_backward = run_matrix_backward;
+  kernels.diagonal = run_diagonal;
+  kernels.diagonal_backward = run_diagonal_backward;
   each_kind([&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     kernels.forward[static_cast<int>(K)] = run_forward<K>;

@@ -1,0 +1,66 @@
+"""The base class of the state space cells whose channels do not see each other."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import check
+from jaxrnn.cell import Carry, Params
+from jaxrnn.cells.linear import LinearCell
+from jaxrnn.engines.arrays import cast, compute_dtype, lifted, zero_where_not
+from jaxrnn.engines.diagonal.engine import diagonal_recurrence, serves
+from jaxrnn.engines.loop import in_chunks
+from jaxrnn.typing import PyTree
+
+
+class Diagonal(NamedTuple):
+    """What a recurrence over N states of each of D channels reads beside x.
+
+    a (D, N), b and c (..., N), step (..., D): h' = exp(step a) h + step x bᵀ, y = h' c, for a at most 0. Without
+    `step`, a, b and c are complex (D, N): h' = a h + b x, y = 2 Re Σ_n c h'.
+    """
+
+    a: Array
+    b: Array
+    c: Array
+    step: Array | None = None
+
+
+class DiagonalCell(LinearCell[Params, Carry]):
+    """A cell with N states for each of its D channels, read by y = Σ_n c h' + d x; its params have a field d (D,).
+
+    Beside `coefficients` and `output` a subclass defines `diagonal`. From that, a kernel on the CPU runs a sequence: the
+    states of a step are never in memory, but for one step of many, from which the backward pass computes the others.
+    """
+
+    @abstractmethod
+    def diagonal(self, params: PyTree, x: Array) -> Diagonal:
+        """What the recurrence reads, in float32, for any leading axes of x."""
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether there is a kernel for the recurrence."""
+        return True
+
+    def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
+        check.params(self, params)
+        dtype = compute_dtype(xs, params)
+        single = dtype == jnp.float32 and carry.h.real.dtype == jnp.float32
+        if not single or not self.by_kernel or not serves(walk, owner=self):
+            return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
+
+        def run(constant, carry, inputs):
+            params, fresh = constant
+            xs, flags = inputs
+            params = cast(params, dtype)
+            last, ys = diagonal_recurrence(
+                xs, *self.diagonal(params, xs), carry.h, fresh=fresh.h, flags=flags, walk=walk
+            )
+            ys = ys + lifted(params.d, xs) * xs
+            return carry._replace(h=last), zero_where_not(flags.valid, ys)
+
+        return in_chunks(run, (params, fresh), carry, (xs.astype(dtype), walk.flags), walk)
