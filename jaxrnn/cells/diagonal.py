@@ -33,9 +33,12 @@ class Diagonal(NamedTuple):
 class DiagonalCell(LinearCell[Params, Carry]):
     """A cell with N states for each of its D channels, read by y = Σ_n c h' + d x; its params have a field d (D,).
 
-    Beside `coefficients` and `output` a subclass defines `diagonal`. From that, a kernel on the CPU runs a sequence: the
-    states of a step are never in memory, but for one step of many, from which the backward pass computes the others.
+    Beside `coefficients` and `output` a subclass defines `diagonal`. From that, a kernel on the CPU runs a sequence: of
+    64 steps, one has its states in memory, and from these the backward pass computes the others.
     """
+
+    # Where no kernel runs: the number of steps whose states (steps, ..., D, N) are in memory at once, None for all.
+    chunk = None
 
     @abstractmethod
     def diagonal(self, params: PyTree, x: Array) -> Diagonal:
@@ -51,6 +54,8 @@ class DiagonalCell(LinearCell[Params, Carry]):
         dtype = compute_dtype(xs, params)
         single = dtype == jnp.float32 and carry.h.real.dtype == jnp.float32
         if not single or not self.by_kernel or not serves(walk, owner=self):
+            if walk.remat_every is None and self.chunk is not None and xs.shape[0] > self.chunk:
+                walk = walk.replace(remat_every=self.chunk)
             return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
         def run(constant, carry, inputs):

@@ -16,8 +16,6 @@ from jaxrnn.cells.linear import linear_step
 from jaxrnn.engines.arrays import accumulator, dot, lifted
 from jaxrnn.typing import DTypeLike, Noise
 
-CHUNK = 64  # steps whose states (steps, ..., D, N) are in memory at once
-
 
 class S6Params(NamedTuple):
     """w_x (D, R + 2N): input weights of the low-rank step, B and C, side by side. w_step (R, D), b_step (D,): weights
@@ -46,7 +44,7 @@ class S6(DiagonalCell[S6Params, S6Carry]):
         y = h' C + d x
 
     The layer is selective: the input controls how the state is written, kept and read. A sequence runs in chunks, and
-    only one chunk at a time has its states in memory, also in the backward pass.
+    only one chunk at a time has its states in memory, also in the backward pass; with the kernel, one step at a time.
 
     Args:
       input_size: The number of channels, D; y has the same number.
@@ -67,6 +65,7 @@ class S6(DiagonalCell[S6Params, S6Carry]):
     """
 
     slow_weights = ("log_decay", "b_step", "d")
+    chunk = 64
 
     input_size: int
     states: int = 16
@@ -112,11 +111,6 @@ class S6(DiagonalCell[S6Params, S6Carry]):
         u, step = _products(params, x)
         states = self.states
         return Diagonal(-jnp.exp(params.log_decay), u[..., -2 * states : -states], u[..., -states:], step)
-
-    def scan(self, params, carry, xs, *, fresh, noise, walk):
-        if walk.remat_every is None and xs.shape[0] > CHUNK:
-            walk = walk.replace(remat_every=CHUNK)
-        return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 
 
 def s6_init(

@@ -45,12 +45,13 @@ struct Lane {
   void write(float* to, const Vec* from) const {
     for (long z = 0; z < Z; ++z) store(to + z * LANES, from[z], count(z));
   }
-  // All states, or weights, of the block; those of an array that is absent are 0.
+  // States of the block, one or all; those of an array that is absent are 0.
+  void read_state(Vec* to, const float* from, long n) const {
+    if (from) return read(to, from + state(n));
+    for (long z = 0; z < Z; ++z) to[z] = Vec{};
+  }
   void read_states(Vec* to, const float* from) const {
-    for (long n = 0; n < p.states; ++n, to += Z)
-      if (from) read(to, from + state(n));
-      else
-        for (long z = 0; z < Z; ++z) to[z] = Vec{};
+    for (long n = 0; n < p.states; ++n) read_state(to + n * Z, from, n);
   }
   void write_states(float* to, const Vec* from) const {
     for (long n = 0; n < p.states; ++n) write(to + state(n), from + n * Z);
@@ -153,22 +154,21 @@ JAXRNN_INLINE void selective_states(const Lane& lane, const DiagonalGradient& g,
                                     Vec* decayed, Vec* d_b, Vec* d_c) {
   const DiagonalProblem& p = lane.p;
   const long N = p.states;
-  Vec h[M][Z], d[M][Z], d_rate[M][Z] = {};
-  for (long m = 0; m < M; ++m) lane.read(h[m], kept + lane.state(n + m));
-  for (long j = 0; j < steps.count; ++j) {
-    const float* b = p.b + lane.place(steps.times[j]) * N + n;
-    if (steps.starts[j])
-      for (long m = 0; m < M; ++m) {
-        for (long z = 0; z < Z; ++z) h[m][z] = Vec{};
-        if (p.fresh) lane.read(h[m], p.fresh + lane.state(n + m));
-      }
-    for (long m = 0; m < M; ++m)
+  Vec d[M][Z], d_rate[M][Z] = {};
+  for (long m = 0; m < M; ++m) {
+    Vec h[Z], own[Z];
+    lane.read(h, kept + lane.state(n + m));
+    for (long z = 0; z < Z; ++z) own[z] = decay[m * Z + z];
+    for (long j = 0; j < steps.count; ++j) {
+      const float b = p.b[lane.place(steps.times[j]) * N + n + m];
+      if (steps.starts[j]) lane.read_state(h, p.fresh, n + m);
       for (long z = 0; z < Z; ++z) {
-        const Vec e = power_of_two(chunk.step[j * Z + z] * decay[m * Z + z]), s = e * h[m][z];
+        const Vec e = power_of_two(chunk.step[j * Z + z] * own[z]), s = e * h[z];
         power[(j * M + m) * Z + z] = e;
         decayed[(j * M + m) * Z + z] = s;
-        h[m][z] = s + b[m] * chunk.u[j * Z + z];
+        h[z] = s + b * chunk.u[j * Z + z];
       }
+    }
   }
   for (long m = 0; m < M; ++m)
     for (long z = 0; z < Z; ++z) d[m][z] = d_h[m * Z + z];
@@ -255,6 +255,8 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
         lane.read(chunk.step + j * Z, p.step + at);
         lane.read(chunk.d_y + j * Z, g.d_ys + at);
         lane.read(x, p.x + at);
+        for (const float* next : {p.x, p.step, g.d_ys}) __builtin_prefetch(next + at + LINE);  // of the next block
+        for (float* next : {g.d_x, g.d_step}) __builtin_prefetch(next + at + LINE, 1);
         for (long z = 0; z < Z; ++z) {
           chunk.u[j * Z + z] = chunk.step[j * Z + z] * x[z];
           chunk.d_step[j * Z + z] = chunk.d_u[j * Z + z] = Vec{};

@@ -14,7 +14,7 @@ from jaxrnn.engines.walk import Flags, Walk
 
 
 def serves(walk: Walk, *, owner: object) -> bool:
-    """Whether the kernel runs the recurrence of `owner` in float32, as the engine "linear_scan"; then it is recorded."""
+    """Whether the kernel runs the recurrence of `owner`, as the engine "linear_scan"; if so, that is recorded."""
     asked = walk.named("linear_scan") in (None, "native") and walk.platform in (None, "cpu")
     if not asked or library.absent() is not None:
         return False
