@@ -25,7 +25,7 @@ CELLS = {
     "s4d": jaxrnn.S4D(5, 3),
     "s4d_blocks": jaxrnn.S4D(37, 6, "hippo", discretization="bilinear"),
 }
-SIZES = [(0, (2,)), (1, ()), (7, (2, 3)), (65, (3,)), (130, (2, 1))]
+SIZES = [(0, (2,)), (1, ()), (7, (2, 3)), (65, (3,)), (130, (2, 1)), (67, ())]
 
 
 def draw(cell, length, batch, flags=False, seed=0):
@@ -54,8 +54,9 @@ def single(tree):
 def oracle(layer, params, carry, xs, *, mask=None, reset=None, reverse=False):
     """One step after the other, row by row of the batch."""
     cell = layer.cell
-    step = functools.partial(oracles.s4d_step, discretization=cell.discretization)
-    step = oracles.s6_step if isinstance(cell, jaxrnn.S6) else step
+    step = oracles.s6_step
+    if isinstance(cell, jaxrnn.S4D):
+        step = functools.partial(oracles.s4d_step, discretization=cell.discretization)
     fresh = jax.tree.map(np.asarray, layer.initial_carry(params))
     (length, *batch), last, ys = xs.shape[:-1], carry.h.copy(), np.zeros(xs.shape)
     for row in np.ndindex(*batch):
@@ -78,10 +79,10 @@ def close(found, wanted, bound):
         np.testing.assert_allclose(one, other, rtol=0, atol=bound * max(1, np.abs(other).max(initial=0)))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ["s6", "s4d_blocks", full("s6_blocks"), full("s6_groups"), full("s4d")])
 def test_the_loop_in_numpy(name):
-    for k, (sizes, reverse, flags) in enumerate(itertools.product(SIZES, (False, True), (False, True))):
-        layer, arrays, drawn = draw(CELLS[name], *sizes, flags, seed=k)
+    for k, (sizes, reverse) in enumerate(zip(SIZES, itertools.cycle([False, True]))):
+        layer, arrays, drawn = draw(CELLS[name], *sizes, k != 1, seed=k)
         wanted = oracle(layer, *arrays, **drawn, reverse=reverse)
         found = jaxrnn.scan(layer, *single(arrays), **drawn, reverse=reverse, implementation="native")
         close(found, wanted, 1e-5)
@@ -104,8 +105,8 @@ def loss(layer, params, carry, xs, **options):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_are_those_of_the_loop(name, reverse):
     """Of params, the learned carry among them, of the carry and of xs."""
-    for k, (length, batch) in enumerate([(1, ()), (7, (2, 3)), (65, (2,)), (200, (3,))]):
-        layer, arrays, drawn = draw(CELLS[name], length, batch, k % 2 == 1 or length == 200, seed=k)
+    for k, (length, batch) in enumerate([(1, ()), (65, (2, 3)), (200, (3,))]):
+        layer, arrays, drawn = draw(CELLS[name], length, batch, k > 0, seed=k)
         gradient = jax.jit(
             jax.grad(functools.partial(loss, layer, **drawn, reverse=reverse), (0, 1, 2)),
             static_argnames="implementation",
@@ -193,13 +194,13 @@ def test_padding_is_inert_and_nothing_crosses_a_start(name):
     jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
-@pytest.mark.parametrize("cell", [jaxrnn.S6(16, 32), jaxrnn.S4D(16, 32)])
+@pytest.mark.parametrize("cell", [jaxrnn.S6(64, 32), jaxrnn.S4D(64, 32)])
 def test_no_states_of_steps_are_in_memory(cell):
     """The gradient needs less than one array of (T, D, N)."""
-    params, xs = cell.init(jax.random.key(0), jnp.float32), jnp.zeros((1024, 16), jnp.float32)
+    params, xs = cell.init(jax.random.key(0), jnp.float32), jnp.zeros((1024, 64), jnp.float32)
     gradient = jax.jit(jax.grad(lambda params, xs: jaxrnn.scan(cell, params, None, xs)[1].sum(), (0, 1)))
     needed = gradient.lower(params, xs).compile().memory_analysis().temp_size_in_bytes
-    assert needed < 0.5 * 1024 * 16 * 32 * 4
+    assert needed < 0.5 * 1024 * 64 * 32 * 4
 
 
 @pytest.mark.parametrize("cell", [jaxrnn.S6(3, 4), jaxrnn.S4D(3, 4)])

@@ -462,7 +462,7 @@ for cell in cells[int(sys.argv[1])::2]:
                                    out_specs=(P(), sequence, P()), check_vma=True))
     program = mapped.lower(params, xs, reset, lengths).compile().as_text()
     kernel = {"Bidirectional": "gated_backward", "LSTM": "gated_backward", "GRU": "gated_backward",
-              "MinGRU": "linear_scan", "RGLRU": "linear_scan", "QRNN": "linear_scan", "S6": "linear_scan"}
+              "MinGRU": "linear_scan", "RGLRU": "linear_scan", "QRNN": "linear_scan", "S6": "diagonal_backward"}
     if jaxrnn.engines.cpu.library.absent() is None and type(cell).__name__ in kernel:
         assert kernel[type(cell).__name__] in program, cell
     value_3, ys_3, gradient_3 = mapped(params, xs, reset, lengths)

@@ -72,7 +72,7 @@ def _chunk(problem: Problem) -> tuple[Array, Array]:
     rows = x.shape[1]
     if step is None:
         a, b, c = (_complex(_of_rows(each, rows)) for each in (a, b, c))
-        b, h = b * x[:, :, None], _complex(h)
+        b, h = b * x[:, :, None].astype(b.dtype), _complex(h)
         fresh = None if fresh is None else _complex(fresh)
     else:
         a = jnp.exp(_of_rows(a, rows) * step[:, :, None])
