@@ -234,9 +234,12 @@ def _stabilized(inputs, carry, fresh, flags, reverse):
     known = jnp.where(begins, jnp.maximum(log_f + given, log_i), log_i)
 
     def joined(one, two):
-        return one[0] + two[0], jnp.maximum(one[1] + two[0], two[1])
+        """A selection, so that no NaN of the sequence before gets into one that begins."""
+        (begun, f, m), (begins, next_f, next_m) = one, two
+        m = jnp.where(begins, next_m, jnp.maximum(m + next_f, next_m))
+        return begun | begins, jnp.where(begins, next_f, f + next_f), m
 
-    m = lax.associative_scan(joined, (jnp.where(begins, LEAST, log_f), known), reverse=reverse)[1]
+    m = lax.associative_scan(joined, (begins, log_f, known), reverse=reverse)[2]
     before = jnp.where(begins, given, jnp.roll(m, -1 if reverse else 1, axis=0))
     log_decay = jnp.minimum(log_f + before - m, 0)
     k = jnp.exp(log_i - m)[..., None].astype(inputs.k.dtype) * inputs.k
