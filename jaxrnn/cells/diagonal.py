@@ -53,7 +53,7 @@ class DiagonalCell(LinearCell[Params, Carry]):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         single = dtype == jnp.float32 and carry.h.real.dtype == jnp.float32
-        if not single or not self.by_kernel or not serves(walk, owner=self):
+        if not single or not self.by_kernel or not serves(walk, xs.shape[0], owner=self):
             if walk.remat_every is None and self.chunk is not None and xs.shape[0] > self.chunk:
                 walk = walk.replace(remat_every=self.chunk)
             return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)

@@ -119,7 +119,7 @@ class MatrixCell(Cell[Params, Carry]):
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
         dtypes = [each.dtype for each in found.arrays.values()]
         wide = accumulator(*dtypes, carry.s.dtype)
-        form = matrix_form(walk, wide, *dtypes, owner=self)
+        form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
 
         def run(constant, carry, inputs):
             params, fresh = constant

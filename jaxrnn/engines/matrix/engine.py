@@ -119,7 +119,7 @@ def matrix_scan(
         if s.shape != state:
             raise ValueError(f"s0: expected shape {state}, got {s.shape}")
         s = s.astype(accumulator(s.dtype, dtype))
-    form = matrix_form(walk, s.dtype, *(each.dtype for each in arrays.values()))
+    form = matrix_form(walk, length, s.dtype, *(each.dtype for each in arrays.values()))
     last, ys = matrix_recurrence(arrays, s, fresh=None, flags=walk.flags, reverse=walk.reverse, form=form)
     return last, jnp.moveaxis(ys, 0, time_axis)
 
@@ -154,15 +154,21 @@ def _flags(name: str, flag: Any, shape: tuple[int, ...], time_axis: int) -> Arra
     return jnp.moveaxis(flag, time_axis, 0)
 
 
-def matrix_form(walk: Walk, *dtypes, owner: object = "matrix_scan") -> str | None:
-    """Returns what runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
+def matrix_form(walk: Walk, length: int, *dtypes, owner: object = "matrix_scan") -> str | None:
+    """Returns what runs the recurrence of `owner` on `length` steps of arrays of `dtypes`: a name, or None for each
+    platform's own.
+    """
     refusals = {"associative": "the products of steps would be matrices"}
     absent = library.absent()
     others = sorted({jnp.dtype(dtype).name for dtype in dtypes if dtype != jnp.float32})
     if absent is not None or others:
         refusals["native"] = absent or f"the kernel computes in float32, not in {', '.join(others)}"
     chosen, refusals = walk.choose("matrix_scan", refusals, cell=owner, elsewhere=ELSEWHERE, without_kernel=ELSEWHERE)
+    if length == 1 and walk.named("matrix_scan") is None:
+        chosen = "xla"  # which needs no second look at the state
     walk.record("matrix_scan", chosen, refusals, cell=owner)
+    if length == 1:
+        return chosen
     return ELSEWHERE if others and chosen == ELSEWHERE else walk.form("matrix_scan", chosen)
 
 
