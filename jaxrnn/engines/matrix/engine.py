@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxrnn.engines.arrays import accumulator, zero_where_not
 from jaxrnn.engines.cpu import library
-from jaxrnn.engines.matrix.primitives import bind
+from jaxrnn.engines.matrix.primitives import run
 from jaxrnn.engines.matrix.programs import Problem, chunked, loop
 from jaxrnn.engines.walk import Flags, Implementation, Walk, checked
 from jaxrnn.typing import Bools, Named
@@ -217,10 +217,9 @@ def matrix_recurrence(
         fresh=None if start is None else of_state(fresh),
     )
     if form == "xla":
-        found = loop(problem, reverse=reverse)
+        ys, last, *_ = loop(problem, reverse=reverse)
     elif form == "chunked":
-        found = chunked(problem, reverse=reverse)
+        ys, last, *_ = chunked(problem, reverse=reverse)
     else:
-        found = bind(problem, reverse=reverse, named=form == "native")
-    ys = found.ys.reshape(length, *batch, size)
-    return found.last.reshape(s.shape), zero_where_not(valid, ys)
+        ys, last = run(problem, reverse=reverse, named=form == "native")
+    return last.reshape(s.shape), zero_where_not(valid, ys.reshape(length, *batch, size))
