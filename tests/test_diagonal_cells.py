@@ -79,7 +79,7 @@ def close(found, wanted, bound):
         np.testing.assert_allclose(one, other, rtol=0, atol=bound * max(1, np.abs(other).max(initial=0)))
 
 
-@pytest.mark.parametrize("name", ["s6", "s4d_blocks", full("s6_blocks"), full("s6_groups"), full("s4d")])
+@pytest.mark.parametrize("name", ["s6_groups", full("s4d_blocks"), full("s6_blocks"), full("s6"), full("s4d")])
 def test_the_loop_in_numpy(name):
     for k, (sizes, reverse) in enumerate(zip(SIZES, itertools.cycle([False, True]))):
         layer, arrays, drawn = draw(CELLS[name], *sizes, k != 1, seed=k)
@@ -102,7 +102,7 @@ def loss(layer, params, carry, xs, **options):
 
 
 @pytest.mark.parametrize("name", ["s6", "s4d", full("s6_blocks"), full("s6_groups"), full("s4d_blocks")])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [full(False), True])
 def test_gradients_are_those_of_the_loop(name, reverse):
     """Of params, the learned carry among them, of the carry and of xs."""
     for k, (length, batch) in enumerate([(1, ()), (65, (2, 3)), (200, (3,))]):
@@ -115,6 +115,7 @@ def test_gradients_are_those_of_the_loop(name, reverse):
         close(gradient(*single(arrays), implementation="native"), wanted, 1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["s6", "s4d"])
 def test_every_derivative(name):
     """Forward mode, reverse of reverse, forward of reverse: the kernel's as the loop's in float64."""
@@ -137,7 +138,7 @@ def test_every_derivative(name):
     close(derivatives(single(arrays), single(moved), "native"), wanted, 1e-3)
 
 
-@pytest.mark.parametrize("name", ["s6", "s4d"])
+@pytest.mark.parametrize("name", ["s6", full("s4d")])
 def test_vmap_over_anything(name):
     layer, arrays, drawn = draw(CELLS[name], 9, (2,), True)
     given = dict(zip(("params", "carry", "xs"), single(arrays), strict=True)) | drawn
@@ -163,6 +164,7 @@ def test_vmap_over_anything(name):
             close(jax.tree.map(lambda x, k=member: x[k], found), value(one), 1e-4)
 
 
+@pytest.mark.full
 def test_vmap_of_vmap_over_params_and_rows():
     cell = CELLS["s6"]
     params = jax.vmap(lambda key: cell.init(key, jnp.float32))(jax.random.split(jax.random.key(0), 3))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import sigmoid
-from tiers import mostly_in_full
+from tiers import in_full, mostly_in_full
 
 import jaxrnn
 from jaxrnn import GLA, HGRN2, KDA, MLSTM, RWKV7, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2, RetNet
@@ -265,6 +265,7 @@ FAST = {
 }
 every_case = pytest.mark.parametrize(("cell", "oracle"), CASES.values(), ids=CASES)
 every_case_mostly_in_full = pytest.mark.parametrize("name", mostly_in_full(list(CASES), *FAST))
+every_case_in_full = pytest.mark.parametrize("name", mostly_in_full(list(CASES), "GatedDeltaNet shared", "MLSTM"))
 
 
 def problem(cell, seed=0):
@@ -306,7 +307,7 @@ def all_close(found, expected):
 
 
 @every_case
-@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("implementation", [None, *in_full(["xla"])])
 def test_scan_is_the_oracle(cell, oracle, implementation):
     params, carry, xs = problem(cell)
     found = jaxrnn.scan(cell, params, jax.tree.map(jnp.asarray, carry), jnp.asarray(xs), implementation=implementation)
@@ -325,7 +326,7 @@ def test_a_step_its_gates_and_the_free_function_are_the_oracle(cell, oracle):
         all_close(cell.gates(params, carry, x)._asdict(), expected[2])
 
 
-@every_case_mostly_in_full
+@every_case_in_full
 def test_gradients_are_finite_differences_of_the_oracle(name):
     cell, oracle = CASES[name]
     params, carry, xs = problem(cell)
@@ -350,7 +351,7 @@ def test_gradients_are_finite_differences_of_the_oracle(name):
 
 
 @every_case_mostly_in_full
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [*in_full([False]), True])
 def test_masks_resets_and_directions_are_a_loop_of_steps(name, reverse):
     cell, _ = CASES[name]
     params, carry, xs = jax.tree.map(jnp.asarray, problem(cell))
@@ -372,7 +373,7 @@ def test_masks_resets_and_directions_are_a_loop_of_steps(name, reverse):
     all_close(found, carry)
 
 
-@every_case_mostly_in_full
+@pytest.mark.parametrize("name", mostly_in_full(list(CASES), "RWKV7"))
 def test_ten_thousand_steps(name):
     """Step by step as the whole: 1e-4 of the largest y in float32, 1e-9 in float64."""
     cell, _ = CASES[name]

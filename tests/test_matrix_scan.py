@@ -167,9 +167,8 @@ def test_gradients_are_those_of_the_loop(implementation, decay, update, flags):
             np.testing.assert_allclose(found[name], want, rtol=0, atol=bound, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("decay", "update"), [("one", "delta"), pytest.param("rows", "low rank", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("decay", "update"), [("one", "delta"), ("rows", "low rank")])
 def test_every_derivative(decay, update):
     """Forward mode, reverse of reverse, forward of reverse: the kernels' as the loop's."""
     given = draw(9, (2, 2), 4, 3, decay=decay, update=update, flags="rows")
@@ -190,7 +189,8 @@ def test_every_derivative(decay, update):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4 * max(np.abs(wanted).max(), 1))
 
 
-@pytest.mark.parametrize("implementation", [pytest.param("chunked", marks=pytest.mark.full), *NATIVE])
+@pytest.mark.full
+@pytest.mark.parametrize("implementation", ["chunked", *NATIVE])
 def test_vmap_over_anything(implementation):
     given = cast(draw(6, (3, 2), 4, 5, decay="rows", update="delta", flags="rows"), jnp.float32)
     for chosen in (["v"], ["s0", "log_decay"], ["reset", "q"], list(given)):
@@ -219,8 +219,8 @@ def test_vmap_over_anything(implementation):
             )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "chunked", *NATIVE])
-@pytest.mark.parametrize("decay", ["one", "rows"])
+@pytest.mark.parametrize("implementation", [pytest.param("xla", marks=pytest.mark.full), "chunked", *NATIVE])
+@pytest.mark.parametrize("decay", [pytest.param("one", marks=pytest.mark.full), "rows"])
 def test_strong_decay_is_exact_and_finite(implementation, decay):
     """After a decay of exp(−50) or of 0 nothing is left of what was before, and what follows keeps its digits."""
     given = draw(64, (1,), 3, 2, decay=decay, update="delta")

@@ -413,6 +413,7 @@ def test_a_layer(torch, build):
     )
 
 
+@pytest.mark.full
 @every_layer
 def test_a_layers_cache(torch, build):
     """A beginning, then a part of several steps, then steps one by one; and the state that it leaves."""
@@ -437,6 +438,7 @@ def test_a_layers_cache(torch, build):
 
 
 @every_layer
+@pytest.mark.full
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_layers_padding(torch, build, side):
     """Theirs goes through padding with zeros, so that of padding at the end the last state is not to be compared."""
@@ -498,6 +500,7 @@ def test_the_mlstm_layer(torch):
     same(torch, theirs, ours, (weights_of(layer), draw(1, B, 64, 12)), 1e-4)
 
 
+@pytest.mark.full
 def test_the_mlstm_layers_state(torch):
     """As it infers."""
     layer = mlstm("inference")
@@ -574,6 +577,7 @@ def rwkv7():
     return Layer(models.RWKV7Block(config, 0), config, cell, convert, read)
 
 
+@pytest.mark.full
 def test_the_rwkv7_block(torch):
     """With padding; a second call begins with the states of the first."""
     layer = rwkv7()
