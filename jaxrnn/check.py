@@ -77,6 +77,14 @@ def sizes(owner: Cell, *names: str) -> None:
     fields(owner, **dict.fromkeys(names, integer))
 
 
+def steps(owner: Any) -> None:
+    """Checks the range of the lengths of steps that a cell draws."""
+    fields(owner, step_min=positive, step_max=positive)
+    if owner.step_min > owner.step_max:
+        name = type(owner).__name__
+        raise ValueError(f"{name}.step_min: expected at most step_max, {owner.step_max}, got {owner.step_min}")
+
+
 def concrete(value: object) -> bool:
     """Whether the numbers in `value` can be read now."""
     if isinstance(value, jax.core.Tracer):

@@ -79,7 +79,7 @@ class Unhashable(Cell):
         (lambda: jaxrnn.S5(1, 3, timed=True), ValueError, "S5.input_size: expected at least 2 with timed"),
         (lambda: jaxrnn.S4D(2, 3, "cubic"), ValueError, "S4D.spectrum: expected one of"),
         (lambda: jaxrnn.S4D(2, 3, step_min=0.0), ValueError, "S4D.step_min: expected a positive number, got 0.0"),
-        (lambda: jaxrnn.S4D(2, 3, timed=1), TypeError, "S4D.timed: expected a bool, got 1"),
+        (lambda: jaxrnn.S4D(2, 3, timed=1), TypeError, "S4D.timed: expected True or False, got 1"),
         (lambda: jaxrnn.S6(2, 3, rank=0), ValueError, "S6.rank: expected at least 1, got 0"),
         (lambda: jaxrnn.S6(2, step_min=0.2), ValueError, "S6.step_min: expected at most step_max, 0.1, got 0.2"),
         (lambda: jaxrnn.QRNN(2, 3, 0), ValueError, "QRNN.window: expected at least 1, got 0"),

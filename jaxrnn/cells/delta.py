@@ -37,15 +37,6 @@ class Written(NamedTuple):
     rest: list[Array]
 
 
-def check_delta(cell: Any) -> None:
-    """Checks the fields that the cells have in common."""
-    check.sizes(cell, "input_size", "heads", "key_size", "value_size")
-    name = type(cell).__name__
-    for field in ("negative_eigenvalues", "project"):
-        if not isinstance(getattr(cell, field), bool):
-            raise TypeError(f"{name}.{field}: expected a bool, got {getattr(cell, field)!r}")
-
-
 def check_products(cell: Any) -> None:
     """Checks the fields of several products, and of heads that share keys."""
     check.sizes(cell, "products", "key_heads")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.delta import Sizes, check_delta, check_products, strength, written
+from jaxrnn.cells.delta import Sizes, check_products, strength, written
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, matrix_step, projected
 from jaxrnn.typing import DTypeLike, Noise
@@ -79,7 +79,7 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
     project: bool = True
 
     def __post_init__(self):
-        check_delta(self)
+        check.sizes(self, "input_size", "heads", "key_size", "value_size")
         check_products(self)
 
     @property

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.delta import Sizes, check_delta, check_products, strength, written
+from jaxrnn.cells.delta import Sizes, check_products, strength, written
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, draw_step_bias, matrix_step, projected
 from jaxrnn.engines.arrays import accumulator, lifted
@@ -93,11 +93,9 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
     step_max: float = 1e-1
 
     def __post_init__(self):
-        check_delta(self)
+        check.sizes(self, "input_size", "heads", "key_size", "value_size")
         check_products(self)
-        check.fields(self, step_min=check.positive, step_max=check.positive)
-        if self.step_min > self.step_max:
-            raise ValueError(f"GatedDeltaNet.step_min: expected at most step_max, {self.step_max}, got {self.step_min}")
+        check.steps(self)
 
     @property
     def _sizes(self) -> Sizes:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.delta import Sizes, check_delta, written
+from jaxrnn.cells.delta import Sizes, written
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, draw_step_bias, matrix_step, projected
 from jaxrnn.engines.arrays import accumulator, dot, lifted
@@ -91,11 +91,9 @@ class KDA(MatrixCell[KDAParams, KDACarry]):
     step_max: float = 1e-1
 
     def __post_init__(self):
-        check_delta(self)
+        check.sizes(self, "input_size", "heads", "key_size", "value_size")
         check.sizes(self, "rank")
-        check.fields(self, step_min=check.positive, step_max=check.positive)
-        if self.step_min > self.step_max:
-            raise ValueError(f"KDA.step_min: expected at most step_max, {self.step_max}, got {self.step_min}")
+        check.steps(self)
         if self.bound is not None and not self.bound < 0:
             raise ValueError(f"KDA.bound: expected a negative number, got {self.bound}")
 

@@ -95,13 +95,9 @@ class Mamba2(MatrixCell[Mamba2Params, Mamba2Carry]):
 
     def __post_init__(self):
         check.sizes(self, "input_size", "heads", "key_size", "value_size", "key_heads")
-        check.fields(self, step_min=check.positive, step_max=check.positive)
-        if self.step_min > self.step_max:
-            raise ValueError(f"Mamba2.step_min: expected at most step_max, {self.step_max}, got {self.step_min}")
+        check.steps(self)
         if self.heads % self.key_heads:
             raise ValueError(f"Mamba2.key_heads: expected a divisor of heads, {self.heads}, got {self.key_heads}")
-        if not isinstance(self.project, bool):
-            raise TypeError(f"Mamba2.project: expected a bool, got {self.project!r}")
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Mamba2Params:
         return mamba2_init(

@@ -65,8 +65,6 @@ class RetNet(MatrixCell[RetNetParams, RetNetCarry]):
 
     def __post_init__(self):
         check.sizes(self, "input_size", "heads", "key_size", "value_size")
-        if not isinstance(self.rotary, bool):
-            raise TypeError(f"RetNet.rotary: expected a bool, got {self.rotary!r}")
         if self.rotary and self.key_size % 2:
             raise ValueError(f"RetNet.key_size: expected an even number with rotary, got {self.key_size}")
 

@@ -96,8 +96,6 @@ class RWKV7(MatrixCell[RWKV7Params, RWKV7Carry]):
 
     def __post_init__(self):
         check.sizes(self, "input_size", "heads", "key_size", "value_size", "rank")
-        if not isinstance(self.project, bool):
-            raise TypeError(f"RWKV7.project: expected a bool, got {self.project!r}")
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> RWKV7Params:
         sizes = self.input_size, self.heads, self.key_size, self.value_size

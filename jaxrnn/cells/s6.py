@@ -75,9 +75,7 @@ class S6(DiagonalCell[S6Params, S6Carry]):
 
     def __post_init__(self):
         check.sizes(self, "input_size", "states", "rank")
-        check.fields(self, step_min=check.positive)
-        if not self.step_min <= self.step_max:
-            raise ValueError(f"S6.step_min: expected at most step_max, {self.step_max}, got {self.step_min}")
+        check.steps(self)
 
     @property
     def output_size(self) -> int:

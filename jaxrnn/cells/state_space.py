@@ -24,11 +24,7 @@ def check_state_space(cell: Any) -> None:
     check.sizes(cell, "input_size")
     if cell.discretization not in DISCRETIZATIONS:
         raise ValueError(f"{name}.discretization: expected one of {DISCRETIZATIONS}, got {cell.discretization!r}")
-    check.fields(cell, step_min=check.positive)
-    if not cell.step_min <= cell.step_max:
-        raise ValueError(f"{name}.step_min: expected at most step_max, {cell.step_max}, got {cell.step_min}")
-    if not isinstance(cell.timed, bool):
-        raise TypeError(f"{name}.timed: expected a bool, got {cell.timed!r}")
+    check.steps(cell)
     if cell.timed and cell.input_size < 2:
         raise ValueError(f"{name}.input_size: expected at least 2 with timed, the time included, got 1")
 
