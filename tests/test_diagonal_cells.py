@@ -89,7 +89,7 @@ def test_the_loop_in_numpy(name):
         assert found[1].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["s6_blocks", "s4d_blocks"])
+@pytest.mark.parametrize("name", ["s6_blocks", full("s4d_blocks")])
 def test_a_thousand_steps(name):
     layer, arrays, _ = draw(CELLS[name], 1000, (2,))
     found = jaxrnn.scan(layer, *single(arrays), implementation="native")
@@ -138,7 +138,7 @@ def test_every_derivative(name):
     close(derivatives(single(arrays), single(moved), "native"), wanted, 1e-3)
 
 
-@pytest.mark.parametrize("name", ["s6", full("s4d")])
+@pytest.mark.parametrize("name", [full("s6"), full("s4d")])
 def test_vmap_over_anything(name):
     layer, arrays, drawn = draw(CELLS[name], 9, (2,), True)
     given = dict(zip(("params", "carry", "xs"), single(arrays), strict=True)) | drawn

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import in_full
 
 import jaxrnn
 from jaxrnn.engines.cpu import library
@@ -137,7 +138,7 @@ def halves(given):
     return given, fixed
 
 
-@pytest.mark.parametrize("implementation", ["chunked", *NATIVE, pytest.param(None, marks=pytest.mark.full)])
+@pytest.mark.parametrize("implementation", [*NATIVE, *in_full(["chunked", None])])
 @pytest.mark.parametrize(
     ("decay", "update"),
     [kind if kind in KINDS[8:] else pytest.param(*kind, marks=pytest.mark.full) for kind in KINDS],
