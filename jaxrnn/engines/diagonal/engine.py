@@ -66,7 +66,7 @@ def diagonal_recurrence(
         return jnp.swapaxes(array, -1, -2)
 
     def of_steps(array):
-        return None if array is None else array.reshape(length, rows, array.shape[-1])
+        return array.reshape(length, rows, array.shape[-1])
 
     def of_flags(flags):
         if flags is None:
@@ -77,16 +77,19 @@ def diagonal_recurrence(
     def of_state(array):
         return parts(array).reshape(rows, -1, channels)
 
-    coefficients = [parts(each)[None] for each in (b, c)] if step is None else [of_steps(each) for each in (b, c)]
+    def of_coefficients(array):
+        return parts(array)[None] if step is None else of_steps(array)
+
     problem = Problem(
-        of_steps(x),
-        parts(a)[None],
-        *coefficients,
-        of_state(h),
-        of_steps(step),
-        of_flags(valid),
-        of_flags(start),
-        None if start is None else of_state(fresh),
+        x=of_steps(x),
+        a=parts(a)[None],
+        b=of_coefficients(b),
+        c=of_coefficients(c),
+        h=of_state(h),
+        step=None if step is None else of_steps(step),
+        valid=of_flags(valid),
+        start=of_flags(start),
+        fresh=None if start is None else of_state(fresh),
     )
     ys, last = run(problem, reverse=walk.reverse, named=walk.named("linear_scan") == "native")
     last = jnp.swapaxes(last, -1, -2).reshape(*batch, channels, -1)

@@ -10,6 +10,7 @@ from jax import Array
 from jaxrnn.engines.matrix import programs
 from jaxrnn.engines.matrix.programs import CHUNK, STEPS, Problem, Result
 from jaxrnn.engines.primitives import Recurrence
+from jaxrnn.typing import PyTree
 
 TIMED = (*STEPS, "ys", "reads", "states")
 
@@ -23,8 +24,8 @@ def _given(problem: Problem) -> list[Array]:
 def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Result:
     nothing = jax.ShapeDtypeStruct((0,), problem.v.dtype)
     call = jax.ffi.ffi_call("jaxrnn_matrix_forward", tuple(nothing if each is None else each for each in shapes))
-    found = call(*_given(problem), reverse=reverse, chunk=np.int64(CHUNK))
-    return Result(*(None if shape is None else each for shape, each in zip(shapes, found, strict=True)))
+    ys, last, *kept = call(*_given(problem), reverse=reverse, chunk=np.int64(CHUNK))
+    return Result(ys, last, *(None if shape is None else each for shape, each in zip(shapes[2:], kept, strict=True)))
 
 
 def _native_backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool) -> Problem:
@@ -38,7 +39,7 @@ def _native_backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array,
         of_heads = (steps, rows, heads, *array.shape[3:]) if name in STEPS else array.shape
         return jax.ShapeDtypeStruct(of_heads, array.dtype)
 
-    def summed(array, found):
+    def summed(array, found) -> PyTree:
         """Heads that share an array add to one cotangent."""
         if array is None or found.shape == array.shape:
             return None if array is None else found
