@@ -59,8 +59,9 @@ def written(features: Array, sizes: Sizes, negative_eigenvalues: bool, *rest: in
     q, k = unit(by_head(q, sizes.key_heads)), unit(by_head(k, sizes.products * sizes.key_heads))
     v, beta = by_head(v, sizes.products * sizes.heads), strength(beta, negative_eigenvalues)
     if sizes.products > 1:
+        before, n = features.shape[:-1], sizes.products
         k, v, beta = (
-            each.reshape(*features.shape[:-1], sizes.products, -1, *each.shape[features.ndim :])
+            each.reshape(*before, n, each.shape[len(before)] // n, *each.shape[len(before) + 1 :])
             for each in (k, v, beta)
         )
     return Written(q * sizes.key_size**-0.5, k, v, beta, left)

@@ -223,13 +223,11 @@ def _stabilized(inputs, carry, fresh, flags, reverse):
         log_f = select(valid, log_f, jnp.zeros_like(log_f))
         log_i = select(valid, log_i, jnp.full_like(log_i, LEAST))
     at, last = (-1, 0) if reverse else (0, -1)
-    begins = jnp.zeros(log_f.shape, bool).at[at].set(True)
-    if start is None:
-        given = jnp.broadcast_to(first, log_f.shape)
-    else:
-        starts = jnp.broadcast_to(start.reshape(start.shape + (1,) * (log_f.ndim - start.ndim)), log_f.shape)
-        given = jnp.where(starts, lifted(fresh, log_f), lifted(first, log_f))
-        begins = begins | starts
+    begins = jnp.zeros_like(log_f, bool).at[at].set(True)
+    given = jnp.zeros_like(log_f) + lifted(first, log_f)
+    if start is not None:
+        given = select(start, jnp.zeros_like(log_f) + lifted(fresh, log_f), given)
+        begins = select(start, jnp.ones_like(begins), begins)
     # The first step of a sequence knows m, so that it has none to wait for.
     known = jnp.where(begins, jnp.maximum(log_f + given, log_i), log_i)
 

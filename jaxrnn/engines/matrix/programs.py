@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.arrays import select
+from jaxrnn.engines.arrays import lifted, select
 from jaxrnn.typing import PyTree
 
 CHUNK = 32  # steps of a chunk; the states between chunks are what the backward pass keeps
@@ -133,7 +133,7 @@ def _inverse(lower: Array) -> Array:
     """
     size = lower.shape[-1]
     at = jnp.arange(size).reshape((1,) * (lower.ndim - 2) + (size,))
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
+    inverse = jnp.zeros_like(lower) + lifted(jnp.eye(size, dtype=lower.dtype), lower)  # divided among devices as L is
     width = 1
     while width < size:
         row, column = at[..., :, None] // width, at[..., None, :] // width
@@ -266,7 +266,7 @@ def _pairs_by_row(x: Array, y: Array, log_decay: Array, shift: int) -> Array:
         return array.reshape(*array.shape[:2], size // block, block, array.shape[-1])
 
     x, y, g = cut(x), cut(y), cut(log_decay)
-    flat = g.reshape(-1, 1, *g.shape[-2:])
+    flat = g.reshape(g.shape[0], g.shape[1] * g.shape[2], *g.shape[3:])
     product = jnp.exp(_between(flat, shift)).reshape(*g.shape[:-1], block, g.shape[-1])
     inside = jnp.sum(x[..., :, None, :] * y[..., None, :, :] * product, axis=-1)
     begun = jnp.cumsum(_shifted(flat) if shift else flat, axis=2).reshape(g.shape)
