@@ -26,7 +26,7 @@ from jaxrnn.arguments import (
     valid_steps,
 )
 from jaxrnn.cell import Carry, Cell, Params, scan_one_step
-from jaxrnn.engines.arrays import cast_like, select, varying_like, widened, zero_where_not
+from jaxrnn.engines.arrays import cast_like, select, varying_like, widened, with_rows_of, zero_where_not
 from jaxrnn.engines.walk import EngineCall, Implementation, Question, Walk, checked, final
 from jaxrnn.typing import Bools, Integers, Noise, PyTree
 
@@ -143,6 +143,7 @@ def scan_asked(
     valid = valid_steps(lengths, mask, length, batch_shape, time_axis, names.lengths)
     if reset is not None:
         reset = flags_of("reset", reset, length, batch_shape, time_axis)
+    valid, reset = with_rows_of((valid, reset), jax.tree.leaves(xs)[0], 0, 1 + len(batch_shape))
     batch_major = 0 < time_axis == len(batch_shape)
     walk = Walk(valid, reset, bool(reverse), remat_every, named, batch_major, question)
     carry, ys = walked(cell, params, carry, zero_where_not(valid, xs), key, walk, names.carry)

@@ -14,13 +14,27 @@ for _own in (OwnParams, Pair):  # as a user does
     jax.export.register_namedtuple_serialization(_own, serialized_name=f"tests.{_own.__name__}")
 EXPLICIT = ["lstm", "gru_reset_before", "mgu", "slstm", "min_gru", "lru", "s6", "rg_lru"]
 MORE = ["elman", "gru", "indrnn", "lstm_projection_peephole", "min_lstm", "sru", "s5", "hgrn", "conv_lstm_1d", "own"]
+MATRIX = [
+    "mlstm",
+    "kda",
+    "delta_product",
+    "gla",
+    "hgrn2",
+    "linear_attention",
+    "mamba2",
+    "ret_net",
+    "rwkv7",
+    "matrix_blocks",
+]
 
 
 def full(names):
     return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
-@pytest.mark.parametrize("name", [*EXPLICIT[2:5], *full([*EXPLICIT[:2], *EXPLICIT[5:], *MORE])])
+@pytest.mark.parametrize(
+    "name", [*EXPLICIT[2:5], *MATRIX[:1], *full([*EXPLICIT[:2], *EXPLICIT[5:], *MORE, *MATRIX[1:]])]
+)
 def test_rows_of_an_explicit_mesh(name):
     """`jax.make_mesh` as it comes: fresh carries and what the engines put out have the rows' sharding."""
     cell = MEMBERS[name]
@@ -28,7 +42,13 @@ def test_rows_of_an_explicit_mesh(name):
     xs = jnp.asarray(draw_x(cell, 3, 4, 2, dtype=np.float32))
 
     def run(params, xs):
-        return (jnp.sin(jaxrnn.scan(cell, params, None, xs)[1]) ** 2).sum()
+        whole = jaxrnn.scan(cell, params, None, xs)[1]
+        flags = {
+            "lengths": jnp.array([4, 3]),
+            "reset": jnp.zeros((4, 2), bool).at[2, 0].set(True),
+        }  # of no device's rows
+        parts = jaxrnn.scan(cell, params, None, xs, **flags, reverse=True)[1]
+        return (jnp.sin(whole) ** 2).sum() + (jnp.cos(parts) * jnp.sin(parts)).sum()
 
     both = jax.jit(jax.value_and_grad(run, (0, 1)))
     expected = both(params, xs)

@@ -230,7 +230,7 @@ def _micro_steps(
     before = k.ndim - 3  # the axes of time and batch
 
     def of_first(array, other):
-        rest = jnp.broadcast_to(jnp.asarray(other, array.dtype), array.shape)
+        rest = jnp.full_like(array, other)
         return ordered(jnp.stack([array, *[rest] * (products - 1)], axis=1))
 
     def ordered(array):

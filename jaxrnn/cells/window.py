@@ -46,13 +46,12 @@ def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool)
         # What was in the window is not rounded.
         kept = jnp.moveaxis(window, -2, 0)[length:]
         return taps, jnp.moveaxis(last.at[: len(kept)].set(kept), 0, -2)
-    batch = xs.shape[1:-1]
-    ones, none = jnp.ones((before, *batch), bool), jnp.zeros((before, *batch), bool)
-    valid = jnp.concatenate([ones, jnp.ones((length, *batch), bool) if valid is None else valid])
-    start = jnp.concatenate([none, jnp.zeros((length, *batch), bool) if start is None else start])
-    time = jnp.arange(before + length).reshape(-1, *[1] * len(batch))
+    none = jnp.zeros_like(whole[..., 0], bool)
+    valid = jnp.concatenate([~none[:before], ~none[before:] if valid is None else valid])
+    start = jnp.concatenate([none[:before], none[before:] if start is None else start])
+    time = jnp.arange(before + length).reshape(-1, *[1] * (none.ndim - 1))
     # Of every step, and of one after the last: the valid step before it, and the sequence that it belongs to.
-    previous = jnp.concatenate([jnp.zeros((1, *batch), int), lax.cummax(jnp.where(valid, time, 0), axis=0)])
+    previous = jnp.concatenate([jnp.zeros_like(none[:1], int), lax.cummax(jnp.where(valid, time, 0), axis=0)])
     sequence = jnp.cumsum(start, axis=0)
     sequence = jnp.concatenate([sequence, sequence[-1:]])
 
