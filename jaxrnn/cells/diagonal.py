@@ -20,8 +20,8 @@ from jaxrnn.typing import PyTree
 class Diagonal(NamedTuple):
     """What a recurrence over N states of each of D channels reads beside x.
 
-    a (D, N), b and c (..., N), step (..., D): h' = exp(step a) h + step x bᵀ, y = h' c, for a at most 0. Without
-    `step`, a, b and c are complex (D, N): h' = a h + b x, y = 2 Re Σ_n c h'.
+    a (D, N), b and c (..., N), step (..., D): h' = exp(Δ a) h + Δ x bᵀ, y = h' c, with Δ = softplus(step) and a at most
+    0. Without `step`, a, b and c are complex (D, N): h' = a h + b x, y = 2 Re Σ_n c h'.
     """
 
     a: Array

@@ -179,17 +179,17 @@ def s6_step(params: S6Params, carry: S6Carry, x: Array, noise: Noise = None) -> 
 
 
 def _products(params, x, columns=None):
-    """The first columns of x w_x, and Δ."""
+    """The first columns of x w_x, and what Δ is the softplus of."""
     wide, rank = accumulator(x.dtype), params.w_step.shape[0]
     u = dot(x, params.w_x[:, :columns]).astype(wide)
     step = dot(u[..., :rank].astype(x.dtype), params.w_step).astype(wide)
-    return u, jax.nn.softplus(step + lifted(params.b_step.astype(wide), step))
+    return u, step + lifted(params.b_step.astype(wide), step)
 
 
 def _coefficients(params, x):
     rank, states = params.w_step.shape[0], params.log_decay.shape[1]
     u, step = _products(params, x, rank + states)
-    step = step[..., None]
+    step = jax.nn.softplus(step)[..., None]
     a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(step.dtype), step)) * step)
     return a, step * x.astype(step.dtype)[..., None] * u[..., None, rank:]
 

@@ -1,6 +1,6 @@
 // Diagonal recurrences that are read by a sum over their states, so that no state of a step has to be in memory.
 //
-//     selective   h' = exp(Δ λ) h + Δ x B,  y = Σ C h'            Δ, x of each channel; B, C of each state
+//     selective   h' = exp(Δ λ) h + Δ x B,  y = Σ C h'            x, Δ = softplus(step) of each channel; B, C of each state
 //     fixed       h' = ā h + b̄ x,  y = 2 Re Σ c h'                complex, the same at every step
 //
 // Channels do not touch each other: a lane is a channel, and a line of cache is a block of them. Forward, a block walks
@@ -23,6 +23,18 @@ JAXRNN_INLINE Vec power_of_two(Vec x) {
   p = p * r + 1.0f;
   return (Vec)((Int)p + ((Int)shifted << 23));
 }
+
+// log(1 + e^x) and its derivative, with log(1 + e) = 2 artanh(e / (2 + e)) for e = e^−|x|. Relative error 2e-7.
+struct Softplus {
+  Vec y, slope;
+  JAXRNN_INLINE explicit Softplus(Vec x) {
+    const Vec e = decay_of(-absolute(x)), z = divide(e, e + 2.0f), square = z * z;
+    Vec sum = splat(1.0f / 13);
+    for (int odd = 11; odd > 0; odd -= 2) sum = sum * square + 1.0f / static_cast<float>(odd);
+    y = (x < 0.0f ? Vec{} : x) + 2.0f * z * sum;
+    slope = divide(x < 0.0f ? e : splat(1.0f), e + 1.0f);
+  }
+};
 
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
@@ -64,14 +76,30 @@ struct Lane {
   }
 };
 
-// The walk over time of one block, where step(t, h, y) does what a step does.
+// What a step reads of its channels: x, and of a selective recurrence Δ.
+struct Inputs {
+  Vec x[Z], step[Z];
+  JAXRNN_INLINE Inputs(const Lane& lane, long t) {
+    lane.read(x, lane.p.x + lane.at(t));
+    if (!lane.p.step) return;
+    lane.read(step, lane.p.step + lane.at(t));
+    for (long z = 0; z < Z; ++z) step[z] = Softplus(step[z]).y;
+  }
+};
+
+// The walk over time of one block, where step(t, inputs, h, y) does what a step does. Its inputs are computed one step
+// ahead, since they need not wait for the states.
 template <class Step>
 JAXRNN_INLINE void diagonal_walk(const Lane& lane, Vec* h, const Step& step) {
   const DiagonalProblem& p = lane.p;
   constexpr long AHEAD = 4;  // steps: what comes lies on other pages, where no processor looks by itself
   lane.read_states(h, p.h);
+  if (!p.steps) return lane.write_states(p.last, h);
+  Inputs next(lane, lane.time(0));
   for (long k = 0; k < p.steps; ++k) {
     const long t = lane.time(k);
+    const Inputs inputs = next;
+    next = Inputs(lane, lane.time(std::min(k + 1, p.steps - 1)));
     if (p.kept && k % p.chunk == 0) lane.write_states(p.kept + k / p.chunk * p.rows * p.states * p.channels, h);
     if (k + AHEAD < p.steps) {
       const long next = lane.at(lane.time(k + AHEAD));
@@ -82,7 +110,7 @@ JAXRNN_INLINE void diagonal_walk(const Lane& lane, Vec* h, const Step& step) {
     Vec y[Z] = {};
     if (lane.valid(t)) {
       if (lane.starts(t)) lane.read_states(h, p.fresh);
-      step(t, h, y);
+      step(t, inputs, h, y);
     }
     lane.write(p.ys + lane.at(t), y);
   }
@@ -94,16 +122,12 @@ inline void selective_forward(const Lane& lane, Vec* memory) {
   const long N = p.states;
   Vec *h = memory, *decay = h + N * Z;
   lane.read_weights(decay, p.a, LOG2_E);
-  diagonal_walk(lane, h, [&](long t, Vec* h, Vec* y) {
-    Vec step[Z], u[Z];
-    lane.read(step, p.step + lane.at(t));
-    lane.read(u, p.x + lane.at(t));
-    for (long z = 0; z < Z; ++z) u[z] *= step[z];
+  diagonal_walk(lane, h, [&](long t, const Inputs& in, Vec* h, Vec* y) {
     const float *b = p.b + lane.place(t) * N, *c = p.c + lane.place(t) * N;
     for (long n = 0; n < N; ++n)
       for (long z = 0; z < Z; ++z) {
         Vec& s = h[n * Z + z];
-        s = power_of_two(step[z] * decay[n * Z + z]) * s + b[n] * u[z];
+        s = power_of_two(in.step[z] * decay[n * Z + z]) * s + b[n] * (in.step[z] * in.x[z]);
         y[z] += c[n] * s;
       }
   });
@@ -116,15 +140,13 @@ inline void fixed_forward(const Lane& lane, Vec* memory) {
   lane.read_weights(a, p.a, 1);
   lane.read_weights(b, p.b, 1);
   lane.read_weights(c, p.c, 2);
-  diagonal_walk(lane, h, [&](long t, Vec* h, Vec* y) {
-    Vec x[Z];
-    lane.read(x, p.x + lane.at(t));
+  diagonal_walk(lane, h, [&](long, const Inputs& in, Vec* h, Vec* y) {
     for (long n = 0; n < I; n += Z)
       for (long z = 0; z < Z; ++z) {
         const long k = n + z;
         const Vec re = h[k], im = h[I + k];
-        h[k] = a[k] * re - a[I + k] * im + b[k] * x[z];
-        h[I + k] = a[k] * im + a[I + k] * re + b[I + k] * x[z];
+        h[k] = a[k] * re - a[I + k] * im + b[k] * in.x[z];
+        h[I + k] = a[k] * im + a[I + k] * re + b[I + k] * in.x[z];
         y[z] += c[k] * h[k] - c[I + k] * h[I + k];
       }
   });
@@ -144,7 +166,7 @@ struct Steps {
 
 // What the backward pass of a block holds for every step of a chunk.
 struct Chunk {
-  Vec *step, *u, *d_y, *d_step, *d_u;
+  Vec *step, *slope, *u, *d_y, *d_step, *d_u;
 };
 
 // M states of a block, from the n-th on, over a chunk; `power` and `decayed` are M vectors of a block for each step.
@@ -219,7 +241,7 @@ JAXRNN_INLINE void across(Vec* from, float* to, long N) {
 
 inline long selective_floats(const DiagonalProblem& p, long blocks) {
   const long L = std::min(p.chunk, p.steps);
-  return LANES * (3 * blocks * p.states * Z + 5 * L * Z + 2 * L * AT_ONCE * Z + 2 * L * p.states) + 4 * L + 16;
+  return LANES * (3 * blocks * p.states * Z + 6 * L * Z + 2 * L * AT_ONCE * Z + 2 * L * p.states) + 4 * L + 16;
 }
 
 // The blocks of channels that begin at `channel`, whose cotangents of B and C are the sums number `group`.
@@ -228,7 +250,7 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
   const long N = p.states, L = std::min(p.chunk, p.steps);
   auto take = [&](long count) { return std::exchange(memory, memory + count); };
   Vec *d_h = take(blocks * N * Z), *d_decay = take(blocks * N * Z), *decay = take(blocks * N * Z);
-  const Chunk chunk{take(L * Z), take(L * Z), take(L * Z), take(L * Z), take(L * Z)};
+  const Chunk chunk{take(L * Z), take(L * Z), take(L * Z), take(L * Z), take(L * Z), take(L * Z)};
   Vec *power = take(L * AT_ONCE * Z), *decayed = take(L * AT_ONCE * Z), *d_b = take(L * N), *d_c = take(L * N);
   Steps steps{reinterpret_cast<long*>(memory), reinterpret_cast<uint8_t*>(reinterpret_cast<long*>(memory) + L)};
   for (long k = 0; k < blocks; ++k) {
@@ -258,7 +280,10 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
         for (const float* next : {p.x, p.step, g.d_ys}) __builtin_prefetch(next + at + LINE);  // of the next block
         for (float* next : {g.d_x, g.d_step}) __builtin_prefetch(next + at + LINE, 1);
         for (long z = 0; z < Z; ++z) {
-          chunk.u[j * Z + z] = chunk.step[j * Z + z] * x[z];
+          const Softplus step(chunk.step[j * Z + z]);
+          chunk.step[j * Z + z] = step.y;
+          chunk.slope[j * Z + z] = step.slope;
+          chunk.u[j * Z + z] = step.y * x[z];
           chunk.d_step[j * Z + z] = chunk.d_u[j * Z + z] = Vec{};
         }
       }
@@ -283,7 +308,7 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
         lane.read(x, p.x + at);
         for (long z = 0; z < Z; ++z) {
           d_x[z] = chunk.d_u[j * Z + z] * chunk.step[j * Z + z];
-          d_step[z] = LN_2 * chunk.d_step[j * Z + z] + chunk.d_u[j * Z + z] * x[z];
+          d_step[z] = chunk.slope[j * Z + z] * (LN_2 * chunk.d_step[j * Z + z] + chunk.d_u[j * Z + z] * x[z]);
         }
         lane.write(g.d_x + at, d_x);
         lane.write(g.d_step + at, d_step);

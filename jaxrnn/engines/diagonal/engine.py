@@ -40,15 +40,15 @@ def diagonal_recurrence(
 ) -> tuple[Array, Array]:
     """Runs a recurrence of float32 over the first axis: (the last state, ys, 0 at invalid steps).
 
-        selective   h' = exp(step a) h + step x bᵀ,   y = h' c
-        fixed       h' = a h + b x,                   y = 2 Re Σ_n c h'      complex
+        selective   h' = exp(Δ a) h + Δ x bᵀ,   y = h' c,   Δ = softplus(step)
+        fixed       h' = a h + b x,             y = 2 Re Σ_n c h'      complex
 
     Args:
       x: The inputs, (T, *batch, D).
       a: (D, N): at most 0 if there is `step`, else complex.
       b: (T, *batch, N), or without `step` (D, N), complex.
       c: Like b.
-      step: The lengths of steps, at least 0, like x; None for a fixed recurrence.
+      step: What the lengths of steps are the softplus of, like x; None for a fixed recurrence.
       h: The state before the first step, (*batch, D, N), complex without `step`.
       fresh: The state before a step that starts fresh, like h.
       flags: Which steps are valid, and which start fresh.

@@ -1,7 +1,7 @@
 """Diagonal recurrences that are read by a sum over their states, in JAX: what the kernels compute.
 
-    selective   h_t = exp(step_t a) h_{t-1} + step_t x_t b_t,   y_t = Σ_n c_t h_t
-    fixed       h_t = a h_{t-1} + b x_t,                        y_t = 2 Re Σ_n c h_t      complex
+    selective   h_t = exp(Δ_t a) h_{t-1} + Δ_t x_t b_t,   y_t = Σ_n c_t h_t,   Δ_t = softplus(step_t)
+    fixed       h_t = a h_{t-1} + b x_t,                  y_t = 2 Re Σ_n c h_t      complex
 
 Every channel of x has N states. They are in memory for the steps of one chunk only, also in the backward pass, which
 computes them again from the state before the chunk. In a chunk, the engine of linear recurrences runs.
@@ -25,7 +25,7 @@ CHUNK = 64  # steps of a chunk; the states between chunks are what the backward 
 class Problem(NamedTuple):
     """What a call reads, in float32; an absent array is None.
 
-    x (T, R, D): rows R, of which each of M members has as many. a (M, N, D), at most 0, and step (T, R, D), at least 0;
+    x (T, R, D): rows R, of which each of M members has as many. a (M, N, D), at most 0; step (T, R, D);
     b, c (T, R, N). Without `step`, a, b and c (M, 2N, D), real parts before imaginary ones. h (R, N or 2N, D) is the
     state before the first step. valid, start bool (T, R): an invalid step keeps the state, and its y is 0; a step that
     starts does so from `fresh`, like h, or from zeros where that is None.
@@ -75,6 +75,7 @@ def _chunk(problem: Problem) -> tuple[Array, Array]:
         b, h = b * x[:, :, None].astype(b.dtype), _complex(h)
         fresh = None if fresh is None else _complex(fresh)
     else:
+        step = jax.nn.softplus(step)
         a = jnp.exp(_of_rows(a, rows) * step[:, :, None])
         b, c = (step * x)[:, :, None] * b[..., None], c[..., None]
     if start is not None and fresh is not None:
