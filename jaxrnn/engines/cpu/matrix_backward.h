@@ -141,6 +141,10 @@ class BackwardHead {
     for (long column = 0; column < V; column += wide) f(column, PanelShape(K, std::min(wide, V - column)));
   }
   long corner(long column) const { return h.state() + column; }
+  // What was kept of the state before step n, the first one of a chunk.
+  const float* state(long n, long column) const {
+    return p.states + n / p.chunk * p.rows * p.heads * K * V + corner(column);
+  }
   float* D_of(long column) const { return dS + k.width * column; }
   const float* value(const float* array, long t) const { return array + h.place(t) * V; }
   float beta(long t) const { return U == Update::kDelta ? p.beta.data[h.at(t, p.beta.heads)] : 1.0f; }
@@ -149,6 +153,18 @@ class BackwardHead {
   }
   static void copy(float* to, const float* from, long n) {
     for (long i = 0; i < n; i += LANES) store(to + i, load(from + i, n - i));
+  }
+
+  // Fetches what the chunk before this one reads, a part of it with each step.
+  JAXRNN_INLINE void look_ahead(long j, long column, const PanelShape& panel) const {
+    if (begin < p.chunk) return;
+    const float* S = state(begin - p.chunk, column);
+    for (long i = j * K / p.chunk; i < (j + 1) * K / p.chunk; ++i) prefetch(S + i * V, panel.columns);
+    if (column > 0) return;
+    const long t = h.time(begin - p.chunk + j);
+    fetch<D, U>(h, t, 0, V);
+    prefetch(value(g.d_ys, t), V);
+    if constexpr (U != Update::kAdd) prefetch(value(p.reads, t), V);
   }
 
   // `later`: whether the first step of the chunk after this one is due.
@@ -180,7 +196,7 @@ class BackwardHead {
   // The states of a panel before the chunk and after each of its steps.
   void find_states(long column, const PanelShape& panel) {
     for (long c = panel.columns; c < panel.room; ++c) lanes_e[c] = lanes_r[c] = Vec{};
-    panel.take(states, p.states + begin / p.chunk * p.rows * p.heads * K * V + corner(column), K, V);
+    panel.take(states, state(begin, column), K, V);
     for (long j = 0; j < count; ++j) {
       float *before = states + j * panel.size(), *after = before + panel.size();
       if (h.starts(h.time(begin + j))) find_fresh(before = after, column, panel);
@@ -269,6 +285,7 @@ class BackwardHead {
 
   void step(long j, long column, const PanelShape& panel) {
     const long next = begin + j + 1;
+    look_ahead(j, column, panel);
     const bool starts = next < p.steps && h.starts(h.time(next)), due = next < p.steps && !starts;
     if (starts) restart(j + 1, column, panel);
     const Due none{ones, nothing, nothing, unused, unused + k.width};

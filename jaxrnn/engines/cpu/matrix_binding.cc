@@ -90,7 +90,7 @@ ffi::Error matrix_forward(bool reverse, int64_t chunk, Floats q, Floats k, Float
   p.states = read.optional("states", *states, {(p.steps + chunk - 1) / chunk, p.rows, p.heads, p.keys, p.values});
   if (read.failed()) return read.error();
   if (p.rows * p.heads * p.keys * p.values == 0) return ffi::Error::Success();
-  if (p.states) in_large_pages(p.states, states->element_count() * sizeof(float));
+  for (Written each : {ys, reads, states}) in_large_pages(each->typed_data(), each->size_bytes());
   matrix(p, Pool::threads());
   return ffi::Error::Success();
 }
@@ -134,6 +134,8 @@ ffi::Error matrix_cotangents(bool reverse, int64_t chunk, Floats q, Floats k, Fl
   if (p.fresh) read.is("d_fresh", *d_fresh, {R, G, K, V}), g.d_fresh = d_fresh->typed_data();
   if (read.failed()) return read.error();
   if (R * G * K * V == 0) return ffi::Error::Success();
+  for (Written each : {d_q, d_k, d_v, d_log_decay, d_u, d_w})
+    in_large_pages(each->typed_data(), each->size_bytes());
   matrix_backward(p, g, Pool::threads());
   return ffi::Error::Success();
 }
