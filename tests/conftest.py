@@ -1,5 +1,6 @@
-"""What all tests share: strict dtypes, and x64 where a module asks for it."""
+"""What all tests share: strict dtypes, x64 where a module asks for it, and memory that does not begin with zeros."""
 
+import ctypes
 import gc
 import os
 
@@ -21,12 +22,17 @@ if _VERSION in _FLAGS:
 
 from members import MEMBERS  # noqa: E402
 
+_M_PERTURB = -6  # glibc: what malloc gives is filled with bytes 0xfe, which are numbers of −1.7e38
+
 collect_ignore = ["data", "typed.py"]  # which needs what makes the files, and which pyright reads
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
     gc.set_threshold(200_000, 50, 100)  # what JAX keeps is never garbage, and looking through it takes long
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_PERTURB, 1)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -374,6 +374,24 @@ def test_masks_resets_and_directions_are_a_loop_of_steps(name, reverse):
     all_close(found, carry)
 
 
+@pytest.mark.parametrize("name", mostly_in_full(list(CASES), "KDA"))
+def test_a_learned_start_gets_its_gradient(name):
+    """By the kernel, whose results lie in memory that was used before, as by the loop in float64."""
+    cell, _ = CASES[name]
+    params, carry, xs = problem(cell)
+    layer = jaxrnn.LearnedCarry(cell)
+    params = jaxrnn.LearnedCarryParams(params, jax.tree.map(lambda leaf: leaf[0], carry))
+    reset = np.random.default_rng(2).random((T, B)) < 0.3
+
+    @jax.jit
+    def gradient(params, xs):
+        return jax.grad(lambda params: (jaxrnn.scan(layer, params, None, xs, reset=reset)[1] ** 2).sum())(params)
+
+    single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, xs))
+    for found, wanted in zip(*map(jax.tree.leaves, (gradient(*single), gradient(params, xs))), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+
+
 @pytest.mark.parametrize("name", mostly_in_full(list(CASES), "RWKV7"))
 def test_ten_thousand_steps(name):
     """Step by step as the whole: 1e-4 of the largest y in float32, 1e-9 in float64."""

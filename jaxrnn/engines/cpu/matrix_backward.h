@@ -91,6 +91,7 @@ class BackwardHead {
     each_panel([&](long column, const PanelShape& panel) {
       panel.take(D_of(column), g.d_last + corner(column), K, V);
     });
+    if (g.d_fresh) std::memset(g.d_fresh + corner(0), 0, K * V * sizeof(float));
     for (long end = p.steps; end > 0; end = begin) {
       begin = (end - 1) / p.chunk * p.chunk, count = end - begin;
       load_chunk(end < p.steps);
