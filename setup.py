@@ -5,7 +5,14 @@ from pathlib import Path
 import jaxlib
 from setuptools import Extension, setup
 
-SOURCES = ("binding.cc", "linear_binding.cc", "matrix_binding.cc", "diagonal_binding.cc", "kernels.cc")
+SOURCES = (
+    "binding.cc",
+    "linear_binding.cc",
+    "matrix_binding.cc",
+    "diagonal_binding.cc",
+    "elementwise_binding.cc",
+    "kernels.cc",
+)
 folder = Path("jaxrnn/engines/cpu")
 kernels = Extension(
     "jaxrnn.engines.cpu._kernels",

@@ -12,7 +12,8 @@ from jaxrnn import check
 from jaxrnn.cell import Carry, Params
 from jaxrnn.cells.linear import LinearCell
 from jaxrnn.engines.arrays import cast, compute_dtype, lifted, zero_where_not
-from jaxrnn.engines.diagonal.engine import diagonal_recurrence, serves
+from jaxrnn.engines.diagonal.engine import diagonal_recurrence
+from jaxrnn.engines.linear.engine import kernel_serves
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.typing import PyTree
 
@@ -53,7 +54,7 @@ class DiagonalCell(LinearCell[Params, Carry]):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         single = dtype == jnp.float32 and carry.h.real.dtype == jnp.float32
-        if not single or not self.by_kernel or not serves(walk, xs.shape[0], owner=self):
+        if not single or not self.by_kernel or not kernel_serves(walk, xs.shape[0], owner=self):
             if walk.remat_every is None and self.chunk is not None and xs.shape[0] > self.chunk:
                 walk = walk.replace(remat_every=self.chunk)
             return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)

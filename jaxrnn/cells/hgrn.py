@@ -12,6 +12,9 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, linear_step
+from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -87,6 +90,13 @@ class HGRN(LinearCell[HGRNParams, HGRNCarry]):
         check.params(self, params)
         return hgrn_step(params, carry, x, noise, lower_bound=self.lower_bound)
 
+    @property
+    def unit(self):
+        return _unit(self.lower_bound)
+
+    def sums(self, params, x):
+        return Sums(dot(x, params.w_x), params.b)
+
     def coefficients(self, params, x):
         return _coefficients(params, x, self.lower_bound)
 
@@ -137,11 +147,23 @@ def hgrn_step(
     return linear_step(params, carry, x, functools.partial(_coefficients, γ=lower_bound))
 
 
-def _gates(params, x, γ) -> HGRNGates:
-    f, n = jnp.split(affine(params, x), 2, axis=-1)
+def _activated(u, γ) -> HGRNGates:
+    f, n = jnp.split(u, 2, axis=-1)
     return HGRNGates(γ + (1 - γ) * jax.nn.sigmoid(f), jax.nn.silu(n))
 
 
-def _coefficients(params, x, γ):
-    f, n = _gates(params, x, γ)
+def _gates(params, x, γ) -> HGRNGates:
+    return _activated(affine(params, x), γ)
+
+
+def _mixed(f, n):
     return f, (1 - f) * n
+
+
+def _coefficients(params, x, γ):
+    return _mixed(*_gates(params, x, γ))
+
+
+@functools.cache
+def _unit(γ):
+    return Unit("hgrn", lambda u, *_: _mixed(*_activated(u, γ)), bound=γ)

@@ -14,7 +14,9 @@ from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.cells.window import step_window, windows
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, dot, lifted, select, zero_where_not
-from jaxrnn.engines.linear.engine import linear_form, linear_recurrence
+from jaxrnn.engines.elementwise.engine import Sums, elementwise_recurrence
+from jaxrnn.engines.elementwise.programs import Unit
+from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recurrence
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Flags
@@ -57,6 +59,15 @@ class LinearCell(Cell[Params, Carry]):
     # Whether sequences run in log space, on `log_coefficients`.
     log_space = False
 
+    @property
+    def unit(self) -> Unit | None:
+        """What a kernel on the CPU computes from `sums` in place of `coefficients` and `output`; None where it has none."""
+        return None
+
+    def sums(self, params: PyTree, x: Array) -> Sums:
+        """Returns what `unit` reads."""
+        raise TypeError(f"{type(self).__name__}: unit needs sums, which it does not define")
+
     @abstractmethod
     def coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
         """Returns (a, b), in at least float32; a may lack axes."""
@@ -85,7 +96,13 @@ class LinearCell(Cell[Params, Carry]):
         widths = carry.window.shape[-2] + 1 if self.sees_window else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
-        if self.log_space:
+        form, unit = None, self.unit
+        single = dtype == jnp.float32 and carry.h.dtype == jnp.float32
+        if unit is not None and not (single and kernel_serves(walk, xs.shape[0], owner=self)):
+            unit = None
+        if unit is not None:
+            pass
+        elif self.log_space:
             form = log_linear_form(walk, self)
         else:
             form = linear_form(walk, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
@@ -98,20 +115,29 @@ class LinearCell(Cell[Params, Carry]):
             if self.sees_window:
                 taps, window = windows(carry.window, fresh.window, xs, flags, walk.reverse)
                 xs = jnp.concatenate(taps, axis=-1)
+            begun = None
+            if self.begins_apart:
+                begun = _started(carry.started, fresh.started, flags, walk.reverse, xs.shape[0])
+            some = xs.shape[0] > 0 if valid is None else valid.any(0)
+            started = carry.started | some if self.begins_apart else None
+            if unit is not None:
+                sums = self.sums(params, xs)
+                last, ys = elementwise_recurrence(
+                    unit, sums, carry.h, begun=begun, fresh=fresh.h, flags=flags, walk=walk
+                )
+                return _replaced(carry, last, started, window), ys
             h, options = carry.h, {"flags": flags, "reverse": walk.reverse, "form": form}
             wide = h.astype(accumulator(dtypes[1], h.dtype))
             if self.log_space:
                 last, hs = log_linear_recurrence(*self.log_coefficients(params, xs), wide, fresh=fresh.h, **options)
             else:
                 a, b = self.coefficients(params, xs)
-                if self.begins_apart:
-                    a, b = self.begin(a, b, _started(carry.started, fresh.started, flags, walk.reverse, xs.shape[0]))
+                if begun is not None:
+                    a, b = self.begin(a, b, begun)
                 if start is not None:
                     b = select(start, b + lifted(a, b) * lifted(fresh.h.astype(b.dtype), b), b)
                 last, hs = linear_recurrence(a, b, wide, **options)
-            some = xs.shape[0] > 0 if valid is None else valid.any(0)
             ys = zero_where_not(valid, self.output(params, hs, xs).astype(dtype))
-            started = carry.started | some if self.begins_apart else None
             return _replaced(carry, last.astype(h.dtype), started, window), ys
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)

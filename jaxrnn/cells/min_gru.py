@@ -12,6 +12,9 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, linear_step, log_candidate
+from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -91,6 +94,13 @@ class MinGRU(LinearCell[MinGRUParams, MinGRUCarry]):
         check.params(self, params)
         return min_gru_step(params, carry, x, noise, positive=self.positive)
 
+    @property
+    def unit(self):
+        return None if self.log_space else UNITS[self.positive]
+
+    def sums(self, params, x):
+        return Sums(dot(x, params.w_x), params.b)
+
     def coefficients(self, params, x):
         return _coefficients(params, x, self.positive)
 
@@ -146,11 +156,24 @@ def min_gru_step(
     return linear_step(params, carry, x, functools.partial(_coefficients, positive=positive))
 
 
-def _gates(params, x, positive) -> MinGRUGates:
-    z, n = jnp.split(affine(params, x), 2, axis=-1)
+def _activated(u, positive) -> MinGRUGates:
+    z, n = jnp.split(u, 2, axis=-1)
     return MinGRUGates(jax.nn.sigmoid(z), candidate(n) if positive else n)
 
 
-def _coefficients(params, x, positive):
-    z, n = _gates(params, x, positive)
+def _gates(params, x, positive) -> MinGRUGates:
+    return _activated(affine(params, x), positive)
+
+
+def _mixed(z, n):
     return 1 - z, z * n
+
+
+def _coefficients(params, x, positive):
+    return _mixed(*_gates(params, x, positive))
+
+
+UNITS = {
+    True: Unit("min_gru", lambda u, *_: _mixed(*_activated(u, True))),
+    False: Unit("min_gru signed", lambda u, *_: _mixed(*_activated(u, False))),
+}

@@ -12,6 +12,9 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, linear_step, log_candidate
+from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -90,6 +93,13 @@ class MinLSTM(LinearCell[MinLSTMParams, MinLSTMCarry]):
         check.params(self, params)
         return min_lstm_step(params, carry, x, noise, positive=self.positive)
 
+    @property
+    def unit(self):
+        return None if self.log_space else UNITS[self.positive]
+
+    def sums(self, params, x):
+        return Sums(dot(x, params.w_x), params.b)
+
     def coefficients(self, params, x):
         return _coefficients(params, x, self.positive)
 
@@ -151,12 +161,25 @@ def _log_odds(f, i):
     return jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)
 
 
-def _gates(params, x, positive) -> MinLSTMGates:
-    f, i, n = jnp.split(affine(params, x), 3, axis=-1)
+def _activated(u, positive) -> MinLSTMGates:
+    f, i, n = jnp.split(u, 3, axis=-1)
     odds = _log_odds(f, i)
     return MinLSTMGates(jax.nn.sigmoid(odds), jax.nn.sigmoid(-odds), candidate(n) if positive else n)
 
 
-def _coefficients(params, x, positive):
-    f, i, n = _gates(params, x, positive)
+def _gates(params, x, positive) -> MinLSTMGates:
+    return _activated(affine(params, x), positive)
+
+
+def _mixed(f, i, n):
     return f, i * n
+
+
+def _coefficients(params, x, positive):
+    return _mixed(*_gates(params, x, positive))
+
+
+UNITS = {
+    True: Unit("min_lstm", lambda u, *_: _mixed(*_activated(u, True))),
+    False: Unit("min_lstm signed", lambda u, *_: _mixed(*_activated(u, False))),
+}

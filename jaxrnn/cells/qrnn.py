@@ -11,6 +11,9 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, linear_step
+from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -77,6 +80,13 @@ class QRNN(LinearCell[QRNNParams, QRNNCarry]):
         check.params(self, params)
         return qrnn_step(params, carry, x, noise)
 
+    @property
+    def unit(self):
+        return UNIT
+
+    def sums(self, params, x):
+        return Sums(dot(x, params.w_x), params.b)
+
     def coefficients(self, params, x):
         return _coefficients(params, x)
 
@@ -130,13 +140,23 @@ def qrnn_step(params: QRNNParams, carry: QRNNCarry, x: Array, noise: Noise = Non
     return linear_step(params, carry, x, _coefficients, output=_output, sees_window=True)
 
 
-def _coefficients(params, x):
-    z, f, _ = jnp.split(affine(params, x), 3, axis=-1)
+def _mixed(u, *_):
+    z, f, _ = jnp.split(u, 3, axis=-1)
     z, f = jnp.tanh(z), jax.nn.sigmoid(f)
     return f, (1 - f) * z
 
 
-def _output(params, h, x):
-    _, _, o = jnp.split(affine(params, x), 3, axis=-1)
-    o = jax.nn.sigmoid(o)
+def _read(u, _, h):
+    o = jax.nn.sigmoid(jnp.split(u, 3, axis=-1)[2])
     return o * h.astype(o.dtype)
+
+
+def _coefficients(params, x):
+    return _mixed(affine(params, x))
+
+
+def _output(params, h, x):
+    return _read(affine(params, x), x, h)
+
+
+UNIT = Unit("qrnn", _mixed, _read)

@@ -12,6 +12,8 @@ from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.typing import DTypeLike, Noise
 
 POWER = 8.0  # c of the paper
@@ -95,6 +97,14 @@ class RGLRU(LinearCell[RGLRUParams, RGLRUCarry]):
         check.params(self, params)
         return rg_lru_step(params, carry, x, noise)
 
+    @property
+    def unit(self):
+        return UNIT
+
+    def sums(self, params, x):
+        b = None if params.b is None else params.b.reshape(-1)
+        return Sums(jnp.concatenate(_sums(params, x), axis=-1), b, x, _rate(params, x.dtype))
+
     def coefficients(self, params, x):
         return _coefficients(params, x)
 
@@ -165,13 +175,23 @@ def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Noise =
     return linear_step(params, carry, x, _coefficients, begin=_begin)
 
 
-def _gates(params, x) -> RGLRUGates:
+def _sums(params, x):
+    """x w_r and x w_i, in at least float32."""
     wide, (blocks, rows, _) = accumulator(x.dtype), params.w_x.shape
     by_block = x.reshape(*x.shape[:-1], blocks, rows)
     u = jnp.einsum("...nd,nde->...ne", by_block, params.w_x, preferred_element_type=wide)
-    gates = [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
+    return [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
+
+
+def _rate(params, dtype):
+    """The logarithm of a where r = 1."""
+    return -POWER * jax.nn.softplus(params.decay.astype(dtype))
+
+
+def _gates(params, x) -> RGLRUGates:
+    gates = _sums(params, x)
     if params.b is not None:
-        gates = [gate + lifted(b.astype(wide), gate) for gate, b in zip(gates, params.b, strict=True)]
+        gates = [gate + lifted(b.astype(gate.dtype), gate) for gate, b in zip(gates, params.b, strict=True)]
     return RGLRUGates(*map(jax.nn.sigmoid, gates))
 
 
@@ -179,10 +199,21 @@ def _coefficients(params, x):
     """Returns a, and i x, which is b at the first step."""
     r, i = _gates(params, x)
     wide = r.dtype
-    a = jnp.exp(-POWER * lifted(jax.nn.softplus(params.decay.astype(wide)), r) * r)
-    return a, i * x.astype(wide)
+    return _mixed(r, i, x.astype(wide), lifted(_rate(params, wide), r))
+
+
+def _mixed(r, i, x, rate):
+    return jnp.exp(rate * r), i * x
+
+
+def _unit_gates(u, x, rate, begun):
+    r, i = jnp.split(jax.nn.sigmoid(u), 2, axis=-1)
+    return _begin(*_mixed(r, i, x, rate), begun)
 
 
 def _begin(a, b, started):
     scale = bounded_sqrt((1 - a) * (1 + a))
     return a, jnp.where(started[..., None], scale, jnp.ones_like(scale)) * b
+
+
+UNIT = Unit("rg_lru", _unit_gates)

@@ -14,6 +14,8 @@ from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -92,6 +94,16 @@ class SRU(LinearCell[SRUParams, SRUCarry]):
         check.params(self, params)
         return sru_step(params, carry, x, noise, activation=self.activation)
 
+    @property
+    def unit(self):
+        return UNITS.get(self.activation) if isinstance(self.activation, str) else None
+
+    def sums(self, params, x):
+        size = self.hidden_size
+        u = dot(x, params.w_x[:, : 3 * size])
+        b = None if params.b is None else jnp.concatenate([jnp.zeros_like(params.b[:size]), params.b])
+        return Sums(u, b, x if params.w_x.shape[1] == 3 * size else dot(x, params.w_x[:, 3 * size :]))
+
     def coefficients(self, params, x):
         return _coefficients(self.hidden_size, params, x)
 
@@ -160,10 +172,33 @@ def _parts(size, params, x):
 
 def _coefficients(size, params, x):
     n, f, *_ = _parts(size, params, x)
+    return _mixed(n, f)
+
+
+def _mixed(n, f):
     return f, (1 - f) * n
 
 
 def _output(φ, params, h, x):
     _, _, r, skip = _parts(h.shape[-1], params, x)
-    h = h.astype(r.dtype)
+    return _read(φ, r, h.astype(r.dtype), skip)
+
+
+def _read(φ, r, h, skip):
     return r * φ(h) + (1 - r) * skip
+
+
+def _unit(name, activation):
+    φ = elementwise(activation)
+
+    def gates(u, *_):
+        n, f, _ = jnp.split(u, 3, axis=-1)
+        return _mixed(n, jax.nn.sigmoid(f))
+
+    def read(u, x, h):
+        return _read(φ, jax.nn.sigmoid(jnp.split(u, 3, axis=-1)[2]), h, x)
+
+    return Unit(name, gates, read)
+
+
+UNITS = {"identity": _unit("sru", "identity"), "tanh": _unit("sru tanh", "tanh")}

@@ -2,49 +2,21 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <string>
 
 #include "memory.h"
 #include "problem.h"
+#include "shapes.h"
 #include "threads.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace jaxrnn {
 namespace {
-
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Flags = ffi::Buffer<ffi::PRED>;
-using Written = ffi::Result<Floats>;
-
-// What has no elements is absent. The first array that has another shape than expected is named.
-struct Shapes {
-  const char* wrong = nullptr;
-  template <class Array>
-  auto is(const char* name, Array& array, std::initializer_list<long> shape) -> decltype(array.typed_data()) {
-    const auto found = array.dimensions();
-    bool right = found.size() == shape.size();
-    long k = 0;
-    for (long size : shape) right = right && found[k++] == size;
-    if (!right && !wrong) wrong = name;
-    return array.typed_data();
-  }
-  template <class Array>
-  auto optional(const char* name, Array& array, std::initializer_list<long> shape) -> decltype(array.typed_data()) {
-    return array.element_count() ? is(name, array, shape) : nullptr;
-  }
-  ffi::Error error() const {
-    if (!wrong) return ffi::Error::Success();
-    return ffi::Error::InvalidArgument(std::string("jaxrnn: ") + wrong + ": another shape than expected");
-  }
-};
 
 DiagonalProblem problem(Shapes& shapes, bool reverse, int64_t chunk, Floats& x, Floats& a, Floats& b, Floats& c,
                         Floats& h, Floats& step, Flags& valid, Flags& start, Floats& fresh) {
   DiagonalProblem p{};
   const auto sequence = x.dimensions(), weights = a.dimensions();
   if (sequence.size() != 3 || weights.size() != 3 || weights[0] < 1 || sequence[1] % weights[0] || chunk < 1) {
-    shapes.wrong = "x";
+    shapes.fail("x");
     return p;
   }
   const long T = p.steps = sequence[0], R = p.rows = sequence[1], D = p.channels = sequence[2];
@@ -59,7 +31,7 @@ DiagonalProblem problem(Shapes& shapes, bool reverse, int64_t chunk, Floats& x, 
   p.valid = reinterpret_cast<const uint8_t*>(shapes.optional("valid", valid, {T, R}));
   p.start = reinterpret_cast<const uint8_t*>(shapes.optional("start", start, {T, R}));
   p.fresh = shapes.optional("fresh", fresh, {R, N, D});
-  if (!p.step && N % 2) shapes.wrong = "a";
+  if (!p.step && N % 2) shapes.fail("a");
   return p;
 }
 
@@ -67,11 +39,11 @@ ffi::Error diagonal_forward(bool reverse, int64_t chunk, Floats x, Floats a, Flo
                             Flags valid, Flags start, Floats fresh, Written ys, Written last, Written kept) {
   Shapes shapes;
   DiagonalProblem p = problem(shapes, reverse, chunk, x, a, b, c, h, step, valid, start, fresh);
-  if (shapes.wrong) return shapes.error();
+  if (shapes.failed()) return shapes.error();
   p.ys = shapes.is("ys", *ys, {p.steps, p.rows, p.channels});
   p.last = shapes.is("last", *last, {p.rows, p.states, p.channels});
   p.kept = shapes.optional("kept", *kept, {(p.steps + chunk - 1) / chunk, p.rows, p.states, p.channels});
-  if (shapes.wrong) return shapes.error();
+  if (shapes.failed()) return shapes.error();
   if (p.rows * p.channels * p.states == 0) return ffi::Error::Success();
   if (p.kept) in_large_pages(p.kept, kept->element_count() * sizeof(float));
   diagonal(p, Pool::threads());
@@ -84,7 +56,7 @@ ffi::Error diagonal_cotangents(bool reverse, int64_t chunk, Floats x, Floats a, 
                                Written d_fresh) {
   Shapes shapes;
   DiagonalProblem p = problem(shapes, reverse, chunk, x, a, b, c, h, step, valid, start, fresh);
-  if (shapes.wrong) return shapes.error();
+  if (shapes.failed()) return shapes.error();
   const long T = p.steps, R = p.rows, N = p.states, D = p.channels;
   p.kept = shapes.is("kept", kept, {(T + chunk - 1) / chunk, R, N, D});  // which is only read
   DiagonalGradient g{};
@@ -96,7 +68,7 @@ ffi::Error diagonal_cotangents(bool reverse, int64_t chunk, Floats x, Floats a, 
   if (p.step) {
     const auto sums = d_b->dimensions();
     p.groups = sums.size() == 4 ? sums[0] : 0;
-    if (p.groups < 1 || p.groups > std::max(D, 1l)) shapes.wrong = "d_b";
+    if (p.groups < 1 || p.groups > std::max(D, 1l)) shapes.fail("d_b");
     g.d_b = shapes.is("d_b", *d_b, {p.groups, T, R, N});
     g.d_c = shapes.is("d_c", *d_c, {p.groups, T, R, N});
     g.d_step = shapes.is("d_step", *d_step, {T, R, D});
@@ -105,7 +77,7 @@ ffi::Error diagonal_cotangents(bool reverse, int64_t chunk, Floats x, Floats a, 
     g.d_c = shapes.is("d_c", *d_c, {R, N, D});
   }
   if (p.fresh) g.d_fresh = shapes.is("d_fresh", *d_fresh, {R, N, D});
-  if (shapes.wrong) return shapes.error();
+  if (shapes.failed()) return shapes.error();
   if (R * D * N == 0) return ffi::Error::Success();
   diagonal_backward(p, g, Pool::threads());
   return ffi::Error::Success();

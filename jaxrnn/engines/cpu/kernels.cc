@@ -39,6 +39,8 @@ struct Kernels {
   void (*matrix_backward)(const MatrixProblem&, const MatrixGradient&, int threads);
   void (*diagonal)(const DiagonalProblem&, int threads);
   void (*diagonal_backward)(const DiagonalProblem&, const DiagonalGradient&, int threads);
+  void (*elementwise)(const ElementwiseProblem&, int threads);
+  void (*elementwise_backward)(const ElementwiseProblem&, const ElementwiseGradient&, int threads);
 };
 
 template <class F>
@@ -62,6 +64,7 @@ namespace baseline {
 #include "matrix.h"
 #include "matrix_backward.h"
 #include "diagonal.h"
+#include "elementwise.h"
 #include "step.h"
 #include "table.h"
 }  // namespace baseline
@@ -82,6 +85,7 @@ namespace avx2 {
 #include "matrix.h"
 #include "matrix_backward.h"
 #include "diagonal.h"
+#include "elementwise.h"
 #include "step.h"
 #include "table.h"
 }  // namespace avx2
@@ -112,6 +116,7 @@ namespace avx512 {
 #include "matrix.h"
 #include "matrix_backward.h"
 #include "diagonal.h"
+#include "elementwise.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
@@ -168,6 +173,12 @@ void diagonal(const DiagonalProblem& p, int threads) { kernels().diagonal(p, thr
 
 void diagonal_backward(const DiagonalProblem& p, const DiagonalGradient& g, int threads) {
   kernels().diagonal_backward(p, g, threads);
+}
+
+void elementwise(const ElementwiseProblem& p, int threads) { kernels().elementwise(p, threads); }
+
+void elementwise_backward(const ElementwiseProblem& p, const ElementwiseGradient& g, int threads) {
+  kernels().elementwise_backward(p, g, threads);
 }
 
 const char* instructions() { return kernels().name; }

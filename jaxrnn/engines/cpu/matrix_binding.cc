@@ -1,37 +1,17 @@
 // Matrix recurrences as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
 #include <initializer_list>
-#include <string>
 
 #include "memory.h"
 #include "problem.h"
+#include "shapes.h"
 #include "threads.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace jaxrnn {
 namespace {
 
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Flags = ffi::Buffer<ffi::PRED>;
-using Written = ffi::Result<Floats>;
-
-// What has no elements is absent. The first array that has another shape than expected is named.
-class Reader {
+class Reader : public Shapes {
  public:
-  template <class Array>
-  bool is(const char* name, const Array& array, std::initializer_list<long> shape) {
-    const auto found = array.dimensions();
-    bool right = found.size() == shape.size();
-    long k = 0;
-    for (long size : shape) right = right && found[k++] == size;
-    if (!right && !wrong_) wrong_ = name;
-    return right;
-  }
-  template <class Array>
-  auto optional(const char* name, const Array& array, std::initializer_list<long> shape) -> decltype(array.typed_data()) {
-    return array.element_count() != 0 && is(name, array, shape) ? array.typed_data() : nullptr;
-  }
   // (T, R, 1 or G, ...).
   Shared shared(const char* name, const Floats& array, const MatrixProblem& p, long last) {
     if (array.element_count() == 0) return {nullptr, 1};
@@ -41,15 +21,6 @@ class Reader {
     else is(name, array, {p.steps, p.rows, heads, last});
     return {array.typed_data(), heads};
   }
-  ffi::Error error() const {
-    if (!wrong_) return ffi::Error::Success();
-    return ffi::Error::InvalidArgument(std::string("jaxrnn: ") + wrong_ + ": another shape than expected");
-  }
-  bool failed() const { return wrong_ != nullptr; }
-  void fail(const char* name) { wrong_ = wrong_ ? wrong_ : name; }
-
- private:
-  const char* wrong_ = nullptr;
 };
 
 struct Inputs {

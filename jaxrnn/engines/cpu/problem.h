@@ -101,6 +101,36 @@ struct DiagonalGradient {
   float *d_x, *d_a, *d_b, *d_c, *d_h, *d_step, *d_fresh;
 };
 
+// What a single unit of a linear recurrence does; the names are those of cells. A signed one has g(v) = v.
+enum class Unit : int64_t {
+  kMinGru = 0, kMinGruSigned = 1, kMinLstm = 2, kMinLstmSigned = 3, kHgrn = 4, kSru = 5, kSruTanh = 6, kQrnn = 7,
+  kRgLru = 8
+};
+constexpr int64_t UNITS = 9;
+constexpr long sums_of(Unit unit) {
+  const bool three = unit == Unit::kMinLstm || unit == Unit::kMinLstmSigned || unit >= Unit::kSru;
+  return three && unit != Unit::kRgLru ? 3 : 2;
+}
+constexpr bool reads_state(Unit unit) { return unit >= Unit::kSru && unit <= Unit::kQrnn; }  // y is not h
+
+// T steps, R rows of M members, H units, each of which has S sums. What is absent is null.
+struct ElementwiseProblem {
+  Unit unit;
+  long steps, rows, members, units;
+  bool reverse;
+  float bound;                            // γ
+  const float *u, *h;                     // (T, R, S H), (R, H)
+  const float *b, *x, *rate, *fresh;      // (M, S H), (T, R, H), (M, H), (R, H)
+  const uint8_t *valid, *start, *begun;   // (T, R)
+  float *ys, *last, *hs;                  // (T, R, H), (R, H), (T, R, H): read by the backward pass, absent if ys are
+};
+
+// Cotangents in the shapes of their arrays; those of weights are of each row.
+struct ElementwiseGradient {
+  const float *d_ys, *d_last;
+  float *d_u, *d_h, *d_b, *d_x, *d_rate, *d_fresh;
+};
+
 constexpr int KINDS = 5;
 
 // By the best instruction set that this processor has.
@@ -111,6 +141,8 @@ void matrix(const MatrixProblem& p, int threads);
 void matrix_backward(const MatrixProblem& p, const MatrixGradient& g, int threads);
 void diagonal(const DiagonalProblem& p, int threads);
 void diagonal_backward(const DiagonalProblem& p, const DiagonalGradient& g, int threads);
+void elementwise(const ElementwiseProblem& p, int threads);
+void elementwise_backward(const ElementwiseProblem& p, const ElementwiseGradient& g, int threads);
 const char* instructions();
 
 }  // namespace jaxrnn

@@ -7,23 +7,9 @@ import math
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.cpu import library
 from jaxrnn.engines.diagonal.primitives import run
 from jaxrnn.engines.diagonal.programs import Problem
 from jaxrnn.engines.walk import Flags, Walk
-
-
-def serves(walk: Walk, length: int, *, owner: object) -> bool:
-    """Whether the kernel runs the recurrence of `owner`, as the engine "linear_scan"; if so, that is recorded.
-
-    One step is as fast without it, unless it is named.
-    """
-    named = walk.named("linear_scan")
-    asked = (named == "native" or (named is None and length > 1)) and walk.platform in (None, "cpu")
-    if not asked or library.absent() is not None:
-        return False
-    walk.record("linear_scan", "native", {}, cell=owner)
-    return True
 
 
 def diagonal_recurrence(

@@ -110,6 +110,19 @@ def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | Non
     return walk.form("linear_scan", chosen)
 
 
+def kernel_serves(walk: Walk, length: int, *, owner: object) -> bool:
+    """Whether a kernel that computes more than the recurrence of `owner` runs it; if so, that is recorded.
+
+    One step is as fast without it, unless it is named.
+    """
+    named = walk.named("linear_scan")
+    asked = (named == "native" or (named is None and length > 1)) and walk.platform in (None, "cpu")
+    if not asked or library.absent() is not None:
+        return False
+    walk.record("linear_scan", "native", {}, cell=owner)
+    return True
+
+
 def linear_recurrence(
     a: Array, b: Array, h: Array, *, flags: Flags, reverse: bool, form: str | None
 ) -> tuple[Array, Array]:

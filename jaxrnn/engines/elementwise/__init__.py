@@ -1,0 +1,1 @@
+"""The engine of linear recurrences of single units, with their gates."""
