@@ -34,7 +34,8 @@ from helpers.contest import Contestant, Table
 
 import jaxrnn
 
-SHAPES = ("1,2048,8,64,64", "1,2048,8,128,128", "8,512,4,64,64", "4,1024,4,32,32")
+SHAPES = ("1,2048,8,64,64", "8,512,4,64,64", "4,1024,4,64,64")
+SHAPES += ("1,2048,8,128,128", "8,512,4,128,128", "4,1024,4,128,128")
 KINDS = {
     "gated delta": ("head", True),
     "row delta": ("row", True),

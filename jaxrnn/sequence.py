@@ -143,9 +143,9 @@ def scan_asked(
     valid = valid_steps(lengths, mask, length, batch_shape, time_axis, names.lengths)
     if reset is not None:
         reset = flags_of("reset", reset, length, batch_shape, time_axis)
-    valid, reset = with_rows_of((valid, reset), jax.tree.leaves(xs)[0], 0, 1 + len(batch_shape))
+    valid, boundaries = with_rows_of((valid, reset), jax.tree.leaves(xs)[0], 0, 1 + len(batch_shape))
     batch_major = 0 < time_axis == len(batch_shape)
-    walk = Walk(valid, reset, bool(reverse), remat_every, named, batch_major, question)
+    walk = Walk(valid, boundaries, bool(reverse), remat_every, named, batch_major, question)
     carry, ys = walked(cell, params, carry, zero_where_not(valid, xs), key, walk, names.carry)
     if time_axis and not cell.ends_time:
         ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)

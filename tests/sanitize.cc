@@ -13,27 +13,54 @@
 
 using namespace jaxrnn;
 
-// The arrays of one problem, each exactly as long as it must be.
-struct Case {
+// What is drawn, in arrays that are exactly as long as they must be.
+struct Drawn {
   std::mt19937 rng;
-  Kind kind;
-  Sizes n;
-  bool flags, save;
   std::vector<std::vector<float>> held;
-  std::vector<uint8_t> valid, start;
-  Forward forward{};
-  Backward backward{};
+  std::vector<std::vector<uint8_t>> flags_held;
+  explicit Drawn(unsigned seed) : rng(seed) { held.reserve(64), flags_held.reserve(2); }
 
   long draw(long least, long most) { return std::uniform_int_distribution<long>(least, most)(rng); }
-  float* array(long size) {
-    std::normal_distribution<float> normal(0.0f, 0.5f);
+  float* array(long size, float mean = 0.0f) {
+    std::normal_distribution<float> normal(mean, 0.5f);
     held.emplace_back(size);
     for (float& x : held.back()) x = normal(rng);
     return held.back().data();
   }
+  float* negative(long size) {
+    float* drawn = array(size);
+    for (long k = 0; k < size; ++k) drawn[k] = -std::fabs(drawn[k]);
+    return drawn;
+  }
+  // True once in four times.
+  uint8_t* flags(long size) {
+    flags_held.emplace_back(size);
+    for (uint8_t& flag : flags_held.back()) flag = draw(0, 3) == 0;
+    return flags_held.back().data();
+  }
+};
 
-  explicit Case(unsigned seed) : rng(seed) {
-    held.reserve(64);
+// Results in arrays that are exactly as long as they must be, and hold another number before every run.
+struct Results {
+  std::vector<std::vector<float>> found;
+  float before;
+  explicit Results(int threads) : before(static_cast<float>(threads)) { found.reserve(32); }
+  float* operator()(long size, bool there = true) {
+    found.emplace_back(there ? size : 0, before);
+    return there ? found.back().data() : nullptr;
+  }
+};
+
+// A recurrence with gates.
+struct Case : Drawn {
+  Kind kind;
+  Sizes n;
+  bool flags, save;
+  std::vector<uint8_t> valid, start;
+  Forward forward{};
+  Backward backward{};
+
+  explicit Case(unsigned seed) : Drawn(seed) {
     kind = static_cast<Kind>(draw(0, KINDS - 1));
     n = Sizes{draw(0, 9), draw(1, 40), draw(1, 70), draw(1, 150), draw(0, 1) == 1, draw(0, 1) == 1};
     const bool stream = draw(0, 3) == 0;  // which has a kernel of its own
@@ -59,25 +86,20 @@ struct Case {
   std::vector<std::vector<float>> run(int threads) const {
     const bool lstm = kind == Kind::kLstm;
     const long T = n.steps, B = n.rows, D = n.inputs, H = n.units, G = gates_of(kind) * H;
-    std::vector<std::vector<float>> found;
-    found.reserve(32);
-    auto out = [&](long size, bool there = true) -> float* {
-      found.emplace_back(there ? size : 0, 7.0f);
-      return there ? found.back().data() : nullptr;
-    };
+    Results out(threads);
     Forward f = forward;
     f.ys = out(T * B * H), f.last_h = out(B * H), f.last_c = out(B * H, lstm);
     f.kept = out(T * B * kept_of(kind) * H, save && kept_of(kind)), f.cs = out(T * B * H, save && lstm);
     const int number = static_cast<int>(kind);
     jaxrnn::forward(kind, n, f, threads);
-    if (!save) return found;
+    if (!save) return out.found;
     Backward b = backward;
     b.ys = f.ys, b.kept = f.kept, b.cs = f.cs;
     b.d_xs = out(T * B * D), b.d_w_x = out(D * G), b.d_w_h = out(H * G), b.d_h = out(B * H), b.d_c = out(B * H, lstm);
     b.d_fresh_h = out(B * H, flags), b.d_fresh_c = out(B * H, flags && lstm);
     b.d_b = out(G, forward.b != nullptr), b.d_b_hn = out(H, kind == Kind::kGru);
     jaxrnn::backward(kind, n, b, threads);
-    return found;
+    return out.found;
   }
 };
 
@@ -125,6 +147,89 @@ struct LinearCase {
   }
 };
 
+// A recurrence whose state is a matrix.
+struct MatrixCase : Drawn {
+  MatrixProblem p{};
+  bool save;
+
+  Shared shared(long width, bool negative = false) {
+    const long heads = draw(0, 2) ? p.heads : 1, size = p.steps * p.rows * heads * width;
+    return {negative ? this->negative(size) : array(size), heads};
+  }
+
+  explicit MatrixCase(unsigned seed) : Drawn(seed) {
+    const long T = p.steps = draw(0, 70), R = p.rows = draw(1, 3), G = p.heads = draw(1, 3);
+    const long K = p.keys = draw(1, 40), V = p.values = draw(1, 150);
+    p.reverse = draw(0, 1), p.chunk = draw(1, 32), save = draw(0, 3) != 0;
+    p.q = shared(K), p.k = shared(K), p.v = array(T * R * G * V), p.s = array(R * G * K * V);
+    for (const Shared& keys : {p.q, p.k})
+      for (long i = 0; i < T * R * keys.heads * K; ++i) const_cast<float*>(keys.data)[i] *= 2.0f / std::sqrt(K);
+    const long decay = draw(0, 2), update = draw(0, 2);
+    p.decay_by_row = decay == 2;
+    if (decay) p.log_decay = shared(p.decay_by_row ? K : 1, true);
+    if (update == 1) p.beta = shared(1);
+    if (update == 2) p.u = p.k, p.w = p.q;
+    if (draw(0, 1)) p.start = this->flags(T * R);
+    if (p.start && draw(0, 1)) p.fresh = array(R * G * K * V);
+  }
+
+  std::vector<std::vector<float>> run(int threads) const {
+    const long T = p.steps, R = p.rows, G = p.heads, K = p.keys, V = p.values, C = (T + p.chunk - 1) / p.chunk;
+    const bool delta = p.beta.data, low_rank = p.u.data;
+    Results out(threads);
+    MatrixProblem f = p;
+    f.ys = out(T * R * G * V), f.last = out(R * G * K * V);
+    f.reads = out(T * R * G * V, save && (delta || low_rank)), f.states = out(C * R * G * K * V, save);
+    matrix(f, threads);
+    if (!save) return out.found;
+    MatrixGradient g{};
+    std::vector<float> d_ys(T * R * G * V, 0.1f), d_last(R * G * K * V, 0.1f);
+    g.d_ys = d_ys.data(), g.d_last = d_last.data();
+    g.d_q = out(T * R * G * K), g.d_k = out(T * R * G * K), g.d_v = out(T * R * G * V), g.d_s = out(R * G * K * V);
+    g.d_log_decay = out(T * R * G * (p.decay_by_row ? K : 1), p.log_decay.data), g.d_beta = out(T * R * G, delta);
+    g.d_u = out(T * R * G * K, low_rank), g.d_w = out(T * R * G * K, low_rank);
+    g.d_fresh = out(R * G * K * V, p.fresh);
+    matrix_backward(f, g, threads);
+    return out.found;
+  }
+};
+
+// A diagonal recurrence that is read by a sum over its states.
+struct DiagonalCase : Drawn {
+  DiagonalProblem p{};
+  bool save;
+
+  explicit DiagonalCase(unsigned seed) : Drawn(seed) {
+    const bool selective = draw(0, 1);
+    const long T = p.steps = draw(1, 70), M = p.members = draw(1, 2), R = p.rows = M * draw(1, 2);
+    const long D = p.channels = draw(1, 70), N = p.states = (selective ? 1 : 2) * draw(1, 20);
+    p.reverse = draw(0, 1), p.chunk = draw(1, 64), save = draw(0, 3) != 0;
+    p.groups = selective ? draw(1, std::min(D, 4l)) : 1;
+    p.x = array(T * R * D), p.h = array(R * N * D), p.a = negative(M * N * D);
+    p.b = array(selective ? T * R * N : M * N * D), p.c = array(selective ? T * R * N : M * N * D);
+    if (selective) p.step = array(T * R * D);
+    if (draw(0, 1)) p.valid = this->flags(T * R);
+    if (draw(0, 1)) p.start = this->flags(T * R), p.fresh = array(R * N * D);
+  }
+
+  std::vector<std::vector<float>> run(int threads) const {
+    const long T = p.steps, R = p.rows, N = p.states, D = p.channels, C = (T + p.chunk - 1) / p.chunk;
+    const long of_b = p.step ? p.groups * T * R * N : R * N * D;
+    Results out(threads);
+    DiagonalProblem f = p;
+    f.ys = out(T * R * D), f.last = out(R * N * D), f.kept = out(C * R * N * D, save);
+    diagonal(f, threads);
+    if (!save) return out.found;
+    DiagonalGradient g{};
+    std::vector<float> d_ys(T * R * D, 0.1f), d_last(R * N * D, 0.1f);
+    g.d_ys = d_ys.data(), g.d_last = d_last.data();
+    g.d_x = out(T * R * D), g.d_a = out(R * N * D), g.d_b = out(of_b), g.d_c = out(of_b), g.d_h = out(R * N * D);
+    g.d_step = out(T * R * D, p.step), g.d_fresh = out(R * N * D, p.fresh);
+    diagonal_backward(f, g, threads);
+    return out.found;
+  }
+};
+
 int main(int count, char** values) {
   const unsigned cases = count > 1 ? std::atoi(values[1]) : 200;
   std::atomic<int> wrong{0};
@@ -139,9 +244,11 @@ int main(int count, char** values) {
   };
   auto work = [&](unsigned first) {
     for (unsigned seed = first; seed < cases; seed += 3) {
-      const Case one(seed);
-      const auto expected = one.run(1);
-      for (int threads : {2, 4}) compare(seed, one.run(threads), expected);
+      auto alike = [&](const auto& one) {
+        const auto expected = one.run(1);
+        for (int threads : {2, 4}) compare(seed, one.run(threads), expected);
+      };
+      alike(Case(seed)), alike(MatrixCase(seed)), alike(DiagonalCase(seed));
       const LinearCase other(seed);
       for (int threads : {1, 2, 4}) compare(seed, other.run(threads), other.expected());
     }

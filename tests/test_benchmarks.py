@@ -25,6 +25,7 @@ SCRIPTS = {
     "linear": f"--shapes 9,3 --dtypes float32 complex64 --contestants {OURS} lax.scan floor --steps 5 --cells GRU S6",
     "linear cells": "--shapes --steps 5 9 --cells GRU MinGRU",
     "matrix": f"--shapes 1,9,2,3,4 --kinds delta --contestants {OURS} chunked onnxruntime",
+    "mamba": "--shapes 1,5,8 --contestants xla transformers",
     "scaling": f"--base 2,3,3,4 --points 2 --axes B --contestants {OURS} torch",
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers

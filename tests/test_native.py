@@ -110,12 +110,13 @@ def test_values_and_gradients_of_nothing(kind, shape):
 
 
 @needed
+@pytest.mark.parametrize("length", [6, 0])
 @pytest.mark.parametrize("kind", ["gru", *full(["elman", "relu", "lstm", "gru_before"])])
-def test_a_learned_start_gets_its_gradient(kind):
-    inner, params, carry, xs = problem(kind, (6, 4, 3, 5))
+def test_a_learned_start_gets_its_gradient(kind, length):
+    inner, params, carry, xs = problem(kind, (length, 4, 3, 5))
     cell = LearnedCarry(inner)
     params = jaxrnn.LearnedCarryParams(params, jax.tree.map(lambda leaf: leaf[0], carry))
-    reset = RNG.random((6, 4)) < 0.4
+    reset = RNG.random((length, 4)) < 0.4
 
     def run(name):
         return jax.grad(

@@ -226,7 +226,7 @@ def gated_delta_net_step(
 
 def _log_decay(params, step) -> Array:
     step = jax.nn.softplus(step + lifted(params.b_step.astype(step.dtype), step))
-    return -jnp.exp(lifted(params.log_decay.astype(step.dtype), step)) * step
+    return -lifted(jnp.exp(params.log_decay.astype(step.dtype)), step) * step
 
 
 def _inputs(params, x, sizes, negative_eigenvalues) -> MatrixInputs:

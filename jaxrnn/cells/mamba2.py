@@ -204,7 +204,7 @@ def mamba2_step(
 def _gates(params, step):
     """Δ and the logarithm of a."""
     step = jax.nn.softplus(step + lifted(params.b_step.astype(step.dtype), step))
-    return step, -jnp.exp(lifted(params.log_decay.astype(step.dtype), step)) * step
+    return step, -lifted(jnp.exp(params.log_decay.astype(step.dtype)), step) * step
 
 
 def _inputs(params, x, sizes, key_heads) -> MatrixInputs:

@@ -190,7 +190,7 @@ def _coefficients(params, x):
     rank, states = params.w_step.shape[0], params.log_decay.shape[1]
     u, step = _products(params, x, rank + states)
     step = jax.nn.softplus(step)[..., None]
-    a = jnp.exp(-jnp.exp(lifted(params.log_decay.astype(step.dtype), step)) * step)
+    a = jnp.exp(-lifted(jnp.exp(params.log_decay.astype(step.dtype)), step) * step)
     return a, step * x.astype(step.dtype)[..., None] * u[..., None, rank:]
 
 

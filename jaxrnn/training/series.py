@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrnn import check
-from jaxrnn.engines.arrays import cast, inexact, lifted
+from jaxrnn.engines.arrays import cast, inexact
 from jaxrnn.training.batches import as_array
 from jaxrnn.typing import PyTree
 
@@ -128,4 +128,5 @@ class Scaler(NamedTuple):
                 f"one of them use Scaler(scaler.mean[k], scaler.scale[k])"
             )
         mean, scale = cast(self, xs.dtype) if inexact(xs) else self
-        return lifted(mean, xs), lifted(scale, xs)
+        front = (1,) * (xs.ndim - mean.ndim)
+        return mean.reshape(front + mean.shape), scale.reshape(front + scale.shape)

@@ -99,8 +99,8 @@ class BackwardRun : Cell<K> {
     for (long r = rows.begin; r < rows.end; ++r) {
       padded(d_h_ + r * width_, p_.d_last_h + r * H);
       if (LSTM) padded(d_c_ + r * width_, p_.d_last_c + r * H);
-      if (p_.start) std::memset(p_.d_fresh_h + r * H, 0, size);
-      if (p_.start && LSTM) std::memset(p_.d_fresh_c + r * H, 0, size);
+      if (p_.d_fresh_h) std::memset(p_.d_fresh_h + r * H, 0, size);
+      if (p_.d_fresh_c) std::memset(p_.d_fresh_c + r * H, 0, size);
     }
   }
 
