@@ -18,7 +18,8 @@ from jaxrnn.cell import Cell, Params
 from jaxrnn.cells.activations import Activation, activation
 from jaxrnn.cells.gated import normalize
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.engines.arrays import accumulator, compute_dtype, dot, lifted
+from jaxrnn.engines.arrays import accumulator, compute_dtype, lifted
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise, PyTree
 
 

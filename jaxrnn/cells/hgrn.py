@@ -12,9 +12,9 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, linear_step
-from jaxrnn.engines.arrays import dot
 from jaxrnn.engines.elementwise.engine import Sums
 from jaxrnn.engines.elementwise.programs import Unit
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 

@@ -12,7 +12,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, matrix_step, queries
-from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 

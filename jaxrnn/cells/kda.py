@@ -13,7 +13,8 @@ from jaxrnn import check
 from jaxrnn.cells.delta import Sizes, written
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, draw_step_bias, matrix_step, projected
-from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 

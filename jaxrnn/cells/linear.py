@@ -13,12 +13,13 @@ from jax import Array, lax
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.cells.window import step_window, windows
-from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, dot, lifted, select, zero_where_not
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, select, zero_where_not
 from jaxrnn.engines.elementwise.engine import Sums, elementwise_recurrence
 from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recurrence
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.product import dot
 from jaxrnn.engines.walk import Flags
 from jaxrnn.typing import PyTree
 
@@ -61,7 +62,7 @@ class LinearCell(Cell[Params, Carry]):
 
     @property
     def unit(self) -> Unit | None:
-        """What a kernel on the CPU computes from `sums` in place of `coefficients` and `output`; None where it has none."""
+        """What a kernel on the CPU computes from `sums`, in place of `coefficients` and `output`; None without one."""
         return None
 
     def sums(self, params: PyTree, x: Array) -> Sums:

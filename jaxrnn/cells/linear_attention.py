@@ -12,7 +12,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, matrix_step, queries, side_by_side
-from jaxrnn.engines.arrays import dot
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 FEATURE_MAPS = {"elu": lambda x: jax.nn.elu(x) + 1, "relu": jax.nn.relu, "exp": jnp.exp, "linear": lambda x: x}

@@ -11,7 +11,8 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cells.linear import LinearCell, linear_step
-from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 

@@ -13,10 +13,11 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
-from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, dot, inexact
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, inexact
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.matrix import programs
 from jaxrnn.engines.matrix.engine import matrix_form, matrix_recurrence
+from jaxrnn.engines.product import dot
 from jaxrnn.engines.walk import Flags
 from jaxrnn.typing import DTypeLike, PyTree
 

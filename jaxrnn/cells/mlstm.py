@@ -19,7 +19,8 @@ from jaxrnn.cells.matrix import (
     queries,
     side_by_side,
 )
-from jaxrnn.engines.arrays import accumulator, dot, lifted, select
+from jaxrnn.engines.arrays import accumulator, lifted, select
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 INPUT_GATES = ("exponential", "sigmoid")

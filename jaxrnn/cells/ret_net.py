@@ -12,7 +12,8 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, matrix_step, nothing_more, queries
-from jaxrnn.engines.arrays import dot, lifted
+from jaxrnn.engines.arrays import lifted
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 

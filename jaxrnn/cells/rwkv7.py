@@ -13,7 +13,8 @@ from jax import Array, lax
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, matrix_step, pieces, projected, side_by_side
-from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 SLOWEST = math.exp(-0.5)  # the largest −log a

@@ -13,7 +13,8 @@ from jaxrnn import check
 from jaxrnn.cells.diagonal import Diagonal, DiagonalCell
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import linear_step
-from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 

@@ -13,9 +13,10 @@ from jaxrnn import check
 from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, linear_step
-from jaxrnn.engines.arrays import accumulator, dot, lifted
+from jaxrnn.engines.arrays import accumulator, lifted
 from jaxrnn.engines.elementwise.engine import Sums
 from jaxrnn.engines.elementwise.programs import Unit
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 

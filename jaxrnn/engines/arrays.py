@@ -133,13 +133,6 @@ def cast_like(new: PyTree, old: PyTree, *, owner: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(like, new, old)
 
 
-def dot(x: Array, w: Array) -> Array:
-    """Computes x w over the last axis of `x`, accumulated in at least float32."""
-    if x.shape[-1:] != w.shape[:1]:
-        raise ValueError(f"x: expected (..., {w.shape[0]}) for weights of shape {w.shape}, got {x.shape}")
-    return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
-
-
 def lifted(array: Array, like: Array) -> Array:
     """Adds to `array` the front axes that it lacks beside `like`, which NumPy would add silently.
 

@@ -72,10 +72,11 @@ struct MinLstm : Average {
   Vec falls, rises;  // σ(−u) of the sums of f and i
   JAXRNN_INLINE explicit MinLstm(const Sums<3>& s) {
     const Softplus forget(-s.u[0]), input(-s.u[1]);
-    const Vec odds = input.y - forget.y;
+    const Vec odds = input.y - forget.y, e = decay_of(-absolute(odds));
+    const Vec more = divide(splat(1.0f), 1.0f + e), less = e * more;
     falls = forget.slope, rises = input.slope;
-    f = logistic(odds);
-    i = logistic(-odds);
+    f = odds < 0.0f ? less : more;
+    i = odds < 0.0f ? more : less;
     n = candidate<POSITIVE>(s.u[2]);
   }
   JAXRNN_INLINE Vec back(const Sums<3>& s, Vec h, Vec d, SumsBack<3>& to) const {

@@ -108,7 +108,7 @@ def forward(problem: Problem, *, reverse: bool, save: bool = False) -> Result:
     """The recurrence, and what is kept of it for derivatives."""
     a, b = _coefficients(problem, *_gated(problem))
     flags = Flags(problem.valid, problem.start)
-    if problem.start is not None:
+    if problem.start is not None and problem.fresh is not None:
         b = select(problem.start, b + a * problem.fresh[None], b)
     last, hs = linear_recurrence(a, b, problem.h, flags=flags, reverse=reverse, form=None)
     ys = zero_where_not(problem.valid, _read(problem, hs, *_gated(problem)))
@@ -138,13 +138,13 @@ def backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reve
     d_b, d_h = run((d_last, d_hs))
     first = problem.h[None]
     before = jnp.concatenate([hs[1:], first] if reverse else [first, hs[:-1]])
-    if problem.start is not None:
+    if problem.start is not None and problem.fresh is not None:
         before = select(problem.start, jnp.broadcast_to(problem.fresh[None], before.shape), before)
     d_gated = to_gated((d_b * before, d_b))
     whole = {
         name: None if one is None else one + other for name, one, other in zip(GATED, d_gated, d_read, strict=True)
     }
     d_fresh = None
-    if problem.start is not None:
+    if problem.start is not None and problem.fresh is not None:
         d_fresh = jnp.sum(select(problem.start, a * d_b, jnp.zeros_like(d_b)), axis=0)
     return problem.replace(h=d_h, fresh=d_fresh, **whole, **dict.fromkeys(FLAGS))

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, dot, lifted, varying_like
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated import primitives
 from jaxrnn.engines.loop import in_chunks, time_loop
+from jaxrnn.engines.product import dot
 from jaxrnn.engines.walk import Flags, Walk
 from jaxrnn.typing import DTypeLike, PyTree
 

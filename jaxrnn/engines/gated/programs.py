@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.arrays import dot, lifted, select
+from jaxrnn.engines.arrays import lifted, select
+from jaxrnn.engines.product import dot
 from jaxrnn.typing import PyTree
 
 
