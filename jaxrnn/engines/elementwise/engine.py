@@ -43,9 +43,6 @@ def elementwise_recurrence(
     if math.prod(shape) == 0:
         return h, jnp.zeros(shape, h.dtype)
 
-    def of_steps(array):
-        return None if array is None else array.reshape(length, rows, array.shape[-1])
-
     def of_flags(flag):
         if flag is None:
             return None
@@ -54,10 +51,10 @@ def elementwise_recurrence(
 
     valid, start, begun = map(of_flags, (*flags, begun))
     problem = Problem(
-        u=of_steps(sums.u),
+        u=sums.u.reshape(length, rows, -1),
         h=h.reshape(rows, -1),
         b=None if sums.b is None else sums.b.reshape(1, -1),
-        x=of_steps(sums.x),
+        x=None if sums.x is None else sums.x.reshape(length, rows, -1),
         rate=None if sums.rate is None else sums.rate.reshape(1, -1),
         valid=valid,
         start=start,

@@ -17,9 +17,8 @@ UNITS = ("min_gru", "min_gru signed", "min_lstm", "min_lstm signed", "hgrn", "sr
 
 def _given(problem: Problem) -> list[Array]:
     """The arrays of a problem, without elements where they are absent."""
-    nothing = dict.fromkeys(ARRAYS, jnp.zeros(0, problem.u.dtype)) | dict.fromkeys(FLAGS, jnp.zeros(0, bool))
-    arrays = {name: getattr(problem, name) for name in ARRAYS}
-    return [nothing[name] if each is None else each for name, each in arrays.items()]
+    arrays = [(name, getattr(problem, name)) for name in ARRAYS]
+    return [jnp.zeros(0, bool if name in FLAGS else jnp.float32) if each is None else each for name, each in arrays]
 
 
 def _options(problem: Problem) -> dict[str, np.generic]:
