@@ -2,7 +2,9 @@
 
 import ctypes
 import gc
+import itertools
 import os
+from pathlib import Path
 
 import jax
 import jaxlib
@@ -22,6 +24,8 @@ if _VERSION in _FLAGS:
 
 from members import MEMBERS  # noqa: E402
 
+_tests = itertools.count(1)
+_MOST_MAPS = 30_000  # half of what Linux allows by itself
 _M_PERTURB = -6  # glibc: what malloc gives is filled with bytes 0xfe, which are numbers of −1.7e38
 
 collect_ignore = ["data", "typed.py"]  # which needs what makes the files, and which pyright reads
@@ -33,6 +37,14 @@ def pytest_configure(config):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_PERTURB, 1)
+
+
+def pytest_runtest_teardown():
+    """Every compiled program maps memory, and Linux allows a process so many maps; at its end XLA crashes."""
+    maps = Path("/proc/self/maps")
+    if next(_tests) % 50 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(optionalhook=True)
