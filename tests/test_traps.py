@@ -104,9 +104,9 @@ TRAPS = {
         "test_matrix_cells.py::test_masks_resets_and_directions_are_a_loop_of_steps[False-MLSTM]",
     ),
     "products summed in half precision": (
-        "engines/arrays.py",
-        "return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))",
-        "return jnp.matmul(x, w)",
+        "engines/product.py",
+        "return product_p.bind(*varying_like((x, w)), dtype=accumulator(x.dtype), sharding=None)",
+        "return product_p.bind(*varying_like((x, w)), dtype=x.dtype, sharding=None)",
         "test_time.py::test_half_precision_products_are_summed_in_float32",
     ),
     "a bias that one direction takes from the other": (
