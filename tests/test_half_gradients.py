@@ -27,8 +27,8 @@ FAST = ("lstm_projection_peephole", "own", "embed")
 # They read inputs around 1, with small gains.
 CANCELLING = [PLAIN["s6"], OPTIONS["gru_before_norm"], COMPOSITIONS["everything"]]
 
-# Its y, which nothing bounds, would be so large that its rounding alone moved the loss by more.
-UNBOUNDED = [PLAIN["gla"]]
+# Their y, which nothing bounds, would be so large that its rounding alone moved the gradients by more.
+UNBOUNDED = [PLAIN["gla"], PLAIN["ret_net"], PLAIN["mamba2"]]
 
 
 def draw(cell, dtype):

@@ -73,7 +73,8 @@ class RetNet(MatrixCell[RetNetParams, RetNetCarry]):
         return ret_net_init(key, self.input_size, self.heads, self.key_size, self.value_size, dtype=dtype)
 
     def initial_carry(self, params: RetNetParams, batch_shape: tuple[int, ...] = ()) -> RetNetCarry:
-        return RetNetCarry(self.zeros(params, batch_shape), jnp.zeros(batch_shape) if self.rotary else None)
+        s = self.zeros(params, batch_shape)
+        return RetNetCarry(s, jnp.zeros(batch_shape, s.dtype) if self.rotary else None)
 
     def step(self, params, carry, x, noise=None):
         check.params(self, params)
