@@ -97,16 +97,9 @@ class LinearCell(Cell[Params, Carry]):
         widths = carry.window.shape[-2] + 1 if self.sees_window else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
-        form, unit = None, self.unit
         single = dtype == jnp.float32 and carry.h.dtype == jnp.float32
-        if unit is not None and not (single and kernel_serves(walk, xs.shape[0], owner=self)):
-            unit = None
-        if unit is not None:
-            pass
-        elif self.log_space:
-            form = log_linear_form(walk, self)
-        else:
-            form = linear_form(walk, *dtypes, accumulator(dtypes[1], carry.h.dtype), owner=self)
+        by_kernel = self.unit is not None and single and kernel_serves(walk, xs.shape[0], owner=self)
+        unit, form = (self.unit, None) if by_kernel else (None, self._form(walk, dtypes, carry.h.dtype))
 
         def run(constant, carry, inputs):
             params, fresh = constant
@@ -142,6 +135,11 @@ class LinearCell(Cell[Params, Carry]):
             return _replaced(carry, last.astype(h.dtype), started, window), ys
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
+
+    def _form(self, walk, dtypes, dtype):
+        if self.log_space:
+            return log_linear_form(walk, self)
+        return linear_form(walk, *dtypes, accumulator(dtypes[1], dtype), owner=self)
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
         """Returns zeros (*batch_shape, size), in the dtype of the params."""
