@@ -18,7 +18,7 @@ struct Drawn {
   std::mt19937 rng;
   std::vector<std::vector<float>> held;
   std::vector<std::vector<uint8_t>> flags_held;
-  explicit Drawn(unsigned seed) : rng(seed) { held.reserve(64), flags_held.reserve(2); }
+  explicit Drawn(unsigned seed) : rng(seed) { held.reserve(64), flags_held.reserve(3); }
 
   long draw(long least, long most) { return std::uniform_int_distribution<long>(least, most)(rng); }
   float* array(long size, float mean = 0.0f) {
@@ -230,6 +230,41 @@ struct DiagonalCase : Drawn {
   }
 };
 
+// A linear recurrence of single units with their gates.
+struct ElementwiseCase : Drawn {
+  ElementwiseProblem p{};
+  bool save;
+
+  explicit ElementwiseCase(unsigned seed) : Drawn(seed) {
+    p.unit = static_cast<Unit>(draw(0, UNITS - 1));
+    const long T = p.steps = draw(1, 40), M = p.members = draw(1, 2), R = p.rows = M * draw(1, 2);
+    const long H = p.units = draw(1, 150), S = sums_of(p.unit);
+    p.reverse = draw(0, 1), p.bound = 0.25f, save = draw(0, 3) != 0;
+    p.u = array(T * R * S * H), p.h = array(R * H);
+    if (draw(0, 1)) p.b = array(M * S * H);
+    if (reads_state(p.unit) || p.unit == Unit::kRgLru) p.x = array(T * R * H);
+    if (p.unit == Unit::kRgLru) p.rate = negative(M * H), p.begun = this->flags(T * R);
+    if (draw(0, 1)) p.valid = this->flags(T * R);
+    if (draw(0, 1)) p.start = this->flags(T * R), p.fresh = array(R * H);
+  }
+
+  std::vector<std::vector<float>> run(int threads) const {
+    const long T = p.steps, R = p.rows, H = p.units, S = sums_of(p.unit);
+    Results out(threads);
+    ElementwiseProblem f = p;
+    f.ys = out(T * R * H), f.last = out(R * H), f.hs = out(T * R * H, save && (p.valid || reads_state(p.unit)));
+    elementwise(f, threads);
+    if (!save) return out.found;
+    ElementwiseGradient g{};
+    std::vector<float> d_ys(T * R * H, 0.1f), d_last(R * H, 0.1f);
+    g.d_ys = d_ys.data(), g.d_last = d_last.data();
+    g.d_u = out(T * R * S * H), g.d_h = out(R * H), g.d_b = out(R * S * H, p.b), g.d_x = out(T * R * H, p.x);
+    g.d_rate = out(R * H, p.rate), g.d_fresh = out(R * H, p.fresh);
+    elementwise_backward(f, g, threads);
+    return out.found;
+  }
+};
+
 int main(int count, char** values) {
   const unsigned cases = count > 1 ? std::atoi(values[1]) : 200;
   std::atomic<int> wrong{0};
@@ -248,7 +283,7 @@ int main(int count, char** values) {
         const auto expected = one.run(1);
         for (int threads : {2, 4}) compare(seed, one.run(threads), expected);
       };
-      alike(Case(seed)), alike(MatrixCase(seed)), alike(DiagonalCase(seed));
+      alike(Case(seed)), alike(MatrixCase(seed)), alike(DiagonalCase(seed)), alike(ElementwiseCase(seed));
       const LinearCase other(seed);
       for (int threads : {1, 2, 4}) compare(seed, other.run(threads), other.expected());
     }
