@@ -61,18 +61,20 @@ def _primitive(name: str, dimensions) -> Primitive:
 product_p, gram_p = _primitive("product", _contracted), _primitive("gram", _leading)
 
 
-def _like(aval) -> dict:
-    """The options of a primitive whose result is a cotangent of an array with this type."""
-    explicit = any(axis is not None for axis in aval.sharding.spec) or not aval.sharding.mesh.are_all_axes_auto
-    return {"dtype": aval.dtype, "sharding": aval.sharding if explicit and not aval.sharding.mesh.empty else None}
+def _bound(primitive: Primitive, x: Array, y: Array, aval) -> Array:
+    """The cotangent of an array of type `aval`: in the wider dtype of both factors, then in its own."""
+    explicit = not aval.sharding.mesh.empty and not aval.sharding.mesh.are_all_axes_auto
+    wide = accumulator(x.dtype, y.dtype)
+    factors = varying_like((x.astype(wide), y.astype(wide)))
+    return primitive.bind(*factors, dtype=wide, sharding=aval.sharding if explicit else None).astype(aval.dtype)
 
 
 def _product(x, w, like):
-    return product_p.bind(*varying_like((x, w)), **_like(like.aval))
+    return _bound(product_p, x, w, like.aval)
 
 
 def _gram(x, d, like):
-    return gram_p.bind(*varying_like((x, d)), **_like(like.aval))
+    return _bound(gram_p, x, d, like.aval)
 
 
 # The cotangent d of a product is (..., K); that of a sum over steps and rows is (D, K).
