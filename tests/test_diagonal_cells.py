@@ -36,7 +36,8 @@ def draw(cell, length, batch, flags=False, seed=0):
 
     def moved(x):
         noise = rng.normal(size=x.shape) + (1j * rng.normal(size=x.shape) if np.iscomplexobj(x) else 0)
-        return np.asarray(x) + 0.2 * noise
+        # Of 300 channels, large sums x w_x would be rounded to float32 by more than a gradient may be off.
+        return np.asarray(x) + min(0.2, 10 / cell.input_size) * noise
 
     params = jax.tree.map(moved, params)
     carry = jax.tree.map(moved, layer.initial_carry(params, batch))
@@ -112,8 +113,7 @@ def test_gradients_are_those_of_the_loop(name, reverse):
             static_argnames="implementation",
         )
         wanted = gradient(*arrays, implementation="xla")
-        # Of 300 channels, rounding of x w_x to float32 alone moves some by 2e-4, also by "xla".
-        close(gradient(*single(arrays), implementation="native"), wanted, 4e-4 if name == "s6_groups" else 1e-4)
+        close(gradient(*single(arrays), implementation="native"), wanted, 1e-4)
 
 
 @pytest.mark.full
