@@ -11,7 +11,9 @@ SOURCES = (
     "matrix_binding.cc",
     "diagonal_binding.cc",
     "elementwise_binding.cc",
+    "staged_binding.cc",
     "kernels.cc",
+    "staged.cc",
 )
 folder = Path("jaxrnn/engines/cpu")
 kernels = Extension(

@@ -85,7 +85,7 @@ from jaxrnn.compose.pool import Pool, PoolCarry
 from jaxrnn.compose.repeat import Repeat
 from jaxrnn.compose.stack import Stack
 from jaxrnn.compose.wrap import Backward, EmitCarry, Emitted, LearnedCarry, LearnedCarryParams, Residual
-from jaxrnn.engines.gated.engine import GatedWeights
+from jaxrnn.engines.gated.recurrence import GatedWeights
 from jaxrnn.engines.linear.engine import linear_scan
 from jaxrnn.engines.matrix.engine import matrix_scan
 from jaxrnn.exporting import name_types as _name_types

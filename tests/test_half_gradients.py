@@ -182,7 +182,11 @@ def test_a_gradient_of_weights_is_one_product_after_the_loop():
     # The weights of the recurrent products, of this size, are read there; no sum of their cotangents is.
     for cell, size, read in ((LSTM(5, 7, peephole=True), "7x28", 1), (MGU(5, 7), "7x7", 2), (IndRNN(5, 7), "5x7", 0)):
         params = cell.init(jax.random.key(0))
-        run = jax.jit(jax.grad(lambda p, cell=cell: jaxrnn.scan(cell, p, None, jnp.ones((11, 3, 5)))[1].sum()))
+        run = jax.jit(
+            jax.grad(
+                lambda p, cell=cell: jaxrnn.scan(cell, p, None, jnp.ones((11, 3, 5)), implementation="xla")[1].sum()
+            )
+        )
         text = run.lower(params).as_text()
         loops = [line for line in text.splitlines() if "stablehlo.while" in line]
         assert len(loops) == 2

@@ -29,7 +29,7 @@ def test_a_named_implementation_runs(cell):
     assert "custom_call @jaxrnn_" not in program(cell, "xla")
 
 
-@pytest.mark.parametrize("cell", [ConvLSTM((4,), 2, 3, 3), GRU(2, 3, layer_norm=True)])
+@pytest.mark.parametrize("cell", [ConvLSTM((4,), 2, 3, 3), GRU(2, 3, activation=jnp.sin)])
 def test_what_cannot_run_says_so(cell):
     params = cell.init(jax.random.key(0))
     x = draw_x(cell, 0, 2, dtype=np.float32)

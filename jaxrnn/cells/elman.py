@@ -11,10 +11,11 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.activations import Activation, check_elementwise
-from jaxrnn.cells.gated import GatedCell, clipped, mask_of
+from jaxrnn.cells.gated import GatedCell, clipped, mask_of, rule_of
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.gated.engine import GatedWeights, Kernel, Recurrence, gated_step
+from jaxrnn.engines.gated.engine import Kernel
+from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -89,12 +90,12 @@ class Elman(GatedCell[ElmanParams, ElmanCarry]):
     def weights(self, params: ElmanParams) -> GatedWeights:
         return _weights(params)
 
-    def kernel(self, weights: GatedWeights) -> Kernel | str:
-        if self.activation not in ("tanh", "relu"):
-            return f"no kernel has activation={self.activation!r}"
-        if self.gate_clip is not None:
-            return f"no kernel has gate_clip={self.gate_clip}"
-        return Kernel(f"elman_{self.activation}", weights.w_h)
+    def kernel(self, weights: GatedWeights) -> Kernel | None:
+        own = self.activation in ("tanh", "relu") and self.gate_clip is None
+        return Kernel(f"elman_{self.activation}", weights.w_h) if own else None
+
+    def rule(self):
+        return rule_of("elman", candidate=self.activation, gate_clip=self.gate_clip or 0.0)
 
     def gates(self, params: ElmanParams, carry: ElmanCarry, x: Array, noise: Noise = None) -> ElmanGates:
         """The new state, which is all that this cell computes."""

@@ -11,8 +11,11 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
-from jaxrnn.cells.activations import Activation, elementwise
-from jaxrnn.engines.gated.engine import GatedWeights, Kernel, gated_products, gated_scan, gated_scan_both, gated_step
+from jaxrnn.cells.activations import ACTIVATIONS, Activation, elementwise
+from jaxrnn.engines.gated.engine import Kernel, gated_scan, gated_scan_both
+from jaxrnn.engines.gated.engine import Noise as Acting
+from jaxrnn.engines.gated.recurrence import GatedWeights, gated_products, gated_step
+from jaxrnn.engines.gated.staged import Gate, Given, Rule
 from jaxrnn.typing import Noise, PyTree
 
 
@@ -59,9 +62,17 @@ class GatedCell(Cell[Params, Carry]):
         product w.
         """
 
-    def kernel(self, weights: GatedWeights) -> Kernel | str:
-        """Returns the compiled kernel of this cell, or the reason why there is none."""
+    def kernel(self, weights: GatedWeights) -> Kernel | None:
+        """Returns the compiled kernel that is made for this cell, or None."""
+        return None
+
+    def rule(self) -> Rule | str:
+        """Returns what the kernel with options does for this cell, or the reason why it does not compute it."""
         return f"no kernel computes a {type(self).__name__}"
+
+    def arrange(self, weights: GatedWeights) -> Given:
+        """Returns the arrays that this kernel takes."""
+        return Given(weights.w_x, weights.w_h, weights.b)
 
     def second_input(self, theta: PyTree, carry: PyTree, s: Array, u: Array, v: Array) -> Array:
         """Returns the input of the second product; s is the recurrent part of the carry after its mask."""
@@ -72,16 +83,20 @@ class GatedCell(Cell[Params, Carry]):
         return gated_step(self, self.weights(params), carry, x, mask_of(noise), owner=type(self).__name__)
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
+        return self.scan_acted_on(params, carry, xs, fresh=fresh, noise=Acting(mask_of(noise)), walk=walk)
+
+    def scan_acted_on(self, params, carry, xs, *, fresh, noise: Acting, walk):
+        """Runs `scan` where noise also acts on the carry."""
         check.params(self, params)
-        return gated_scan(self, self.weights(params), carry, xs, fresh=fresh, mask=mask_of(noise), walk=walk)
+        return gated_scan(self, self.weights(params), carry, xs, fresh=fresh, noise=noise, walk=walk)
 
     def scan_both(self, params, carry, xs, *, fresh, noise, walk):
         if type(self).scan is not GatedCell.scan:  # a subclass walks in a way of its own
             return super().scan_both(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         for each in params:
             check.params(self, each)
-        weights, masks = [self.weights(each) for each in params], [mask_of(each) for each in noise]
-        return gated_scan_both(self, weights, carry, xs, fresh=fresh, mask=masks, walk=walk)
+        weights, acting = [self.weights(each) for each in params], [Acting(mask_of(each)) for each in noise]
+        return gated_scan_both(self, weights, carry, xs, fresh=fresh, noise=acting, walk=walk)
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
         """Returns zeros (*batch_shape, size) for a part of the initial carry, in the dtype of the params."""
@@ -94,15 +109,36 @@ class GatedCell(Cell[Params, Carry]):
         return gated_products(self, self.weights(params), carry, x, mask_of(noise))
 
 
-def options(cell: Cell) -> str:
-    """Lists the fields of a cell, except its sizes, that differ from their defaults: the reason why no kernel computes
-    it.
+def plain(cell: Cell) -> bool:
+    """Whether all fields of a cell, except its sizes, have their defaults."""
+    fields = [field for field in dataclasses.fields(cell) if field.default is not dataclasses.MISSING]
+    return all(getattr(cell, field.name) == field.default for field in fields)
+
+
+def rule_of(family: str, **options) -> Rule | str:
+    """Returns the rule of a family, with activations where `options` name its fields, or the reason why there is
+    none.
     """
-    return ", ".join(
-        f"{field.name}={getattr(cell, field.name)!r}"
-        for field in dataclasses.fields(cell)
-        if field.default is not dataclasses.MISSING and getattr(cell, field.name) != field.default
-    )
+    for part in ("gate", "candidate", "output"):
+        if part not in options:
+            continue
+        spec = options[part]
+        if callable(spec):
+            return f"no kernel has the activation {spec!r}"
+        name, *given = spec if isinstance(spec, tuple) else (spec,)
+        numbers = (*given, *ACTIVATIONS[name][1][len(given) :])
+        options[part] = Gate(list(ACTIVATIONS).index(name), *map(float, numbers))
+    return Rule(family, **options)
+
+
+def stacked(size: int, *rows: Array | None) -> Array:
+    """Returns vectors of `size` numbers below each other, from arrays that hold some of them."""
+    return jnp.concatenate([row.reshape(-1, size) for row in rows if row is not None])
+
+
+def centred(w: Array) -> Array:
+    """Returns the weight whose products are those of w without their mean."""
+    return w - w.mean(1, keepdims=True)
 
 
 def mask_of(noise: Noise) -> Array | None:

@@ -12,10 +12,12 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.activations import Activation, check_elementwise
-from jaxrnn.cells.gated import GatedCell, clipped, mask_of, normalize, options
+from jaxrnn.cells.gated import GatedCell, centred, clipped, mask_of, normalize, plain, rule_of, stacked
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
-from jaxrnn.engines.gated.engine import GatedWeights, Kernel, Recurrence, gated_step
+from jaxrnn.engines.gated.engine import Kernel
+from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.staged import Given
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -144,14 +146,31 @@ class GRU(GatedCell[GRUParams, GRUCarry]):
     def weights(self, params: GRUParams) -> GatedWeights:
         return _weights(params, self.reset_after)
 
-    def kernel(self, weights: GatedWeights) -> Kernel | str:
-        changed = options(dataclasses.replace(self, reset_after=True))
-        if changed:
-            return f"no kernel has {changed}"
+    def kernel(self, weights: GatedWeights) -> Kernel | None:
+        if not plain(dataclasses.replace(self, reset_after=True)):
+            return None
         if self.reset_after:
             return Kernel("gru", weights.w_h, weights.theta.b_hn)
         assert weights.w_2 is not None
         return Kernel("gru_before", jnp.concatenate([weights.w_h, weights.w_2], axis=1))
+
+    def rule(self):
+        return rule_of(
+            "gru" if self.reset_after else "gru before",
+            gate=self.gate_activation,
+            candidate=self.activation,
+            gate_clip=self.gate_clip or 0.0,
+            norm=self.layer_norm,
+        )
+
+    def arrange(self, weights: GatedWeights) -> Given:
+        size, (b, b_hn, norm), w_x = self.hidden_size, weights.theta, weights.w_x
+        products = [weights.w_h] if weights.w_2 is None else [weights.w_h, weights.w_2]
+        own = (jnp.zeros(size, w_x.dtype) if b_hn is None else b_hn)[None] if self.reset_after else None
+        if norm is None:
+            return Given(w_x, jnp.concatenate(products, 1), weights.b, None, own)
+        theta = stacked(size, own, norm.x, norm.h, jnp.zeros_like(norm.x) if b is None else b)
+        return Given(centred(w_x), jnp.concatenate([centred(each) for each in products], 1), theta=theta)
 
     def gates(self, params: GRUParams, carry: GRUCarry, x: Array, noise: Noise = None) -> GRUGates:
         """The activated gates of one step."""

@@ -11,10 +11,11 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
-from jaxrnn.cells.gated import GatedCell, mask_of
+from jaxrnn.cells.gated import GatedCell, mask_of, rule_of
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.engines.arrays import accumulator
-from jaxrnn.engines.gated.engine import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.staged import Given
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -86,6 +87,12 @@ class IndRNN(GatedCell[IndRNNParams, IndRNNCarry]):
 
     def weights(self, params: IndRNNParams) -> GatedWeights:
         return _weights(params)
+
+    def rule(self):
+        return rule_of("indrnn", candidate=self.activation)
+
+    def arrange(self, weights: GatedWeights) -> Given:
+        return Given(weights.w_x, None, weights.b, theta=weights.w_h[None])
 
     def gates(self, params: IndRNNParams, carry: IndRNNCarry, x: Array, noise: Noise = None) -> IndRNNGates:
         """The new state, which is all that this cell computes."""

@@ -12,10 +12,12 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
-from jaxrnn.cells.gated import GatedCell, clip, clipped, mask_of, normalize, options
+from jaxrnn.cells.gated import GatedCell, centred, clip, clipped, mask_of, normalize, plain, rule_of, stacked
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
-from jaxrnn.engines.gated.engine import GatedWeights, Kernel, Recurrence, gated_step
+from jaxrnn.engines.gated.engine import Kernel
+from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.staged import Given
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -175,9 +177,30 @@ class LSTM(GatedCell[LSTMParams, LSTMCarry]):
     def weights(self, params: LSTMParams) -> GatedWeights:
         return _weights(params)
 
-    def kernel(self, weights: GatedWeights) -> Kernel | str:
-        changed = options(self)
-        return f"no kernel has {changed}" if changed else Kernel("lstm", weights.w_h)
+    def kernel(self, weights: GatedWeights) -> Kernel | None:
+        return Kernel("lstm", weights.w_h) if plain(self) else None
+
+    def rule(self):
+        return rule_of(
+            "lstm coupled" if self.coupled else "lstm",
+            gate=self.gate_activation,
+            candidate=self.activation,
+            output=self.output_activation,
+            gate_clip=self.gate_clip or 0.0,
+            cell_clip=self.cell_clip or 0.0,
+            input=self.coupled == "input",
+            norm=self.layer_norm,
+            projected=self.projection_size is not None,
+        )
+
+    def arrange(self, weights: GatedWeights) -> Given:
+        size, (b, peephole, norm) = self.hidden_size, weights.theta
+        own = jnp.zeros((2 if self.coupled else 3, size), weights.w_x.dtype) if peephole is None else peephole
+        if norm is None:
+            return Given(weights.w_x, weights.w_h, weights.b, weights.w_2, own)
+        b = jnp.zeros_like(norm.x) if b is None else b
+        theta = stacked(size, own, norm.x, norm.h, b, norm.c, norm.b_c)
+        return Given(centred(weights.w_x), centred(weights.w_h), None, weights.w_2, theta)
 
     def gates(self, params: LSTMParams, carry: LSTMCarry, x: Array, noise: Noise = None) -> LSTMGates:
         """The activated gates of one step."""

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.gated import GatedCell, mask_of
+from jaxrnn.cells.gated import GatedCell, mask_of, rule_of
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
-from jaxrnn.engines.gated.engine import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.staged import Given
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -82,6 +83,13 @@ class MGU(GatedCell[MGUParams, MGUCarry]):
 
     def weights(self, params: MGUParams) -> GatedWeights:
         return _weights(params)
+
+    def rule(self):
+        return rule_of("mgu", gate="sigmoid", candidate="tanh")
+
+    def arrange(self, weights: GatedWeights) -> Given:
+        assert weights.w_2 is not None
+        return Given(weights.w_x, jnp.concatenate([weights.w_h, weights.w_2], axis=1), weights.b)
 
     def gates(self, params: MGUParams, carry: MGUCarry, x: Array, noise: Noise = None) -> MGUGates:
         """The activated gates of one step."""

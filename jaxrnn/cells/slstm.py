@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.gated import GatedCell, mask_of
+from jaxrnn.cells.gated import GatedCell, mask_of, rule_of
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.engines.gated.engine import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
+from jaxrnn.engines.gated.staged import Given
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -101,6 +102,15 @@ class SLSTM(GatedCell[SLSTMParams, SLSTMCarry]):
 
     def weights(self, params: SLSTMParams) -> GatedWeights:
         return _weights(params)
+
+    def rule(self):
+        return rule_of("slstm", heads=self.heads)
+
+    def arrange(self, weights: GatedWeights) -> Given:
+        heads, size, _ = weights.w_h.shape
+        own = weights.w_h.reshape(heads, size, 4, 1, size)
+        whole = jnp.where(jnp.eye(heads, dtype=bool)[:, None, None, :, None], own, jnp.zeros_like(own))
+        return Given(weights.w_x, whole.reshape(heads * size, -1), weights.b)
 
     def gates(self, params: SLSTMParams, carry: SLSTMCarry, x: Array, noise: Noise = None) -> SLSTMGates:
         """The gates of one step."""

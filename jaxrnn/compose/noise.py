@@ -9,8 +9,11 @@ import jax.numpy as jnp
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Params, take_step
+from jaxrnn.cells.gated import GatedCell
 from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import inexact
+from jaxrnn.engines.gated.engine import Noise as Acting
+from jaxrnn.engines.gated.recurrence import zoned
 from jaxrnn.typing import Noise, PyTree
 
 
@@ -209,16 +212,16 @@ class Zoneout(Wrapper[Params, Carry]):
     def step(self, params, carry, x, noise=None):
         inner = None if noise is None else (noise[0], noise[1].cell)
         new, y = take_step(self.cell, params, carry, x, inner)
-        old_leaves, rates, structure = self._rates(carry)
-        stay = [None] * len(rates) if noise is None else noise[1].stay
-
-        def zone(old, new, rate, stay):
-            if rate is None:
-                return new
-            return jnp.where(stay, old, new) if stay is not None else rate * old + (1 - rate) * new
-
-        new = jax.tree.unflatten(structure, map(zone, old_leaves, jax.tree.leaves(new), rates, stay))
+        new = zoned(carry, new, self._rates(carry)[1], None if noise is None else noise[1].stay)
         return new, y if self.recurrent_state is None else getattr(new, self.recurrent_state).astype(y.dtype)
+
+    def scan(self, params, carry, xs, *, fresh, noise, walk):
+        inner = self.cell.cell if isinstance(self.cell, RecurrentDropout) else self.cell
+        if not isinstance(inner, GatedCell) or type(inner).scan is not GatedCell.scan:
+            return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
+        rates = tuple(0.0 if rate is None else float(rate) for rate in self._rates(carry)[1])
+        acting = Acting(rates=rates) if noise is None else Acting(noise[0], rates, noise[1].stay)
+        return inner.scan_acted_on(params, carry, xs, fresh=fresh, noise=acting, walk=walk)
 
 
 def _joint(carry: PyTree) -> list[bool]:

@@ -24,18 +24,6 @@ JAXRNN_INLINE Vec power_of_two(Vec x) {
   return (Vec)((Int)p + ((Int)shifted << 23));
 }
 
-// log(1 + e^x) and its derivative, with log(1 + e) = 2 artanh(e / (2 + e)) for e = e^−|x|. Relative error 2e-7.
-struct Softplus {
-  Vec y, slope;
-  JAXRNN_INLINE explicit Softplus(Vec x) {
-    const Vec e = decay_of(-absolute(x)), z = divide(e, e + 2.0f), square = z * z;
-    Vec sum = splat(1.0f / 13);
-    for (int odd = 11; odd > 0; odd -= 2) sum = sum * square + 1.0f / static_cast<float>(odd);
-    y = (x < 0.0f ? Vec{} : x) + 2.0f * z * sum;
-    slope = divide(x < 0.0f ? e : splat(1.0f), e + 1.0f);
-  }
-};
-
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 // Some channels of one row.

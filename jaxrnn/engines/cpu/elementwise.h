@@ -10,15 +10,6 @@
 // where u are sums, to which a bias is added here, and g(v) = v + 1/2 for v ≥ 0, else σ(v). A lane is a unit, and some
 // lanes walk over time: they read their sums once, and the backward pass computes the gates again.
 
-JAXRNN_INLINE Vec root(Vec x) {
-#if JAXRNN_WIDTH == 64
-  return _mm512_sqrt_ps(x);
-#else
-  for (long l = 0; l < LANES; ++l) x[l] = __builtin_sqrtf(x[l]);
-  return x;
-#endif
-}
-
 // What a step reads of LANES units: sums, x, and the c of the RG-LRU; whether the sequence has begun, and γ.
 template <long SUMS>
 struct Sums {

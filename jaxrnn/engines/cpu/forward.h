@@ -1,13 +1,6 @@
 // The recurrence over time. Threads divide the rows, and then never wait for each other; or, where rows are few or the
 // weights many, the units, and wait once a step.
 
-// Steps whose input products are computed at once: enough rows for the weights to pay, few enough to stay in the cache.
-inline long steps_at_once(const Sizes& n, long rows, long floats, long wanted) {
-  const long fit = floats == 0 ? n.steps : (1 << 16) / floats, least = (wanted + rows - 1) / rows;
-  const long steps = fit / rows > least ? fit / rows : least;
-  return steps < 1 ? 1 : steps < n.steps ? steps : n.steps;
-}
-
 template <Kind K>
 class ForwardRun : Cell<K> {
  public:

@@ -1,14 +1,10 @@
 // The kernels once for each instruction set, and the choice among them when the program runs.
 
-#if defined(__x86_64__) && !defined(__clang__)  // which has no target for a part of a file
-#define JAXRNN_CHOICE
-#include <immintrin.h>
-#endif
+#include "instructions.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
@@ -19,11 +15,6 @@
 #include "memory.h"
 #include "problem.h"
 #include "threads.h"
-
-// A call of a function of vectors would cost more than the function.
-#define JAXRNN_INLINE inline __attribute__((always_inline))
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross the boundary of this file
 
 namespace jaxrnn {
 
@@ -129,14 +120,9 @@ static const Kernels& kernels() {
     baseline::enter_steps(kernels.step);
     baseline::enter_steps(kernels.small_step);
 #if defined(JAXRNN_CHOICE)
-    const char* limit = std::getenv("JAXRNN_INSTRUCTIONS");
-    auto may = [&](const char* name) { return limit == nullptr || !std::strcmp(limit, name); };
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    const bool use_avx512 = may("avx512") && has_avx512;
-    if (use_avx512 || (may("avx2") && has_avx2)) {
-      kernels = use_avx512 ? avx512::table("avx512") : avx2::table("avx2");
+    const Instructions best = best_instructions();
+    if (best != Instructions::kBaseline) {
+      kernels = best == Instructions::kAvx512 ? avx512::table("avx512") : avx2::table("avx2");
       avx2::enter_steps(kernels.step);
       fma::enter_steps(kernels.small_step);
     }

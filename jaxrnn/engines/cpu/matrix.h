@@ -9,13 +9,6 @@
 enum class Decay { kNone, kScalar, kRow };
 enum class Update { kAdd, kDelta, kLowRank };
 
-// exp(x) for x ≤ 0; 0 where float32 has no normal number for it.
-JAXRNN_INLINE Vec decay_of(Vec x) {
-  Exponential power(x < -87.0f ? splat(-87.0f) : x);
-  Vec y = (power.p + 1.0f) * Exponential::power(power.whole());
-  return x < -87.0f ? Vec{} : y;
-}
-
 // Lanes of x and y, whose numbers go on from those of x: PLACE::of(l) is what lane l takes.
 template <class PLACE, size_t... l>
 JAXRNN_INLINE Vec pick(Vec x, Vec y, std::index_sequence<l...>) {

@@ -42,6 +42,82 @@ struct Backward : Inputs {
   float *d_xs, *d_w_x, *d_w_h, *d_h, *d_c, *d_fresh_h, *d_fresh_c, *d_b, *d_b_hn;
 };
 
+// An activation by its number, and its α and β.
+constexpr int64_t ACTIVATIONS = 28;
+struct Choice {
+  int64_t code;
+  float alpha, beta;
+};
+
+// A family of gated cells with options. Those with a coupled gate have one gate less than an LSTM.
+enum class Family : int64_t {
+  kElman = 0, kIndRnn = 1, kLstm = 2, kCoupledLstm = 3, kGru = 4, kGruBefore = 5, kMgu = 6, kSlstm = 7
+};
+constexpr int FAMILIES = 8;
+constexpr int MOST_STATES = 4;
+
+// What the gates of such a cell do. φ acts on gates, ψ on the candidate, χ on c'.
+struct Rule {
+  Family family;
+  Choice gate, candidate, output;
+  float gate_clip, cell_clip;  // infinite without one
+  bool input;                  // of coupled gates: whether the gate that is there is i
+  bool norm, projected;        // layer normalisation; a product between what the gates give and h
+  bool zoned;                  // whether entries of the carry may stay
+  float stay[MOST_STATES];     // with this expectation, if no flags tell which ones
+  long heads;                  // of a block-diagonal recurrent product
+
+  long gates() const {
+    switch (family) {
+      case Family::kElman: case Family::kIndRnn: return 1;
+      case Family::kMgu: return 2;
+      case Family::kCoupledLstm: case Family::kGru: case Family::kGruBefore: return 3;
+      default: return 4;
+    }
+  }
+  bool lstm() const { return family == Family::kLstm || family == Family::kCoupledLstm; }
+  bool reset_before() const { return family == Family::kGruBefore || family == Family::kMgu; }
+  long states() const { return family == Family::kSlstm ? 4 : lstm() ? 2 : 1; }  // of which h is one
+  // Columns of the product with h, in multiples of H, and sums that the gates read.
+  long first() const { return family == Family::kIndRnn ? 0 : gates() - reset_before(); }
+  long sums() const { return gates() + (family == Family::kGru); }
+  // Vectors of H numbers that the gates read: their own; with a norm also gains for x and h, biases, and gain and bias of
+  // the norm of c'.
+  long own_theta() const {
+    return family == Family::kIndRnn || family == Family::kGru ? 1 : lstm() ? gates() - 1 : 0;
+  }
+  long theta() const { return own_theta() + (norm ? 3 * gates() + (lstm() ? 2 : 0) : 0); }
+  // Numbers that are kept of a step: the sums; or, with a norm, the normalised products with x and h, and STATS more.
+  static constexpr long STATS = 4;
+  long kept(long units) const { return norm ? 2 * gates() * units + STATS : sums() * units; }
+};
+
+// A gated recurrence with options. h has S units; there are E more states, side by side in `rest`.
+struct StagedInputs {
+  Rule rule;
+  Sizes n;
+  long outputs;                                // S
+  const float *xs, *w_x, *w_h, *w_2, *theta;   // (T, B, D), (D, G), (S, F), (H, H or S), (K, H)
+  const float *h, *rest, *fresh_h, *fresh_rest;  // (B, S), (B, E H)
+  const uint8_t *valid, *start;                // (T, B)
+  const float* mask;                           // (B, S), which multiplies h where products read it
+  const uint8_t *stay_h, *stay_rest;           // (T, B, S), (T, B, E H)
+  long extra() const { return rule.states() - 1; }
+};
+
+struct StagedForward : StagedInputs {
+  const float* b;               // (G,)
+  float *ys, *last_h, *last_rest;  // (T, B, S), (B, S), (B, E H)
+  float *kept, *rests;             // (T, B, kept), (T, B, E H)
+};
+
+struct StagedBackward : StagedInputs {
+  const float *ys, *kept, *rests;
+  const float *d_ys, *d_last_h, *d_last_rest;
+  bool weights;  // whether their cotangents are asked for
+  float *d_xs, *d_w_x, *d_w_h, *d_w_2, *d_theta, *d_h, *d_rest, *d_fresh_h, *d_fresh_rest, *d_b;
+};
+
 // A linear recurrence over T steps of R columns.
 struct LinearProblem {
   long steps, columns;
@@ -143,6 +219,8 @@ void diagonal(const DiagonalProblem& p, int threads);
 void diagonal_backward(const DiagonalProblem& p, const DiagonalGradient& g, int threads);
 void elementwise(const ElementwiseProblem& p, int threads);
 void elementwise_backward(const ElementwiseProblem& p, const ElementwiseGradient& g, int threads);
+void staged(const StagedForward& p, int threads);
+void staged_backward(const StagedBackward& p, int threads);
 const char* instructions();
 
 }  // namespace jaxrnn

@@ -89,3 +89,31 @@ JAXRNN_INLINE Vec tangent(Vec x) {
   Vec e = scale * power.p + (scale - 1.0f);
   return with_sign_of(divide(e, e + 2.0f), x);
 }
+
+// exp(x) for x ≤ 0; 0 where float32 has no normal number for it.
+JAXRNN_INLINE Vec decay_of(Vec x) {
+  Exponential power(x < -87.0f ? splat(-87.0f) : x);
+  Vec y = (power.p + 1.0f) * Exponential::power(power.whole());
+  return x < -87.0f ? Vec{} : y;
+}
+
+// log(1 + e^x) and its derivative, with log(1 + e) = 2 artanh(e / (2 + e)) for e = e^−|x|. Relative error 2e-7.
+struct Softplus {
+  Vec y, slope;
+  JAXRNN_INLINE explicit Softplus(Vec x) {
+    const Vec e = decay_of(-absolute(x)), z = divide(e, e + 2.0f), square = z * z;
+    Vec sum = splat(1.0f / 13);
+    for (int odd = 11; odd > 0; odd -= 2) sum = sum * square + 1.0f / static_cast<float>(odd);
+    y = (x < 0.0f ? Vec{} : x) + 2.0f * z * sum;
+    slope = divide(x < 0.0f ? e : splat(1.0f), e + 1.0f);
+  }
+};
+
+JAXRNN_INLINE Vec root(Vec x) {
+#if JAXRNN_WIDTH == 64
+  return _mm512_sqrt_ps(x);
+#else
+  for (long l = 0; l < LANES; ++l) x[l] = __builtin_sqrtf(x[l]);
+  return x;
+#endif
+}

@@ -23,6 +23,13 @@ inline Team team(const Sizes& n, long weights, long blocks, int threads) {
   return n.rows >= threads ? Team{threads, true} : Team{1, true};
 }
 
+// Steps whose input products are computed at once: enough rows for the weights to pay, few enough to stay in the cache.
+inline long steps_at_once(const Sizes& n, long rows, long floats, long wanted) {
+  const long fit = floats == 0 ? n.steps : (1 << 16) / floats, least = (wanted + rows - 1) / rows;
+  const long steps = fit / rows > least ? fit / rows : least;
+  return steps < 1 ? 1 : steps < n.steps ? steps : n.steps;
+}
+
 // One thread of those that run a call.
 struct Worker {
   int number, count;

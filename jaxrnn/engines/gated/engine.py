@@ -1,29 +1,20 @@
-"""The engine of gated recurrences: one product that reads the carry, then elementwise gates.
-
-u = x w_x + b
-v = (m s) w_h             s the recurrent part of the carry, m a noise mask
-w = second_input(θ, carry, m s, u, v) w_2      where a step has a second product
-carry', y = update(θ, carry, u, v, w)
-"""
+"""The engine of gated recurrences: one product that reads the carry, then elementwise gates; see `recurrence`."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, varying_like
+from jaxrnn.engines.arrays import cast
 from jaxrnn.engines.cpu import library
-from jaxrnn.engines.gated import primitives
-from jaxrnn.engines.loop import in_chunks, time_loop
-from jaxrnn.engines.product import dot
-from jaxrnn.engines.walk import Flags, Walk
-from jaxrnn.typing import DTypeLike, PyTree
+from jaxrnn.engines.gated import primitives, staged
+from jaxrnn.engines.gated.recurrence import GatedRecurrence, GatedWeights, How, dtypes, gated_recurrence
+from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.walk import Walk
+from jaxrnn.typing import PyTree
 
 REFUSALS = {
     "associative": "the recurrence is not linear",
@@ -31,155 +22,57 @@ REFUSALS = {
 }
 
 
-class GatedWeights(NamedTuple):
-    """The arrays of one step, with G columns for all gates that the products feed.
-
-    w_x (D, G): input weights; b (G,): bias, or None; w_h: recurrent weights, dense (S, G), block-diagonal (N, S/N, G/N)
-    or diagonal (S,); w_2 (S2, G2): weights of the second product, or None without one; theta: the learned vectors that
-    `update` and `second_input` read.
-    """
-
-    w_x: Array
-    b: Array | None
-    w_h: Array
-    w_2: Array | None = None
-    theta: PyTree = ()
-
-
 class Kernel(NamedTuple):
-    """The compiled kernel that computes a cell, and the arrays that it takes: w_h (H, G), b_hn (H,) or None."""
+    """The compiled kernel that computes a cell without options, and the arrays that it takes: w_h (H, G), b_hn (H,) or
+    None.
+    """
 
     kind: str
     w_h: Array
     b_hn: Array | None = None
 
 
-class GatedRecurrence(Protocol):
-    """The interface that the engine needs of a cell. `recurrent_state` names the carry's field that the product reads.
+class GatedCell(GatedRecurrence, Protocol):
+    """The interface that the engine needs of a cell.
 
-    `kernel` returns the compiled kernel that computes the same, or the reason why none does.
+    `kernel` returns the compiled kernel that is made for this cell, or None. `rule` returns what the kernel with
+    options does for it, or the reason why it does not compute it, and `arrange` the arrays that it takes, a linear
+    function of the weights.
     """
 
-    recurrent_state: str
+    def kernel(self, weights: GatedWeights) -> Kernel | None: ...
 
-    def kernel(self, weights: GatedWeights) -> Kernel | str: ...
+    def rule(self) -> staged.Rule | str: ...
 
-    def update(self, theta: PyTree, carry: PyTree, u: Array, v: Array, w: Array | None) -> tuple[PyTree, Array]: ...
-
-    def second_input(self, theta: PyTree, carry: PyTree, s: Array, u: Array, v: Array) -> Array: ...
+    def arrange(self, weights: GatedWeights) -> staged.Given: ...
 
 
-def recurrent_product(s: Array, w_h: Array) -> Array:
-    """Computes s w_h, for a dense, block-diagonal or diagonal w_h."""
-    wide = accumulator(s.dtype)
-    if w_h.ndim == 1:
-        return s.astype(wide) * lifted(w_h.astype(wide), s)
-    if w_h.ndim == 2:
-        return dot(s, w_h)
-    blocks, rows, columns = w_h.shape
-    s = s.reshape(*s.shape[:-1], blocks, rows)
-    v = jnp.einsum("...ni,nij->...nj", s, w_h, preferred_element_type=wide)
-    return v.reshape(*v.shape[:-2], blocks * columns)
+class Noise(NamedTuple):
+    """What acts on the carry of a sequence.
 
-
-def _input_product(weights: GatedWeights, x, dtype, wide):
-    """Computes u in the wide dtype, for one step or many."""
-    u = dot(x.astype(dtype), weights.w_x).astype(wide)
-    return u if weights.b is None else u + lifted(weights.b.astype(wide), u)
-
-
-class Added(NamedTuple):
-    """The arrays that are added to u, v and w of every step: zeros, whose cotangents are those of the products."""
-
-    u: Array
-    v: Array
-    w: Array  # without columns where there is no second product
-
-
-@jax.custom_jvp
-def _moved(x: Array, added: Array) -> Array:
-    """Returns x + added. Since `added` is zero, only its tangent is added, so that it is not read before it has a
-    tangent.
+    mask: The mask (*batch, S) that multiplies the recurrent part of the carry where the product reads it, or None.
+    rates: For every leaf of the carry the part of it that stays in expectation, or None. stay: For every leaf which
+    entries stay at a step, bool (T, *batch, ...), or None where the expectation does.
     """
-    return x
 
+    mask: Array | None = None
+    rates: tuple[float, ...] | None = None
+    stay: PyTree = None
 
-@_moved.defjvp
-def _moved_jvp(primals, tangents):
-    return _moved(*primals), tangents[0] + tangents[1]
-
-
-class Read(NamedTuple):
-    """The inputs of the two products on the carry at a step, in the dtype of the products."""
-
-    s: Array
-    mid: Array | None
-
-
-def _products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: Added | None = None):
-    """Returns the arguments of `update`, in the wide dtype, and the inputs of the products; `weights` have `dtype`."""
-    carry, theta = cast(carry, wide), cast(weights.theta, wide)
-    s = getattr(carry, cell.recurrent_state)
-    if mask is not None:
-        s = s * mask.astype(wide)
-    narrow = s.astype(dtype)
-    v = recurrent_product(narrow, weights.w_h).astype(wide)
-    if added is not None:
-        u, v = _moved(u, added.u), _moved(v, added.v)
-    if weights.w_2 is None:
-        return (theta, carry, u, v, None), Read(narrow, None)
-    mid = cell.second_input(theta, carry, s, u, v).astype(dtype)
-    w = dot(mid, weights.w_2).astype(wide)
-    return (theta, carry, u, v, w if added is None else _moved(w, added.w)), Read(narrow, mid)
-
-
-def _dtypes(weights, carry, x):
-    dtype = compute_dtype(x, weights)
-    return dtype, accumulator(dtype, *(leaf.dtype for leaf in carry))
-
-
-class Recurrence(NamedTuple):
-    """The functions that follow the products of a step: a `GatedRecurrence` without a kernel."""
-
-    update: Callable[..., tuple[PyTree, Array]]
-    second_input: Callable[..., Array] | None = None
-    recurrent_state: str = "h"
-
-
-def gated_products(
-    recurrence: GatedRecurrence | Recurrence, weights: GatedWeights, carry: PyTree, x: Array, mask: Array | None = None
-):
-    """Returns the arguments of `update` at one step, (θ, carry, u, v, w), in the dtype that gates compute in."""
-    dtype, wide = _dtypes(weights, carry, x)
-    weights = cast(weights, dtype)
-    return _products(recurrence, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
-
-
-def gated_step(
-    recurrence: GatedRecurrence | Recurrence,
-    weights: GatedWeights,
-    carry: PyTree,
-    x: Array,
-    mask: Array | None = None,
-    *,
-    owner: str,
-) -> tuple[PyTree, Array]:
-    """Runs one step of the recurrence: (carry', y), the carry in its own dtypes and y in the dtype of the computation.
-
-    `owner` is its name in messages.
-    """
-    new, y = recurrence.update(*gated_products(recurrence, weights, carry, x, mask))
-    return cast_like(new, carry, owner=owner), y.astype(compute_dtype(x, weights))
+    @property
+    def silent(self) -> bool:
+        """Whether nothing acts."""
+        return self.mask is None and self.rates is None
 
 
 def gated_scan(
-    cell: GatedRecurrence,
+    cell: GatedCell,
     weights: GatedWeights,
     carry: PyTree,
     xs: Array,
     *,
     fresh: PyTree,
-    mask: Array | None,
+    noise: Noise,
     walk: Walk,
 ) -> tuple[PyTree, Array]:
     """Runs the recurrence over the first axis of `xs`: (final carry, ys).
@@ -190,173 +83,50 @@ def gated_scan(
       carry: The carry before the first step, with leaves (*batch, ...).
       xs: The inputs, (T, *batch, D), zero at invalid steps.
       fresh: The carry that a reset starts from.
-      mask: The mask (*batch, S) that multiplies the recurrent part of the carry where the product reads it, or None.
+      noise: What acts on the carry.
       walk: The way the sequence is processed.
     """
-    dtype, wide = _dtypes(weights, carry, xs)
+    dtype, wide = dtypes(weights, carry, xs)
     weights, xs = cast(weights, dtype), xs.astype(dtype)
-    kernel = _kernel(cell, [weights], [carry], xs, [mask], walk)
+    kernel = _kernel(cell, [weights], [carry], xs, [noise], walk)
     if kernel is not None:
         (result,) = kernel([carry], xs, [fresh], [walk.reverse])
         return result
 
-    how = _How(cell, dtype, wide, walk.reverse, walk.platform)
+    how = How(cell, dtype, wide, walk.reverse, walk.platform, noise.rates)
 
     def scan(constant, carry, inputs):
         weights, fresh, mask = constant
-        return _recurrence(how, weights, carry, fresh, mask, *inputs)
+        return gated_recurrence(how, weights, carry, fresh, mask, *inputs)
 
-    return in_chunks(scan, (weights, fresh, mask), carry, (xs, walk.flags), walk)
-
-
-class _How(NamedTuple):
-    """The arguments of the time loop that are not arrays."""
-
-    cell: GatedRecurrence
-    dtype: DTypeLike
-    wide: Any
-    reverse: bool
-    platform: str | None
+    return in_chunks(scan, (weights, fresh, noise.mask), carry, (xs, noise.stay, walk.flags), walk)
 
 
-def _loop(how: _How, weights, carry, fresh, mask, xs, flags: Flags, added: Added | None = None):
-    """Runs the time loop: (carry, (ys, the inputs of the products)); with `added`, θ has the axes of a row in front."""
-    cell, dtype, wide, reverse, platform = how
-
-    def prepare(constant, inputs):
-        weights, _ = constant
-        x, added = inputs
-        return _input_product(weights, x, dtype, wide), added
-
-    def step(constant, carry, inputs):
-        weights, mask = constant
-        u, added = inputs
-        each = cell if added is None else _ByRow(cell, xs.ndim - 2)
-        reads, read = _products(each, weights, carry, u, mask, dtype, wide, added)
-        new, y = each.update(*reads)
-        return cast_like(new, carry, owner=type(cell).__name__), (y.astype(dtype), None if added is None else read)
-
-    return time_loop(
-        step,
-        (weights, mask),
-        carry,
-        (xs, added),
-        fresh=fresh,
-        flags=flags,
-        reverse=reverse,
-        platform=platform,
-        prepare=prepare,
-    )
-
-
-class _ByRow:
-    """A cell whose θ has the axes of a row in front, like all other arguments of its `update` and `second_input`."""
-
-    def __init__(self, cell: GatedRecurrence, ndim: int):
-        self.recurrent_state = cell.recurrent_state
-        self.update, self.second_input = cell.update, cell.second_input
-        for _ in range(ndim):
-            self.update, self.second_input = jax.vmap(self.update), jax.vmap(self.second_input)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _recurrence(how: _How, weights, carry, fresh, mask, xs, flags):
-    """The time loop, differentiated so that every gradient of a weight is one product over all steps, after the loop.
-
-    The tangents of u, v and w of a step come from x, from the carry, and from the arrays added to them. So the products
-    with tangents of weights are computed for all steps at once, before the loop of tangents, and added there. The
-    transpose multiplies all cotangents after its loop, summed in at least float32. There is one θ for each row, and the
-    rows are summed at the end.
-    """
-    carry, (ys, _) = _loop(how, weights, carry, fresh, mask, xs, flags)
-    return carry, ys
-
-
-def _recurrence_jvp(how: _How, primals, tangents):
-    weights, carry, fresh, mask, xs, flags = primals
-    dtype, wide = how.dtype, how.wide
-    s = getattr(carry, how.cell.recurrent_state)
-    # Zeros made of arrays that are there have their sharding, and vary over the same axes of a mesh.
-    step, row = jnp.zeros_like(xs[..., :1], wide), jnp.zeros_like(s[..., 0], wide)
-
-    def zeros(columns):
-        return jnp.broadcast_to(step, (*xs.shape[:-1], columns))
-
-    def by_row(leaf):
-        rows = row.reshape(row.shape + (1,) * leaf.ndim)
-        return lifted(leaf, rows) + rows
-
-    v = jax.eval_shape(recurrent_product, s.astype(dtype), weights.w_h)
-    columns = weights.w_x.shape[1], v.shape[-1], 0 if weights.w_2 is None else weights.w_2.shape[1]
-    added = Added(*map(zeros, columns))
-    theta = jax.tree.map(by_row, cast(weights.theta, wide))
-    added, theta = varying_like((added, theta), carry, fresh, mask, weights, xs)
-
-    d_weights, d_carry, d_fresh, d_mask, d_xs, _ = tangents
-    rows = {"carry": (carry, d_carry), "fresh": (fresh, d_fresh), "mask": (mask, d_mask)}
-    rows = {name: pair for name, pair in rows.items() if _moves(pair[1])}
-
-    def run(theta, moving, added):
-        given = {"carry": carry, "fresh": fresh, "mask": mask} | moving
-        return _loop(how, weights._replace(theta=theta), xs=xs, flags=flags, added=added, **given)
-
-    moving = {name: value for name, (value, _) in rows.items()}
-    (new, (ys, read)), tangent = jax.linearize(run, theta, moving, added)
-
-    def product(tangent, multiply):
-        return [multiply(tangent).astype(wide)] if _moves(tangent) else []
-
-    u = product(d_xs, lambda d: dot(d, weights.w_x)) + product(d_weights.w_x, lambda d: dot(xs, d))
-    u += product(d_weights.b, lambda d: jnp.broadcast_to(lifted(d.astype(wide), added.u), added.u.shape))
-    v = product(d_weights.w_h, lambda d: recurrent_product(read.s, d))
-    w = product(d_weights.w_2, lambda d: dot(read.mid, d))
-    pairs = zip((u, v, w), added, strict=True)
-    d_added = Added(*(functools.reduce(jnp.add, terms) if terms else zero for terms, zero in pairs))
-    d_theta = jax.tree.map(by_row, cast(_instantiated(d_weights.theta), wide))
-    d_rows = {name: _instantiated(d_value) for name, (_, d_value) in rows.items()}
-    d_new, (d_ys, _) = tangent(d_theta, d_rows, d_added)
-    return (new, ys), (d_new, d_ys)
-
-
-_recurrence.defjvp(_recurrence_jvp, symbolic_zeros=True)
-
-
-def _moves(tangent: PyTree) -> bool:
-    """Whether part of a tangent is not known to be zero."""
-    return not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangent))
-
-
-def _instantiated(tangent: PyTree) -> PyTree:
-    def instantiate(leaf):
-        if not isinstance(leaf, SymbolicZero):
-            return leaf
-        aval: Any = leaf.aval
-        return jnp.zeros(aval.shape, aval.dtype)
-
-    return jax.tree.map(instantiate, tangent)
-
-
-def gated_scan_both(
-    cell: GatedRecurrence, weights, carry, xs, *, fresh, mask, walk: Walk
-) -> list[tuple[PyTree, Array]]:
+def gated_scan_both(cell: GatedCell, weights, carry, xs, *, fresh, noise, walk: Walk) -> list[tuple[PyTree, Array]]:
     """Runs `gated_scan` for pairs, along the walk and along the opposite one, at once where a kernel can."""
     walks = walk, walk.opposite
     if walk.remat_every is None:
-        dtype, _ = _dtypes(weights, carry[0], xs)
-        kernel = _kernel(cell, [cast(each, dtype) for each in weights], carry, xs.astype(dtype), mask, walk)
+        dtype, _ = dtypes(weights, carry[0], xs)
+        kernel = _kernel(cell, [cast(each, dtype) for each in weights], carry, xs.astype(dtype), noise, walk)
         if kernel is not None:
             return kernel(carry, xs.astype(dtype), fresh, [each.reverse for each in walks])
-    return [gated_scan(cell, weights[k], carry[k], xs, fresh=fresh[k], mask=mask[k], walk=walks[k]) for k in range(2)]
+    return [gated_scan(cell, weights[k], carry[k], xs, fresh=fresh[k], noise=noise[k], walk=walks[k]) for k in range(2)]
 
 
-def _kernel(cell, weights, carries, xs, masks, walk: Walk):
+def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     """Returns a function that runs recurrences of one cell by a compiled kernel, or None if no kernel is chosen."""
-    kernels = [cell.kernel(each) for each in weights]
-    refusal = _refusal(kernels[0], [xs, *(leaf for carry in carries for leaf in carry)], masks)
+    kernels: list[Any] = [cell.kernel(each) for each in weights]
+    plain = kernels[0] is not None and all(noise.silent for noise in noises)
+    rule = None if plain else cell.rule()
+    refusal = (
+        _changed(type(cell))
+        or (rule if isinstance(rule, str) else None)
+        or _refusal([xs, *jax.tree.leaves(carries)], plain, walk)
+    )
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
     if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
-        by_primitives = refusal is None and walk.named("gated_scan") is None
+        by_primitives = plain and refusal is None and walk.named("gated_scan") is None
         program = None if chosen == "native" else "primitives" if by_primitives else "loop"
         for _ in weights:
             walk.record("gated_scan", chosen, refusals, cell=cell, program=program)
@@ -371,17 +141,31 @@ def _kernel(cell, weights, carries, xs, masks, walk: Walk):
         results = primitives.scan(kernels[0].kind, layers, xs, walk)
         return [(type(old)(*new), ys) for old, (new, ys) in zip(carry, results, strict=True)]
 
-    return run
+    def run_staged(carry, xs, fresh, directions):
+        masks = [None if noise.mask is None else noise.mask.astype(xs.dtype) for noise in noises]
+        assert isinstance(rule, staged.Rule)
+        each = zip(weights, carry, fresh, masks, directions, strict=True)
+        return staged.scan(cell, rule, list(map(staged.Layer._make, each)), xs, walk, *noises[0][1:])
+
+    return run if plain else run_staged
 
 
-def _refusal(kernel: Kernel | str, arrays, masks) -> str | None:
-    """Returns the reason why the compiled kernels do not run this call, or None."""
-    if isinstance(kernel, str):
-        return kernel
+def _changed(kind: type) -> str | None:
+    """Returns the reason why no kernel runs a class that does something else than the one that names the kernel."""
+
+    def depth(name):
+        return next(k for k, each in enumerate(kind.__mro__) if name in vars(each))
+
+    changed = any(depth(name) < depth("rule") for name in ("update", "second_input", "weights"))
+    return f"no kernel computes what {kind.__name__} does" if changed else None
+
+
+def _refusal(arrays, plain: bool, walk: Walk) -> str | None:
+    """Returns the reason why the compiled kernels do not run a call with these arrays, or None."""
     if any(array.dtype != jnp.float32 for array in arrays):
         return f"the kernels compute in float32, not in {', '.join(sorted({array.dtype.name for array in arrays}))}"
     if not all(isinstance(size, int) for size in arrays[0].shape):
         return f"the kernels take shapes of numbers, not {arrays[0].shape}"
-    if any(mask is not None for mask in masks):
-        return "no kernel draws recurrent dropout"
+    if not plain and walk.platform is None and jax.default_backend() != "cpu":
+        return "the kernels are compiled for the CPU"  # elsewhere the loop's own derivatives are faster
     return library.absent()

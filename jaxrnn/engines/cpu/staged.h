@@ -1,0 +1,522 @@
+// Gated recurrences with options, in stages: of every step the products with h of all units, then what the gates do with
+// them, batch by batch of vectors. Threads divide the rows or the units, as those of the plain kernels do. Stages that
+// need all units of a row (norms, second products) begin when every thread has done what comes before.
+
+constexpr float EPSILON = 1e-5f;  // of every norm
+
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+// What both passes know of a family: how its vectors lie, and where its threads work.
+template <class F>
+class Staged {
+ protected:
+  static constexpr bool LSTM = std::is_same_v<F, Lstm<false>> || std::is_same_v<F, Lstm<true>>;
+  static constexpr bool BEFORE = F::FIRST == F::GATES - 1 && F::FIRST > 0;  // a reset gate, then a second product
+  static constexpr bool APART = F::SUMS > F::GATES;  // the last gate reads its products with x and h by themselves
+  static constexpr int GROUPS = F::GATES == 1 ? 4 : 1;  // vectors of units of a block
+  static constexpr int V = GROUPS * F::GATES, VF = GROUPS * F::FIRST, VS = GROUPS * F::SUMS;  // vectors of a block
+  static constexpr int E = F::STATES - 1;
+
+  Staged(const StagedInputs& p, int threads)
+      : in_(p), n_(p.n), rule_(p.rule), S_(p.outputs), H_(p.n.units), B_(p.n.rows), layout_{H_, F::GATES, V},
+        out_{S_, 1, 4}, blocks_(layout_.blocks()), width_(blocks_ * layout_.units()),
+        s_width_(out_.blocks() * out_.units()),
+        team_(team(n_, (F::FIRST * S_ + (BEFORE ? H_ : rule_.projected ? S_ : 0)) * H_ + H_, blocks_, threads)) {}
+
+  const StagedInputs& in_;
+  const Sizes& n_;
+  const Rule& rule_;
+  const long S_, H_, B_;
+  const Layout layout_, out_;  // of the sums; of the units of h
+  const long blocks_, width_, s_width_;
+  const Team team_;
+
+  long time(long k) const { return n_.time(k); }
+  bool valid(long at) const { return !in_.valid || in_.valid[at]; }
+  bool starts(long k, long row) const {
+    return in_.start && k < n_.steps && in_.start[n_.at(time(k), row)];
+  }
+  static void wait(const Worker& w) {
+    if (!w.by_rows) w.barrier.wait();
+  }
+
+  // Rows of w_h that the units of a block read: those of their heads.
+  Range heads(long first, long units) const {
+    const long size = H_ / rule_.heads, last = std::min(first + units, H_) - 1;
+    return rule_.heads == 1 ? Range{0, S_} : Range{first / size * size, (last / size + 1) * size};
+  }
+
+  // Where θ lies, padded.
+  void pad_theta(float* to) const {
+    for (long k = 0; k < rule_.theta(); ++k) {
+      std::memcpy(to + k * width_, in_.theta + k * H_, H_ * sizeof(float));
+      std::memset(to + k * width_ + H_, 0, (width_ - H_) * sizeof(float));
+    }
+  }
+  long gain_x() const { return rule_.own_theta(); }  // θ's rows of a norm
+  long gain_h() const { return gain_x() + F::GATES; }
+  long shift() const { return gain_h() + F::GATES; }
+  long gain_c() const { return shift() + F::GATES; }
+
+  // Batches of the rows of one vector of units: f(batch, first row, unit, lanes).
+  template <bool BACK, class Work>
+  void batches(Range rows, long j, const float* theta, const Work& work) const {
+    for (int g = 0; g < GROUPS; ++g) {
+      const long unit = layout_.unit(j, GROUPS == 1 ? 0 : g), n = layout_.lanes(j, GROUPS == 1 ? 0 : g);
+      if (n == 0) continue;
+      Batch<F, BACK> b(rule_);
+      for (int k = 0; k < F::THETA; ++k) b.theta[k] = load(theta + k * width_ + unit);
+      if (LSTM && rule_.norm) {
+        b.gain = load(theta + gain_c() * width_ + unit);
+        b.bias = load(theta + (gain_c() + 1) * width_ + unit);
+      }
+      for (long first = rows.begin; first < rows.end; first += AT_ONCE) {
+        b.n = static_cast<int>(std::min<long>(AT_ONCE, rows.end - first));
+        work(b, first, unit, n, g);
+      }
+    }
+  }
+
+  // How much of an entry stays: 1 or 0 by flags, or the expectation.
+  Vec stays(const uint8_t* flags, long at, float rate, long n) const {
+    if (!flags) return splat(rate);
+    Bytes bytes{};
+    std::memcpy(&bytes, flags + at, n);
+    return __builtin_convertvector(bytes, Vec);
+  }
+  Vec h_stays(long at, long unit, long n) const { return stays(in_.stay_h, at * S_ + unit, rule_.stay[0], n); }
+  Vec rest_stays(long at, int e, long unit, long n) const {
+    return stays(in_.stay_rest, (at * E + e) * H_ + unit, rule_.stay[e + 1], n);
+  }
+};
+
+template <class F>
+class StagedForwardRun : Staged<F> {
+  using Base = Staged<F>;
+  using Base::LSTM, Base::BEFORE, Base::APART, Base::GROUPS, Base::V, Base::VF, Base::VS, Base::E;
+  using Base::n_, Base::rule_, Base::S_, Base::H_, Base::B_, Base::layout_, Base::out_, Base::blocks_, Base::width_;
+  using Base::s_width_, Base::team_, Base::time, Base::valid, Base::starts, Base::wait, Base::heads;
+
+ public:
+  StagedForwardRun(const StagedForward& p, int threads) : Base(p, threads), p_(p) {
+    const long block = layout_.width(), parts = team_.threads, D = n_.inputs;
+    most_rows_ = team_.by_rows ? (B_ + parts - 1) / parts : B_;
+    const long floats = team_.by_rows ? blocks_ * block : (blocks_ + parts - 1) / parts * block;
+    at_once_ = steps_at_once(n_, most_rows_, floats, 32);
+    u_size_ = Scratch::rounded(at_once_ * most_rows_ * floats);
+    const long second = BEFORE ? width_ * H_ : rule_.projected ? s_width_ * H_ : 0, chunk = at_once_ * most_rows_;
+    Scratch scratch(blocks_ * (block * (D + 1) + VF * LANES * S_) + second + rule_.theta() * width_ +
+                    B_ * (4 * s_width_ + (E + 1) * width_ + blocks_ * VS * LANES) +
+                    parts * (u_size_ + 4 * chunk + 3 * B_ + 128) + 1024);
+    x_ = scratch.take(blocks_ * block * D);
+    h_ = scratch.take(blocks_ * VF * LANES * S_);
+    second_ = scratch.take(second);
+    bias_ = scratch.take(blocks_ * block);
+    theta_ = scratch.take(rule_.theta() * width_);
+    for (int k = 0; k < 2; ++k) {
+      state_[k] = scratch.take(B_ * s_width_);
+      read_[k] = p_.mask ? scratch.take(B_ * s_width_) : state_[k];
+    }
+    for (int e = 0; e < E; ++e) rest_[e] = scratch.take(B_ * width_);
+    mid_ = scratch.take(B_ * width_);
+    a_ = scratch.take(blocks_ * B_ * VS * LANES);
+    u_ = scratch.take(parts * u_size_);
+    x_rows_ = reinterpret_cast<const float**>(scratch.take(2 * parts * chunk));
+    for (float*& each : squares_) each = scratch.take(parts * (&each == squares_ ? chunk : B_));
+    shifts_ = squares_[3];
+    scales_ = scratch.take(parts * chunk);
+  }
+
+  void run() {
+    in_team(team_, [&](const Worker& w) {
+      const Range rows = w.rows(B_), blocks = w.blocks(blocks_);
+      prepare(w);
+      w.barrier.wait();
+      for (long first = 0; first < n_.steps; first += at_once_) {
+        const Chunk chunk{first, std::min(at_once_, n_.steps - first), rows, blocks, u_ + w.number * u_size_,
+                          x_rows_ + w.number * at_once_ * most_rows_};
+        project(chunk, w);
+        for (long k = first; k < first + chunk.steps; ++k) step(chunk, k, w);
+      }
+      finish(w);
+    });
+  }
+
+ private:
+  // Steps whose u lies in memory, (block, step, row, width).
+  struct Chunk {
+    long first, steps;
+    Range rows, blocks;
+    float* u;
+    const float** x;
+    float* at(long j, long m, long width) const { return u + ((j - blocks.begin) * steps * rows.size() + m) * width; }
+    float* at(long j, long k, long row, long width) const {
+      return at(j, (k - first) * rows.size() + row - rows.begin, width);
+    }
+  };
+
+  // The sums of a row in a block.
+  float* sums(long j, long row) const { return a_ + (j * B_ + row) * VS * LANES; }
+  float* kept(long at) const { return p_.kept ? p_.kept + at * rule_.kept(H_) : nullptr; }
+  float* stats(long at) const { return kept(at) + 2 * F::GATES * H_; }
+
+  void prepare(const Worker& w) {
+    const long D = n_.inputs, G = F::GATES * H_;
+    const Range blocks = w.part(blocks_), rows = w.part(B_);
+    pack(p_.w_x, D, G, layout_, blocks, x_);
+    if constexpr (F::FIRST > 0) {
+      const long columns = (F::FIRST + BEFORE) * H_;
+      pack(p_.w_h, S_, BEFORE ? columns : F::FIRST * H_, Layout{H_, F::FIRST, VF}, blocks, h_);
+      if (BEFORE) pack(p_.w_h + F::FIRST * H_, H_, columns, Layout{H_, 1, GROUPS}, blocks, second_);
+    }
+    if (rule_.projected) pack(p_.w_2, H_, S_, out_, w.part(out_.blocks()), second_);
+    if (p_.b) pack(p_.b, 1, G, layout_, blocks, bias_);
+    else std::memset(bias_ + blocks.begin * V * LANES, 0, blocks.size() * V * LANES * sizeof(float));
+    if (w.number == 0) this->pad_theta(theta_);
+    for (long r = rows.begin; r < rows.end; ++r) {
+      const bool fresh = starts(0, r);
+      const float* h = (fresh ? p_.fresh_h : p_.h) + r * S_;
+      for (int k = 0; k < 2; ++k)
+        for (float* to : {state_[k], read_[k]}) std::memset(to + r * s_width_, 0, s_width_ * sizeof(float));
+      std::memcpy(state_[0] + r * s_width_, h, S_ * sizeof(float));
+      for (long i = 0; p_.mask && i < S_; ++i) read_[0][r * s_width_ + i] = h[i] * p_.mask[r * S_ + i];
+      for (int e = 0; e < E; ++e) {
+        std::memset(rest_[e] + r * width_, 0, width_ * sizeof(float));
+        std::memcpy(rest_[e] + r * width_, (fresh ? p_.fresh_rest : p_.rest) + (r * E + e) * H_, H_ * sizeof(float));
+      }
+      std::memset(mid_ + r * width_, 0, width_ * sizeof(float));
+    }
+  }
+
+  // What a worker has written of the last carry.
+  void finish(const Worker& w) const {
+    w.barrier.wait();
+    const Range rows = w.part(B_);
+    for (long r = rows.begin; r < rows.end; ++r) {
+      std::memcpy(p_.last_h + r * S_, state_[n_.steps & 1] + r * s_width_, S_ * sizeof(float));
+      for (int e = 0; e < E; ++e)
+        std::memcpy(p_.last_rest + (r * E + e) * H_, rest_[e] + r * width_, H_ * sizeof(float));
+    }
+  }
+
+  // 1 / √(mean of squares + ε) of `columns` numbers of every row, of which `of(j, m)` are `vectors` vectors.
+  template <class Of>
+  const float* rms(const Worker& w, Range rows, Range blocks, int vectors, long columns, float* partial, long stride,
+                   const Of& of) const {
+    for (long m = rows.begin; m < rows.end; ++m) {
+      Vec sum{};
+      for (long j = blocks.begin; j < blocks.end; ++j) {
+        const float* a = of(j, m);
+        for (int v = 0; v < vectors; ++v) sum += load(a + v * LANES) * load(a + v * LANES);
+      }
+      partial[w.number * stride + m] = total(sum);
+    }
+    wait(w);
+    float* scales = scales_ + w.number * at_once_ * most_rows_ - rows.begin;
+    for (long m = rows.begin; m < rows.end; ++m)
+      scales[m] = 1.0f / __builtin_sqrtf(together(w, partial, stride, m) / static_cast<float>(columns) + EPSILON);
+    return scales;
+  }
+  static float total(Vec v) {
+    float sum = 0;
+    for (long l = 0; l < LANES; ++l) sum += v[l];
+    return sum;
+  }
+  float together(const Worker& w, const float* partial, long stride, long m) const {
+    if (w.by_rows) return partial[w.number * stride + m];
+    float sum = 0;
+    for (int k = 0; k < w.count; ++k) sum += partial[k * stride + m];
+    return sum;
+  }
+
+  // u = x w_x + b; with a norm, u = norm(x w_x) γ + b.
+  void project(const Chunk& chunk, const Worker& w) {
+    const long block = layout_.width(), B = chunk.rows.size(), count = chunk.steps * B;
+    const float** x = chunk.x;
+    for (long k = chunk.first; k < chunk.first + chunk.steps; ++k)
+      for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(time(k), b) * n_.inputs;
+    for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
+      tiles<ROWS<V>>({0, count}, [&](auto tile, long m) {
+        constexpr int R = decltype(tile)::value;
+        Vec a[R][V];
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) a[r][v] = load(bias_ + j * block + v * LANES);
+        multiply<R, V>(chunk.x + m, n_.inputs, x_ + j * block * n_.inputs, a);
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) store(chunk.at(j, m + r, block) + v * LANES, a[r][v]);
+      });
+    if (!rule_.norm) return;
+    const float* scales = rms(w, {0, count}, chunk.blocks, V, F::GATES * H_, squares_[0], at_once_ * most_rows_,
+                              [&](long j, long m) { return chunk.at(j, m, block); });
+    for (long m = 0; m < count; ++m) {
+      const long at = n_.at(time(chunk.first + m / B), chunk.rows.begin + m % B);
+      const float scale = scales[m];
+      if (p_.kept && chunk.blocks.begin == 0) stats(at)[0] = scale;
+      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
+        for (int q = 0; q < F::GATES; ++q) {
+          const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+          float* u = chunk.at(j, m, block) + q * LANES;
+          const Vec normal = load(u) * scale;
+          if (p_.kept) store(kept(at) + q * H_ + unit, normal, n);
+          store(u, normal * load(theta_ + (this->gain_x() + q) * width_ + unit) +
+                       load(theta_ + (this->shift() + q) * width_ + unit));
+        }
+    }
+  }
+
+  void step(const Chunk& chunk, long k, const Worker& w) {
+    const Range rows = chunk.rows, blocks = chunk.blocks;
+    for (long j = blocks.begin; j < blocks.end; ++j) {
+      products(chunk, k, j);
+      if (!rule_.norm) first(k, j, rows);
+    }
+    if (rule_.norm) {
+      normalize(chunk, k, w);
+      for (long j = blocks.begin; j < blocks.end; ++j) first(k, j, rows);
+      if (LSTM) normalized_output(k, w, rows, blocks);
+    }
+    if (BEFORE || rule_.projected) {
+      wait(w);
+      second_product(chunk, k, w);
+    }
+    wait(w);
+  }
+
+  // Sums of a block: u + s w_h, or without u where a norm is between.
+  void products(const Chunk& chunk, long k, long j) const {
+    const long block = layout_.width();
+    const float* from = read_[k & 1];
+    const Range part = heads(j * layout_.units(), layout_.units());
+    auto tile = [&](auto count, auto chains, long row) {
+      constexpr int R = decltype(count)::value, W = VF > 0 ? VF : 1;
+      const float* s[R];
+      Vec a[R][W];
+      for (int r = 0; r < R; ++r) {
+        s[r] = from + (row + r) * s_width_ + part.begin;
+        const float* u = chunk.at(j, k, row + r, block);
+        for (int v = 0; v < W; ++v) a[r][v] = rule_.norm || (APART && v == 2) ? Vec{} : load(u + v * LANES);
+        if (APART && !rule_.norm) a[r][W - 1] = load(theta_ + layout_.unit(j, 0));
+      }
+      if constexpr (VF > 0)
+        multiply<R, W, decltype(chains)::value>(s, part.size(), h_ + (j * S_ + part.begin) * VF * LANES, a);
+      for (int r = 0; r < R; ++r) {
+        const float* u = chunk.at(j, k, row + r, block);
+        float* to = sums(j, row + r);
+        for (int v = 0; v < W; ++v) store(to + v * LANES, a[r][v]);
+        for (int v = W; v < VS; ++v) store(to + v * LANES, load(u + (APART ? 2 : v) * LANES));
+      }
+    };
+    using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
+    if (B_ == 1) return tile(One{}, Two{}, 0l);
+    tiles<ROWS<(VF > 0 ? VF : 4)>>(chunk.rows, [&](auto count, long row) { tile(count, One{}, row); });
+  }
+
+  // The gates' sums from normalised products.
+  void normalize(const Chunk& chunk, long k, const Worker& w) {
+    constexpr int FIRST = F::FIRST;
+    const float* scales = rms(w, chunk.rows, chunk.blocks, FIRST, FIRST * H_, squares_[1], B_,
+                              [&](long j, long row) { return sums(j, row); });
+    for (long row = chunk.rows.begin; row < chunk.rows.end; ++row) {
+      const long at = n_.at(time(k), row);
+      const float scale = scales[row];
+      if (p_.kept && chunk.blocks.begin == 0) stats(at)[1] = scale;
+      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j) {
+        const float* u = chunk.at(j, k, row, layout_.width());
+        const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+        for (int q = 0; q < FIRST; ++q) {
+          float* a = sums(j, row) + q * LANES;
+          const Vec normal = load(a) * scale;
+          if (p_.kept) store(kept(at) + (F::GATES + q) * H_ + unit, normal, n);
+          const Vec v = normal * load(theta_ + (this->gain_h() + q) * width_ + unit);
+          store(a, v + (APART && q == 2 ? load(theta_ + unit) : load(u + q * LANES)));
+        }
+      }
+    }
+  }
+
+  // What the gates do.
+  void first(long k, long j, Range rows) {
+    const long t = time(k);
+    this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
+      for (int i = 0; i < b.n; ++i) {
+        const long row = row0 + i;
+        float* a = sums(j, row) + g * LANES;
+        for (int q = 0; q < F::SUMS; ++q) b.a[q][i] = load(a + q * LANES);
+        if (!LSTM) b.s[0][i] = load(state_[k & 1] + row * s_width_ + unit);
+        if (BEFORE || F::FIRST == 0) b.read[i] = load(read_[k & 1] + row * s_width_ + unit);
+        for (int e = 0; e < E; ++e) b.s[e + 1][i] = load(rest_[e] + row * width_ + unit);
+        if (p_.kept && !rule_.norm)
+          for (int q = 0; q < F::SUMS; ++q) store(kept(n_.at(t, row)) + q * H_ + unit, b.a[q][i], n);
+      }
+      F::first(b);
+      if constexpr (LSTM) {
+        for (int i = 0; i < b.n; ++i) {
+          rest_after(k, row0 + i, 0, unit, n, b.c[i]);
+          if (!rule_.norm) continue;
+          store(sums(j, row0 + i), b.c[i]);
+          store(sums(j, row0 + i) + F::O * LANES, b.a[F::O][i]);
+        }
+        if (rule_.norm) return;
+        F::output(b, false);
+        hand_on(k, row0, unit, n, b);
+      } else {
+        for (int i = 0; i < b.n; ++i)
+          for (int e = 0; e < E; ++e) rest_after(k, row0 + i, e, unit, n, b.s[e + 1][i]);
+        if constexpr (BEFORE) {
+          for (int i = 0; i < b.n; ++i) {
+            store(mid_ + (row0 + i) * width_ + unit, b.y[i]);
+            store(sums(j, row0 + i) + (F::FIRST - 1) * LANES, b.a[F::FIRST - 1][i]);
+          }
+        } else {
+          for (int i = 0; i < b.n; ++i) h_after(k, row0 + i, unit, n, b.y[i]);
+        }
+      }
+    });
+  }
+
+  // y of an LSTM: the new h, or what a projection reads.
+  template <class B>
+  void hand_on(long k, long row0, long unit, long n, const B& b) const {
+    for (int i = 0; i < b.n; ++i) {
+      if (rule_.projected) store(mid_ + (row0 + i) * width_ + unit, b.y[i]);
+      else h_after(k, row0 + i, unit, n, b.y[i]);
+    }
+  }
+
+  // Mean and scale of c' over its units, and then y.
+  void normalized_output(long k, const Worker& w, Range rows, Range blocks) {
+    if constexpr (LSTM) {
+      const float size = static_cast<float>(H_);
+      auto of_rows = [&](float* partial, const auto& part) {
+        for (long row = rows.begin; row < rows.end; ++row) {
+          Vec sum{};
+          for (long j = blocks.begin; j < blocks.end; ++j) sum += part(row, load(sums(j, row), layout_.lanes(j, 0)), layout_.lanes(j, 0));
+          partial[w.number * B_ + row] = total(sum);
+        }
+        wait(w);
+      };
+      of_rows(squares_[2], [](long, Vec c, long) { return c; });
+      of_rows(shifts_, [&](long row, Vec c, long n) {
+        const Vec centred = c - together(w, squares_[2], B_, row) / size;
+        Vec square = centred * centred;
+        for (long l = n; l < LANES; ++l) square[l] = 0;
+        return square;
+      });
+      for (long j = blocks.begin; j < blocks.end; ++j)
+        this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
+          for (int i = 0; i < b.n; ++i) {
+            const long row = row0 + i, at = n_.at(time(k), row);
+            b.c[i] = load(sums(j, row));
+            b.a[F::O][i] = load(sums(j, row) + F::O * LANES);
+            const float mean = together(w, squares_[2], B_, row) / size;
+            const float scale = 1.0f / __builtin_sqrtf(together(w, shifts_, B_, row) / size + EPSILON);
+            b.mean[i] = splat(mean), b.scale[i] = splat(scale);
+            if (p_.kept && j == 0) stats(at)[2] = mean, stats(at)[3] = scale;
+          }
+          F::output(b, false);
+          hand_on(k, row0, unit, n, b);
+        });
+    }
+  }
+
+  void second_product(const Chunk& chunk, long k, const Worker& w) {
+    if constexpr (BEFORE) {
+      constexpr int N = F::GATES - 1;
+      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
+        tiles<SUMS>(chunk.rows, [&](auto count, long row) {
+          constexpr int R = decltype(count)::value;
+          const float* s[R];
+          Vec a[R][1];
+          for (int r = 0; r < R; ++r) {
+            s[r] = mid_ + (row + r) * width_;
+            a[r][0] = rule_.norm ? Vec{} : load(sums(j, row + r) + N * LANES);
+          }
+          multiply<R, 1>(s, H_, second_ + j * LANES * H_, a);
+          for (int r = 0; r < R; ++r) store(sums(j, row + r) + N * LANES, a[r][0]);
+        });
+      if (rule_.norm) {
+        const float* scales = rms(w, chunk.rows, chunk.blocks, 1, H_, squares_[2], B_,
+                                  [&](long j, long row) { return sums(j, row) + N * LANES; });
+        for (long row = chunk.rows.begin; row < chunk.rows.end; ++row) {
+          const long at = n_.at(time(k), row);
+          if (p_.kept && chunk.blocks.begin == 0) stats(at)[2] = scales[row];
+          for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j) {
+            const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+            float* a = sums(j, row) + N * LANES;
+            const Vec normal = load(a) * scales[row];
+            if (p_.kept) store(kept(at) + (F::GATES + N) * H_ + unit, normal, n);
+            store(a, normal * load(theta_ + (this->gain_h() + N) * width_ + unit) +
+                         load(chunk.at(j, k, row, layout_.width()) + N * LANES));
+          }
+        }
+      }
+      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
+        this->template batches<false>(chunk.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
+          for (int i = 0; i < b.n; ++i) {
+            const long row = row0 + i;
+            b.a[F::UPDATE][i] = load(sums(j, row) + F::UPDATE * LANES);
+            b.a[N][i] = load(sums(j, row) + N * LANES);
+            b.s[0][i] = load(state_[k & 1] + row * s_width_ + unit);
+            if (p_.kept && !rule_.norm) store(kept(n_.at(time(k), row)) + N * H_ + unit, b.a[N][i], n);
+          }
+          F::second(b);
+          for (int i = 0; i < b.n; ++i) h_after(k, row0 + i, unit, n, b.y[i]);
+        });
+    } else {
+      const Range own = w.blocks(out_.blocks());
+      for (long j = own.begin; j < own.end; ++j)
+        tiles<ROWS<4>>(chunk.rows, [&](auto count, long row) {
+          constexpr int R = decltype(count)::value;
+          const float* s[R];
+          Vec a[R][4] = {};
+          for (int r = 0; r < R; ++r) s[r] = mid_ + (row + r) * width_;
+          multiply<R, 4>(s, H_, second_ + j * 4 * LANES * H_, a);
+          for (int r = 0; r < R; ++r)
+            for (int v = 0; v < 4; ++v)
+              if (const long n = out_.lanes(j, v)) h_after(k, row + r, out_.unit(j, v), n, a[r][v]);
+        });
+    }
+  }
+
+  // The carry after the step: that before the next one.
+  void h_after(long k, long row, long unit, long n, Vec h) const {
+    const long at = n_.at(time(k), row), place = row * s_width_ + unit;
+    const Vec before = load(state_[k & 1] + place);
+    if (!valid(at)) {
+      h = before;
+      store(p_.ys + at * S_ + unit, Vec{}, n);
+    } else {
+      if (rule_.zoned) {
+        const Vec z = this->h_stays(at, unit, n);
+        h = z * before + (1.0f - z) * h;
+      }
+      store(p_.ys + at * S_ + unit, h, n);
+    }
+    if (starts(k + 1, row)) h = load(p_.fresh_h + row * S_ + unit, n);
+    store(state_[~k & 1] + place, h, n);
+    if (p_.mask) store(read_[~k & 1] + place, h * load(p_.mask + row * S_ + unit, n), n);
+  }
+
+  void rest_after(long k, long row, int e, long unit, long n, Vec s) const {
+    const long at = n_.at(time(k), row);
+    float* state = rest_[e] + row * width_ + unit;
+    if (valid(at)) {
+      if (rule_.zoned) {
+        const Vec z = this->rest_stays(at, e, unit, n);
+        s = z * load(state) + (1.0f - z) * s;
+      }
+      if (p_.rests) store(p_.rests + (at * E + e) * H_ + unit, s, n);
+    } else {
+      s = load(state);
+    }
+    if (starts(k + 1, row)) s = load(p_.fresh_rest + (row * E + e) * H_ + unit, n);
+    store(state, s, n);
+  }
+
+  const StagedForward& p_;
+  long most_rows_, at_once_, u_size_;
+  const float** x_rows_;
+  float *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *a_, *u_;
+  float *squares_[4], *shifts_, *scales_;  // of every thread: sums of u, of v, of w or c', of c' again; and what follows
+};

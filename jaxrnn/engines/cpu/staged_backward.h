@@ -1,0 +1,598 @@
+// Gated recurrences with options backwards, in chunks of steps: first the cotangents of sums, step by step; then, as large
+// products over all rows of the chunk, those of weights and inputs.
+
+template <class F>
+class StagedBackwardRun : Staged<F> {
+  using Base = Staged<F>;
+  using Base::LSTM, Base::BEFORE, Base::APART, Base::GROUPS, Base::V, Base::VF, Base::E;
+  using Base::n_, Base::rule_, Base::S_, Base::H_, Base::B_, Base::layout_, Base::out_, Base::blocks_, Base::width_;
+  using Base::s_width_, Base::team_, Base::time, Base::valid, Base::wait, Base::heads;
+  static constexpr int OUT = 4, GATES = F::GATES, FIRST = F::FIRST;
+
+ public:
+  StagedBackwardRun(const StagedBackward& p, int threads)
+      : Base(p, threads), p_(p), units_{H_, 1, OUT}, inputs_{p.n.inputs, 1, OUT}, apart_(APART || p.rule.norm) {
+    const long D = n_.inputs, G = blocks_ * V * LANES, parts = team_.threads, K = rule_.theta();
+    const long weights = p_.weights ? 1 : 0, second = BEFORE ? GROUPS * LANES * blocks_ : rule_.projected ? s_width_ : 0;
+    at_once_ = std::max(1l, std::min(n_.steps, 256 / B_));
+    const long rows = at_once_ * B_, in = p_.d_xs ? inputs_.blocks() * inputs_.units() : 0;
+    Scratch scratch(s_width_ * G + units_.blocks() * units_.units() * second + in * G +
+                    weights * (G * (D + S_ + 1) + second * H_) +
+                    B_ * (4 * s_width_ + 2 * units_.blocks() * units_.units() + (E + 6) * width_) + 3 * rows * G +
+                    rows * (second + H_ + S_ + 32) + K * width_ * (parts + 1) + parts * (4 * B_ + 64) + D + S_ + H_ + 2048);
+    w_h_ = scratch.take(FIRST ? s_width_ * G : 0);
+    w_2_ = scratch.take(units_.blocks() * units_.units() * second);
+    w_x_ = scratch.take(in * G);
+    d_w_x_ = scratch.take(weights * G * D);
+    d_w_h_ = scratch.take(weights * G * S_);
+    d_w_2_ = scratch.take(weights * second * H_);
+    d_b_ = scratch.take(weights * G);
+    theta_ = scratch.take(K * width_);
+    d_theta_ = scratch.take(parts * K * width_);
+    d_h_ = scratch.take(B_ * s_width_);
+    through_ = scratch.take(B_ * s_width_);
+    d_read_ = scratch.take(B_ * std::max(s_width_, width_));
+    for (int e = 0; e < E; ++e) d_rest_[e] = scratch.take(B_ * width_);
+    d_mid_ = scratch.take(B_ * units_.blocks() * units_.units());
+    work_ = scratch.take(2 * B_ * width_);
+    normal_ = scratch.take(B_ * width_);
+    d_u_ = scratch.take(rows * G);
+    d_v_ = apart_ ? scratch.take(rows * G) : d_u_;
+    d_second_ = scratch.take(rule_.projected ? rows * s_width_ : 0);
+    mids_ = scratch.take(second ? rows * H_ : 0);
+    reads_ = scratch.take(p_.mask ? rows * S_ : 0);
+    nothing_ = scratch.take(std::max({D, S_, H_}));
+    for (float*& each : partial_) each = scratch.take(parts * B_);
+    std::memset(nothing_, 0, std::max({D, S_, H_}) * sizeof(float));
+    if (p_.valid || p_.start) trace();
+  }
+
+  void run() {
+    in_team(team_, [&](const Worker& w) {
+      prepare(w);
+      w.barrier.wait();
+      for (long last = n_.steps; last > 0; last -= at_once_) {
+        const Chunk chunk{std::max(0l, last - at_once_), last};
+        for (long k = last - 1; k >= chunk.first; --k) step(chunk, k, w);
+        w.barrier.wait();
+        if (p_.weights) weights(chunk, w.part(blocks_), w.part(rule_.projected ? out_.blocks() : 0));
+        if (p_.d_xs) inputs(chunk, w.part(chunk.steps() * B_));
+        w.barrier.wait();
+      }
+      finish(w);
+    });
+  }
+
+ private:
+  struct Chunk {
+    long first, last;
+    long steps() const { return last - first; }
+  };
+  // Vectors of every row of a chunk, (block, row, width).
+  static float* panel(float* base, const Chunk& chunk, long rows, long width, long j, long m) {
+    return base + (j * chunk.steps() * rows + m) * width;
+  }
+  float* d_u(const Chunk& chunk, long j, long m) const { return panel(d_u_, chunk, B_, V * LANES, j, m); }
+  float* d_v(const Chunk& chunk, long j, long m) const { return panel(d_v_, chunk, B_, V * LANES, j, m); }
+  float* d_second(const Chunk& chunk, long j, long m) const { return panel(d_second_, chunk, B_, OUT * LANES, j, m); }
+  const float* kept(long at) const { return p_.kept + at * rule_.kept(H_); }
+  const float* stats(long at) const { return kept(at) + 2 * GATES * H_; }
+
+  void prepare(const Worker& w) {
+    const long D = n_.inputs, G = GATES * H_, columns = (FIRST + BEFORE) * H_;
+    const Range blocks = w.part(blocks_), units = w.part(units_.blocks()), out = w.part(out_.blocks());
+    if (FIRST) pack_transposed(p_.w_h, columns, layout_, 0, VF, out_, out, w_h_);
+    if (BEFORE) pack_transposed(p_.w_h, columns, layout_, GATES - 1, GATES, units_, units, w_2_);
+    if (rule_.projected) pack_transposed(p_.w_2, S_, out_, 0, OUT, units_, units, w_2_);
+    if (p_.d_xs) pack_transposed(p_.w_x, G, layout_, 0, V, inputs_, w.part(inputs_.blocks()), w_x_);
+    auto zero = [](float* to, Range part, long each) {
+      std::memset(to + part.begin * each, 0, part.size() * each * sizeof(float));
+    };
+    if (p_.weights) {
+      zero(d_w_x_, blocks, V * LANES * D), zero(d_w_h_, blocks, V * LANES * S_), zero(d_b_, blocks, V * LANES);
+      if (BEFORE) zero(d_w_2_, blocks, LANES * H_);
+      if (rule_.projected) zero(d_w_2_, out, OUT * LANES * H_);
+    }
+    if (w.number == 0) this->pad_theta(theta_);
+    zero(d_theta_, {w.number, w.number + 1}, rule_.theta() * width_);
+    const Range rows = w.part(B_);
+    zero(d_h_, rows, s_width_), zero(through_, rows, s_width_), zero(d_read_, rows, std::max(s_width_, width_));
+    for (long r = rows.begin; r < rows.end; ++r) {
+      std::memcpy(d_h_ + r * s_width_, p_.d_last_h + r * S_, S_ * sizeof(float));
+      for (int e = 0; e < E; ++e) {
+        zero(d_rest_[e], {r, r + 1}, width_);
+        std::memcpy(d_rest_[e] + r * width_, p_.d_last_rest + (r * E + e) * H_, H_ * sizeof(float));
+      }
+    }
+    if (p_.d_fresh_h) zero(p_.d_fresh_h, rows, S_);
+    if (p_.d_fresh_rest) zero(p_.d_fresh_rest, rows, E * H_);
+  }
+
+  void finish(const Worker& w) const {
+    const long D = n_.inputs, G = GATES * H_, columns = (FIRST + BEFORE) * H_;
+    const Range rows = w.part(B_), blocks = w.part(blocks_);
+    for (long r = rows.begin; r < rows.end; ++r) {
+      std::memcpy(p_.d_h + r * S_, d_h_ + r * s_width_, S_ * sizeof(float));
+      for (int e = 0; e < E; ++e)
+        std::memcpy(p_.d_rest + (r * E + e) * H_, d_rest_[e] + r * width_, H_ * sizeof(float));
+    }
+    if (!p_.weights) return;
+    unpack(d_w_x_, D, G, layout_, blocks, p_.d_w_x);
+    if (FIRST) unpack(d_w_h_, S_, columns, Layout{H_, FIRST, VF}, blocks, p_.d_w_h);
+    if (BEFORE) unpack(d_w_2_, H_, columns, Layout{H_, 1, GROUPS}, blocks, p_.d_w_h + FIRST * H_);
+    if (rule_.projected) unpack(d_w_2_, H_, S_, out_, w.part(out_.blocks()), p_.d_w_2);
+    if (p_.d_b) unpack(d_b_, 1, G, layout_, blocks, p_.d_b);
+    const Range theta = w.part(rule_.theta());
+    for (long k = theta.begin; p_.d_theta && k < theta.end; ++k)
+      for (long u = 0; u < H_; ++u) {
+        float sum = 0;
+        for (int part = 0; part < w.count; ++part) sum += d_theta_[(part * rule_.theta() + k) * width_ + u];
+        p_.d_theta[k * H_ + u] = sum;
+      }
+  }
+
+  // For every step of every row where the carry before it lies: after which step, or in the first or a fresh carry.
+  static constexpr int32_t NONE = -1, FRESH = -2;
+  void trace() {
+    before_.resize(n_.steps * B_);
+    for (long b = 0; b < B_; ++b) {
+      int32_t last = NONE;
+      for (long k = 0; k < n_.steps; ++k) {
+        const long at = n_.at(time(k), b);
+        before_[at] = start(at) ? FRESH : last;
+        if (valid(at)) last = static_cast<int32_t>(time(k));
+      }
+    }
+  }
+  bool start(long at) const { return p_.start && p_.start[at]; }
+  const float* before(long k, long b, const float* states, const float* first, const float* fresh, long size) const {
+    long t = k == 0 ? NONE : time(k - 1);
+    if (!before_.empty()) t = before_[n_.at(time(k), b)];
+    return t == FRESH ? fresh + b * size : t == NONE ? first + b * size : states + n_.at(t, b) * size;
+  }
+  const float* h_before(long k, long b) const { return before(k, b, p_.ys, p_.h, p_.fresh_h, S_); }
+  const float* rest_before(long k, long b) const {
+    return before(k, b, p_.rests, p_.rest, p_.fresh_rest, E * H_);
+  }
+
+  template <class Work>
+  void each_tile(Range rows, Range blocks, const Work& work) const {
+    for (long j = blocks.begin; j < blocks.end; ++j)
+      tiles<ROWS<OUT>>(rows, [&](auto count, long row) { work(count, j, row); });
+  }
+
+  void step(const Chunk& chunk, long k, const Worker& w) {
+    const Range units = w.blocks(units_.blocks()), out = w.blocks(out_.blocks());
+    const long scale = units_.units() / layout_.units();
+    const Place at{chunk, k, (k - chunk.first) * B_, w, w.rows(B_),
+                   {std::min(units.begin * scale, blocks_), std::min(units.end * scale, blocks_)}};
+    if (rule_.projected) {
+      project(at, out);
+      wait(w);
+      transposed(at, units);
+    }
+    if constexpr (BEFORE) {
+      second_gates(at);
+      if (rule_.norm) second_norm(at);
+      wait(w);
+      transposed(at, units);
+    }
+    if constexpr (LSTM)
+      if (rule_.norm) output_norm(at);
+    gates(at);
+    if (rule_.norm) norms(at);
+    wait(w);
+    carry(at, out);
+    wait(w);
+  }
+
+  // A step of a chunk, and the part of a worker; m is the chunk's row of row 0.
+  struct Place {
+    const Chunk& chunk;
+    long k, m;
+    const Worker& worker;
+    Range rows, blocks;
+  };
+  long at(const Place& p, long row) const { return n_.at(time(p.k), row); }
+
+  // The cotangent of the new h; what stays of h goes on as it is.
+  Vec d_new(const Place& p, long row, long unit, long n) const {
+    const long step = at(p, row), place = row * s_width_ + unit;
+    const Vec d = load(d_h_ + place) + load(p_.d_ys + step * S_ + unit, n);
+    const Vec z = rule_.zoned ? this->h_stays(step, unit, n) : Vec{};
+    store(through_ + place, z * d);
+    return (1.0f - z) * d;
+  }
+
+  // The same where h is a projection.
+  void project(const Place& p, Range out) const {
+    for (long j = out.begin; j < out.end; ++j)
+      for (long row = p.rows.begin; row < p.rows.end; ++row)
+        for (int v = 0; v < OUT; ++v) {
+          const long n = out_.lanes(j, v);
+          const bool live = n && valid(at(p, row));
+          store(d_second(p.chunk, j, p.m + row) + v * LANES, live ? d_new(p, row, out_.unit(j, v), n) : Vec{});
+        }
+  }
+
+  // The cotangent of what the second product reads.
+  void transposed(const Place& p, Range units) const {
+    const long each = BEFORE ? LANES : OUT * LANES, panels = BEFORE ? blocks_ : out_.blocks();
+    const long width = BEFORE ? V * LANES : OUT * LANES;
+    each_tile(p.rows, units, [&](auto count, long j, long row) {
+      constexpr int R = decltype(count)::value;
+      Vec sums[R][OUT] = {};
+      const float* d = BEFORE ? d_v(p.chunk, 0, p.m + row) + (GATES - 1) * LANES : d_second(p.chunk, 0, p.m + row);
+      times<R>(d, p.chunk.steps() * B_ * width, width, {0, panels}, each, w_2_ + j * panels * each * OUT * LANES, sums);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < OUT; ++v) store(d_mid_ + (row + r) * mid_width() + units_.unit(j, v), sums[r][v]);
+    });
+  }
+  long mid_width() const { return units_.blocks() * units_.units(); }
+
+  // Σ over panels of the vectors there, `each` numbers of rows `width` apart, times a packed transposed weight.
+  template <int R, int CHAINS = 1>
+  static void times(const float* d, long stride, long width, Range panels, long each, const float* w, Vec (&sums)[R][OUT]) {
+    const float* a[R];
+    for (long j = panels.begin; j < panels.end; ++j) {
+      for (int r = 0; r < R; ++r) a[r] = d + j * stride + r * width;
+      multiply<R, OUT, CHAINS>(a, each, w + j * each * OUT * LANES, sums);
+    }
+  }
+
+  Vec theta(long k, long unit) const { return load(theta_ + k * width_ + unit); }
+  void add_theta(const Worker& w, long k, long unit, Vec d) const {
+    float* to = d_theta_ + (w.number * rule_.theta() + k) * width_ + unit;
+    store(to, load(to) + d);
+  }
+
+  // What the gates of some rows read, and what is asked of them.
+  template <class B>
+  void recall(const Place& p, B& b, long row0, long unit, long n) const {
+    for (int i = 0; i < b.n; ++i) {
+      const long row = row0 + i;
+      const float* kept_here = kept(at(p, row)) + unit;
+      for (int q = 0; q < F::SUMS; ++q) {
+        if (!rule_.norm) {
+          b.a[q][i] = load(kept_here + q * H_, n);
+          continue;
+        }
+        const int gate = q < GATES ? q : GATES - 1;
+        const Vec u = load(kept_here + gate * H_, n) * theta(this->gain_x() + gate, unit) + theta(this->shift() + gate, unit);
+        const Vec v = load(kept_here + (GATES + gate) * H_, n) * theta(this->gain_h() + gate, unit);
+        b.a[q][i] = !APART || q < 2 ? u + v : q == 2 ? v + theta(0, unit) : u;
+      }
+      if (!LSTM) b.s[0][i] = load(h_before(p.k, row) + unit, n);
+      if (BEFORE || FIRST == 0) b.read[i] = p_.mask ? b.s[0][i] * load(p_.mask + row * S_ + unit, n) : b.s[0][i];
+      for (int e = 0; e < E; ++e) {
+        b.s[e + 1][i] = load(rest_before(p.k, row) + e * H_ + unit, n);
+        const Vec d = load(d_rest_[e] + row * width_ + unit);
+        const Vec z = rule_.zoned ? this->rest_stays(at(p, row), e, unit, n) : Vec{};
+        b.through[e + 1][i] = z * d;
+        b.d_s[e + 1][i] = (1.0f - z) * d;
+      }
+      if (LSTM && rule_.norm) {
+        const float* stats = kept(at(p, row)) + 2 * GATES * H_;
+        b.mean[i] = splat(stats[2]), b.scale[i] = splat(stats[3]);
+      }
+    }
+  }
+  Vec d_output(const Place& p, long row, long unit, long n) const {
+    if (rule_.projected) return load(d_mid_ + row * mid_width() + unit);
+    return valid(at(p, row)) ? d_new(p, row, unit, n) : Vec{};
+  }
+
+  // From the cotangents of the gates' results those of their sums, of θ and of the states, where no product is between.
+  void gates(const Place& p) const {
+    for (long j = p.blocks.begin; j < p.blocks.end; ++j)
+      this->template batches<true>(p.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
+        recall(p, b, row0, unit, n);
+        for (int i = 0; i < b.n; ++i) {
+          const long row = row0 + i;
+          if (BEFORE) {
+            b.d_y[i] = load(d_mid_ + row * mid_width() + unit);
+            b.d_a[F::FIRST > 0 ? F::FIRST - 1 : 0][i] = load(work_ + row * width_ + unit);
+          } else if (LSTM && rule_.norm) {
+            b.d_y[i] = load(work_ + row * width_ + unit);
+            b.d_a[GATES - 1][i] = load(work_ + (B_ + row) * width_ + unit);
+          } else {
+            b.d_y[i] = d_output(p, row, unit, n);
+          }
+        }
+        if constexpr (BEFORE) {
+          F::back_first(b);
+        } else if constexpr (LSTM) {
+          F::first(b);
+          if (!rule_.norm) F::back_output(b);
+          F::back_gates(b);
+        } else {
+          F::back(b);
+        }
+        for (int i = 0; i < b.n; ++i) hand_back(p, b, i, j, row0 + i, unit, n, g);
+      });
+    // Vectors of the last block that hold no unit.
+    for (int g = 0; GROUPS > 1 && p.blocks.end == blocks_ && g < GROUPS; ++g)
+      for (long row = p.rows.begin; layout_.lanes(blocks_ - 1, g) == 0 && row < p.rows.end; ++row)
+        for (float* d : {d_u(p.chunk, blocks_ - 1, p.m + row), d_v(p.chunk, blocks_ - 1, p.m + row)})
+          store(d + g * LANES, Vec{});
+  }
+
+  template <class B>
+  void hand_back(const Place& p, const B& b, int i, long j, long row, long unit, long n, int g) const {
+    const long m = p.m + row;
+    const bool live = valid(at(p, row));
+    float *u = d_u(p.chunk, j, m) + g * LANES, *v = d_v(p.chunk, j, m) + g * LANES;
+    for (int q = 0; q < (BEFORE ? FIRST : GATES); ++q) {
+      store(u + q * LANES, live ? b.d_a[APART && q == 2 ? 3 : q][i] : Vec{});
+      if (apart_) store(v + q * LANES, live ? b.d_a[q][i] : Vec{});
+    }
+    if (BEFORE || (rule_.projected && !rule_.norm)) store(mids_ + m * H_ + unit, live ? b.y[i] : Vec{}, n);
+    if (!live) return;
+    for (int q = 0; q < F::THETA; ++q) add_theta(p.worker, q, unit, b.d_theta[q][i]);
+    if (!LSTM) {
+      float *through = through_ + row * s_width_ + unit, *read = d_read_ + row * s_width_ + unit;
+      if (!BEFORE) store(through, load(through) + b.d_s[0][i]);
+      store(read, b.d_read[i]);
+    }
+    for (int e = 0; e < E; ++e) {
+      Vec d = b.d_s[e + 1][i] + b.through[e + 1][i];
+      if (start(at(p, row))) {
+        float* fresh = p_.d_fresh_rest + (row * E + e) * H_ + unit;
+        store(fresh, load(fresh, n) + d, n);
+        d = Vec{};
+      }
+      store(d_rest_[e] + row * width_ + unit, d);
+    }
+  }
+
+  // Where a second product is between: the cotangents of its sum and of the update gate.
+  void second_gates(const Place& p) const {
+    if constexpr (BEFORE) {
+      for (long j = p.blocks.begin; j < p.blocks.end; ++j)
+        this->template batches<true>(p.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
+          recall(p, b, row0, unit, n);
+          for (int i = 0; i < b.n; ++i) b.d_y[i] = d_output(p, row0 + i, unit, n);
+          F::back_second(b);
+          for (int i = 0; i < b.n; ++i) {
+            const long row = row0 + i;
+            const Vec d = valid(at(p, row)) ? b.d_a[GATES - 1][i] : Vec{};
+            for (float* to : {d_u(p.chunk, j, p.m + row), d_v(p.chunk, j, p.m + row)}) store(to + (GATES - 1) * LANES, d);
+            float* through = through_ + row * s_width_ + unit;
+            store(through, load(through) + b.d_s[0][i]);
+            store(work_ + row * width_ + unit, b.d_a[F::UPDATE][i]);
+          }
+        });
+    }
+  }
+
+  float total(Vec v) const {
+    float sum = 0;
+    for (long l = 0; l < LANES; ++l) sum += v[l];
+    return sum;
+  }
+  float together(const Worker& w, int slot, long row) const {
+    if (w.by_rows) return partial_[slot][w.number * B_ + row];
+    float sum = 0;
+    for (int k = 0; k < w.count; ++k) sum += partial_[slot][k * B_ + row];
+    return sum;
+  }
+
+  // Through v = v̂ γ, where v̂ = scale · (v − its mean, which the weights are without), for gates [first, last) of every
+  // row: first the sums and the gains' cotangents, then, when every worker has them, the products'.
+  struct Normal {
+    float* (*panel)(const StagedBackwardRun&, const Chunk&, long j, long m);
+    int first, last, slot, stat;
+    long kept, gain, shift;  // multiples of H, rows of θ; no shift: −1
+  };
+  void norm_sums(const Place& p, const Normal& of) const {
+    for (long row = p.rows.begin; row < p.rows.end; ++row) {
+      Vec sum{};
+      for (long j = p.blocks.begin; valid(at(p, row)) && j < p.blocks.end; ++j)
+        for (int q = of.first; q < of.last; ++q) {
+          const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+          const Vec d = load(of.panel(*this, p.chunk, j, p.m + row) + q * LANES);
+          const Vec normal = load(kept(at(p, row)) + (of.kept + q) * H_ + unit, n);
+          sum += d * theta(of.gain + q, unit) * normal;
+          add_theta(p.worker, of.gain + q, unit, d * normal);
+          if (of.shift >= 0) add_theta(p.worker, of.shift + q, unit, d);
+        }
+      partial_[of.slot][p.worker.number * B_ + row] = total(sum);
+    }
+  }
+  void norm_back(const Place& p, const Normal& of) const {
+    const float columns = static_cast<float>((of.last - of.first) * H_);
+    for (long row = p.rows.begin; row < p.rows.end; ++row) {
+      if (!valid(at(p, row))) continue;
+      const float mean = together(p.worker, of.slot, row) / columns, scale = stats(at(p, row))[of.stat];
+      for (long j = p.blocks.begin; j < p.blocks.end; ++j)
+        for (int q = of.first; q < of.last; ++q) {
+          const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+          float* d = of.panel(*this, p.chunk, j, p.m + row) + q * LANES;
+          const Vec normal = load(kept(at(p, row)) + (of.kept + q) * H_ + unit, n);
+          store(d, scale * (load(d) * theta(of.gain + q, unit) - normal * mean));
+        }
+    }
+  }
+  static float* panel_u(const StagedBackwardRun& run, const Chunk& chunk, long j, long m) { return run.d_u(chunk, j, m); }
+  static float* panel_v(const StagedBackwardRun& run, const Chunk& chunk, long j, long m) { return run.d_v(chunk, j, m); }
+
+  void norms(const Place& p) const {
+    const Normal u{panel_u, 0, GATES, 0, 0, 0, this->gain_x(), this->shift()};
+    const Normal v{panel_v, 0, FIRST, 1, 1, GATES, this->gain_h(), -1};
+    norm_sums(p, u), norm_sums(p, v);
+    wait(p.worker);
+    norm_back(p, u), norm_back(p, v);
+  }
+  void second_norm(const Place& p) const {
+    const Normal w{panel_v, GATES - 1, GATES, 2, 2, GATES, this->gain_h(), -1};
+    norm_sums(p, w);
+    wait(p.worker);
+    norm_back(p, w);
+  }
+
+  // Through χ and the norm of c': what `gates` begins from.
+  void output_norm(const Place& p) const {
+    if constexpr (LSTM) {
+      auto each = [&](const auto& work) {
+        for (long j = p.blocks.begin; j < p.blocks.end; ++j) this->template batches<true>(p.rows, j, theta_, work);
+      };
+      for (int slot : {2, 3})
+        for (long row = p.rows.begin; row < p.rows.end; ++row) partial_[slot][p.worker.number * B_ + row] = 0;
+      each([&](auto& b, long row0, long unit, long n, int) {
+        recall(p, b, row0, unit, n);
+        for (int i = 0; i < b.n; ++i) b.d_y[i] = d_output(p, row0 + i, unit, n);
+        F::first(b);
+        F::back_output(b);
+        for (int i = 0; i < b.n; ++i) {
+          const long row = row0 + i, place = row * width_ + unit;
+          const bool live = valid(at(p, row));
+          const Vec normal = (b.c[i] - b.mean[i]) * b.scale[i], d = b.d_y[i] * b.gain;
+          store(work_ + place, d), store(work_ + B_ * width_ + place, b.d_a[GATES - 1][i]);
+          store(normal_ + place, normal);
+          partial_[2][p.worker.number * B_ + row] += total(load(work_ + place, n));
+          partial_[3][p.worker.number * B_ + row] += total(load(work_ + place, n) * normal);
+          if (rule_.projected) store(mids_ + (p.m + row) * H_ + unit, live ? b.y[i] : Vec{}, n);
+          if (!live) continue;
+          add_theta(p.worker, this->gain_c(), unit, b.d_y[i] * normal);
+          add_theta(p.worker, this->gain_c() + 1, unit, b.d_y[i]);
+        }
+      });
+      wait(p.worker);
+      const float size = static_cast<float>(H_);
+      each([&](auto& b, long row0, long unit, long, int) {
+        for (int i = 0; i < b.n; ++i) {
+          const long row = row0 + i, place = row * width_ + unit;
+          const float mean = together(p.worker, 2, row) / size, along = together(p.worker, 3, row) / size;
+          const float scale = stats(at(p, row))[3];
+          store(work_ + place, scale * (load(work_ + place) - mean - load(normal_ + place) * along));
+        }
+      });
+    }
+  }
+
+  // The cotangent of h before the step.
+  void carry(const Place& p, Range out) const {
+    constexpr long each = (VF > 0 ? VF : 1) * LANES;
+    const long width = V * LANES;
+    each_tile(p.rows, out, [&](auto count, long j, long row) {
+      constexpr int R = decltype(count)::value;
+      Vec sums[R][OUT] = {};
+      if constexpr (VF > 0) {
+        const Range units = rule_.heads == 1 ? Range{0, H_} : heads(j * out_.units(), out_.units());
+        const Range panels{units.begin / layout_.units(), (units.end - 1) / layout_.units() + 1};
+        const float *d = d_v(p.chunk, 0, p.m + row), *w = w_h_ + j * blocks_ * each * OUT * LANES;
+        const long stride = p.chunk.steps() * B_ * width;
+        if constexpr (R == 1) times<1, 2>(d, stride, width, panels, each, w, sums);
+        else times<R>(d, stride, width, panels, each, w, sums);
+      }
+      for (int r = 0; r < R; ++r) carry_row(p, j, row + r, sums[r]);
+    });
+  }
+  void carry_row(const Place& p, long j, long row, Vec (&sums)[OUT]) const {
+    const bool live = valid(at(p, row));
+    for (int v = 0; v < OUT; ++v) {
+      const long unit = out_.unit(j, v), n = out_.lanes(j, v), place = row * s_width_ + unit;
+      if (n == 0) continue;
+      const Vec mask = p_.mask ? load(p_.mask + row * S_ + unit, n) : splat(1.0f);
+      if (p_.mask) store(reads_ + (p.m + row) * S_ + unit, live ? load(h_before(p.k, row) + unit, n) * mask : Vec{}, n);
+      if (!live) continue;
+      Vec d = (LSTM ? sums[v] : sums[v] + load(d_read_ + place)) * mask + load(through_ + place);
+      if (start(at(p, row))) {
+        float* fresh = p_.d_fresh_h + row * S_ + unit;
+        store(fresh, load(fresh, n) + d, n);
+        d = Vec{};
+      }
+      store(d_h_ + place, d);
+    }
+  }
+
+  // d_w_x += xsᵀ d_u, d_w_h += sᵀ d_v, d_b += Σ d_u and those of the second product, over the rows of a chunk.
+  void weights(const Chunk& chunk, Range blocks, Range out) const {
+    const long D = n_.inputs, count = chunk.steps() * B_;
+    constexpr long MOST = 128;
+    const float *x[MOST], *s[MOST], *mid[MOST];
+    for (long begin = 0; begin < count; begin += MOST) {
+      const long size = std::min(MOST, count - begin);
+      for (long i = 0; i < size; ++i) {
+        const long k = chunk.first + (begin + i) / B_, row = (begin + i) % B_, at = n_.at(time(k), row);
+        const bool live = valid(at);
+        x[i] = live ? p_.xs + at * D : nothing_;
+        s[i] = !live ? nothing_ : p_.mask ? reads_ + (begin + i) * S_ : h_before(k, row);
+        mid[i] = mids_ + (begin + i) * H_;
+      }
+      for (long j = blocks.begin; j < blocks.end; ++j) {
+        const float *u = d_u(chunk, j, begin), *v = d_v(chunk, j, begin);
+        one_weight<V>(x, {0, D}, size, u, V * LANES, d_w_x_ + j * V * LANES * D);
+        if constexpr (VF > 0)
+          one_weight<VF>(s, heads(j * layout_.units(), layout_.units()), size, v, V * LANES, d_w_h_ + j * VF * LANES * S_);
+        if constexpr (BEFORE)
+          one_weight<1>(mid, {0, H_}, size, v + (GATES - 1) * LANES, V * LANES, d_w_2_ + j * LANES * H_);
+        if (p_.d_b) bias(u, size, d_b_ + j * V * LANES);
+      }
+      for (long j = out.begin; rule_.projected && j < out.end; ++j)
+        one_weight<OUT>(mid, {0, H_}, size, d_second(chunk, j, begin), OUT * LANES, d_w_2_ + j * OUT * LANES * H_);
+    }
+  }
+
+  template <int VECTORS>
+  void one_weight(const float* const* a, Range rows, long count, const float* d, long stride, float* sums) const {
+    tiles<ROWS<VECTORS>>(rows, [&](auto tile, long k) {
+      accumulate<decltype(tile)::value, VECTORS>(a, k, count, d, stride, sums + k * VECTORS * LANES, VECTORS * LANES);
+    });
+  }
+
+  void bias(const float* d, long count, float* sums) const {
+    Vec s[V];
+    for (int v = 0; v < V; ++v) s[v] = load(sums + v * LANES);
+    for (long i = 0; i < count; ++i, d += V * LANES)
+      for (int v = 0; v < V; ++v) s[v] += load(d + v * LANES);
+    for (int v = 0; v < V; ++v) store(sums + v * LANES, s[v]);
+  }
+
+  // d_xs = d_u w_xᵀ.
+  void inputs(const Chunk& chunk, Range rows) const {
+    const long D = n_.inputs, width = V * LANES;
+    each_tile(rows, {0, inputs_.blocks()}, [&](auto tile, long j, long m) {
+      constexpr int R = decltype(tile)::value;
+      Vec sums[R][OUT] = {};
+      times<R>(d_u(chunk, 0, m), chunk.steps() * B_ * width, width, {0, blocks_}, width,
+               w_x_ + j * blocks_ * width * OUT * LANES, sums);
+      for (int r = 0; r < R; ++r) {
+        float* d_x = p_.d_xs + n_.at(time(chunk.first + (m + r) / B_), (m + r) % B_) * D;
+        for (int v = 0; v < OUT; ++v)
+          if (const long n = inputs_.lanes(j, v)) store(d_x + inputs_.unit(j, v), sums[r][v], n);
+      }
+    });
+  }
+
+  const StagedBackward& p_;
+  const Layout units_, inputs_;
+  const bool apart_;  // whether the products with x and with h have cotangents of their own
+  std::vector<int32_t> before_;
+  long at_once_;
+  float *w_h_, *w_2_, *w_x_, *d_w_x_, *d_w_h_, *d_w_2_, *d_b_, *theta_, *d_theta_;
+  float *d_h_, *through_, *d_read_, *d_rest_[E > 0 ? E : 1], *d_mid_, *work_, *normal_;
+  float *d_u_, *d_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4];
+};
+
+// f of the family.
+template <class Work>
+inline void with_family(Family family, const Work& work) {
+  switch (family) {
+    case Family::kElman: return work(Elman{});
+    case Family::kIndRnn: return work(IndRnn{});
+    case Family::kLstm: return work(Lstm<false>{});
+    case Family::kCoupledLstm: return work(Lstm<true>{});
+    case Family::kGru: return work(Gru{});
+    case Family::kGruBefore: return work(ResetBefore<false>{});
+    case Family::kMgu: return work(ResetBefore<true>{});
+    case Family::kSlstm: return work(Slstm{});
+  }
+}
+
+inline void run_staged(const StagedForward& p, int threads) {
+  with_family(p.rule.family, [&](auto family) { StagedForwardRun<decltype(family)>(p, threads).run(); });
+}
+inline void run_staged_backward(const StagedBackward& p, int threads) {
+  with_family(p.rule.family, [&](auto family) { StagedBackwardRun<decltype(family)>(p, threads).run(); });
+}
