@@ -9,48 +9,6 @@
 enum class Decay { kNone, kScalar, kRow };
 enum class Update { kAdd, kDelta, kLowRank };
 
-// Lanes of x and y, whose numbers go on from those of x: PLACE::of(l) is what lane l takes.
-template <class PLACE, size_t... l>
-JAXRNN_INLINE Vec pick(Vec x, Vec y, std::index_sequence<l...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, PLACE::of(l)...);
-#else
-  return __builtin_shuffle(x, y, Int{PLACE::of(l)...});
-#endif
-}
-
-// In each n lanes, the first half of those of x and of those of y; and the second half.
-template <long n>
-struct Low {
-  static constexpr int of(long l) { return static_cast<int>(l % n < n / 2 ? l : LANES + l - n / 2); }
-};
-template <long n>
-struct High {
-  static constexpr int of(long l) { return static_cast<int>(l % n < n / 2 ? l + n / 2 : LANES + l); }
-};
-template <class PLACE>
-JAXRNN_INLINE Vec pick(Vec x, Vec y) {
-  return pick<PLACE>(x, y, std::make_index_sequence<LANES>{});
-}
-
-// The sums of LANES vectors, in their order: halves of pairs are added, until each lane is a sum.
-template <long n = LANES>
-JAXRNN_INLINE Vec sums_of(const Vec* x) {
-  if constexpr (n == 1) return x[0];
-  else {
-    Vec half[n / 2];
-    for (long k = 0; k < n / 2; ++k)
-      half[k] = pick<Low<n>>(x[k], x[k + n / 2]) + pick<High<n>>(x[k], x[k + n / 2]);
-    return sums_of<n / 2>(half);
-  }
-}
-
-template <long n = LANES>
-JAXRNN_INLINE float sum_of(Vec x) {
-  if constexpr (n == 1) return x[0];
-  else return sum_of<n / 2>(x + pick<High<n>>(x, x));
-}
-
 // Rows of LANES numbers become columns.
 template <long n = LANES>
 JAXRNN_INLINE void transpose(Vec* x) {

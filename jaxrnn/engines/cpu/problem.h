@@ -87,9 +87,11 @@ struct Rule {
     return family == Family::kIndRnn || family == Family::kGru ? 1 : lstm() ? gates() - 1 : 0;
   }
   long theta() const { return own_theta() + (norm ? 3 * gates() + (lstm() ? 2 : 0) : 0); }
-  // Numbers that are kept of a step: the sums; or, with a norm, the normalised products with x and h, and STATS more.
-  static constexpr long STATS = 4;
-  long kept(long units) const { return norm ? 2 * gates() * units + STATS : sums() * units; }
+  // Numbers that are kept of a step: the sums; or, with a norm, the normalised products with x and h, c' of an LSTM, and
+  // as many more as keep the next step in whole lines of the cache, of which the first are scales and means.
+  static constexpr long STATS = 16;
+  long before_stats(long units) const { return (2 * gates() + lstm()) * units; }
+  long kept(long units) const { return norm ? before_stats(units) + STATS : sums() * units; }
 };
 
 // A gated recurrence with options. h has S units; there are E more states, side by side in `rest`.

@@ -77,11 +77,18 @@ class Staged {
     }
   }
 
+  static Int first_lanes(long n) {
+    Int lane;
+    for (long l = 0; l < LANES; ++l) lane[l] = static_cast<int32_t>(l);
+    return lane < static_cast<int32_t>(n);
+  }
+
   // How much of an entry stays: 1 or 0 by flags, or the expectation.
   Vec stays(const uint8_t* flags, long at, float rate, long n) const {
     if (!flags) return splat(rate);
     Bytes bytes{};
-    std::memcpy(&bytes, flags + at, n);
+    if (n >= LANES) std::memcpy(&bytes, flags + at, LANES);
+    else std::memcpy(&bytes, flags + at, n);
     return __builtin_convertvector(bytes, Vec);
   }
   Vec h_stays(long at, long unit, long n) const { return stays(in_.stay_h, at * S_ + unit, rule_.stay[0], n); }
@@ -107,7 +114,7 @@ class StagedForwardRun : Staged<F> {
     const long second = BEFORE ? width_ * H_ : rule_.projected ? s_width_ * H_ : 0, chunk = at_once_ * most_rows_;
     Scratch scratch(blocks_ * (block * (D + 1) + VF * LANES * S_) + second + rule_.theta() * width_ +
                     B_ * (4 * s_width_ + (E + 1) * width_ + blocks_ * VS * LANES) +
-                    parts * (u_size_ + 4 * chunk + 3 * B_ + 128) + 1024);
+                    parts * (u_size_ + (4 + LANES) * chunk + (LANES + 5) * B_ + 128) + 1024);
     x_ = scratch.take(blocks_ * block * D);
     h_ = scratch.take(blocks_ * VF * LANES * S_);
     second_ = scratch.take(second);
@@ -122,9 +129,9 @@ class StagedForwardRun : Staged<F> {
     a_ = scratch.take(blocks_ * B_ * VS * LANES);
     u_ = scratch.take(parts * u_size_);
     x_rows_ = reinterpret_cast<const float**>(scratch.take(2 * parts * chunk));
-    for (float*& each : squares_) each = scratch.take(parts * (&each == squares_ ? chunk : B_));
-    shifts_ = squares_[3];
-    scales_ = scratch.take(parts * chunk);
+    squares_ = scratch.take(parts * LANES * std::max(chunk, B_));
+    of_u_ = scratch.take(parts * chunk), scale_u_ = scratch.take(parts * chunk);
+    for (float** each : {&of_v_, &scale_v_, &of_w_, &of_c_}) *each = scratch.take(parts * B_);
   }
 
   void run() {
@@ -158,7 +165,7 @@ class StagedForwardRun : Staged<F> {
   // The sums of a row in a block.
   float* sums(long j, long row) const { return a_ + (j * B_ + row) * VS * LANES; }
   float* kept(long at) const { return p_.kept ? p_.kept + at * rule_.kept(H_) : nullptr; }
-  float* stats(long at) const { return kept(at) + 2 * F::GATES * H_; }
+  float* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
 
   void prepare(const Worker& w) {
     const long D = n_.inputs, G = F::GATES * H_;
@@ -186,6 +193,7 @@ class StagedForwardRun : Staged<F> {
       }
       std::memset(mid_ + r * width_, 0, width_ * sizeof(float));
     }
+    std::memset(squares(w), 0, LANES * std::max(at_once_ * most_rows_, B_) * sizeof(float));
   }
 
   // What a worker has written of the last carry.
@@ -199,28 +207,22 @@ class StagedForwardRun : Staged<F> {
     }
   }
 
-  // 1 / √(mean of squares + ε) of `columns` numbers of every row, of which `of(j, m)` are `vectors` vectors.
-  template <class Of>
-  const float* rms(const Worker& w, Range rows, Range blocks, int vectors, long columns, float* partial, long stride,
-                   const Of& of) const {
+  // The squares of numbers of some rows, added up by every worker as they come; then of every row the sum over workers,
+  // by `partial`, and from it 1 / √(mean + ε). Between the two all must have written theirs.
+  float* squares(const Worker& w) const { return squares_ + w.number * LANES * std::max(at_once_ * most_rows_, B_); }
+  template <int N>
+  JAXRNN_INLINE static void add_squares(float* squares, const Vec (&a)[N]) {
+    Vec sum = load(squares);
+    for (int v = 0; v < N; ++v) sum += a[v] * a[v];
+    store(squares, sum);
+  }
+  void hand_in(const Worker& w, Range rows, float* partial, long stride) const {
+    float* own = squares(w);
     for (long m = rows.begin; m < rows.end; ++m) {
-      Vec sum{};
-      for (long j = blocks.begin; j < blocks.end; ++j) {
-        const float* a = of(j, m);
-        for (int v = 0; v < vectors; ++v) sum += load(a + v * LANES) * load(a + v * LANES);
-      }
-      partial[w.number * stride + m] = total(sum);
+      partial[w.number * stride + m] = sum_of(load(own + m * LANES));
+      store(own + m * LANES, Vec{});
     }
     wait(w);
-    float* scales = scales_ + w.number * at_once_ * most_rows_ - rows.begin;
-    for (long m = rows.begin; m < rows.end; ++m)
-      scales[m] = 1.0f / __builtin_sqrtf(together(w, partial, stride, m) / static_cast<float>(columns) + EPSILON);
-    return scales;
-  }
-  static float total(Vec v) {
-    float sum = 0;
-    for (long l = 0; l < LANES; ++l) sum += v[l];
-    return sum;
   }
   float together(const Worker& w, const float* partial, long stride, long m) const {
     if (w.by_rows) return partial[w.number * stride + m];
@@ -228,8 +230,11 @@ class StagedForwardRun : Staged<F> {
     for (int k = 0; k < w.count; ++k) sum += partial[k * stride + m];
     return sum;
   }
+  float scale(const Worker& w, const float* partial, long stride, long m, long columns) const {
+    return 1.0f / __builtin_sqrtf(together(w, partial, stride, m) / static_cast<float>(columns) + EPSILON);
+  }
 
-  // u = x w_x + b; with a norm, u = norm(x w_x) γ + b.
+  // u = x w_x + b; with a norm only x w_x, and its scale.
   void project(const Chunk& chunk, const Worker& w) {
     const long block = layout_.width(), B = chunk.rows.size(), count = chunk.steps * B;
     const float** x = chunk.x;
@@ -242,37 +247,34 @@ class StagedForwardRun : Staged<F> {
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v) a[r][v] = load(bias_ + j * block + v * LANES);
         multiply<R, V>(chunk.x + m, n_.inputs, x_ + j * block * n_.inputs, a);
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r) {
           for (int v = 0; v < V; ++v) store(chunk.at(j, m + r, block) + v * LANES, a[r][v]);
+          if (rule_.norm) add_squares(squares(w) + (m + r) * LANES, a[r]);
+        }
       });
     if (!rule_.norm) return;
-    const float* scales = rms(w, {0, count}, chunk.blocks, V, F::GATES * H_, squares_[0], at_once_ * most_rows_,
-                              [&](long j, long m) { return chunk.at(j, m, block); });
+    hand_in(w, {0, count}, of_u_, at_once_ * most_rows_);
+    float* scales = scale_u_ + w.number * at_once_ * most_rows_;
     for (long m = 0; m < count; ++m) {
-      const long at = n_.at(time(chunk.first + m / B), chunk.rows.begin + m % B);
-      const float scale = scales[m];
-      if (p_.kept && chunk.blocks.begin == 0) stats(at)[0] = scale;
-      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
-        for (int q = 0; q < F::GATES; ++q) {
-          const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-          float* u = chunk.at(j, m, block) + q * LANES;
-          const Vec normal = load(u) * scale;
-          if (p_.kept) store(kept(at) + q * H_ + unit, normal, n);
-          store(u, normal * load(theta_ + (this->gain_x() + q) * width_ + unit) +
-                       load(theta_ + (this->shift() + q) * width_ + unit));
-        }
+      scales[m] = scale(w, of_u_, at_once_ * most_rows_, m, F::GATES * H_);
+      if (p_.kept && chunk.blocks.begin == 0)
+        stats(n_.at(time(chunk.first + m / B), chunk.rows.begin + m % B))[0] = scales[m];
     }
   }
 
   void step(const Chunk& chunk, long k, const Worker& w) {
     const Range rows = chunk.rows, blocks = chunk.blocks;
     for (long j = blocks.begin; j < blocks.end; ++j) {
-      products(chunk, k, j);
-      if (!rule_.norm) first(k, j, rows);
+      products(chunk, k, j, w);
+      if (!rule_.norm) first(chunk, k, j, w);
     }
     if (rule_.norm) {
-      normalize(chunk, k, w);
-      for (long j = blocks.begin; j < blocks.end; ++j) first(k, j, rows);
+      hand_in(w, rows, of_v_, B_);
+      for (long row = rows.begin; row < rows.end; ++row) {
+        const float found = scale_v_[w.number * B_ + row] = scale(w, of_v_, B_, row, F::FIRST * H_);
+        if (p_.kept && blocks.begin == 0) stats(n_.at(time(k), row))[1] = found;
+      }
+      for (long j = blocks.begin; j < blocks.end; ++j) first(chunk, k, j, w);
       if (LSTM) normalized_output(k, w, rows, blocks);
     }
     if (BEFORE || rule_.projected) {
@@ -283,7 +285,7 @@ class StagedForwardRun : Staged<F> {
   }
 
   // Sums of a block: u + s w_h, or without u where a norm is between.
-  void products(const Chunk& chunk, long k, long j) const {
+  void products(const Chunk& chunk, long k, long j, const Worker& w) const {
     const long block = layout_.width();
     const float* from = read_[k & 1];
     const Range part = heads(j * layout_.units(), layout_.units());
@@ -304,6 +306,7 @@ class StagedForwardRun : Staged<F> {
         float* to = sums(j, row + r);
         for (int v = 0; v < W; ++v) store(to + v * LANES, a[r][v]);
         for (int v = W; v < VS; ++v) store(to + v * LANES, load(u + (APART ? 2 : v) * LANES));
+        if (rule_.norm) add_squares(squares(w) + (row + r) * LANES, a[r]);
       }
     };
     using One = std::integral_constant<int, 1>;
@@ -312,37 +315,41 @@ class StagedForwardRun : Staged<F> {
     tiles<ROWS<(VF > 0 ? VF : 4)>>(chunk.rows, [&](auto count, long row) { tile(count, One{}, row); });
   }
 
-  // The gates' sums from normalised products.
-  void normalize(const Chunk& chunk, long k, const Worker& w) {
-    constexpr int FIRST = F::FIRST;
-    const float* scales = rms(w, chunk.rows, chunk.blocks, FIRST, FIRST * H_, squares_[1], B_,
-                              [&](long j, long row) { return sums(j, row); });
-    for (long row = chunk.rows.begin; row < chunk.rows.end; ++row) {
-      const long at = n_.at(time(k), row);
-      const float scale = scales[row];
-      if (p_.kept && chunk.blocks.begin == 0) stats(at)[1] = scale;
-      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j) {
-        const float* u = chunk.at(j, k, row, layout_.width());
-        const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-        for (int q = 0; q < FIRST; ++q) {
-          float* a = sums(j, row) + q * LANES;
-          const Vec normal = load(a) * scale;
-          if (p_.kept) store(kept(at) + (F::GATES + q) * H_ + unit, normal, n);
-          const Vec v = normal * load(theta_ + (this->gain_h() + q) * width_ + unit);
-          store(a, v + (APART && q == 2 ? load(theta_ + unit) : load(u + q * LANES)));
-        }
-      }
+  // From a product and its scale what is kept of it, and what the gates read of it: v̂ = scale v and v̂ γ.
+  Vec normalized(float* kept, int place, int gain, Vec v, float scale, long unit, long n) const {
+    const Vec normal = v * scale;
+    if (kept) store(kept + place * H_ + unit, normal, n);
+    return normal * load(theta_ + gain * width_ + unit);
+  }
+  // The sums of the gates [first, last) of a row, of products that are normalised.
+  template <class B>
+  void normalized_sums(const Chunk& chunk, long k, long j, long row, long unit, long n, const Worker& w, float scale,
+                       B& b, int i, int first, int last) const {
+    float* to = kept(n_.at(time(k), row));
+    const float *u = chunk.at(j, k, row, layout_.width()), *v = sums(j, row);
+    const float of_u = scale_u_[w.number * at_once_ * most_rows_ + (k - chunk.first) * chunk.rows.size() + row - chunk.rows.begin];
+    for (int q = first; q < last; ++q) {
+      const Vec x = normalized(to, q, this->gain_x() + q, load(u + q * LANES), of_u, unit, n) +
+                    load(theta_ + (this->shift() + q) * width_ + unit);
+      const Vec h = normalized(to, F::GATES + q, this->gain_h() + q, load(v + q * LANES), scale, unit, n);
+      if (APART && q == 2) b.a[2][i] = h + load(theta_ + unit), b.a[F::SUMS - 1][i] = x;
+      else b.a[q][i] = x + h;
     }
   }
 
   // What the gates do.
-  void first(long k, long j, Range rows) {
+  void first(const Chunk& chunk, long k, long j, const Worker& w) const {
     const long t = time(k);
-    this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
+    this->template batches<false>(chunk.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
       for (int i = 0; i < b.n; ++i) {
         const long row = row0 + i;
         float* a = sums(j, row) + g * LANES;
-        for (int q = 0; q < F::SUMS; ++q) b.a[q][i] = load(a + q * LANES);
+        if (rule_.norm) {
+          const float scale = scale_v_[w.number * B_ + row];
+          normalized_sums(chunk, k, j, row, unit, n, w, scale, b, i, 0, F::FIRST);
+        } else {
+          for (int q = 0; q < F::SUMS; ++q) b.a[q][i] = load(a + q * LANES);
+        }
         if (!LSTM) b.s[0][i] = load(state_[k & 1] + row * s_width_ + unit);
         if (BEFORE || F::FIRST == 0) b.read[i] = load(read_[k & 1] + row * s_width_ + unit);
         for (int e = 0; e < E; ++e) b.s[e + 1][i] = load(rest_[e] + row * width_ + unit);
@@ -354,6 +361,7 @@ class StagedForwardRun : Staged<F> {
         for (int i = 0; i < b.n; ++i) {
           rest_after(k, row0 + i, 0, unit, n, b.c[i]);
           if (!rule_.norm) continue;
+          if (p_.kept) store(kept(n_.at(t, row0 + i)) + 2 * F::GATES * H_ + unit, b.c[i], n);
           store(sums(j, row0 + i), b.c[i]);
           store(sums(j, row0 + i) + F::O * LANES, b.a[F::O][i]);
         }
@@ -391,17 +399,16 @@ class StagedForwardRun : Staged<F> {
       auto of_rows = [&](float* partial, const auto& part) {
         for (long row = rows.begin; row < rows.end; ++row) {
           Vec sum{};
-          for (long j = blocks.begin; j < blocks.end; ++j) sum += part(row, load(sums(j, row), layout_.lanes(j, 0)), layout_.lanes(j, 0));
-          partial[w.number * B_ + row] = total(sum);
+          for (long j = blocks.begin; j < blocks.end; ++j)
+            sum += part(row, load(sums(j, row), layout_.lanes(j, 0)), layout_.lanes(j, 0));
+          partial[w.number * B_ + row] = sum_of(sum);
         }
         wait(w);
       };
-      of_rows(squares_[2], [](long, Vec c, long) { return c; });
-      of_rows(shifts_, [&](long row, Vec c, long n) {
-        const Vec centred = c - together(w, squares_[2], B_, row) / size;
-        Vec square = centred * centred;
-        for (long l = n; l < LANES; ++l) square[l] = 0;
-        return square;
+      of_rows(of_w_, [](long, Vec c, long) { return c; });
+      of_rows(of_c_, [&](long row, Vec c, long n) {
+        const Vec centred = c - together(w, of_w_, B_, row) / size;
+        return Base::first_lanes(n) ? centred * centred : Vec{};
       });
       for (long j = blocks.begin; j < blocks.end; ++j)
         this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
@@ -409,10 +416,9 @@ class StagedForwardRun : Staged<F> {
             const long row = row0 + i, at = n_.at(time(k), row);
             b.c[i] = load(sums(j, row));
             b.a[F::O][i] = load(sums(j, row) + F::O * LANES);
-            const float mean = together(w, squares_[2], B_, row) / size;
-            const float scale = 1.0f / __builtin_sqrtf(together(w, shifts_, B_, row) / size + EPSILON);
-            b.mean[i] = splat(mean), b.scale[i] = splat(scale);
-            if (p_.kept && j == 0) stats(at)[2] = mean, stats(at)[3] = scale;
+            const float mean = together(w, of_w_, B_, row) / size, found = scale(w, of_c_, B_, row, H_);
+            b.mean[i] = splat(mean), b.scale[i] = splat(found);
+            if (p_.kept && j == 0) stats(at)[2] = mean, stats(at)[3] = found;
           }
           F::output(b, false);
           hand_on(k, row0, unit, n, b);
@@ -433,30 +439,24 @@ class StagedForwardRun : Staged<F> {
             a[r][0] = rule_.norm ? Vec{} : load(sums(j, row + r) + N * LANES);
           }
           multiply<R, 1>(s, H_, second_ + j * LANES * H_, a);
-          for (int r = 0; r < R; ++r) store(sums(j, row + r) + N * LANES, a[r][0]);
-        });
-      if (rule_.norm) {
-        const float* scales = rms(w, chunk.rows, chunk.blocks, 1, H_, squares_[2], B_,
-                                  [&](long j, long row) { return sums(j, row) + N * LANES; });
-        for (long row = chunk.rows.begin; row < chunk.rows.end; ++row) {
-          const long at = n_.at(time(k), row);
-          if (p_.kept && chunk.blocks.begin == 0) stats(at)[2] = scales[row];
-          for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j) {
-            const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-            float* a = sums(j, row) + N * LANES;
-            const Vec normal = load(a) * scales[row];
-            if (p_.kept) store(kept(at) + (F::GATES + N) * H_ + unit, normal, n);
-            store(a, normal * load(theta_ + (this->gain_h() + N) * width_ + unit) +
-                         load(chunk.at(j, k, row, layout_.width()) + N * LANES));
+          for (int r = 0; r < R; ++r) {
+            store(sums(j, row + r) + N * LANES, a[r][0]);
+            if (rule_.norm) add_squares(squares(w) + (row + r) * LANES, a[r]);
           }
-        }
-      }
+        });
+      if (rule_.norm) hand_in(w, chunk.rows, of_w_, B_);
       for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
         this->template batches<false>(chunk.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
           for (int i = 0; i < b.n; ++i) {
             const long row = row0 + i;
             b.a[F::UPDATE][i] = load(sums(j, row) + F::UPDATE * LANES);
-            b.a[N][i] = load(sums(j, row) + N * LANES);
+            if (rule_.norm) {
+              const float found = scale(w, of_w_, B_, row, H_);
+              if (p_.kept && j == 0) stats(n_.at(time(k), row))[2] = found;
+              normalized_sums(chunk, k, j, row, unit, n, w, found, b, i, N, N + 1);
+            } else {
+              b.a[N][i] = load(sums(j, row) + N * LANES);
+            }
             b.s[0][i] = load(state_[k & 1] + row * s_width_ + unit);
             if (p_.kept && !rule_.norm) store(kept(n_.at(time(k), row)) + N * H_ + unit, b.a[N][i], n);
           }
@@ -518,5 +518,5 @@ class StagedForwardRun : Staged<F> {
   long most_rows_, at_once_, u_size_;
   const float** x_rows_;
   float *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *a_, *u_;
-  float *squares_[4], *shifts_, *scales_;  // of every thread: sums of u, of v, of w or c', of c' again; and what follows
+  float *squares_, *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_;  // of every thread, of norms
 };

@@ -11,15 +11,15 @@ class StagedBackwardRun : Staged<F> {
 
  public:
   StagedBackwardRun(const StagedBackward& p, int threads)
-      : Base(p, threads), p_(p), units_{H_, 1, OUT}, inputs_{p.n.inputs, 1, OUT}, apart_(APART || p.rule.norm) {
+      : Base(p, threads), p_(p), units_{H_, 1, OUT}, inputs_{p.n.inputs, 1, OUT} {
     const long D = n_.inputs, G = blocks_ * V * LANES, parts = team_.threads, K = rule_.theta();
     const long weights = p_.weights ? 1 : 0, second = BEFORE ? GROUPS * LANES * blocks_ : rule_.projected ? s_width_ : 0;
     at_once_ = std::max(1l, std::min(n_.steps, 256 / B_));
     const long rows = at_once_ * B_, in = p_.d_xs ? inputs_.blocks() * inputs_.units() : 0;
     Scratch scratch(s_width_ * G + units_.blocks() * units_.units() * second + in * G +
                     weights * (G * (D + S_ + 1) + second * H_) +
-                    B_ * (4 * s_width_ + 2 * units_.blocks() * units_.units() + (E + 6) * width_) + 3 * rows * G +
-                    rows * (second + H_ + S_ + 32) + K * width_ * (parts + 1) + parts * (4 * B_ + 64) + D + S_ + H_ + 2048);
+                    B_ * (4 * s_width_ + 2 * units_.blocks() * units_.units() + (E + 6) * width_) + 5 * rows * G +
+                    rows * (second + H_ + S_ + 32) + K * width_ * (parts + 1) + parts * (4 + 2 * LANES) * B_ + 64 * parts + D + S_ + H_ + 2048);
     w_h_ = scratch.take(FIRST ? s_width_ * G : 0);
     w_2_ = scratch.take(units_.blocks() * units_.units() * second);
     w_x_ = scratch.take(in * G);
@@ -37,7 +37,10 @@ class StagedBackwardRun : Staged<F> {
     work_ = scratch.take(2 * B_ * width_);
     normal_ = scratch.take(B_ * width_);
     d_u_ = scratch.take(rows * G);
-    d_v_ = apart_ ? scratch.take(rows * G) : d_u_;
+    d_v_ = APART ? scratch.take(rows * G) : d_u_;
+    n_u_ = rule_.norm ? scratch.take(rows * G) : d_u_;
+    n_v_ = rule_.norm ? scratch.take(rows * G) : d_v_;
+    for (float*& each : along_) each = scratch.take(parts * B_ * LANES);
     d_second_ = scratch.take(rule_.projected ? rows * s_width_ : 0);
     mids_ = scratch.take(second ? rows * H_ : 0);
     reads_ = scratch.take(p_.mask ? rows * S_ : 0);
@@ -56,6 +59,7 @@ class StagedBackwardRun : Staged<F> {
         for (long k = last - 1; k >= chunk.first; --k) step(chunk, k, w);
         w.barrier.wait();
         if (p_.weights) weights(chunk, w.part(blocks_), w.part(rule_.projected ? out_.blocks() : 0));
+        if (rule_.norm) gains(chunk, w, w.part(blocks_));
         if (p_.d_xs) inputs(chunk, w.part(chunk.steps() * B_));
         w.barrier.wait();
       }
@@ -72,11 +76,14 @@ class StagedBackwardRun : Staged<F> {
   static float* panel(float* base, const Chunk& chunk, long rows, long width, long j, long m) {
     return base + (j * chunk.steps() * rows + m) * width;
   }
+  // Of the gates' sums, as they read x and as they read h; and of the products themselves, before their norm.
   float* d_u(const Chunk& chunk, long j, long m) const { return panel(d_u_, chunk, B_, V * LANES, j, m); }
   float* d_v(const Chunk& chunk, long j, long m) const { return panel(d_v_, chunk, B_, V * LANES, j, m); }
+  float* n_u(const Chunk& chunk, long j, long m) const { return panel(n_u_, chunk, B_, V * LANES, j, m); }
+  float* n_v(const Chunk& chunk, long j, long m) const { return panel(n_v_, chunk, B_, V * LANES, j, m); }
   float* d_second(const Chunk& chunk, long j, long m) const { return panel(d_second_, chunk, B_, OUT * LANES, j, m); }
   const float* kept(long at) const { return p_.kept + at * rule_.kept(H_); }
-  const float* stats(long at) const { return kept(at) + 2 * GATES * H_; }
+  const float* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
 
   void prepare(const Worker& w) {
     const long D = n_.inputs, G = GATES * H_, columns = (FIRST + BEFORE) * H_;
@@ -94,6 +101,7 @@ class StagedBackwardRun : Staged<F> {
       if (rule_.projected) zero(d_w_2_, out, OUT * LANES * H_);
     }
     if (w.number == 0) this->pad_theta(theta_);
+    for (float* each : along_) zero(each, {w.number, w.number + 1}, B_ * LANES);
     zero(d_theta_, {w.number, w.number + 1}, rule_.theta() * width_);
     const Range rows = w.part(B_);
     zero(d_h_, rows, s_width_), zero(through_, rows, s_width_), zero(d_read_, rows, std::max(s_width_, width_));
@@ -222,7 +230,7 @@ class StagedBackwardRun : Staged<F> {
     each_tile(p.rows, units, [&](auto count, long j, long row) {
       constexpr int R = decltype(count)::value;
       Vec sums[R][OUT] = {};
-      const float* d = BEFORE ? d_v(p.chunk, 0, p.m + row) + (GATES - 1) * LANES : d_second(p.chunk, 0, p.m + row);
+      const float* d = BEFORE ? n_v(p.chunk, 0, p.m + row) + (GATES - 1) * LANES : d_second(p.chunk, 0, p.m + row);
       times<R>(d, p.chunk.steps() * B_ * width, width, {0, panels}, each, w_2_ + j * panels * each * OUT * LANES, sums);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < OUT; ++v) store(d_mid_ + (row + r) * mid_width() + units_.unit(j, v), sums[r][v]);
@@ -246,13 +254,13 @@ class StagedBackwardRun : Staged<F> {
     store(to, load(to) + d);
   }
 
-  // What the gates of some rows read, and what is asked of them.
+  // The sums of the gates [first, last), and what else the gates of some rows read; and what is asked of them.
   template <class B>
-  void recall(const Place& p, B& b, long row0, long unit, long n) const {
+  void recall(const Place& p, B& b, long row0, long unit, long n, int first = 0, int last = F::SUMS) const {
     for (int i = 0; i < b.n; ++i) {
       const long row = row0 + i;
       const float* kept_here = kept(at(p, row)) + unit;
-      for (int q = 0; q < F::SUMS; ++q) {
+      for (int q = first; q < last; ++q) {
         if (!rule_.norm) {
           b.a[q][i] = load(kept_here + q * H_, n);
           continue;
@@ -272,8 +280,8 @@ class StagedBackwardRun : Staged<F> {
         b.d_s[e + 1][i] = (1.0f - z) * d;
       }
       if (LSTM && rule_.norm) {
-        const float* stats = kept(at(p, row)) + 2 * GATES * H_;
-        b.mean[i] = splat(stats[2]), b.scale[i] = splat(stats[3]);
+        b.mean[i] = splat(stats(at(p, row))[2]), b.scale[i] = splat(stats(at(p, row))[3]);
+        b.c[i] = load(kept_here + 2 * GATES * H_, n);
       }
     }
   }
@@ -323,8 +331,10 @@ class StagedBackwardRun : Staged<F> {
     const bool live = valid(at(p, row));
     float *u = d_u(p.chunk, j, m) + g * LANES, *v = d_v(p.chunk, j, m) + g * LANES;
     for (int q = 0; q < (BEFORE ? FIRST : GATES); ++q) {
-      store(u + q * LANES, live ? b.d_a[APART && q == 2 ? 3 : q][i] : Vec{});
-      if (apart_) store(v + q * LANES, live ? b.d_a[q][i] : Vec{});
+      const Vec of_u = live ? b.d_a[APART && q == 2 ? 3 : q][i] : Vec{}, of_v = live ? b.d_a[q][i] : Vec{};
+      store(u + q * LANES, of_u);
+      if (APART) store(v + q * LANES, of_v);
+      if (rule_.norm && live) along(p, row, unit, n, q, of_u, of_v);
     }
     if (BEFORE || (rule_.projected && !rule_.norm)) store(mids_ + m * H_ + unit, live ? b.y[i] : Vec{}, n);
     if (!live) return;
@@ -356,7 +366,8 @@ class StagedBackwardRun : Staged<F> {
           for (int i = 0; i < b.n; ++i) {
             const long row = row0 + i;
             const Vec d = valid(at(p, row)) ? b.d_a[GATES - 1][i] : Vec{};
-            for (float* to : {d_u(p.chunk, j, p.m + row), d_v(p.chunk, j, p.m + row)}) store(to + (GATES - 1) * LANES, d);
+            store(d_u(p.chunk, j, p.m + row) + (GATES - 1) * LANES, d);
+            if (rule_.norm && valid(at(p, row))) along(p, row, unit, n, GATES - 1, d, d);
             float* through = through_ + row * s_width_ + unit;
             store(through, load(through) + b.d_s[0][i]);
             store(work_ + row * width_ + unit, b.d_a[F::UPDATE][i]);
@@ -365,11 +376,6 @@ class StagedBackwardRun : Staged<F> {
     }
   }
 
-  float total(Vec v) const {
-    float sum = 0;
-    for (long l = 0; l < LANES; ++l) sum += v[l];
-    return sum;
-  }
   float together(const Worker& w, int slot, long row) const {
     if (w.by_rows) return partial_[slot][w.number * B_ + row];
     float sum = 0;
@@ -377,57 +383,75 @@ class StagedBackwardRun : Staged<F> {
     return sum;
   }
 
-  // Through v = v̂ γ, where v̂ = scale · (v − its mean, which the weights are without), for gates [first, last) of every
-  // row: first the sums and the gains' cotangents, then, when every worker has them, the products'.
-  struct Normal {
-    float* (*panel)(const StagedBackwardRun&, const Chunk&, long j, long m);
-    int first, last, slot, stat;
-    long kept, gain, shift;  // multiples of H, rows of θ; no shift: −1
-  };
-  void norm_sums(const Place& p, const Normal& of) const {
+  // Through v = v̂ γ, where v̂ = scale · (v − its mean, which the weights are without): for every row the sum of
+  // d γ v̂ over gates and units, by every worker, of u and of v.
+  JAXRNN_INLINE void along(const Place& p, long row, long unit, long n, int q, Vec of_u, Vec of_v) const {
+    const float* normal = kept(at(p, row)) + unit + q * H_;
+    float* sums[] = {along_[0] + (p.worker.number * B_ + row) * LANES, along_[1] + (p.worker.number * B_ + row) * LANES};
+    store(sums[0], load(sums[0]) + of_u * theta(this->gain_x() + q, unit) * load(normal, n));
+    store(sums[1], load(sums[1]) + of_v * theta(this->gain_h() + q, unit) * load(normal + GATES * H_, n));
+  }
+  void hand_in(const Place& p, int which, int slot) const {
     for (long row = p.rows.begin; row < p.rows.end; ++row) {
-      Vec sum{};
-      for (long j = p.blocks.begin; valid(at(p, row)) && j < p.blocks.end; ++j)
-        for (int q = of.first; q < of.last; ++q) {
-          const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-          const Vec d = load(of.panel(*this, p.chunk, j, p.m + row) + q * LANES);
-          const Vec normal = load(kept(at(p, row)) + (of.kept + q) * H_ + unit, n);
-          sum += d * theta(of.gain + q, unit) * normal;
-          add_theta(p.worker, of.gain + q, unit, d * normal);
-          if (of.shift >= 0) add_theta(p.worker, of.shift + q, unit, d);
-        }
-      partial_[of.slot][p.worker.number * B_ + row] = total(sum);
+      float* sum = along_[which] + (p.worker.number * B_ + row) * LANES;
+      partial_[slot][p.worker.number * B_ + row] = sum_of(load(sum));
+      store(sum, Vec{});
     }
   }
-  void norm_back(const Place& p, const Normal& of) const {
-    const float columns = static_cast<float>((of.last - of.first) * H_);
+  // Then the cotangents of the products for gates [first, last), of which the sum lies in a slot and the scale among the
+  // numbers that are kept; x and h tell whose.
+  template <class Panel>
+  void norm_back(const Place& p, const Panel& d_of, const Panel& n_of, int first, int last, int slot, int stat, long place,
+                 long gain) const {
+    const float columns = static_cast<float>((last - first) * H_);
     for (long row = p.rows.begin; row < p.rows.end; ++row) {
-      if (!valid(at(p, row))) continue;
-      const float mean = together(p.worker, of.slot, row) / columns, scale = stats(at(p, row))[of.stat];
+      const bool live = valid(at(p, row));
+      const float* from = kept(at(p, row));
+      const float mean = live ? together(p.worker, slot, row) / columns : 0, scale = live ? stats(at(p, row))[stat] : 0;
       for (long j = p.blocks.begin; j < p.blocks.end; ++j)
-        for (int q = of.first; q < of.last; ++q) {
+        for (int q = first; q < last; ++q) {
           const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-          float* d = of.panel(*this, p.chunk, j, p.m + row) + q * LANES;
-          const Vec normal = load(kept(at(p, row)) + (of.kept + q) * H_ + unit, n);
-          store(d, scale * (load(d) * theta(of.gain + q, unit) - normal * mean));
+          const Vec d = load((this->*d_of)(p.chunk, j, p.m + row) + q * LANES) * theta(gain + q, unit);
+          const Vec normal = load(from + (place + q) * H_ + unit, n);
+          store((this->*n_of)(p.chunk, j, p.m + row) + q * LANES, live ? scale * (d - normal * mean) : Vec{});
         }
     }
   }
-  static float* panel_u(const StagedBackwardRun& run, const Chunk& chunk, long j, long m) { return run.d_u(chunk, j, m); }
-  static float* panel_v(const StagedBackwardRun& run, const Chunk& chunk, long j, long m) { return run.d_v(chunk, j, m); }
 
   void norms(const Place& p) const {
-    const Normal u{panel_u, 0, GATES, 0, 0, 0, this->gain_x(), this->shift()};
-    const Normal v{panel_v, 0, FIRST, 1, 1, GATES, this->gain_h(), -1};
-    norm_sums(p, u), norm_sums(p, v);
+    using Run = StagedBackwardRun;
+    hand_in(p, 0, 0), hand_in(p, 1, 1);
     wait(p.worker);
-    norm_back(p, u), norm_back(p, v);
+    norm_back(p, &Run::d_u, &Run::n_u, 0, GATES, 0, 0, 0, this->gain_x());
+    norm_back(p, &Run::d_v, &Run::n_v, 0, FIRST, 1, 1, GATES, this->gain_h());
   }
   void second_norm(const Place& p) const {
-    const Normal w{panel_v, GATES - 1, GATES, 2, 2, GATES, this->gain_h(), -1};
-    norm_sums(p, w);
+    using Run = StagedBackwardRun;
+    hand_in(p, 1, 2);
     wait(p.worker);
-    norm_back(p, w);
+    norm_back(p, &Run::d_v, &Run::n_v, GATES - 1, GATES, 2, 2, GATES, this->gain_h());
+  }
+
+  // The cotangents of gains and biases from a chunk, for the units of some blocks.
+  void gains(const Chunk& chunk, const Worker& w, Range blocks) const {
+    for (long j = blocks.begin; j < blocks.end; ++j)
+      for (int q = 0; q < GATES; ++q) {
+        const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+        const float *u = d_u(chunk, j, 0) + q * LANES, *v = d_v(chunk, j, 0) + q * LANES;
+        Vec of_x{}, of_h{}, of_b{};
+        for (long k = chunk.first; k < chunk.last; ++k)
+          for (long row = 0; row < B_; ++row, u += V * LANES, v += V * LANES) {
+            const long at = n_.at(time(k), row);
+            if (!valid(at)) continue;
+            const float* normal = kept(at) + q * H_ + unit;
+            of_x += load(u) * load(normal, n);
+            of_h += load(v) * load(normal + GATES * H_, n);
+            of_b += load(u);
+          }
+        add_theta(w, this->gain_x() + q, unit, of_x);
+        add_theta(w, this->gain_h() + q, unit, of_h);
+        add_theta(w, this->shift() + q, unit, of_b);
+      }
   }
 
   // Through χ and the norm of c': what `gates` begins from.
@@ -439,9 +463,12 @@ class StagedBackwardRun : Staged<F> {
       for (int slot : {2, 3})
         for (long row = p.rows.begin; row < p.rows.end; ++row) partial_[slot][p.worker.number * B_ + row] = 0;
       each([&](auto& b, long row0, long unit, long n, int) {
-        recall(p, b, row0, unit, n);
-        for (int i = 0; i < b.n; ++i) b.d_y[i] = d_output(p, row0 + i, unit, n);
-        F::first(b);
+        recall(p, b, row0, unit, n, GATES - 1, GATES);
+        for (int i = 0; i < b.n; ++i) {
+          b.d_y[i] = d_output(p, row0 + i, unit, n);
+          b.a[GATES - 1][i] += b.theta[GATES - 2] * b.c[i];
+        }
+        gate(b, GATES - 1, rule_.gate);
         F::back_output(b);
         for (int i = 0; i < b.n; ++i) {
           const long row = row0 + i, place = row * width_ + unit;
@@ -449,8 +476,8 @@ class StagedBackwardRun : Staged<F> {
           const Vec normal = (b.c[i] - b.mean[i]) * b.scale[i], d = b.d_y[i] * b.gain;
           store(work_ + place, d), store(work_ + B_ * width_ + place, b.d_a[GATES - 1][i]);
           store(normal_ + place, normal);
-          partial_[2][p.worker.number * B_ + row] += total(load(work_ + place, n));
-          partial_[3][p.worker.number * B_ + row] += total(load(work_ + place, n) * normal);
+          partial_[2][p.worker.number * B_ + row] += sum_of(d);
+          partial_[3][p.worker.number * B_ + row] += sum_of(d * normal);
           if (rule_.projected) store(mids_ + (p.m + row) * H_ + unit, live ? b.y[i] : Vec{}, n);
           if (!live) continue;
           add_theta(p.worker, this->gain_c(), unit, b.d_y[i] * normal);
@@ -480,7 +507,7 @@ class StagedBackwardRun : Staged<F> {
       if constexpr (VF > 0) {
         const Range units = rule_.heads == 1 ? Range{0, H_} : heads(j * out_.units(), out_.units());
         const Range panels{units.begin / layout_.units(), (units.end - 1) / layout_.units() + 1};
-        const float *d = d_v(p.chunk, 0, p.m + row), *w = w_h_ + j * blocks_ * each * OUT * LANES;
+        const float *d = n_v(p.chunk, 0, p.m + row), *w = w_h_ + j * blocks_ * each * OUT * LANES;
         const long stride = p.chunk.steps() * B_ * width;
         if constexpr (R == 1) times<1, 2>(d, stride, width, panels, each, w, sums);
         else times<R>(d, stride, width, panels, each, w, sums);
@@ -521,7 +548,7 @@ class StagedBackwardRun : Staged<F> {
         mid[i] = mids_ + (begin + i) * H_;
       }
       for (long j = blocks.begin; j < blocks.end; ++j) {
-        const float *u = d_u(chunk, j, begin), *v = d_v(chunk, j, begin);
+        const float *u = n_u(chunk, j, begin), *v = n_v(chunk, j, begin);
         one_weight<V>(x, {0, D}, size, u, V * LANES, d_w_x_ + j * V * LANES * D);
         if constexpr (VF > 0)
           one_weight<VF>(s, heads(j * layout_.units(), layout_.units()), size, v, V * LANES, d_w_h_ + j * VF * LANES * S_);
@@ -555,7 +582,7 @@ class StagedBackwardRun : Staged<F> {
     each_tile(rows, {0, inputs_.blocks()}, [&](auto tile, long j, long m) {
       constexpr int R = decltype(tile)::value;
       Vec sums[R][OUT] = {};
-      times<R>(d_u(chunk, 0, m), chunk.steps() * B_ * width, width, {0, blocks_}, width,
+      times<R>(n_u(chunk, 0, m), chunk.steps() * B_ * width, width, {0, blocks_}, width,
                w_x_ + j * blocks_ * width * OUT * LANES, sums);
       for (int r = 0; r < R; ++r) {
         float* d_x = p_.d_xs + n_.at(time(chunk.first + (m + r) / B_), (m + r) % B_) * D;
@@ -567,12 +594,11 @@ class StagedBackwardRun : Staged<F> {
 
   const StagedBackward& p_;
   const Layout units_, inputs_;
-  const bool apart_;  // whether the products with x and with h have cotangents of their own
   std::vector<int32_t> before_;
   long at_once_;
   float *w_h_, *w_2_, *w_x_, *d_w_x_, *d_w_h_, *d_w_2_, *d_b_, *theta_, *d_theta_;
   float *d_h_, *through_, *d_read_, *d_rest_[E > 0 ? E : 1], *d_mid_, *work_, *normal_;
-  float *d_u_, *d_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4];
+  float *d_u_, *d_v_, *n_u_, *n_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4], *along_[2];
 };
 
 // f of the family.

@@ -111,7 +111,7 @@ class Call(NamedTuple):
 
 SEQUENCES = {"xs", "stay", "valid", "start", "ys", "kept", "rests"}
 GATES: dict[str, int] = dict(zip(FAMILIES, (1, 1, 4, 3, 3, 3, 2, 4), strict=True))
-STATS = 4  # numbers that a norm keeps of a step
+STATS = 16  # numbers that a norm keeps of a step beside normalised products and c'
 
 forward_p = Primitive("jaxrnn_staged_forward")
 tangent_p = Primitive("jaxrnn_staged_tangent")
@@ -231,7 +231,9 @@ def _forward_shapes(call: Call, problem: Problem, *, save, wrt) -> Result:
     if not save:
         return found
     gates = GATES[rule.family]
-    kept = 2 * gates * units + STATS if rule.norm else (gates + (rule.family == "gru")) * units
+    kept = (gates + (rule.family == "gru")) * units
+    if rule.norm:
+        kept = (2 * gates + rule.family.startswith("lstm")) * units + STATS
     return found._replace(
         kept=_float(count, *steps, kept), rests=_float(count, *steps, states * units) if states else None
     )
