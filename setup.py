@@ -1,20 +1,45 @@
 """Builds the compiled kernels. Where that fails the package works without them."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import jaxlib
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-SOURCES = (
+SOURCES = (  # those that take longest first
+    "kernels.cc",
+    "staged.cc",
     "binding.cc",
     "linear_binding.cc",
     "matrix_binding.cc",
     "diagonal_binding.cc",
     "elementwise_binding.cc",
     "staged_binding.cc",
-    "kernels.cc",
-    "staged.cc",
 )
+LESS = ("staged.cc",)  # as fast with -O2, in two thirds of the time
+
+
+class Build(build_ext):
+    """Compiles the sources beside each other."""
+
+    def build_extensions(self):
+        compile = self.compiler.compile
+
+        def one(source, options):
+            less = ["-O2"] if Path(source).name in LESS else []
+            return compile([source], **options | {"extra_postargs": [*(options["extra_postargs"] or []), *less]})
+
+        def beside(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(chain(*pool.map(lambda source: one(source, options), sources)))
+
+        self.compiler.compile = beside
+        super().build_extensions()
+
+
 folder = Path("jaxrnn/engines/cpu")
 kernels = Extension(
     "jaxrnn.engines.cpu._kernels",
@@ -26,4 +51,4 @@ kernels = Extension(
     language="c++",
     optional=True,
 )
-setup(ext_modules=[kernels])
+setup(ext_modules=[kernels], cmdclass={"build_ext": Build})
