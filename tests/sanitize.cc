@@ -265,6 +265,90 @@ struct ElementwiseCase : Drawn {
   }
 };
 
+// A gated recurrence with options.
+struct StagedCase : Drawn {
+  StagedForward forward{};
+  StagedBackward backward{};
+  bool save;
+
+  explicit StagedCase(unsigned seed) : Drawn(seed) {
+    StagedInputs in{};
+    Rule& rule = in.rule;
+    rule.family = static_cast<Family>(draw(0, FAMILIES - 1));
+    constexpr int64_t TANH = 20;
+    const bool any = draw(0, 1);  // of which some have no bounds, so that numbers are clipped
+    for (Choice* each : {&rule.gate, &rule.candidate, &rule.output})
+      *each = {any ? draw(0, ACTIVATIONS - 1) : TANH, 0.5f, 0.6f};
+    rule.gate_clip = rule.cell_clip = any ? 0.8f : INFINITY;
+    rule.input = draw(0, 1), rule.zoned = draw(0, 2) == 0;
+    const bool norm_known = rule.lstm() || rule.family == Family::kGru || rule.family == Family::kGruBefore;
+    rule.norm = norm_known && draw(0, 1), rule.projected = rule.lstm() && draw(0, 1);
+    rule.heads = rule.family == Family::kSlstm ? draw(1, 3) : 1;
+    for (float& each : rule.stay) each = rule.family == Family::kSlstm && &each != rule.stay ? 0.0f : 0.3f;
+    const long T = draw(0, 9), B = draw(1, 40), D = draw(1, 70);
+    const long H = rule.heads * draw(rule.norm ? 16 : 1, 50);  // a norm of few numbers makes much of rounding
+    in.n = Sizes{T, B, D, H, draw(0, 1) == 1, draw(0, 1) == 1};
+    const long S = in.outputs = rule.projected ? draw(1, 90) : H, E = in.extra() * H, G = rule.gates() * H;
+    in.xs = array(T * B * D), in.w_x = array(D * G), in.h = array(B * S);
+    if (rule.first()) in.w_h = heads(array(S * (rule.first() + rule.reset_before()) * H), rule, H);
+    if (rule.projected) in.w_2 = array(H * S);
+    if (rule.theta()) in.theta = array(rule.theta() * H);
+    if (E) in.rest = array(B * E);
+    if (draw(0, 1)) {
+      uint8_t *valid = this->flags(T * B), *start = this->flags(T * B);
+      for (long k = 0; k < T * B; ++k) valid[k] = !valid[k], start[k] = start[k] && valid[k];
+      in.valid = valid, in.start = start, in.fresh_h = array(B * S), in.fresh_rest = E ? array(B * E) : nullptr;
+    }
+    if (draw(0, 1)) in.mask = array(B * S, 1.0f);
+    if (rule.zoned && draw(0, 1)) in.stay_h = bits(T * B * S), in.stay_rest = E ? bits(T * B * E) : nullptr;
+    static_cast<StagedInputs&>(forward) = static_cast<StagedInputs&>(backward) = in;
+    forward.b = !rule.norm && draw(0, 1) ? array(G) : nullptr;
+    backward.d_ys = array(T * B * S), backward.d_last_h = array(B * S), backward.d_last_rest = E ? array(B * E) : nullptr;
+    save = draw(0, 2) != 0;
+  }
+
+  // Zeros between heads.
+  static float* heads(float* w, const Rule& rule, long H) {
+    const long size = H / rule.heads;
+    for (long k = 0; rule.heads > 1 && k < H * 4 * H; ++k)
+      if (k / (4 * H) / size != k % H / size) w[k] = 0;
+    return w;
+  }
+  uint8_t* bits(long size) {
+    stay.emplace_back(size);
+    for (uint8_t& each : stay.back()) each = draw(0, 3) == 0;
+    return stay.back().data();
+  }
+  std::vector<std::vector<uint8_t>> stay = [] {
+    std::vector<std::vector<uint8_t>> none;
+    none.reserve(2);
+    return none;
+  }();
+
+  std::vector<std::vector<float>> run(int threads) const {
+    const Rule& rule = forward.rule;
+    const Sizes& n = forward.n;
+    const long T = n.steps, B = n.rows, D = n.inputs, H = n.units, S = forward.outputs, E = forward.extra() * H;
+    const long G = rule.gates() * H;
+    Results out(threads);
+    StagedForward f = forward;
+    std::vector<float> kept(T * B * rule.kept(H), 7.0f), rests(T * B * E, 7.0f);  // nothing where a step is not valid
+    f.ys = out(T * B * S), f.last_h = out(B * S), f.last_rest = out(B * E, E);
+    if (save) f.kept = kept.data(), f.rests = E ? rests.data() : nullptr;
+    staged(f, threads);
+    if (!save) return out.found;
+    StagedBackward b = backward;
+    b.ys = f.ys, b.kept = f.kept, b.rests = f.rests;
+    b.weights = true;
+    b.d_xs = out(T * B * D), b.d_w_x = out(D * G), b.d_b = out(G, forward.b);
+    b.d_w_h = out(S * (rule.first() + rule.reset_before()) * H, rule.first()), b.d_w_2 = out(H * S, rule.projected);
+    b.d_theta = out(rule.theta() * H, rule.theta()), b.d_h = out(B * S), b.d_rest = out(B * E, E);
+    b.d_fresh_h = out(B * S, b.start), b.d_fresh_rest = out(B * E, b.start && E);
+    staged_backward(b, threads);
+    return out.found;
+  }
+};
+
 int main(int count, char** values) {
   const unsigned cases = count > 1 ? std::atoi(values[1]) : 200;
   std::atomic<int> wrong{0};
@@ -284,6 +368,7 @@ int main(int count, char** values) {
         for (int threads : {2, 4}) compare(seed, one.run(threads), expected);
       };
       alike(Case(seed)), alike(MatrixCase(seed)), alike(DiagonalCase(seed)), alike(ElementwiseCase(seed));
+      alike(StagedCase(seed));
       const LinearCase other(seed);
       for (int threads : {1, 2, 4}) compare(seed, other.run(threads), other.expected());
     }

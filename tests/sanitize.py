@@ -25,7 +25,7 @@ def run(sanitizer: str, cases: int, compiler: str, instructions: str | None = No
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "sanitize"
         flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
-        sources = [str(HERE / "sanitize.cc"), str(KERNELS / "kernels.cc")]
+        sources = [str(HERE / "sanitize.cc"), str(KERNELS / "kernels.cc"), str(KERNELS / "staged.cc")]
         command = [compiler, *flags, f"-I{KERNELS}", *sources, "-o", str(program), "-lpthread"]
         subprocess.run(command, check=True)
         chosen = {} if instructions is None else {"JAXRNN_INSTRUCTIONS": instructions}

@@ -25,6 +25,7 @@ SCRIPTS = {
     "linear": f"--shapes 9,3 --dtypes float32 complex64 --contestants {OURS} lax.scan floor --steps 5 --cells GRU S6",
     "linear cells": "--shapes --steps 5 9 --cells GRU MinGRU",
     "matrix": f"--shapes 1,9,2,3,4 --kinds delta --contestants {OURS} chunked onnxruntime",
+    "options": f"--options zoneout layer_norm MGU --shapes 3,5,4,6 --contestants {OURS} xla",
     "mamba": "--shapes 1,5,8 --contestants xla transformers",
     "scaling": f"--base 2,3,3,4 --points 2 --axes B --contestants {OURS} torch",
 }

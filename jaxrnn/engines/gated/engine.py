@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -118,11 +119,10 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     kernels: list[Any] = [cell.kernel(each) for each in weights]
     plain = kernels[0] is not None and all(noise.silent for noise in noises)
     rule = None if plain else cell.rule()
-    refusal = (
-        _changed(type(cell))
-        or (rule if isinstance(rule, str) else None)
-        or _refusal([xs, *jax.tree.leaves(carries)], plain, walk)
-    )
+    refusal = _changed(type(cell)) or (rule if isinstance(rule, str) else None)
+    refusal = refusal or _refusal([xs, *jax.tree.leaves(carries)], plain, walk)
+    if refusal is None and isinstance(rule, staged.Rule) and walk.named("gated_scan") is None and _short(rule, xs):
+        refusal = "the loop runs one step of it faster"
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
     if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
@@ -148,6 +148,12 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
         return staged.scan(cell, rule, list(map(staged.Layer._make, each)), xs, walk, *noises[0][1:])
 
     return run if plain else run_staged
+
+
+def _short(rule: staged.Rule, xs: Array) -> bool:
+    """Whether the kernel would take longer to read the weights in its order than XLA to run the steps."""
+    arranged = rule.norm or rule.family in ("gru before", "mgu", "slstm")
+    return xs.shape[0] == 1 and (arranged or math.prod(xs.shape[1:-1]) < 4)
 
 
 def _changed(kind: type) -> str | None:
