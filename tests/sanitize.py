@@ -25,9 +25,15 @@ def run(sanitizer: str, cases: int, compiler: str, instructions: str | None = No
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "sanitize"
         flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
-        sources = [str(HERE / "sanitize.cc"), str(KERNELS / "kernels.cc"), str(KERNELS / "staged.cc")]
-        command = [compiler, *flags, f"-I{KERNELS}", *sources, "-o", str(program), "-lpthread"]
-        subprocess.run(command, check=True)
+        sources = [KERNELS / "kernels.cc", KERNELS / "staged.cc", HERE / "sanitize.cc"]
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+        compiled = [
+            subprocess.Popen([compiler, *flags, f"-I{KERNELS}", "-c", str(source), "-o", str(each)])
+            for source, each in zip(sources, objects, strict=True)
+        ]
+        if any([each.wait() for each in compiled]):
+            raise SystemExit(f"{sanitizer}: the kernels do not compile")
+        subprocess.run([compiler, *flags, *map(str, objects), "-o", str(program), "-lpthread"], check=True)
         chosen = {} if instructions is None else {"JAXRNN_INSTRUCTIONS": instructions}
         result = subprocess.run(
             [str(program), str(cases)], env=os.environ | OPTIONS | chosen, capture_output=True, text=True, check=False

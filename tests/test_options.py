@@ -1,6 +1,7 @@
 """Cells with options by the kernel that has them inside: as their own loop in float64, with every derivative."""
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -215,3 +216,22 @@ def test_padding_is_inert(name):
     jax.tree.map(np.testing.assert_array_equal, *both)
     result, _ = both[0]
     np.testing.assert_array_equal(result[1][~mask], 0)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other():
+    layer, arrays = draw("zoneout all", (9, 12, 8, 70))
+    run_once = jax.jit(jax.grad(lambda *arrays: loss(layer, *arrays, NATIVE, key=jax.random.key(0))[0], (0, 1, 2)))
+    given = single(arrays)
+    wanted, found = run_once(*given), []
+
+    def work():
+        found.extend(run_once(*given) for _ in range(10))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    for each in found:
+        close(each, wanted, 1e-5)

@@ -193,7 +193,9 @@ class StagedForwardRun : Staged<F> {
       }
       std::memset(mid_ + r * width_, 0, width_ * sizeof(float));
     }
-    std::memset(squares(w), 0, LANES * std::max(at_once_ * most_rows_, B_) * sizeof(float));
+    // A thread that is alone takes those of all.
+    const Range own = w.part(team_.threads * LANES * std::max(at_once_ * most_rows_, B_));
+    std::memset(squares_ + own.begin, 0, own.size() * sizeof(float));
   }
 
   // What a worker has written of the last carry.
