@@ -31,7 +31,8 @@ def run(sanitizer: str, cases: int, compiler: str, instructions: str | None = No
             subprocess.Popen([compiler, *flags, f"-I{KERNELS}", "-c", str(source), "-o", str(each)])
             for source, each in zip(sources, objects, strict=True)
         ]
-        if any([each.wait() for each in compiled]):
+        codes = [each.wait() for each in compiled]
+        if any(codes):
             raise SystemExit(f"{sanitizer}: the kernels do not compile")
         subprocess.run([compiler, *flags, *map(str, objects), "-o", str(program), "-lpthread"], check=True)
         chosen = {} if instructions is None else {"JAXRNN_INSTRUCTIONS": instructions}

@@ -219,8 +219,8 @@ def test_padding_is_inert(name):
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other():
-    layer, arrays = draw("zoneout all", (9, 12, 8, 70))
-    run_once = jax.jit(jax.grad(lambda *arrays: loss(layer, *arrays, NATIVE, key=jax.random.key(0))[0], (0, 1, 2)))
+    layer, arrays = draw("norm coupled", (9, 12, 8, 70))
+    run_once = jax.jit(jax.grad(lambda *arrays: loss(layer, *arrays, NATIVE)[0], (0, 1, 2)))
     given = single(arrays)
     wanted, found = run_once(*given), []
 
