@@ -15,7 +15,7 @@ from jaxrnn.cells.activations import ACTIVATIONS, Activation, elementwise
 from jaxrnn.engines.gated.engine import Kernel, gated_scan, gated_scan_both
 from jaxrnn.engines.gated.engine import Noise as Acting
 from jaxrnn.engines.gated.recurrence import GatedWeights, gated_products, gated_step
-from jaxrnn.engines.gated.staged import Gate, Given, Rule
+from jaxrnn.engines.gated.staged.rule import Gate, Given, Rule
 from jaxrnn.typing import Noise, PyTree
 
 

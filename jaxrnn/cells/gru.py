@@ -17,7 +17,7 @@ from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
 from jaxrnn.engines.gated.engine import Kernel
 from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
-from jaxrnn.engines.gated.staged import Given
+from jaxrnn.engines.gated.staged.rule import Given
 from jaxrnn.typing import DTypeLike, Noise
 
 

@@ -13,7 +13,7 @@ from jaxrnn import check
 from jaxrnn.cells.gated import GatedCell, mask_of, rule_of
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
-from jaxrnn.engines.gated.staged import Given
+from jaxrnn.engines.gated.staged.rule import Given
 from jaxrnn.typing import DTypeLike, Noise
 
 

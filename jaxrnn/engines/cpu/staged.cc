@@ -25,6 +25,7 @@ namespace baseline {
 #include "activations.h"
 #include "families.h"
 #include "staged.h"
+#include "staged_forward.h"
 #include "staged_backward.h"
 }  // namespace baseline
 #undef JAXRNN_WIDTH
@@ -40,6 +41,7 @@ namespace avx2 {
 #include "activations.h"
 #include "families.h"
 #include "staged.h"
+#include "staged_forward.h"
 #include "staged_backward.h"
 }  // namespace avx2
 #undef JAXRNN_WIDTH
@@ -55,6 +57,7 @@ namespace avx512 {
 #include "activations.h"
 #include "families.h"
 #include "staged.h"
+#include "staged_forward.h"
 #include "staged_backward.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH

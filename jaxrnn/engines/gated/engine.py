@@ -11,8 +11,10 @@ from jax import Array
 
 from jaxrnn.engines.arrays import cast
 from jaxrnn.engines.cpu import library
-from jaxrnn.engines.gated import primitives, staged
+from jaxrnn.engines.gated import primitives
 from jaxrnn.engines.gated.recurrence import GatedRecurrence, GatedWeights, How, dtypes, gated_recurrence
+from jaxrnn.engines.gated.staged import primitives as staged
+from jaxrnn.engines.gated.staged.rule import Given, Rule
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.walk import Walk
 from jaxrnn.typing import PyTree
@@ -43,9 +45,9 @@ class GatedCell(GatedRecurrence, Protocol):
 
     def kernel(self, weights: GatedWeights) -> Kernel | None: ...
 
-    def rule(self) -> staged.Rule | str: ...
+    def rule(self) -> Rule | str: ...
 
-    def arrange(self, weights: GatedWeights) -> staged.Given: ...
+    def arrange(self, weights: GatedWeights) -> Given: ...
 
 
 class Noise(NamedTuple):
@@ -121,7 +123,7 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     rule = None if plain else cell.rule()
     refusal = _changed(type(cell)) or (rule if isinstance(rule, str) else None)
     refusal = refusal or _refusal([xs, *jax.tree.leaves(carries)], plain, walk)
-    if refusal is None and isinstance(rule, staged.Rule) and walk.named("gated_scan") is None and _short(rule, xs):
+    if refusal is None and isinstance(rule, Rule) and walk.named("gated_scan") is None and _short(rule, xs):
         refusal = "the loop runs one step of it faster"
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
@@ -143,14 +145,14 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
 
     def run_staged(carry, xs, fresh, directions):
         masks = [None if noise.mask is None else noise.mask.astype(xs.dtype) for noise in noises]
-        assert isinstance(rule, staged.Rule)
+        assert isinstance(rule, Rule)
         each = zip(weights, carry, fresh, masks, directions, strict=True)
         return staged.scan(cell, rule, list(map(staged.Layer._make, each)), xs, walk, *noises[0][1:])
 
     return run if plain else run_staged
 
 
-def _short(rule: staged.Rule, xs: Array) -> bool:
+def _short(rule: Rule, xs: Array) -> bool:
     """Whether the kernel would take longer to read the weights in its order than XLA to run the steps."""
     arranged = rule.norm or rule.family in ("gru before", "mgu", "slstm")
     return xs.shape[0] == 1 and (arranged or math.prod(xs.shape[1:-1]) < 4)

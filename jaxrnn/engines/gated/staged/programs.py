@@ -1,0 +1,188 @@
+"""Gated recurrences with options by the loop over the cell's own update, and its derivatives. They run where there is
+no kernel, and for higher derivatives.
+
+forward: the recurrence. tangent: its derivative, linear in the tangents. backward: the transpose of that derivative.
+
+Every array has an axis of members M in front: weights (M, ...), rows (M, B, ...), sequences (M, T, B, ...), or
+(M, B, T, ...) if they are batch-major. Arrays that a function is not linear in may have one member for all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn.engines.gated.programs import count_members
+from jaxrnn.engines.gated.recurrence import How, gated_recurrence
+from jaxrnn.engines.gated.staged.rule import FAMILIES, Rule
+from jaxrnn.engines.walk import Flags
+from jaxrnn.typing import PyTree
+
+
+class Problem(NamedTuple):
+    """The arrays of a call, absent ones None. stay: for every leaf of the carry, which entries keep their value."""
+
+    xs: PyTree
+    weights: PyTree
+    carry: PyTree
+    fresh: PyTree
+    mask: PyTree = None
+    stay: PyTree = None
+    valid: PyTree = None
+    start: PyTree = None
+
+
+class Result(NamedTuple):
+    """The results of `forward`; with `save` also what its kernel keeps for `backward`."""
+
+    ys: PyTree
+    carry: PyTree
+    kept: PyTree = None
+    rests: PyTree = None
+
+
+class Call(NamedTuple):
+    """What a call is told that is not an array; see `How` for `rates`."""
+
+    cell: Any
+    rule: Rule
+    rates: tuple[float, ...] | None
+    directions: tuple[bool, ...]
+    batch_major: bool
+    named: bool
+
+
+SEQUENCES = {"xs", "stay", "valid", "start", "ys", "kept", "rests"}
+GATES: dict[str, int] = dict(zip(FAMILIES, (1, 1, 4, 3, 3, 3, 2, 4), strict=True))
+STATS = 16  # numbers that a norm keeps of a step beside normalised products and c'
+
+
+def names_of(tree: PyTree) -> list[str]:
+    """For every leaf, the field of its `Problem` or `Result`."""
+    fields = set(Problem._fields) | set(Result._fields)
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [next(key.name for key in path if getattr(key, "name", None) in fields) for path, _ in paths]
+
+
+def row_axis(name: str, call: Call) -> int | None:
+    if name in SEQUENCES:
+        return 1 if call.batch_major else 2
+    return None if name == "weights" else 1
+
+
+def all_members(*trees: PyTree) -> int:
+    return count_members(leaf.shape[0] for leaf in jax.tree.leaves(trees))
+
+
+def only(problem: Problem, names) -> Problem:
+    """The problem without fields of other names."""
+    return Problem(*(each if name in names else None for name, each in zip(Problem._fields, problem, strict=True)))
+
+
+# The programs, of one member whose sequences are time-major. What a kernel keeps they neither write nor read.
+
+
+def _forward_one(call: Call, reverse: bool, problem: Problem) -> Result:
+    xs, weights, carry, fresh, mask, stay, *flags = problem
+    how = How(call.cell, jnp.float32, jnp.float32, reverse, rates=call.rates)
+    fresh = carry if fresh is None else fresh
+    carry, ys = gated_recurrence(how, weights, carry, fresh, mask, xs, stay, Flags(*flags))
+    return Result(ys, carry)
+
+
+def _put(problem: Problem, moving: Problem) -> Problem:
+    return Problem(*(old if new is None else new for old, new in zip(problem, moving, strict=True)))
+
+
+def _tangent_one(call, reverse, problem, kept, moved) -> Result:
+    moving = only(problem, [name for name, each in zip(Problem._fields, moved, strict=True) if each is not None])
+    return jax.jvp(lambda moving: _forward_one(call, reverse, _put(problem, moving)), (moving,), (moved,))[1]
+
+
+def _backward_one(call, reverse, problem, kept, cotangents, *, wrt) -> Problem:
+    def run(moving):
+        return _forward_one(call, reverse, _put(problem, moving))
+
+    return jax.vjp(run, only(problem, wrt))[1](cotangents)[0]
+
+
+def _members(one, call: Call, *trees, **options) -> PyTree:
+    """Runs `one` for all members of trees, each along its direction."""
+    arrays, structure = jax.tree.flatten(trees)
+    patterns, count = len(call.directions), all_members(trees)
+
+    def turn(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        pairs = zip(leaves, names_of(tree), strict=True)
+        swap = [jnp.swapaxes(x, 0, 1) if call.batch_major and name in SEQUENCES else x for x, name in pairs]
+        return jax.tree.unflatten(structure, swap)
+
+    def some(first, reverse):
+        shared = [array.shape[0] == 1 and count != 1 for array in arrays]
+        chosen = [x[0] if one else x[first::patterns] for x, one in zip(arrays, shared, strict=True)]
+
+        def run(*arrays):
+            return turn(one(call, reverse, *turn(jax.tree.unflatten(structure, arrays)), **options))
+
+        return jax.vmap(run, [None if one else 0 for one in shared])(*chosen)
+
+    parts = [some(*each) for each in enumerate(call.directions)]
+    if patterns == 1:
+        return parts[0]
+    return jax.tree.map(lambda *each: jnp.stack(each, 1).reshape(count, *each[0].shape[1:]), *parts)
+
+
+def forward(call: Call, problem: Problem, *, save, wrt) -> Result:
+    found = _members(_forward_one, call, problem)
+    if not save:
+        return found
+    shapes = forward_shapes(call, problem, save=True, wrt=wrt)
+    nothing = [None if each is None else jnp.full(each.shape, jnp.nan, each.dtype) for each in shapes[2:]]
+    return Result(found.ys, found.carry, *nothing)
+
+
+def tangent(call: Call, problem: Problem, kept: Result, moved: Problem, *, save, wrt) -> Result:
+    return _members(_tangent_one, call, problem, kept, moved)
+
+
+def backward(call: Call, problem: Problem, kept: Result, cotangents: Result, *, save, wrt) -> Problem:
+    return _members(_backward_one, call, problem, kept, cotangents, wrt=wrt)
+
+
+# The shapes of results: all members of everything.
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _sizes(call: Call, problem: Problem) -> tuple[tuple[int, int], int, int]:
+    """Steps and rows in their order, H, and the other states than h in multiples of H."""
+    units = problem.weights.w_x.shape[-1] // GATES[call.rule.family]
+    return problem.xs.shape[1:3], units, len(jax.tree.leaves(problem.carry)) - 1
+
+
+def forward_shapes(call: Call, problem: Problem, *, save, wrt) -> Result:
+    count, (steps, units, states), rule = all_members(problem), _sizes(call, problem), call.rule
+    carry = jax.tree.map(lambda leaf: floats(count, *leaf.shape[1:]), problem.carry)
+    found = Result(floats(count, *steps, jax.tree.leaves(carry)[0].shape[-1]), carry)
+    if not save:
+        return found
+    gates = GATES[rule.family]
+    kept = (gates + (rule.family == "gru")) * units
+    if rule.norm:
+        kept = (2 * gates + rule.family.startswith("lstm")) * units + STATS
+    return found._replace(
+        kept=floats(count, *steps, kept), rests=floats(count, *steps, states * units) if states else None
+    )
+
+
+def tangent_shapes(call: Call, problem: Problem, kept: Result, moved: Problem, *, save, wrt) -> Result:
+    return forward_shapes(call, problem, save=False, wrt=wrt)
+
+
+def backward_shapes(call: Call, problem: Problem, kept: Result, cotangents: Result, *, save, wrt) -> Problem:
+    count = all_members(problem, kept, cotangents)
+    return jax.tree.map(lambda leaf: floats(count, *leaf.shape[1:]), only(problem, wrt))
