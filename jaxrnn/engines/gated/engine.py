@@ -123,7 +123,8 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     rule = None if plain else cell.rule()
     refusal = _changed(type(cell)) or (rule if isinstance(rule, str) else None)
     refusal = refusal or _refusal([xs, *jax.tree.leaves(carries)], plain, walk)
-    if refusal is None and isinstance(rule, Rule) and walk.named("gated_scan") is None and _short(rule, xs):
+    unnamed = walk.named("gated_scan") is None and walk.platform in (None, "cpu")
+    if refusal is None and isinstance(rule, Rule) and unnamed and _short(rule, xs):
         refusal = "the loop runs one step of it faster"
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
