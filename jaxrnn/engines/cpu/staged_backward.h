@@ -254,12 +254,23 @@ class StagedBackwardRun : Staged<F> {
     store(to, load(to) + d);
   }
 
+  // What the next step reads lies on other pages, in more streams than a processor follows by itself.
+  JAXRNN_INLINE void look_ahead(const Place& p, long row, long unit) const {
+    if (p.k == 0) return;
+    const long next = n_.at(time(p.k - 1), row);
+    const int vectors = rule_.norm ? 2 * GATES + LSTM : F::SUMS;
+    for (int q = 0; q < vectors; ++q) __builtin_prefetch(kept(next) + q * H_ + unit);
+    for (int e = 0; e < E; ++e) __builtin_prefetch(p_.rests + (next * E + e) * H_ + unit);
+    if (!rule_.projected) __builtin_prefetch(p_.d_ys + next * S_ + unit), __builtin_prefetch(p_.ys + next * S_ + unit);
+  }
+
   // The sums of the gates [first, last), and what else the gates of some rows read; and what is asked of them.
   template <class B>
   void recall(const Place& p, B& b, long row0, long unit, long n, int first = 0, int last = F::SUMS) const {
     for (int i = 0; i < b.n; ++i) {
       const long row = row0 + i;
       const float* kept_here = kept(at(p, row)) + unit;
+      look_ahead(p, row, unit);
       for (int q = first; q < last; ++q) {
         if (!rule_.norm) {
           b.a[q][i] = load(kept_here + q * H_, n);
