@@ -20,7 +20,7 @@ JAXRNN_INLINE void multiply(const float* const* a, long length, const float* w, 
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) more[chain][r][v] += a[r][k + chain] * load(w + v * LANES);
-    for (; k < length; ++k, w += V * LANES)
+    for (long rest = length % CHAINS; rest > 0; --rest, ++k, w += V * LANES)
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) more[0][r][v] += a[r][k] * load(w + v * LANES);
     for (int chain = 0; chain < CHAINS; ++chain)
