@@ -21,6 +21,8 @@ from jaxrnn import (
     WeightDrop,
     Zoneout,
 )
+from jaxrnn.compose.noise import ZoneoutNoise
+from jaxrnn.engines.walk import Walk
 
 X64 = True
 KEY = jax.random.key(0)
@@ -173,3 +175,21 @@ def test_noise_keeps_the_dtype_of_half_precision():
     params = draw_params(cell, dtype=jnp.bfloat16)
     _, ys = jaxrnn.scan(cell, params, None, draw_x(cell, 0, 4, 2, dtype=jnp.bfloat16), key=KEY)
     assert ys.dtype == jnp.bfloat16
+
+
+def test_noise_of_ones_own_may_lack_an_axis():
+    """One mask for all rows, and one draw for all units."""
+    layer = Zoneout(RecurrentDropout(LSTM(3, 4), 0.5), 0.3)
+    params, xs = layer.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (5, 2, 3), jnp.float32)
+    mask, stay = jnp.array([0.0, 2.0, 2.0, 0.0]), jax.random.bernoulli(jax.random.key(2), 0.3, (5, 2, 1))
+    carry = layer.initial_carry(params, (2,))
+
+    def run(name, noise):
+        walk = Walk(implementation=name)
+        return layer.scan(params, carry, xs, fresh=carry, noise=noise, walk=walk)
+
+    short = mask[None], ZoneoutNoise([stay, stay], None)
+    long = jnp.broadcast_to(mask, (2, 4)), ZoneoutNoise([jnp.broadcast_to(stay, (5, 2, 4))] * 2, None)
+    found = [run(name, noise) for name in (None, "xla") for noise in (short, long)]
+    for each in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), each, found[0])

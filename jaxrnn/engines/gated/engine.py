@@ -145,7 +145,11 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
         return [(type(old)(*new), ys) for old, (new, ys) in zip(carry, results, strict=True)]
 
     def run_staged(carry, xs, fresh, directions):
-        masks = [None if noise.mask is None else noise.mask.astype(xs.dtype) for noise in noises]
+        def whole(mask, carry):
+            h = getattr(carry, cell.recurrent_state)
+            return None if mask is None else jnp.broadcast_to(mask.astype(h.dtype), h.shape)
+
+        masks = [whole(noise.mask, each) for noise, each in zip(noises, carry, strict=True)]
         assert isinstance(rule, Rule)
         each = zip(weights, carry, fresh, masks, directions, strict=True)
         return staged.scan(cell, rule, list(map(staged.Layer._make, each)), xs, walk, *noises[0][1:])

@@ -296,6 +296,9 @@ def scan(
 
     masks = [layer.mask for layer in layers]
 
+    def entries(stay, leaf):
+        return sequence([jnp.broadcast_to(stay.astype(bool), (stay.shape[0], *leaf.shape))], leaf.shape[-1])
+
     def run(_, state, inputs):
         xs, valid, start, stay = inputs
         problem = Problem(
@@ -304,7 +307,9 @@ def scan(
             carry=jax.tree.map(of_rows, *state),
             fresh=None if start is None else jax.tree.map(of_rows, *(layer.fresh for layer in layers)),
             mask=None if masks[0] is None else of_rows(*masks),
-            stay=None if stay is None else [sequence([each], each.shape[-1]) for each in stay],
+            stay=None
+            if stay is None
+            else [entries(*each) for each in zip(stay, jax.tree.leaves(state[0]), strict=True)],
             valid=None if valid is None else sequence([valid]),
             start=None if start is None else sequence(start),
         )
