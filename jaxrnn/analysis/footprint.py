@@ -74,7 +74,7 @@ def training_memory(
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn
       >>> from jaxrnn.analysis import training_memory
-      >>> cell = jaxrnn.Elman(2, 8, activation="identity")
+      >>> cell = jaxrnn.Elman(2, 8)
       >>> params = cell.init(jax.random.key(0))
       >>> xs = jax.ShapeDtypeStruct((100, 2), jnp.float32)
       >>> memory = training_memory(cell, params, None, xs, lambda carry, ys: jnp.sum(ys**2))
@@ -131,7 +131,8 @@ def _distinct_bytes(jaxpr: Any) -> int:
     for equation in jaxpr.eqns:
         name, source = equation.primitive.name, equation.invars[:1]
         constant = name == "broadcast_in_dim" and hasattr(source[0], "val")
-        if constant or (name == "reshape" and id(source[0]) in given):
+        shaped = name in ("reshape", "broadcast_in_dim") and id(source[0]) in given
+        if constant or (shaped and source[0].aval.size == equation.outvars[0].aval.size):
             given.add(id(equation.outvars[0]))
     returned = {id(variable): variable.aval for variable in jaxpr.outvars}
     return sum(_bytes(aval) for name, aval in returned.items() if name not in given)
