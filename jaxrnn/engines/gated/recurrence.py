@@ -114,6 +114,7 @@ def products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: Ad
 
 
 def dtypes(weights, carry, x):
+    """Returns the dtype of the products, and that of the gates: at least float32."""
     dtype = compute_dtype(x, weights)
     return dtype, accumulator(dtype, *(leaf.dtype for leaf in carry))
 

@@ -85,6 +85,7 @@ def _even(weights: GatedWeights, members: int) -> GatedWeights:
 
 
 def native_forward(call: Call, problem: Problem, *, save, wrt) -> Result:
+    """Runs `programs.forward` by its kernel."""
     shapes, members = forward_shapes(call, problem, save=save, wrt=wrt), all_members(problem)
     given = jax.vmap(call.cell.arrange)(_even(problem.weights, all_members(problem.weights)))
     h, *rest = jax.tree.leaves(shapes.carry)
@@ -97,6 +98,7 @@ def native_forward(call: Call, problem: Problem, *, save, wrt) -> Result:
 
 
 def native_backward(call: Call, problem: Problem, kept: Result, cotangents: Result, *, save, wrt) -> Problem:
+    """Runs `programs.backward` by its kernel."""
     members = all_members(problem, kept, cotangents)
     shapes = backward_shapes(call, problem, kept, cotangents, save=save, wrt=wrt)
     weights = _even(problem.weights, members if "weights" in wrt else all_members(problem.weights))

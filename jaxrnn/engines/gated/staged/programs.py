@@ -67,12 +67,14 @@ def names_of(tree: PyTree) -> list[str]:
 
 
 def row_axis(name: str, call: Call) -> int | None:
+    """Returns the axis of rows in an array of this field, or None."""
     if name in SEQUENCES:
         return 1 if call.batch_major else 2
     return None if name == "weights" else 1
 
 
 def all_members(*trees: PyTree) -> int:
+    """Returns the number of members of a call from its arrays."""
     return count_members(leaf.shape[0] for leaf in jax.tree.leaves(trees))
 
 
@@ -135,6 +137,7 @@ def _members(one, call: Call, *trees, **options) -> PyTree:
 
 
 def forward(call: Call, problem: Problem, *, save, wrt) -> Result:
+    """Runs the recurrence; with `save`, NaN stands for what the kernel keeps, so that nobody reads it unseen."""
     found = _members(_forward_one, call, problem)
     if not save:
         return found
@@ -144,10 +147,12 @@ def forward(call: Call, problem: Problem, *, save, wrt) -> Result:
 
 
 def tangent(call: Call, problem: Problem, kept: Result, moved: Problem, *, save, wrt) -> Result:
+    """Computes the tangents of ys and of the carry."""
     return _members(_tangent_one, call, problem, kept, moved)
 
 
 def backward(call: Call, problem: Problem, kept: Result, cotangents: Result, *, save, wrt) -> Problem:
+    """Computes the cotangents of the fields `wrt`."""
     return _members(_backward_one, call, problem, kept, cotangents, wrt=wrt)
 
 
@@ -155,6 +160,7 @@ def backward(call: Call, problem: Problem, kept: Result, cotangents: Result, *, 
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    """The shape of an array of float32."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
@@ -165,6 +171,7 @@ def _sizes(call: Call, problem: Problem) -> tuple[tuple[int, int], int, int]:
 
 
 def forward_shapes(call: Call, problem: Problem, *, save, wrt) -> Result:
+    """The shapes of the results of `forward`."""
     count, (steps, units, states), rule = all_members(problem), _sizes(call, problem), call.rule
     carry = jax.tree.map(lambda leaf: floats(count, *leaf.shape[1:]), problem.carry)
     found = Result(floats(count, *steps, jax.tree.leaves(carry)[0].shape[-1]), carry)
@@ -180,9 +187,11 @@ def forward_shapes(call: Call, problem: Problem, *, save, wrt) -> Result:
 
 
 def tangent_shapes(call: Call, problem: Problem, kept: Result, moved: Problem, *, save, wrt) -> Result:
+    """Those of `tangent`."""
     return forward_shapes(call, problem, save=False, wrt=wrt)
 
 
 def backward_shapes(call: Call, problem: Problem, kept: Result, cotangents: Result, *, save, wrt) -> Problem:
+    """Those of `backward`."""
     count = all_members(problem, kept, cotangents)
     return jax.tree.map(lambda leaf: floats(count, *leaf.shape[1:]), only(problem, wrt))
