@@ -12,6 +12,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = (  # those that take longest first
     "kernels.cc",
     "staged.cc",
+    "elementwise.cc",
     "binding.cc",
     "linear_binding.cc",
     "matrix_binding.cc",

@@ -32,6 +32,10 @@ struct Drawn {
     for (long k = 0; k < size; ++k) drawn[k] = -std::fabs(drawn[k]);
     return drawn;
   }
+  static float* within(float* drawn, long size, float bound) {
+    for (long k = 0; k < size; ++k) drawn[k] = bound * std::tanh(drawn[k]);
+    return drawn;
+  }
   // True once in four times.
   uint8_t* flags(long size) {
     flags_held.emplace_back(size);
@@ -120,6 +124,7 @@ struct LinearCase {
     a.resize((constant ? 1 : T) * R), b.resize(T * R), h.resize(R);
     for (auto* array : {&a, &b, &h})
       for (float& x : *array) x = normal(rng);
+    for (float& x : a) x *= 0.5f;  // so that no sum in which all digits cancel grows
     cut.resize((constant_cut ? 1 : T) * groups);
     for (uint8_t& flag : cut) flag = draw(0, 3) == 0;
   }
@@ -230,36 +235,39 @@ struct DiagonalCase : Drawn {
   }
 };
 
-// A linear recurrence of single units with their gates.
+// A linear recurrence of single units with their products and gates.
 struct ElementwiseCase : Drawn {
   ElementwiseProblem p{};
-  bool save;
+  bool save, all;  // whether cotangents of inputs and weights are asked for
 
   explicit ElementwiseCase(unsigned seed) : Drawn(seed) {
     p.unit = static_cast<Unit>(draw(0, UNITS - 1));
-    const long T = p.steps = draw(1, 40), M = p.members = draw(1, 2), R = p.rows = M * draw(1, 2);
-    const long H = p.units = draw(1, 150), S = sums_of(p.unit);
-    p.reverse = draw(0, 1), p.bound = 0.25f, save = draw(0, 3) != 0;
-    p.u = array(T * R * S * H), p.h = array(R * H);
+    const long N = p.heads = draw(0, 2) ? 1 : draw(2, 4), M = p.members = draw(1, 3), R = p.rows = M * draw(1, 5);
+    const long T = p.steps = draw(1, 90), H = p.units = N * draw(1, 40), D = p.inputs = reads_x(p.unit) ? H : N * draw(1, 30);
+    const long E = states_of(p.unit), K = theta_of(p.unit), S = sums_of(p.unit);
+    p.reverse = draw(0, 1), p.bound = 0.25f, save = draw(0, 3) != 0, all = draw(0, 2) != 0;
+    p.xs = array(T * R * D), p.w = array(M * D / N * S * H), p.h = array(R * E * H);
     if (draw(0, 1)) p.b = array(M * S * H);
-    if (reads_state(p.unit) || p.unit == Unit::kRgLru) p.x = array(T * R * H);
-    if (p.unit == Unit::kRgLru) p.rate = negative(M * H), p.begun = this->flags(T * R);
+    if (K) p.theta = E == 2 ? within(array(M * K * H), M * K * H, 0.7f) : negative(M * K * H);
+    if (p.unit == Unit::kRgLru) p.begun = this->flags(T * R);
     if (draw(0, 1)) p.valid = this->flags(T * R);
-    if (draw(0, 1)) p.start = this->flags(T * R), p.fresh = array(R * H);
+    if (draw(0, 1)) p.start = this->flags(T * R), p.fresh = array(R * E * H);
   }
 
   std::vector<std::vector<float>> run(int threads) const {
-    const long T = p.steps, R = p.rows, H = p.units, S = sums_of(p.unit);
+    const long T = p.steps, R = p.rows, H = p.units, D = p.inputs, M = p.members, S = sums_of(p.unit);
+    const long E = states_of(p.unit), K = theta_of(p.unit);
     Results out(threads);
     ElementwiseProblem f = p;
-    f.ys = out(T * R * H), f.last = out(R * H), f.hs = out(T * R * H, save && (p.valid || reads_state(p.unit)));
+    f.ys = out(T * R * E * H), f.last = out(R * E * H);
+    f.hs = out(T * R * E * H, save && (p.valid || gives_y(p.unit)));
     elementwise(f, threads);
     if (!save) return out.found;
     ElementwiseGradient g{};
-    std::vector<float> d_ys(T * R * H, 0.1f), d_last(R * H, 0.1f);
-    g.d_ys = d_ys.data(), g.d_last = d_last.data();
-    g.d_u = out(T * R * S * H), g.d_h = out(R * H), g.d_b = out(R * S * H, p.b), g.d_x = out(T * R * H, p.x);
-    g.d_rate = out(R * H, p.rate), g.d_fresh = out(R * H, p.fresh);
+    std::vector<float> d_ys(T * R * E * H, 0.1f), d_last(R * E * H, 0.1f);
+    g.d_ys = d_ys.data(), g.d_last = d_last.data(), g.d_h = out(R * E * H), g.d_fresh = out(R * E * H, p.fresh);
+    g.d_xs = out(T * R * D, all), g.d_w = out(M * D / p.heads * S * H, all), g.d_b = out(M * S * H, all && p.b);
+    g.d_theta = out(M * K * H, all && K);
     elementwise_backward(f, g, threads);
     return out.found;
   }

@@ -25,7 +25,7 @@ def run(sanitizer: str, cases: int, compiler: str, instructions: str | None = No
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "sanitize"
         flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
-        sources = [KERNELS / "kernels.cc", KERNELS / "staged.cc", HERE / "sanitize.cc"]
+        sources = [KERNELS / "kernels.cc", KERNELS / "staged.cc", KERNELS / "elementwise.cc", HERE / "sanitize.cc"]
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         compiled = [
             subprocess.Popen([compiler, *flags, f"-I{KERNELS}", "-c", str(source), "-o", str(each)])

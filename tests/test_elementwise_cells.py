@@ -1,4 +1,6 @@
-"""Linear cells by the kernel that computes their gates: as their own loop in float64, with every derivative."""
+"""Linear cells by the kernel that computes their products and gates: as their own loop in float64, with every
+derivative.
+"""
 
 import functools
 
@@ -22,13 +24,21 @@ CELLS = {
     "min_gru signed": jaxrnn.MinGRU(3, 5, positive=False),
     "min_lstm": jaxrnn.MinLSTM(3, 5),
     "min_lstm signed": jaxrnn.MinLSTM(3, 37, positive=False),
+    "min_gru logs": jaxrnn.MinGRU(3, 37, log_space=True),
+    "min_lstm logs": jaxrnn.MinLSTM(3, 5, log_space=True),
     "hgrn": jaxrnn.HGRN(3, 33, lower_bound=0.3),
-    "sru": jaxrnn.SRU(3, 5),
+    "sru": jaxrnn.SRU(17, 17),
     "sru tanh": jaxrnn.SRU(37, 37, "tanh"),
+    "sru skip": jaxrnn.SRU(70, 5),
+    "sru tanh skip": jaxrnn.SRU(3, 37, "tanh"),
     "qrnn": jaxrnn.QRNN(3, 37, window=3),
     "rg_lru": jaxrnn.RGLRU(66, blocks=3),
+    "lru": jaxrnn.LRU(3, 37),
+    "s5": jaxrnn.S5(5, 33, discretization="bilinear"),
 }
-some = pytest.mark.parametrize("name", mostly_in_full(list(CELLS), "min_lstm", "sru tanh", "rg_lru"))
+some = pytest.mark.parametrize(
+    "name", mostly_in_full(list(CELLS), "min_lstm", "min_lstm logs", "sru tanh", "rg_lru", "s5")
+)
 
 
 def draw(name, length, batch, flags=True):
@@ -37,7 +47,10 @@ def draw(name, length, batch, flags=True):
     params = layer.init(jax.random.key(0), jnp.float64)
 
     def moved(x):
-        return x if x.dtype == bool else np.asarray(x) + 0.5 * rng.normal(size=x.shape)
+        if x.dtype == bool:
+            return x
+        turn = 1 + 0.3j if jnp.iscomplexobj(x) else 1
+        return np.asarray(x) + 0.5 * turn * rng.normal(size=x.shape)
 
     params = jax.tree.map(moved, params)
     carry = jax.tree.map(moved, layer.initial_carry(params, batch))
@@ -47,7 +60,10 @@ def draw(name, length, batch, flags=True):
 
 
 def single(tree):
-    return jax.tree.map(lambda x: x if x.dtype == bool else jnp.asarray(x, jnp.float32), tree)
+    def one(x):
+        return x if x.dtype == bool else jnp.asarray(x, jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
+
+    return jax.tree.map(one, tree)
 
 
 def numbers(tree):
@@ -61,7 +77,7 @@ def close(found, wanted, bound):
 
 def loss(layer, params, carry, xs, **options):
     carry, ys = jaxrnn.scan(layer, params, carry, xs, **options)
-    return jnp.sin(ys).sum() + sum(jnp.cos(leaf).sum() for leaf in numbers(carry))
+    return jnp.sin(ys).sum() + sum(jnp.cos(leaf).real.sum() for leaf in numbers(carry))
 
 
 def run(layer, arrays, implementation, **options):
@@ -97,7 +113,8 @@ def test_higher_derivatives_and_members(name):
         return forward, back
 
     def wide(tree):
-        return jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float64), tree)
+        double = {jnp.dtype(jnp.float32): jnp.float64, jnp.dtype(jnp.complex64): jnp.complex128}
+        return jax.tree.map(lambda x: x if x.dtype == bool else x.astype(double[x.dtype]), tree)
 
     wanted = derivatives(arrays[0], arrays[2], "xla", wide)
     found = derivatives(*single((arrays[0], arrays[2])), "native")

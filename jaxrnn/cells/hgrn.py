@@ -12,9 +12,8 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, linear_step
-from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.engine import UnitWeights
 from jaxrnn.engines.elementwise.programs import Unit
-from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -94,8 +93,8 @@ class HGRN(LinearCell[HGRNParams, HGRNCarry]):
     def unit(self):
         return _unit(self.lower_bound)
 
-    def sums(self, params, x):
-        return Sums(dot(x, params.w_x), params.b)
+    def unit_weights(self, params):
+        return UnitWeights(params.w_x[None], params.b)
 
     def coefficients(self, params, x):
         return _coefficients(params, x, self.lower_bound)

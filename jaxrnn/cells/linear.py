@@ -14,7 +14,7 @@ from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.cells.window import step_window, windows
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, select, zero_where_not
-from jaxrnn.engines.elementwise.engine import Sums, elementwise_recurrence
+from jaxrnn.engines.elementwise.engine import UnitWeights, elementwise_recurrence
 from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recurrence
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
@@ -62,16 +62,22 @@ class LinearCell(Cell[Params, Carry]):
 
     @property
     def unit(self) -> Unit | None:
-        """What a kernel on the CPU computes from `sums`, in place of `coefficients` and `output`; None without one."""
+        """What a kernel on the CPU computes with `unit_weights`, in place of `coefficients` and, where h is real, of
+        `output`; None without one.
+        """
         return None
 
-    def sums(self, params: PyTree, x: Array) -> Sums:
-        """Returns what `unit` reads."""
-        raise TypeError(f"{type(self).__name__}: unit needs sums, which it does not define")
+    def unit_weights(self, params: PyTree) -> UnitWeights:
+        """Returns the weights of `unit`."""
+        raise TypeError(f"{type(self).__name__}: unit needs unit_weights, which it does not define")
 
     @abstractmethod
     def coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
         """Returns (a, b), in at least float32; a may lack axes."""
+
+    def output_of_parts(self, params: PyTree, parts: Array, x: Array) -> Array:
+        """Computes y from the real parts of a complex state, followed by the imaginary ones."""
+        raise TypeError(f"{type(self).__name__}: a unit that turns needs output_of_parts, which it does not define")
 
     def log_coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
         """Returns the logarithms of (a, b), which are both positive, for a cell with `log_space`."""
@@ -97,7 +103,7 @@ class LinearCell(Cell[Params, Carry]):
         widths = carry.window.shape[-2] + 1 if self.sees_window else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
-        single = dtype == jnp.float32 and carry.h.dtype == jnp.float32
+        single = dtype == jnp.float32 and carry.h.dtype in (jnp.float32, jnp.complex64)
         by_kernel = self.unit is not None and single and kernel_serves(walk, xs.shape[0], owner=self)
         unit, form = (self.unit, None) if by_kernel else (None, self._form(walk, dtypes, carry.h.dtype))
 
@@ -115,10 +121,12 @@ class LinearCell(Cell[Params, Carry]):
             some = xs.shape[0] > 0 if valid is None else valid.any(0)
             started = carry.started | some if self.begins_apart else None
             if unit is not None:
-                sums = self.sums(params, xs)
-                last, ys = elementwise_recurrence(
-                    unit, sums, carry.h, begun=begun, fresh=fresh.h, flags=flags, walk=walk
-                )
+                h, start_h = (parts_of(each.h) if unit.turns else each.h for each in (carry, fresh))
+                weights, options = self.unit_weights(params), {"flags": flags, "walk": walk}
+                last, ys = elementwise_recurrence(unit, weights, xs, h, begun=begun, fresh=start_h, **options)
+                if unit.turns:
+                    last = lax.complex(*jnp.split(last, 2, axis=-1))
+                    ys = zero_where_not(valid, self.output_of_parts(params, ys, xs))
                 return _replaced(carry, last, started, window), ys
             h, options = carry.h, {"flags": flags, "reverse": walk.reverse, "form": form}
             wide = h.astype(accumulator(dtypes[1], h.dtype))
@@ -149,6 +157,11 @@ class LinearCell(Cell[Params, Carry]):
 
 def _state(params, h, x):
     return h
+
+
+def parts_of(h: Array) -> Array:
+    """The real parts of complex numbers, then the imaginary parts."""
+    return jnp.concatenate([h.real, h.imag], axis=-1)
 
 
 def linear_step(

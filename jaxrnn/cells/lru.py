@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cells.linear import LinearCell, linear_step
+from jaxrnn.cells.linear import LinearCell, linear_step, parts_of
 from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.engines.elementwise.engine import UnitWeights
+from jaxrnn.engines.elementwise.programs import TURN
 from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
@@ -99,11 +101,23 @@ class LRU(LinearCell[LRUParams, LRUCarry]):
         check.params(self, params)
         return lru_step(params, carry, x, noise)
 
+    @property
+    def unit(self):
+        return TURN
+
+    def unit_weights(self, params):
+        re, im = _decay(params)
+        scale = jnp.tile(jnp.exp(params.gamma), 2)
+        return UnitWeights((params.w_x * lifted(scale, params.w_x))[None], theta=jnp.concatenate([re, im]))
+
     def coefficients(self, params, x):
         return _coefficients(params, x)
 
     def output(self, params, h, x):
         return _output(params, h, x)
+
+    def output_of_parts(self, params, parts, x):
+        return _output_of_parts(params, parts, x)
 
 
 def lru_init(
@@ -170,17 +184,25 @@ def lru_step(params: LRUParams, carry: LRUCarry, x: Array, noise: Noise = None) 
     return linear_step(params, carry, x, _coefficients, output=_output)
 
 
+def _decay(params):
+    """The real and the imaginary part of λ."""
+    wide = accumulator(params.nu.dtype)
+    modulus, phase = jnp.exp(-jnp.exp(params.nu.astype(wide))), jnp.exp(params.theta.astype(wide))
+    return modulus * jnp.cos(phase), modulus * jnp.sin(phase)
+
+
 def _coefficients(params, x):
     wide = accumulator(params.nu.dtype)
-    nu, theta, gamma = (each.astype(wide) for each in params[:3])
-    modulus, phase = jnp.exp(-jnp.exp(nu)), jnp.exp(theta)
-    a = lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase))
+    a = lax.complex(*_decay(params))
     re, im = jnp.split(dot(x, params.w_x).astype(wide), 2, axis=-1)
-    scale = lifted(jnp.exp(gamma), re)
+    scale = lifted(jnp.exp(params.gamma.astype(wide)), re)
     return a, lax.complex(scale * re, scale * im)
 
 
 def _output(params, h, x):
-    parts = jnp.concatenate([h.real, h.imag], axis=-1)
+    return _output_of_parts(params, parts_of(h), x)
+
+
+def _output_of_parts(params, parts, x):
     y = dot(parts.astype(params.w_y.dtype), params.w_y)
     return y + lifted(params.d.astype(y.dtype), y) * x.astype(y.dtype)

@@ -12,9 +12,8 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, linear_step, log_candidate
-from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.engine import UnitWeights
 from jaxrnn.engines.elementwise.programs import Unit
-from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -96,17 +95,16 @@ class MinGRU(LinearCell[MinGRUParams, MinGRUCarry]):
 
     @property
     def unit(self):
-        return None if self.log_space else UNITS[self.positive]
+        return UNITS[self.positive, self.log_space]
 
-    def sums(self, params, x):
-        return Sums(dot(x, params.w_x), params.b)
+    def unit_weights(self, params):
+        return UnitWeights(params.w_x[None], params.b)
 
     def coefficients(self, params, x):
         return _coefficients(params, x, self.positive)
 
     def log_coefficients(self, params, x):
-        z, n = jnp.split(affine(params, x), 2, axis=-1)
-        return -jax.nn.softplus(z), log_candidate(n) - jax.nn.softplus(-z)
+        return _logs(affine(params, x))
 
 
 def min_gru_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MinGRUParams:
@@ -173,7 +171,17 @@ def _coefficients(params, x, positive):
     return _mixed(*_gates(params, x, positive))
 
 
+def _logs(u):
+    z, n = jnp.split(u, 2, axis=-1)
+    return -jax.nn.softplus(z), log_candidate(n) - jax.nn.softplus(-z)
+
+
+def _unit_gates(u, *_):
+    return _mixed(*_activated(u, True))
+
+
 UNITS = {
-    True: Unit("min_gru", lambda u, *_: _mixed(*_activated(u, True))),
-    False: Unit("min_gru signed", lambda u, *_: _mixed(*_activated(u, False))),
-}
+    (True, False): Unit("min_gru", _unit_gates),
+    (True, True): Unit("min_gru logs", _unit_gates, logs=_logs),
+    (False, False): Unit("min_gru signed", lambda u, *_: _mixed(*_activated(u, False))),
+}  # by positive and log_space

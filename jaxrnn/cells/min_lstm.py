@@ -12,9 +12,8 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, affine, candidate, check_log_space, linear_step, log_candidate
-from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.engine import UnitWeights
 from jaxrnn.engines.elementwise.programs import Unit
-from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -95,18 +94,16 @@ class MinLSTM(LinearCell[MinLSTMParams, MinLSTMCarry]):
 
     @property
     def unit(self):
-        return None if self.log_space else UNITS[self.positive]
+        return UNITS[self.positive, self.log_space]
 
-    def sums(self, params, x):
-        return Sums(dot(x, params.w_x), params.b)
+    def unit_weights(self, params):
+        return UnitWeights(params.w_x[None], params.b)
 
     def coefficients(self, params, x):
         return _coefficients(params, x, self.positive)
 
     def log_coefficients(self, params, x):
-        f, i, n = jnp.split(affine(params, x), 3, axis=-1)
-        odds = _log_odds(f, i)
-        return jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds) + log_candidate(n)
+        return _logs(affine(params, x))
 
 
 def min_lstm_init(key: Array, input_size: int, hidden_size: int, *, dtype: DTypeLike = jnp.float32) -> MinLSTMParams:
@@ -179,7 +176,18 @@ def _coefficients(params, x, positive):
     return _mixed(*_gates(params, x, positive))
 
 
+def _logs(u):
+    f, i, n = jnp.split(u, 3, axis=-1)
+    odds = _log_odds(f, i)
+    return jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds) + log_candidate(n)
+
+
+def _unit_gates(u, *_):
+    return _mixed(*_activated(u, True))
+
+
 UNITS = {
-    True: Unit("min_lstm", lambda u, *_: _mixed(*_activated(u, True))),
-    False: Unit("min_lstm signed", lambda u, *_: _mixed(*_activated(u, False))),
-}
+    (True, False): Unit("min_lstm", _unit_gates),
+    (True, True): Unit("min_lstm logs", _unit_gates, logs=_logs),
+    (False, False): Unit("min_lstm signed", lambda u, *_: _mixed(*_activated(u, False))),
+}  # by positive and log_space

@@ -12,7 +12,7 @@ from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, lifted
-from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.engine import UnitWeights
 from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.typing import DTypeLike, Noise
 
@@ -101,9 +101,9 @@ class RGLRU(LinearCell[RGLRUParams, RGLRUCarry]):
     def unit(self):
         return UNIT
 
-    def sums(self, params, x):
+    def unit_weights(self, params):
         b = None if params.b is None else params.b.reshape(-1)
-        return Sums(jnp.concatenate(_sums(params, x), axis=-1), b, x, _rate(params, x.dtype))
+        return UnitWeights(params.w_x, b, _rate(params, params.decay.dtype))
 
     def coefficients(self, params, x):
         return _coefficients(params, x)

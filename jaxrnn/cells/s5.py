@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import check
-from jaxrnn.cells.linear import LinearCell, linear_step
+from jaxrnn.cells.linear import LinearCell, linear_step, parts_of
 from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
 from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.engines.elementwise.engine import UnitWeights
+from jaxrnn.engines.elementwise.programs import TURN
 from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
@@ -101,11 +103,25 @@ class S5(LinearCell[S5Params, S5Carry]):
         check.params(self, params)
         return s5_step(params, carry, x, noise, discretization=self.discretization, timed=self.timed)
 
+    @property
+    def unit(self):
+        return None if self.timed else TURN
+
+    def unit_weights(self, params):
+        log_decay, frequency, log_step = params[:3]
+        a, scale = discretize(self.discretization, log_decay, frequency, jnp.exp(log_step))
+        w = lax.complex(*jnp.split(params.w_x, 2, axis=-1))
+        w = lifted(scale, w) * w
+        return UnitWeights(jnp.concatenate([w.real, w.imag], axis=-1)[None], theta=jnp.concatenate([a.real, a.imag]))
+
     def coefficients(self, params, x):
         return _coefficients(params, x, self.discretization, self.timed)
 
     def output(self, params, h, x):
         return _output(params, h, x, self.timed)
+
+    def output_of_parts(self, params, parts, x):
+        return _output_of_parts(params, parts, x, self.timed)
 
 
 def s5_init(
@@ -201,6 +217,9 @@ def _coefficients(params, x, discretization, timed):
 
 
 def _output(params, h, x, timed):
-    parts = jnp.concatenate([h.real, h.imag], axis=-1)
+    return _output_of_parts(params, parts_of(h), x, timed)
+
+
+def _output_of_parts(params, parts, x, timed):
     y = 2 * dot(parts.astype(params.w_y.dtype), params.w_y)
     return y + lifted(params.d.astype(y.dtype), y) * elapsed(x, timed)[0].astype(y.dtype)

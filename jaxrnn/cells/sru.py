@@ -14,7 +14,7 @@ from jaxrnn.cells.activations import Activation, check_elementwise, elementwise
 from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, lifted
-from jaxrnn.engines.elementwise.engine import Sums
+from jaxrnn.engines.elementwise.engine import UnitWeights
 from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
@@ -97,13 +97,14 @@ class SRU(LinearCell[SRUParams, SRUCarry]):
 
     @property
     def unit(self):
-        return UNITS.get(self.activation) if isinstance(self.activation, str) else None
+        skip = self.input_size != self.hidden_size
+        return UNITS.get((self.activation, skip)) if isinstance(self.activation, str) else None
 
-    def sums(self, params, x):
+    def unit_weights(self, params):
+        if params.b is None:
+            return UnitWeights(params.w_x[None])
         size = self.hidden_size
-        u = dot(x, params.w_x[:, : 3 * size])
-        b = None if params.b is None else jnp.concatenate([jnp.zeros_like(params.b[:size]), params.b])
-        return Sums(u, b, x if params.w_x.shape[1] == 3 * size else dot(x, params.w_x[:, 3 * size :]))
+        return UnitWeights(params.w_x[None], jnp.pad(params.b, (size, params.w_x.shape[1] - 3 * size)))
 
     def coefficients(self, params, x):
         return _coefficients(self.hidden_size, params, x)
@@ -189,17 +190,26 @@ def _read(φ, r, h, skip):
     return r * φ(h) + (1 - r) * skip
 
 
-def _unit(name, activation):
+def _unit(name, activation, skip):
     φ = elementwise(activation)
 
+    def parts(u):
+        return jnp.split(u, 4 if skip else 3, axis=-1)
+
     def gates(u, *_):
-        n, f, _ = jnp.split(u, 3, axis=-1)
+        n, f, *_ = parts(u)
         return _mixed(n, jax.nn.sigmoid(f))
 
     def read(u, x, h):
-        return _read(φ, jax.nn.sigmoid(jnp.split(u, 3, axis=-1)[2]), h, x)
+        _, _, r, *rest = parts(u)
+        return _read(φ, jax.nn.sigmoid(r), h, rest[0] if skip else x)
 
     return Unit(name, gates, read)
 
 
-UNITS = {"identity": _unit("sru", "identity"), "tanh": _unit("sru tanh", "tanh")}
+UNITS = {
+    ("identity", False): _unit("sru", "identity", False),
+    ("identity", True): _unit("sru skip", "identity", True),
+    ("tanh", False): _unit("sru tanh", "tanh", False),
+    ("tanh", True): _unit("sru tanh skip", "tanh", True),
+}  # by φ, and by whether x goes on by weights of its own

@@ -33,7 +33,9 @@ class Recurrence:
       backward: `backward(problem, kept, d_ys, d_last, reverse=)`, its transpose: a problem of cotangents.
       native_forward: The kernel as `native_forward(problem, shapes, reverse=)`, where `shapes` is its result.
       native_backward: The kernel, called as `backward` is.
-      timed: Tells whether rows are the second axis of the array with this name, after time, and not the first.
+      timed: Tells which arrays have rows as their second axis, after time, and not as their first.
+      weights: Arrays whose first axis is of members, each for as many rows. Those of one member serve any rows. With
+        them `backward` takes `wrt`, too: for which arrays cotangents are asked, among these and the first.
     """
 
     def __init__(
@@ -46,33 +48,37 @@ class Recurrence:
         native_forward: Callable[..., PyTree],
         native_backward: Callable[..., PyTree],
         timed: Callable[[PyTree], Collection[str]],
+        weights: Collection[str] = (),
     ):
-        self.timed = timed
+        self.timed, self.weights = timed, frozenset(weights)
         self.forward, self.tangent, self.backward = (
             Primitive(f"jaxrnn_{name}_{part}") for part in ("forward", "tangent", "backward")
         )
 
-        def run_forward(problem, *, reverse, save):
+        def run_forward(problem, *, reverse, save, wrt):
             return forward(problem, reverse=reverse, save=save)
 
-        def run_tangent(problem, kept, moved, *, reverse, save):
+        def run_tangent(problem, kept, moved, *, reverse, save, wrt):
             return tangent(problem, kept, moved, reverse=reverse)
 
-        def run_backward(problem, kept, cotangents, *, reverse, save):
-            return backward(problem, kept, *cotangents, reverse=reverse)
+        def asked(wrt):
+            return {"wrt": wrt} if self.weights else {}
 
-        def call_forward(problem, *, reverse, save):
-            shapes = jax.eval_shape(functools.partial(run_forward, reverse=reverse, save=save), problem)
+        def run_backward(problem, kept, cotangents, *, reverse, save, wrt):
+            return backward(problem, kept, *cotangents, reverse=reverse, **asked(wrt))
+
+        def call_forward(problem, *, reverse, save, wrt):
+            shapes = jax.eval_shape(functools.partial(run_forward, reverse=reverse, save=save, wrt=wrt), problem)
             return native_forward(problem, shapes, reverse=reverse)
 
-        def call_backward(problem, kept, cotangents, *, reverse, save):
-            return native_backward(problem, kept, *cotangents, reverse=reverse)
+        def call_backward(problem, kept, cotangents, *, reverse, save, wrt):
+            return native_backward(problem, kept, *cotangents, reverse=reverse, **asked(wrt))
 
         self.programs = {self.forward: run_forward, self.tangent: run_tangent, self.backward: run_backward}
         kernels = {self.forward: call_forward, self.backward: call_backward}
         for primitive, program in self.programs.items():
             primitive.multiple_results = True
-            primitive.def_impl(evaluated(primitive, ("tree", "reverse", "named", "save")))
+            primitive.def_impl(evaluated(primitive, ("tree", "reverse", "named", "save", "wrt")))
             primitive.def_abstract_eval(functools.partial(self._abstract, primitive))
             batching.primitive_batchers[primitive] = functools.partial(self._batched, primitive)
             if primitive in kernels:
@@ -88,7 +94,7 @@ class Recurrence:
 
     def __call__(self, problem: PyTree, *, reverse: bool, named: bool) -> tuple[Array, Array]:
         """Runs a problem of float32: (ys, the last state); `named` is whether the kernel was asked for by its name."""
-        ys, last, *_ = _bind(self.forward, (problem,), reverse=reverse, named=named, save=False)
+        ys, last, *_ = _bind(self.forward, (problem,), reverse=reverse, named=named, save=False, wrt=())
         return ys, last
 
     def _results(self, primitive, arrays, tree, *, named, **options) -> PyTree:
@@ -115,18 +121,25 @@ class Recurrence:
         return [abstract(out, name) for out, name in zip(jax.tree.leaves(found), _names(found), strict=True)]
 
     def _batched(self, primitive, arrays, axes, *, tree, **options):
-        """The new axis becomes one of rows."""
+        """The new axis becomes one of rows; and of members, where weights or their cotangents differ."""
         count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
-        timed = self.timed(jax.tree.unflatten(tree, arrays)[0])
+        tree_of_arrays = jax.tree.unflatten(tree, arrays)
+        timed, names = self.timed(tree_of_arrays[0]), _names(tree_of_arrays)
+        shared = not self.weights & set(options["wrt"] if primitive is self.backward else ()) and all(
+            axis is None and array.shape[0] == 1
+            for array, axis, name in zip(arrays, axes, names, strict=True)
+            if name in self.weights
+        )
 
         def fold(array, axis, name):
+            if shared and name in self.weights:
+                return array
             place = int(name in timed)
             if axis is None:
                 array, axis = jax.numpy.broadcast_to(array[None], (count, *array.shape)), 0
             array = jax.numpy.moveaxis(array, axis, place)
             return array.reshape(*array.shape[:place], count * array.shape[place + 1], *array.shape[place + 2 :])
 
-        names = _names(jax.tree.unflatten(tree, arrays))
         folded = [fold(*each) for each in zip(arrays, axes, names, strict=True)]
         found = primitive.bind(*varying_like(folded), tree=tree, **options)
         places = [int(name in timed) for name in _names(self._results(primitive, folded, tree, **options))]
@@ -147,19 +160,28 @@ class Recurrence:
 
         return jax.jvp(run, [primals[k] for k in moving], [ad.instantiate_zeros(tangents[k]) for k in moving])
 
-    def _forward_jvp(self, primals, tangents, *, tree, save, **options):
+    def _forward_jvp(self, primals, tangents, *, tree, save, wrt, **options):
         if save:
-            return self._jvp_by_xla(self.forward, primals, tangents, {"tree": tree, "save": True, **options})
+            return self._jvp_by_xla(
+                self.forward, primals, tangents, {"tree": tree, "save": True, "wrt": wrt, **options}
+            )
         (problem,) = jax.tree.unflatten(tree, primals)
+        names = _names((problem,))
+        spared = self.weights | {names[0]} if self.weights else frozenset()
+        wrt = tuple(
+            name
+            for name, primal, tangent in zip(names, primals, tangents, strict=True)
+            if primal.dtype != bool and not (name in spared and type(tangent) is ad.Zero)
+        )
         moved = [
-            None if primal.dtype == bool else ad.instantiate_zeros(tangent)
-            for primal, tangent in zip(primals, tangents, strict=True)
+            ad.instantiate_zeros(tangent) if name in wrt else None
+            for name, tangent in zip(names, tangents, strict=True)
         ]
         (moved,) = jax.tree.unflatten(tree, moved)
-        found = _bind(self.forward, (problem,), save=True, **options)
-        shapes = self._results(self.forward, primals, tree, save=True, **options)
+        found = _bind(self.forward, (problem,), save=True, wrt=(), **options)
+        shapes = self._results(self.forward, primals, tree, save=True, wrt=(), **options)
         kept = jax.tree.unflatten(jax.tree.structure(shapes), found)
-        return found[:2], _bind(self.tangent, (problem, kept, moved), save=False, **options)
+        return found[:2], _bind(self.tangent, (problem, kept, moved), save=False, wrt=wrt, **options)
 
     def _linear_jvp(self, primitive, primals, tangents, *, tree, **options):
         """`tangent` and `backward` are linear in their last arguments."""
@@ -180,7 +202,8 @@ class Recurrence:
         count = _fixed(tree)
         problem, kept, _ = jax.tree.unflatten(tree, [*arrays[:count], *[0] * (len(arrays) - count)])
         given = iter(map(ad.instantiate_zeros, cotangents))
-        moved = jax.tree.map(lambda each: None if each.dtype == bool else next(given), problem)
+        moved = [next(given) if name in options["wrt"] else None for name in _names((problem,))]
+        moved = jax.tree.unflatten(jax.tree.structure(problem), moved)
         return [None] * count + list(_bind(self.tangent, (problem, kept, moved), **options))
 
 

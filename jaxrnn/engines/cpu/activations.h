@@ -20,14 +20,6 @@ JAXRNN_INLINE Dual chain(Dual x, Vec y, Vec slope) { return {y, x.d * slope}; }
 JAXRNN_INLINE Vec choose(Int where, Vec on, Vec off) { return where ? on : off; }
 JAXRNN_INLINE Dual choose(Int where, Dual on, Dual off) { return {where ? on.x : off.x, where ? on.d : off.d}; }
 
-// e^x, 0 from −104 on.
-JAXRNN_INLINE Vec exponential(Vec x) {
-  x = x < -104.0f ? splat(-104.0f) : x > 89.0f ? splat(89.0f) : x;
-  const Exponential power(x);
-  const Int n = power.whole(), half = n >> 1;
-  return (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
-}
-
 // e^x − 1 for x ≤ 0.
 JAXRNN_INLINE Vec exponential_less_one(Vec x) {
   const Exponential power(x < -104.0f ? splat(-104.0f) : x);

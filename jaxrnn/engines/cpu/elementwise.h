@@ -1,329 +1,440 @@
-// Linear recurrences of single units, h' = f h + b, with the gates that f and b come from:
-//
-//     minGRU     h' = (1 − i) h + i n,   i = σ(u_0), n = g(u_1)
-//     minLSTM    h' = f h + (1 − f) n,   f = σ(log σ(u_0) − log σ(u_1)), n = g(u_2)
-//     HGRN       h' = f h + (1 − f) n,   f = γ + (1 − γ) σ(u_0), n = silu(u_1)
-//     SRU        h' = f h + (1 − f) n,   n = u_0, f = σ(u_1);        y = r φ(h') + (1 − r) x, r = σ(u_2)
-//     QRNN       h' = f h + (1 − f) n,   n = tanh(u_0), f = σ(u_1);  y = σ(u_2) h'
-//     RG-LRU     h' = a h + √(1 − a²) i x,   a = exp(c σ(u_0)), i = σ(u_1); no root at the first step of a sequence
-//
-// where u are sums, to which a bias is added here, and g(v) = v + 1/2 for v ≥ 0, else σ(v). A lane is a unit, and some
-// lanes walk over time: they read their sums once, and the backward pass computes the gates again.
+// Sequences of single units, in chunks of time: the products with the input, block by block of units, then gates and
+// recurrence of that block while its sums are in the cache. Backwards sums are computed again; the cotangents of a chunk's
+// sums give those of weights and inputs, as large products.
 
-// What a step reads of LANES units: sums, x, and the c of the RG-LRU; whether the sequence has begun, and γ.
-template <long SUMS>
-struct Sums {
-  Vec u[SUMS], x, rate;
-  bool begun;
-  float bound;
-};
+// The products of a member's rows with its weights: S sums of every unit.
+template <int S>
+class UnitSums {
+ protected:
+  static constexpr int OUT = 4;  // vectors of a block of what a product with a transposed weight gives
+  static constexpr long W = S * LANES;
 
-// The cotangents of these.
-template <long SUMS>
-struct SumsBack {
-  Vec u[SUMS], x{}, rate{};
-};
-
-// The gates of a unit that averages, and how its cotangents go on: from d_f = d (h − n) and d_n = d (1 − f).
-struct Average {
-  Vec f, i, n;  // f + i = 1
-  JAXRNN_INLINE Vec next(Vec h) const { return f * h + i * n; }
-  JAXRNN_INLINE Vec sum_of_gate(Vec h, Vec d) const { return d * (h - n) * f * i; }  // of the sum v in f = σ(v)
-};
-
-template <bool POSITIVE>
-JAXRNN_INLINE Vec candidate(Vec v) {
-  return !POSITIVE ? v : v < 0.0f ? logistic(v) : v + 0.5f;
-}
-template <bool POSITIVE>
-JAXRNN_INLINE Vec candidate_slope(Vec v, Vec n) {
-  return !POSITIVE ? splat(1.0f) : v < 0.0f ? n * (1.0f - n) : splat(1.0f);
-}
-
-template <bool POSITIVE>
-struct MinGru : Average {
-  static constexpr long SUMS = 2;
-  static constexpr bool READS = false;  // whether y is not h
-  JAXRNN_INLINE explicit MinGru(const Sums<2>& s) {
-    i = logistic(s.u[0]);
-    f = 1.0f - i;
-    n = candidate<POSITIVE>(s.u[1]);
-  }
-  JAXRNN_INLINE Vec back(const Sums<2>& s, Vec h, Vec d, SumsBack<2>& to) const {
-    to.u[0] = -sum_of_gate(h, d);
-    to.u[1] = d * i * candidate_slope<POSITIVE>(s.u[1], n);
-    return d * f;
-  }
-};
-
-template <bool POSITIVE>
-struct MinLstm : Average {
-  static constexpr long SUMS = 3;
-  static constexpr bool READS = false;
-  Vec falls, rises;  // σ(−u) of the sums of f and i
-  JAXRNN_INLINE explicit MinLstm(const Sums<3>& s) {
-    const Softplus forget(-s.u[0]), input(-s.u[1]);
-    const Vec odds = input.y - forget.y, e = decay_of(-absolute(odds));
-    const Vec more = divide(splat(1.0f), 1.0f + e), less = e * more;
-    falls = forget.slope, rises = input.slope;
-    f = odds < 0.0f ? less : more;
-    i = odds < 0.0f ? more : less;
-    n = candidate<POSITIVE>(s.u[2]);
-  }
-  JAXRNN_INLINE Vec back(const Sums<3>& s, Vec h, Vec d, SumsBack<3>& to) const {
-    const Vec d_odds = sum_of_gate(h, d);
-    to.u[0] = d_odds * falls;
-    to.u[1] = -d_odds * rises;
-    to.u[2] = d * i * candidate_slope<POSITIVE>(s.u[2], n);
-    return d * f;
-  }
-};
-
-struct Hgrn : Average {
-  static constexpr long SUMS = 2;
-  static constexpr bool READS = false;
-  Vec gate, sigma;
-  JAXRNN_INLINE explicit Hgrn(const Sums<2>& s) : gate(logistic(s.u[0])), sigma(logistic(s.u[1])) {
-    f = s.bound + (1.0f - s.bound) * gate;
-    i = (1.0f - s.bound) * (1.0f - gate);
-    n = s.u[1] * sigma;
-  }
-  JAXRNN_INLINE Vec back(const Sums<2>& s, Vec h, Vec d, SumsBack<2>& to) const {
-    to.u[0] = d * (h - n) * i * gate;
-    to.u[1] = d * i * sigma * (1.0f + s.u[1] * (1.0f - sigma));
-    return d * f;
-  }
-};
-
-template <bool TANH>
-struct Sru : Average {
-  static constexpr long SUMS = 3;
-  static constexpr bool READS = true;
-  Vec r;
-  JAXRNN_INLINE explicit Sru(const Sums<3>& s) : r(logistic(s.u[2])) {
-    n = s.u[0];
-    f = logistic(s.u[1]);
-    i = 1.0f - f;
-  }
-  JAXRNN_INLINE Vec read(const Sums<3>& s, Vec h) const { return r * (TANH ? tangent(h) : h) + (1.0f - r) * s.x; }
-  // The cotangent of h from that of y.
-  JAXRNN_INLINE Vec read_back(const Sums<3>& s, Vec h, Vec d_y, SumsBack<3>& to) const {
-    const Vec squashed = TANH ? tangent(h) : h;
-    to.u[2] = d_y * (squashed - s.x) * r * (1.0f - r);
-    to.x = d_y * (1.0f - r);
-    return d_y * r * (TANH ? 1.0f - squashed * squashed : splat(1.0f));
-  }
-  JAXRNN_INLINE Vec back(const Sums<3>&, Vec h, Vec d, SumsBack<3>& to) const {
-    to.u[0] = d * i;
-    to.u[1] = sum_of_gate(h, d);
-    return d * f;
-  }
-};
-
-struct Qrnn : Average {
-  static constexpr long SUMS = 3;
-  static constexpr bool READS = true;
-  Vec o;
-  JAXRNN_INLINE explicit Qrnn(const Sums<3>& s) : o(logistic(s.u[2])) {
-    n = tangent(s.u[0]);
-    f = logistic(s.u[1]);
-    i = 1.0f - f;
-  }
-  JAXRNN_INLINE Vec read(const Sums<3>&, Vec h) const { return o * h; }
-  JAXRNN_INLINE Vec read_back(const Sums<3>&, Vec h, Vec d_y, SumsBack<3>& to) const {
-    to.u[2] = d_y * h * o * (1.0f - o);
-    return d_y * o;
-  }
-  JAXRNN_INLINE Vec back(const Sums<3>&, Vec h, Vec d, SumsBack<3>& to) const {
-    to.u[0] = d * i * (1.0f - n * n);
-    to.u[1] = sum_of_gate(h, d);
-    return d * f;
-  }
-};
-
-struct RgLru {
-  static constexpr long SUMS = 2;
-  static constexpr bool READS = false;
-  Vec r, i, a, square, scale, in;
-  JAXRNN_INLINE explicit RgLru(const Sums<2>& s) : r(logistic(s.u[0])), i(logistic(s.u[1])), a(decay_of(s.rate * r)) {
-    square = (1.0f - a) * (1.0f + a);
-    scale = s.begun ? root(square) : splat(1.0f);
-    in = i * s.x;
-  }
-  JAXRNN_INLINE Vec next(Vec h) const { return a * h + scale * in; }
-  JAXRNN_INLINE Vec back(const Sums<2>& s, Vec h, Vec d, SumsBack<2>& to) const {
-    Vec d_a = d * h;
-    if (s.begun) {  // the derivative of the root is at most 1000
-      const Vec least = splat(1e-6f), four = 4.0f * square;
-      d_a -= d * in * 2.0f * a / root(four < least ? least : four);
-    }
-    const Vec d_in = d * scale, d_power = d_a * a;
-    to.rate = d_power * r;
-    to.u[0] = d_power * s.rate * r * (1.0f - r);
-    to.u[1] = d_in * s.x * i * (1.0f - i);
-    to.x = d_in * i;
-    return d * a;
-  }
-};
-
-template <class F>
-inline void with_unit(Unit unit, const F& f) {
-  switch (unit) {
-    case Unit::kMinGru: return f((MinGru<true>*)nullptr);
-    case Unit::kMinGruSigned: return f((MinGru<false>*)nullptr);
-    case Unit::kMinLstm: return f((MinLstm<true>*)nullptr);
-    case Unit::kMinLstmSigned: return f((MinLstm<false>*)nullptr);
-    case Unit::kHgrn: return f((Hgrn*)nullptr);
-    case Unit::kSru: return f((Sru<false>*)nullptr);
-    case Unit::kSruTanh: return f((Sru<true>*)nullptr);
-    case Unit::kQrnn: return f((Qrnn*)nullptr);
-    case Unit::kRgLru: return f((RgLru*)nullptr);
-  }
-}
-
-// Some units of one row, at most a block of them.
-template <class Gates>
-class Units {
- public:
-  static constexpr long BLOCK = 32, V = BLOCK / LANES, SUMS = Gates::SUMS;  // units of two lines of cache, and vectors
-
-  Units(const ElementwiseProblem& p, long row, long first) : p(p), row(row), first(first) {
-    const long member = row / (p.rows / p.members);
-    for (long v = 0; v < V; ++v) {
-      for (long s = 0; s < SUMS; ++s)
-        bias[v][s] = p.b ? load(p.b + (member * SUMS + s) * p.units + unit(v), lanes(v)) : Vec{};
-      rate[v] = p.rate ? load(p.rate + member * p.units + unit(v), lanes(v)) : Vec{};
-    }
+  UnitSums(const ElementwiseProblem& p, long member, int threads)
+      : p_(p), member_(member), R_(p.rows / p.members), H_(p.units), D_(p.inputs), layout_{H_, S, S}, in_{D_, 1, OUT},
+        blocks_(layout_.blocks()), width_(blocks_ * LANES),
+        w_given_(p.w + member * (D_ / p.heads) * S * H_) {
+    const int most = p.steps * R_ * H_ * (D_ / p.heads + 8) < 200000 ? 1 : threads;
+    by_blocks_ = static_cast<int>(std::min<long>(most, blocks_));
+    by_rows_ = static_cast<int>(std::min<long>(most / by_blocks_, R_));
   }
 
-  void forward() const {
-    Vec h[V];
-    take(h, p.h + row * p.units);
-    for (long k = 0; k < p.steps; ++k) {
-      const long t = time(k);
-      fetch(k + AHEAD);
-      if (!valid(t)) {
-        const Vec none[V] = {};
-        give(p.ys + row_of(t), none);
-        if (p.hs) give(p.hs + row_of(t), h);
-        continue;
+  const ElementwiseProblem& p_;
+  const long member_, R_, H_, D_;  // rows of the member, units, inputs
+  const Layout layout_, in_;
+  const long blocks_, width_;
+  const float* const w_given_;
+  int by_blocks_, by_rows_;  // threads
+  float *w_, *bias_;         // packed
+
+  int parts() const { return by_blocks_ * by_rows_; }
+  Range rows(const Worker& w) const { return w.count == 1 ? Range{0, R_} : share(R_, by_rows_, w.number / by_blocks_); }
+  Range blocks(const Worker& w) const {
+    return w.count == 1 ? Range{0, blocks_} : share(blocks_, by_blocks_, w.number % by_blocks_);
+  }
+
+  long time(long k) const { return p_.reverse ? p_.steps - 1 - k : k; }
+  long place(long k, long row) const { return time(k) * p_.rows + member_ * R_ + row; }
+  bool valid(long at) const { return !p_.valid || p_.valid[at]; }
+  bool starts(long at) const { return p_.start && p_.start[at]; }
+  long own(long row) const { return member_ * R_ + row; }  // among the rows of all members
+  long lanes(long j) const { return layout_.lanes(j, 0); }
+
+  // Heads of a weight (N, D / N, S H / N): which inputs a block of units reads, and which blocks read a block of inputs.
+  Range inputs(long j) const {
+    const long units = H_ / p_.heads, size = D_ / p_.heads, last = std::min((j + 1) * LANES, H_) - 1;
+    return {j * LANES / units * size, (last / units + 1) * size};
+  }
+  Range readers(long j) const {
+    const long units = H_ / p_.heads, size = D_ / p_.heads, last = std::min((j + 1) * in_.units(), D_) - 1;
+    return {j * in_.units() / size * units / LANES, ((last / size + 1) * units - 1) / LANES + 1};
+  }
+  // Where the weight from an input to a sum of a unit lies; −1 between heads.
+  long weight(long input, long s, long unit) const {
+    const long units = H_ / p_.heads, size = D_ / p_.heads, head = input / size;
+    return head == unit / units ? (input * S + s) * units + unit % units : -1;
+  }
+
+  void pack_weights(Range blocks) const {
+    if (p_.b) pack(p_.b + member_ * S * H_, 1, S * H_, layout_, blocks, bias_);
+    else std::memset(bias_ + blocks.begin * W, 0, blocks.size() * W * sizeof(float));
+    if (p_.heads == 1) return pack(w_given_, D_, S * H_, layout_, blocks, w_);
+    each_weight(blocks, [&](long at, float* packed) { *packed = at < 0 ? 0.0f : w_given_[at]; }, w_);
+  }
+  void pack_transposed_weights(Range out, float* to) const {
+    if (p_.heads == 1) return pack_transposed(w_given_, S * H_, layout_, 0, S, in_, out, to);
+    for (long j = out.begin; j < out.end; ++j)
+      for (long unit = 0; unit < width_; ++unit)
+        for (long s = 0; s < S; ++s)
+          for (long i = 0; i < OUT * LANES; ++i) {
+            const long input = j * OUT * LANES + i, at = unit < H_ && input < D_ ? weight(input, s, unit) : -1;
+            to[(((j * blocks_ + unit / LANES) * S + s) * LANES + unit % LANES) * OUT * LANES + i] =
+                at < 0 ? 0.0f : w_given_[at];
+          }
+  }
+  void unpack_weights(const float* packed, Range blocks, float* w) const {
+    if (p_.heads == 1) return unpack(packed, D_, S * H_, layout_, blocks, w);
+    each_weight(blocks, [&](long at, const float* packed) { if (at >= 0) w[at] = *packed; }, packed);
+  }
+
+  // u = x w + b of a block, for the rows at `x`.
+  void project(const float* const* x, long count, long j, float* u) const {
+    const Range in = inputs(j);
+    const float* w = w_ + (j * D_ + in.begin) * W;
+    tiles<ROWS<S>>({0, count}, [&](auto tile, long m) {
+      constexpr int R = decltype(tile)::value;
+      const float* a[R];
+      Vec sums[R][S];
+      for (int r = 0; r < R; ++r) {
+        a[r] = x[m + r] + in.begin;
+        for (int v = 0; v < S; ++v) sums[r][v] = load(bias_ + j * W + v * LANES);
       }
-      if (starts(t)) fresh(h);
-      Vec y[V];
-      for (long v = 0; v < V; ++v) {
-        const Sums<SUMS> sums = read(t, v);
-        const Gates gates(sums);
-        h[v] = gates.next(h[v]);
-        if constexpr (Gates::READS) y[v] = gates.read(sums, h[v]);
-        else y[v] = h[v];
-      }
-      give(p.ys + row_of(t), y);
-      if (p.hs) give(p.hs + row_of(t), h);
-    }
-    give(p.last + row * p.units, h);
+      multiply<R, S>(a, in.size(), w, sums);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < S; ++v) store(u + (m + r) * W + v * LANES, sums[r][v]);
+    });
   }
 
-  void backward(const ElementwiseGradient& g) const {
-    const float* hs = p.hs ? p.hs : p.ys;
-    Vec d[V], d_fresh[V] = {}, d_rate[V] = {}, d_bias[V][SUMS] = {};
-    take(d, g.d_last + row * p.units);
-    for (long k = p.steps - 1; k >= 0; --k) {
-      const long t = time(k);
-      fetch(k - AHEAD);
-      if (k >= AHEAD) prefetch(hs + at(time(k - AHEAD)), BLOCK), prefetch(g.d_ys + at(time(k - AHEAD)), BLOCK);
-      if (!valid(t)) {
-        for (long v = 0; v < V; ++v) {
-          for (long s = 0; s < SUMS; ++s) store(g.d_u + sum(t, s, v), Vec{}, lanes(v));
-          if (g.d_x) store(g.d_x + at(t) + v * LANES, Vec{}, lanes(v));
+  // d_w += xᵀ d and d_b += Σ d of a block.
+  void weights(const float* const* x, long count, long j, const float* d, float* d_w, float* d_b) const {
+    constexpr long MOST = 128;
+    for (long begin = 0; begin < count; begin += MOST, d += MOST * W) {
+      const long size = std::min(MOST, count - begin);
+      tiles<ROWS<S>>(inputs(j), [&](auto tile, long k) {
+        accumulate<decltype(tile)::value, S>(x + begin, k, size, d, W, d_w + (j * D_ + k) * W, W);
+      });
+      Vec sums[S];
+      for (int v = 0; v < S; ++v) sums[v] = load(d_b + j * W + v * LANES);
+      for (long m = 0; m < size; ++m)
+        for (int v = 0; v < S; ++v) sums[v] += load(d + m * W + v * LANES);
+      for (int v = 0; v < S; ++v) store(d_b + j * W + v * LANES, sums[v]);
+    }
+  }
+
+  // d_xs = d wᵀ for some rows of a chunk that begins at a step, or as much more.
+  void inputs_back(const float* d, long count, Range rows, long first, const float* w_back, bool more, float* d_xs) const {
+    for (long j = 0; j < in_.blocks(); ++j)
+      tiles<ROWS<OUT>>(rows, [&](auto tile, long m) {
+        constexpr int R = decltype(tile)::value;
+        Vec sums[R][OUT] = {};
+        times<R>(d + m * W, count * W, W, readers(j), W, w_back + j * blocks_ * W * OUT * LANES, sums);
+        for (int r = 0; r < R; ++r) {
+          float* to = d_xs + place(first + (m + r) / R_, (m + r) % R_) * D_;
+          for (int v = 0; v < OUT; ++v)
+            if (const long n = in_.lanes(j, v)) {
+              float* own = to + in_.unit(j, v);
+              store(own, more ? sums[r][v] + load(own, n) : sums[r][v], n);
+            }
         }
-        continue;
-      }
-      Vec before[V];
-      if (starts(t)) fresh(before);
-      else take(before, k == 0 ? p.h + row * p.units : hs + row_of(time(k - 1)));
-      for (long v = 0; v < V; ++v) {
-        const Sums<SUMS> sums = read(t, v);
-        const Gates gates(sums);
-        SumsBack<SUMS> back;
-        const Vec d_y = load(g.d_ys + at(t) + v * LANES, lanes(v));
-        if constexpr (Gates::READS) d[v] += gates.read_back(sums, gates.next(before[v]), d_y, back);
-        else d[v] += d_y;
-        d[v] = gates.back(sums, before[v], d[v], back);
-        for (long s = 0; s < SUMS; ++s) {
-          store(g.d_u + sum(t, s, v), back.u[s], lanes(v));
-          d_bias[v][s] += back.u[s];
-        }
-        d_rate[v] += back.rate;
-        if (g.d_x) store(g.d_x + at(t) + v * LANES, back.x, lanes(v));
-        if (starts(t)) d_fresh[v] += d[v], d[v] = Vec{};
-      }
-    }
-    give(g.d_h + row * p.units, d);
-    if (g.d_fresh) give(g.d_fresh + row * p.units, d_fresh);
-    if (g.d_rate) give(g.d_rate + row * p.units, d_rate);
-    for (long v = 0; g.d_b && v < V; ++v)
-      for (long s = 0; s < SUMS; ++s) store(g.d_b + (row * SUMS + s) * p.units + unit(v), d_bias[v][s], lanes(v));
+      });
   }
 
  private:
-  static constexpr long AHEAD = 4;  // steps, which lie too far apart for the processor to guess what comes next
-
-  const ElementwiseProblem& p;
-  const long row, first;
-  Vec bias[V][SUMS], rate[V];
-
-  long unit(long v) const { return first + v * LANES; }
-  long lanes(long v) const { return std::max(0l, std::min(LANES, p.units - unit(v))); }
-  long time(long k) const { return p.reverse ? p.steps - 1 - k : k; }
-  long place(long t) const { return t * p.rows + row; }
-  bool valid(long t) const { return !p.valid || p.valid[place(t)]; }
-  bool starts(long t) const { return p.start && p.start[place(t)]; }
-  long row_of(long t) const { return place(t) * p.units; }
-  long at(long t) const { return row_of(t) + first; }
-  long sum(long t, long s, long v) const { return (place(t) * SUMS + s) * p.units + unit(v); }
-
-  // The block, of a row of units; what is absent is 0.
-  void take(Vec* to, const float* from) const {
-    for (long v = 0; v < V; ++v) to[v] = from ? load(from + unit(v), lanes(v)) : Vec{};
-  }
-  void fresh(Vec* to) const { take(to, p.fresh ? p.fresh + row * p.units : nullptr); }
-  void give(float* to, const Vec* from) const {
-    for (long v = 0; v < V; ++v) store(to + unit(v), from[v], lanes(v));
-  }
-
-  JAXRNN_INLINE Sums<SUMS> read(long t, long v) const {
-    Sums<SUMS> sums;
-    for (long s = 0; s < SUMS; ++s) sums.u[s] = load(p.u + sum(t, s, v), lanes(v)) + bias[v][s];
-    sums.x = p.x ? load(p.x + at(t) + v * LANES, lanes(v)) : Vec{};
-    sums.rate = rate[v];
-    sums.begun = !p.begun || p.begun[place(t)];
-    sums.bound = p.bound;
-    return sums;
-  }
-
-  JAXRNN_INLINE void fetch(long k) const {
-    if (k < 0 || k >= p.steps) return;
-    const long t = time(k);
-    for (long s = 0; s < SUMS; ++s) prefetch(p.u + sum(t, s, 0), BLOCK);
-    if (p.x) prefetch(p.x + at(t), BLOCK);
+  template <class Work, class Pointer>
+  void each_weight(Range blocks, const Work& work, Pointer packed) const {
+    packed += blocks.begin * D_ * W;
+    for (long j = blocks.begin; j < blocks.end; ++j)
+      for (long k = 0; k < D_; ++k)
+        for (long s = 0; s < S; ++s)
+          for (long lane = 0; lane < LANES; ++lane, ++packed)
+            work(lane < lanes(j) ? weight(k, s, j * LANES + lane) : -1, packed);
   }
 };
 
-// f(units) of every block of every row, where `sums` numbers are read of a unit.
-template <class F>
-inline void each_block(const ElementwiseProblem& p, int threads, const F& f) {
-  with_unit(p.unit, [&](auto* gates) {
-    using Own = Units<std::remove_pointer_t<decltype(gates)>>;
-    const long blocks = (p.units + Own::BLOCK - 1) / Own::BLOCK;
-    in_turns(p.rows * blocks, p.rows * p.units * p.steps * 8, threads,
-             [&](long task) { f(Own(p, task / blocks, task % blocks * Own::BLOCK)); });
-  });
+// What both passes do with a block of units of a row.
+template <class Unit>
+class UnitRun : protected UnitSums<Unit::SUMS> {
+ protected:
+  static constexpr int S = Unit::SUMS, E = Unit::STATES, K = Unit::THETA;
+  using Base = UnitSums<S>;
+  using Base::Base, Base::p_, Base::member_, Base::H_, Base::D_, Base::R_, Base::own;
+
+  // The block of the states of a row.
+  void take(Vec* to, const float* from, long row, long j) const {
+    for (int e = 0; e < E; ++e)
+      to[e] = from ? load(from + row * E * H_ + e * H_ + j * LANES, this->lanes(j)) : Vec{};
+  }
+  void give(float* to, const Vec* from, long row, long j) const {
+    for (int e = 0; e < E; ++e) store(to + row * E * H_ + e * H_ + j * LANES, from[e], this->lanes(j));
+  }
+  void fresh(Vec* to, long row, long j) const { take(to, p_.fresh, own(row), j); }
+
+  Sums<S> of_block(long j) const {
+    Sums<S> s;
+    for (int k = 0; k < K; ++k) s.theta[k] = load(p_.theta + (member_ * K + k) * H_ + j * LANES, this->lanes(j));
+    s.bound = p_.bound;
+    return s;
+  }
+  JAXRNN_INLINE void read(Sums<S>& s, const float* u, long at, long j) const {
+    for (int v = 0; v < S; ++v) s.u[v] = load(u + v * LANES);
+    if (Unit::READS_X) s.x = load(p_.xs + at * D_ + j * LANES, this->lanes(j));
+    s.begun = !p_.begun || p_.begun[at];
+  }
+};
+
+template <class Unit>
+class UnitForward : UnitRun<Unit> {
+  using Run = UnitRun<Unit>;
+  using Run::S, Run::E, Run::W, Run::p_, Run::R_, Run::H_, Run::D_, Run::blocks_, Run::place, Run::own;
+
+ public:
+  UnitForward(const ElementwiseProblem& p, long member, int threads) : Run(p, member, threads) {
+    at_once_ = std::max(1l, std::min(p.steps, 256 / R_));
+    const long count = at_once_ * R_;
+    Scratch scratch(blocks_ * (D_ + 1) * W + R_ * INNER * this->width_ + this->parts() * (count * (W + 4) + 32) + 256);
+    this->w_ = scratch.take(blocks_ * D_ * W);
+    this->bias_ = scratch.take(blocks_ * W);
+    h_ = scratch.take(R_ * INNER * this->width_);
+    u_ = scratch.take(this->parts() * count * W);
+    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
+  }
+
+  void run() {
+    in_team({this->parts(), false}, [&](const Worker& w) {
+      const Range rows = this->rows(w), blocks = this->blocks(w);
+      this->pack_weights(w.part(blocks_));
+      for (long j = blocks.begin; j < blocks.end; ++j)
+        for (long row = rows.begin; row < rows.end; ++row) {
+          Vec h[INNER];
+          this->take(h, p_.h, own(row), j);
+          enter(h);
+          keep(h, row, j);
+        }
+      w.barrier.wait();
+      float* u = u_ + w.number * at_once_ * R_ * W;
+      const float** x = x_ + w.number * at_once_ * R_;
+      for (long first = 0; first < p_.steps; first += at_once_) {
+        const long last = std::min(first + at_once_, p_.steps);
+        const float** next = x;
+        for (long k = first; k < last; ++k)
+          for (long row = rows.begin; row < rows.end; ++row) *next++ = p_.xs + place(k, row) * D_;
+        for (long j = blocks.begin; j < blocks.end; ++j) {
+          this->project(x, next - x, j, u);
+          for (long row = rows.begin; row < rows.end; ++row)
+            walk(first, last, row, j, u + (row - rows.begin) * W, rows.size() * W);
+        }
+      }
+    });
+  }
+
+ private:
+  static constexpr int INNER = Unit::LOGS ? 2 : E;  // numbers of a state, as a unit goes on from them
+  long at_once_;
+  float *h_, *u_;
+  const float** x_;
+
+  static JAXRNN_INLINE void enter(Vec* h) {
+    if constexpr (Unit::LOGS) Unit::enter(h);
+  }
+  static JAXRNN_INLINE void whole(const Vec* h, Vec* to) {
+    if constexpr (Unit::LOGS) to[0] = Unit::whole(h);
+    else
+      for (int e = 0; e < E; ++e) to[e] = h[e];
+  }
+  float* state(long row, long j) const { return h_ + (row * blocks_ + j) * INNER * LANES; }
+  void keep(const Vec* h, long row, long j) const {
+    for (int e = 0; e < INNER; ++e) store(state(row, j) + e * LANES, h[e]);
+  }
+
+  void walk(long first, long last, long row, long j, const float* u, long stride) const {
+    Vec h[INNER], y[E];
+    for (int e = 0; e < INNER; ++e) h[e] = load(state(row, j) + e * LANES);
+    whole(h, y);
+    Sums<S> s = this->of_block(j);
+    for (long k = first; k < last; ++k, u += stride) {
+      const long at = place(k, row);
+      if (!this->valid(at)) {
+        if (p_.hs) this->give(p_.hs, y, at, j);
+        const Vec none[E] = {};
+        this->give(p_.ys, none, at, j);
+        continue;
+      }
+      if (this->starts(at)) this->fresh(h, row, j), enter(h);
+      this->read(s, u, at, j);
+      const Unit unit(s);
+      unit.next(h);
+      whole(h, y);
+      if (p_.hs) this->give(p_.hs, y, at, j);
+      if constexpr (Unit::GIVES_Y) {
+        const Vec out[E] = {unit.y(y[0])};
+        this->give(p_.ys, out, at, j);
+      } else {
+        this->give(p_.ys, y, at, j);
+      }
+    }
+    keep(h, row, j);
+    if (last == p_.steps) this->give(p_.last, y, own(row), j);
+  }
+};
+
+template <class Unit>
+class UnitBackward : UnitRun<Unit> {
+  using Run = UnitRun<Unit>;
+  using Run::S, Run::E, Run::K, Run::W, Run::OUT, Run::p_, Run::R_, Run::H_, Run::D_, Run::blocks_, Run::place, Run::own;
+  using Run::member_, Run::width_;
+
+ public:
+  UnitBackward(const ElementwiseProblem& p, const ElementwiseGradient& g, long member, int threads)
+      : Run(p, member, threads), g_(g) {
+    at_once_ = std::max(1l, std::min(p.steps, 256 / R_));
+    const long count = at_once_ * R_, G = blocks_ * W, in = g.d_xs ? this->in_.blocks() * OUT * LANES : 0;
+    const long both = this->parts() > 1 ? 2 : 1;
+    Scratch scratch(G * (2 * D_ + 2) + in * G + R_ * (E + K) * width_ + both * count * G +
+                    this->parts() * (count * (W + 4) + 64) + D_ + 512);
+    this->w_ = scratch.take(D_ * G);
+    this->bias_ = scratch.take(G);
+    w_back_ = scratch.take(in * G);
+    d_w_ = scratch.take(D_ * G);
+    d_b_ = scratch.take(G);
+    d_h_ = scratch.take(R_ * E * width_);
+    d_theta_ = scratch.take(R_ * K * width_);
+    for (long k = 0; k < 2; ++k) d_u_[k] = k < both ? scratch.take(count * G) : d_u_[0];
+    u_ = scratch.take(this->parts() * count * W);
+    for (const float**& each : x_) each = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
+    nothing_ = scratch.take(D_);
+    std::memset(nothing_, 0, D_ * sizeof(float));
+  }
+
+  void run() {
+    in_team({this->parts(), false}, [&](const Worker& w) {
+      const Range rows = this->rows(w), blocks = this->blocks(w), all = w.part(blocks_);
+      prepare(w, rows, blocks);
+      w.barrier.wait();
+      float *u = u_ + w.number * at_once_ * R_ * W, *now = d_u_[0], *other = d_u_[1];
+      const float **own = x_[0] + w.number * at_once_ * R_, **x = x_[1] + w.number * at_once_ * R_;
+      for (long last = p_.steps; last > 0; last -= at_once_, std::swap(now, other)) {
+        const long first = std::max(0l, last - at_once_), count = (last - first) * R_;
+        const float **next = x, **own_next = own;
+        for (long k = first; k < last; ++k)
+          for (long row = 0; row < R_; ++row) {
+            const long at = place(k, row);
+            *next++ = this->valid(at) ? p_.xs + at * D_ : nothing_;
+            if (row >= rows.begin && row < rows.end) *own_next++ = next[-1];
+          }
+        for (long j = blocks.begin; j < blocks.end; ++j) {
+          this->project(own, own_next - own, j, u);
+          for (long row = rows.begin; row < rows.end; ++row)
+            walk(first, last, row, j, u + (row - rows.begin) * W, rows.size() * W, now + (j * count + row) * W);
+        }
+        w.barrier.wait();  // those of the next chunk lie elsewhere
+        if (g_.d_w || g_.d_b)
+          for (long j = all.begin; j < all.end; ++j) this->weights(x, count, j, now + j * count * W, d_w_, d_b_);
+        if (g_.d_xs) this->inputs_back(now, count, w.part(count), first, w_back_, Unit::READS_X, g_.d_xs);
+      }
+      finish(w, all);
+    });
+  }
+
+ private:
+  const ElementwiseGradient& g_;
+  long at_once_;
+  float *w_back_, *d_w_, *d_b_, *d_h_, *d_theta_, *d_u_[2], *u_, *nothing_;
+  const float** x_[2];
+
+  // Of a block of a row.
+  float* d_state(long row, long j) const { return d_h_ + (row * blocks_ + j) * E * LANES; }
+  float* d_theta(long row, long j) const { return d_theta_ + (row * blocks_ + j) * K * LANES; }
+
+  void prepare(const Worker& w, Range rows, Range blocks) {
+    const Range all = w.part(blocks_);
+    this->pack_weights(all);
+    if (g_.d_xs) this->pack_transposed_weights(w.part(this->in_.blocks()), w_back_);
+    std::memset(d_w_ + all.begin * D_ * W, 0, all.size() * D_ * W * sizeof(float));
+    std::memset(d_b_ + all.begin * W, 0, all.size() * W * sizeof(float));
+    for (long row = rows.begin; row < rows.end; ++row)
+      for (long j = blocks.begin; j < blocks.end; ++j) {
+        Vec d[E];
+        const Vec none[E] = {};
+        this->take(d, g_.d_last, own(row), j);
+        for (int e = 0; e < E; ++e) store(d_state(row, j) + e * LANES, d[e]);
+        std::memset(d_theta(row, j), 0, K * LANES * sizeof(float));
+        if (g_.d_fresh) this->give(g_.d_fresh, none, own(row), j);
+      }
+  }
+
+  // The cotangents of the sums of a chunk, from its end.
+  void walk(long first, long last, long row, long j, const float* u, long stride, float* d_u) const {
+    const long n = this->lanes(j), d_stride = R_ * W;
+    const float* hs = p_.hs ? p_.hs : p_.ys;
+    Vec d[E], d_theta[K > 0 ? K : 1] = {}, d_fresh[E] = {};
+    for (int e = 0; e < E; ++e) d[e] = load(d_state(row, j) + e * LANES);
+    Sums<S> s = this->of_block(j);
+    for (long k = last - 1; k >= first; --k) {
+      const long at = place(k, row);
+      float* to = d_u + (k - first) * d_stride;
+      if (!this->valid(at)) {
+        for (int v = 0; v < S; ++v) store(to + v * LANES, Vec{});
+        if (Unit::READS_X && g_.d_xs) store(g_.d_xs + at * D_ + j * LANES, Vec{}, n);
+        continue;
+      }
+      Vec before[E], d_y[E];
+      if (this->starts(at)) this->fresh(before, row, j);
+      else if (k == 0) this->take(before, p_.h, own(row), j);
+      else this->take(before, hs, place(k - 1, row), j);
+      this->take(d_y, g_.d_ys, at, j);
+      this->read(s, u + (k - first) * stride, at, j);
+      const Unit unit(s);
+      SumsBack<S> back;
+      if constexpr (Unit::GIVES_Y) {
+        Vec h[E] = {before[0]};
+        unit.next(h);
+        d[0] += unit.y_back(h[0], d_y[0], back);
+      } else {
+        for (int e = 0; e < E; ++e) d[e] += d_y[e];
+      }
+      unit.back(s, before, d, back);
+      for (int v = 0; v < S; ++v) store(to + v * LANES, back.u[v]);
+      for (int i = 0; i < K; ++i) d_theta[i] += back.theta[i];
+      if (Unit::READS_X && g_.d_xs) store(g_.d_xs + at * D_ + j * LANES, back.x, n);
+      if (this->starts(at))
+        for (int e = 0; e < E; ++e) d_fresh[e] += d[e], d[e] = Vec{};
+    }
+    for (int e = 0; e < E; ++e) store(d_state(row, j) + e * LANES, d[e]);
+    for (int i = 0; i < K; ++i) {
+      float* sum = this->d_theta(row, j) + i * LANES;
+      store(sum, load(sum) + d_theta[i]);
+    }
+    if (g_.d_fresh) {
+      Vec sum[E];
+      this->take(sum, g_.d_fresh, own(row), j);
+      for (int e = 0; e < E; ++e) sum[e] += d_fresh[e];
+      this->give(g_.d_fresh, sum, own(row), j);
+    }
+    if (first == 0) this->give(g_.d_h, d, own(row), j);
+  }
+
+  // What a worker has summed; of θ, row by row.
+  void finish(const Worker& w, Range blocks) const {
+    if (g_.d_w) this->unpack_weights(d_w_, blocks, g_.d_w + (this->w_given_ - p_.w));
+    if (g_.d_b) unpack(d_b_, 1, S * H_, this->layout_, blocks, g_.d_b + member_ * S * H_);
+    if (!g_.d_theta) return;
+    w.barrier.wait();
+    for (long j = blocks.begin; j < blocks.end; ++j)
+      for (int i = 0; i < K; ++i) {
+        Vec sum{};
+        for (long row = 0; row < R_; ++row) sum += load(d_theta(row, j) + i * LANES);
+        store(g_.d_theta + (member_ * K + i) * H_ + j * LANES, sum, this->lanes(j));
+      }
+  }
+};
+
+// run(member, threads) of every member: a thread each, or all threads for one after the other.
+template <class Run>
+inline void each_member(const ElementwiseProblem& p, int threads, const Run& run) {
+  const long work = p.rows * p.steps * p.units * p.inputs;
+  if (p.members >= threads) return in_turns(p.members, work, threads, [&](long member) { run(member, 1); });
+  for (long member = 0; member < p.members; ++member) run(member, threads);
 }
 
 inline void run_elementwise(const ElementwiseProblem& p, int threads) {
-  each_block(p, threads, [](const auto& units) { units.forward(); });
+  with_unit(p.unit, [&](auto* unit) {
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    each_member(p, threads, [&](long member, int parts) { UnitForward<Unit>(p, member, parts).run(); });
+  });
 }
 
 inline void run_elementwise_backward(const ElementwiseProblem& p, const ElementwiseGradient& g, int threads) {
-  each_block(p, threads, [&](const auto& units) { units.backward(g); });
+  with_unit(p.unit, [&](auto* unit) {
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    each_member(p, threads, [&](long member, int parts) { UnitBackward<Unit>(p, g, member, parts).run(); });
+  });
 }

@@ -11,64 +11,70 @@
 namespace jaxrnn {
 namespace {
 
-ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bound, Floats& u, Floats& h, Floats& b,
-                           Floats& x, Floats& rate, Flags& valid, Flags& start, Flags& begun, Floats& fresh) {
+ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bound, Floats& xs, Floats& w, Floats& h,
+                           Floats& b, Floats& theta, Flags& valid, Flags& start, Flags& begun, Floats& fresh) {
   ElementwiseProblem p{};
-  const auto state = h.dimensions(), sums = u.dimensions(), bias = b.dimensions(), rates = rate.dimensions();
+  const auto input = xs.dimensions(), weight = w.dimensions(), state = h.dimensions();
   if (unit < 0 || unit >= UNITS) return shapes.fail("unit"), p;
-  if (state.size() != 2 || sums.size() != 3) return shapes.fail("u"), p;
   p.unit = static_cast<Unit>(unit), p.reverse = reverse, p.bound = bound;
-  const long T = p.steps = sums[0], R = p.rows = state[0], H = p.units = state[1], S = sums_of(p.unit);
-  p.members = b.element_count() && bias.size() == 2 ? bias[0] : rate.element_count() && rates.size() == 2 ? rates[0] : 1;
-  if (p.members < 1 || R % p.members) return shapes.fail("h"), p;
-  p.u = shapes.is("u", u, {T, R, S * H}), p.h = h.typed_data();
-  p.b = shapes.optional("b", b, {p.members, S * H});
-  p.x = shapes.optional("x", x, {T, R, H});
-  p.rate = shapes.optional("rate", rate, {p.members, H});
+  if (input.size() != 3) return shapes.fail("xs"), p;
+  if (weight.size() != 4 || weight[0] < 1 || weight[1] < 1) return shapes.fail("w"), p;
+  const long E = states_of(p.unit), S = sums_of(p.unit), K = theta_of(p.unit);
+  if (state.size() != 2 || state[1] < 1 || state[1] % E) return shapes.fail("h"), p;
+  const long T = p.steps = input[0], R = p.rows = state[0], H = p.units = state[1] / E, D = p.inputs = input[2];
+  const long M = p.members = weight[0], N = p.heads = weight[1];
+  if (R % M) return shapes.fail("h"), p;
+  if (D < 1 || D % N || H % N || (reads_x(p.unit) && D != H)) return shapes.fail("w"), p;
+  p.xs = shapes.is("xs", xs, {T, R, D}), p.w = shapes.is("w", w, {M, N, D / N, S * H / N}), p.h = h.typed_data();
+  p.b = shapes.optional("b", b, {M, S * H});
+  p.theta = shapes.optional("theta", theta, {M, K * H});
+  if (K && !p.theta) shapes.fail("theta");
   p.valid = reinterpret_cast<const uint8_t*>(shapes.optional("valid", valid, {T, R}));
   p.start = reinterpret_cast<const uint8_t*>(shapes.optional("start", start, {T, R}));
   p.begun = reinterpret_cast<const uint8_t*>(shapes.optional("begun", begun, {T, R}));
-  p.fresh = shapes.optional("fresh", fresh, {R, H});
+  p.fresh = shapes.optional("fresh", fresh, {R, E * H});
   return p;
 }
 
-ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats u, Floats h, Floats b, Floats x,
-                               Floats rate, Flags valid, Flags start, Flags begun, Floats fresh, Written ys,
+ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b,
+                               Floats theta, Flags valid, Flags start, Flags begun, Floats fresh, Written ys,
                                Written last, Written hs) {
   Shapes shapes;
-  ElementwiseProblem p = problem(shapes, reverse, unit, bound, u, h, b, x, rate, valid, start, begun, fresh);
+  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, valid, start, begun, fresh);
   if (shapes.failed()) return shapes.error();
-  p.ys = shapes.is("ys", *ys, {p.steps, p.rows, p.units});
-  p.last = shapes.is("last", *last, {p.rows, p.units});
-  p.hs = shapes.optional("hs", *hs, {p.steps, p.rows, p.units});
+  const long width = states_of(p.unit) * p.units;
+  p.ys = shapes.is("ys", *ys, {p.steps, p.rows, width});
+  p.last = shapes.is("last", *last, {p.rows, width});
+  p.hs = shapes.optional("hs", *hs, {p.steps, p.rows, width});
   if (shapes.failed()) return shapes.error();
   for (Written each : {ys, hs}) in_large_pages(each->typed_data(), each->size_bytes());
   elementwise(p, Pool::threads());
   return ffi::Error::Success();
 }
 
-ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Floats u, Floats h, Floats b, Floats x,
-                                  Floats rate, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
-                                  Floats hs, Floats d_ys, Floats d_last, Written d_u, Written d_h, Written d_b,
-                                  Written d_x, Written d_rate, Written d_fresh) {
+ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b,
+                                  Floats theta, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
+                                  Floats hs, Floats d_ys, Floats d_last, Written d_xs, Written d_w, Written d_h,
+                                  Written d_b, Written d_theta, Written d_fresh) {
   Shapes shapes;
-  ElementwiseProblem p = problem(shapes, reverse, unit, bound, u, h, b, x, rate, valid, start, begun, fresh);
+  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, valid, start, begun, fresh);
   if (shapes.failed()) return shapes.error();
-  const long T = p.steps, R = p.rows, H = p.units, S = sums_of(p.unit);
-  p.ys = shapes.is("ys", ys, {T, R, H});  // the backward pass only reads them
-  p.hs = shapes.optional("hs", hs, {T, R, H});
-  if (!p.hs && T * R * H && (p.valid || reads_state(p.unit))) shapes.fail("hs");
+  const long T = p.steps, R = p.rows, H = p.units, D = p.inputs, M = p.members, N = p.heads;
+  const long S = sums_of(p.unit), width = states_of(p.unit) * H;
+  p.ys = shapes.is("ys", ys, {T, R, width});  // the backward pass only reads them
+  p.hs = shapes.optional("hs", hs, {T, R, width});
+  if (!p.hs && T * R && (p.valid || gives_y(p.unit))) shapes.fail("hs");
   ElementwiseGradient g{};
-  g.d_ys = shapes.is("d_ys", d_ys, {T, R, H});
-  g.d_last = shapes.is("d_last", d_last, {R, H});
-  g.d_u = shapes.is("d_u", *d_u, {T, R, S * H});
-  g.d_h = shapes.is("d_h", *d_h, {R, H});
-  if (p.b) g.d_b = shapes.is("d_b", *d_b, {R, S * H});
-  if (p.x) g.d_x = shapes.is("d_x", *d_x, {T, R, H});
-  if (p.rate) g.d_rate = shapes.is("d_rate", *d_rate, {R, H});
-  if (p.fresh) g.d_fresh = shapes.is("d_fresh", *d_fresh, {R, H});
+  g.d_ys = shapes.is("d_ys", d_ys, {T, R, width});
+  g.d_last = shapes.is("d_last", d_last, {R, width});
+  g.d_h = shapes.is("d_h", *d_h, {R, width});
+  g.d_xs = shapes.optional("d_xs", *d_xs, {T, R, D});
+  g.d_w = shapes.optional("d_w", *d_w, {M, N, D / N, S * H / N});
+  g.d_b = shapes.optional("d_b", *d_b, {M, S * H});
+  g.d_theta = shapes.optional("d_theta", *d_theta, {M, theta_of(p.unit) * H});
+  g.d_fresh = shapes.optional("d_fresh", *d_fresh, {R, width});
   if (shapes.failed()) return shapes.error();
-  in_large_pages(g.d_u, d_u->size_bytes());
+  if (g.d_xs) in_large_pages(g.d_xs, d_xs->size_bytes());
   elementwise_backward(p, g, Pool::threads());
   return ffi::Error::Success();
 }

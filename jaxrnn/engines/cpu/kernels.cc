@@ -30,8 +30,6 @@ struct Kernels {
   void (*matrix_backward)(const MatrixProblem&, const MatrixGradient&, int threads);
   void (*diagonal)(const DiagonalProblem&, int threads);
   void (*diagonal_backward)(const DiagonalProblem&, const DiagonalGradient&, int threads);
-  void (*elementwise)(const ElementwiseProblem&, int threads);
-  void (*elementwise_backward)(const ElementwiseProblem&, const ElementwiseGradient&, int threads);
 };
 
 template <class F>
@@ -55,7 +53,6 @@ namespace baseline {
 #include "matrix.h"
 #include "matrix_backward.h"
 #include "diagonal.h"
-#include "elementwise.h"
 #include "step.h"
 #include "table.h"
 }  // namespace baseline
@@ -76,7 +73,6 @@ namespace avx2 {
 #include "matrix.h"
 #include "matrix_backward.h"
 #include "diagonal.h"
-#include "elementwise.h"
 #include "step.h"
 #include "table.h"
 }  // namespace avx2
@@ -107,7 +103,6 @@ namespace avx512 {
 #include "matrix.h"
 #include "matrix_backward.h"
 #include "diagonal.h"
-#include "elementwise.h"
 #include "table.h"
 }  // namespace avx512
 #undef JAXRNN_WIDTH
@@ -159,12 +154,6 @@ void diagonal(const DiagonalProblem& p, int threads) { kernels().diagonal(p, thr
 
 void diagonal_backward(const DiagonalProblem& p, const DiagonalGradient& g, int threads) {
   kernels().diagonal_backward(p, g, threads);
-}
-
-void elementwise(const ElementwiseProblem& p, int threads) { kernels().elementwise(p, threads); }
-
-void elementwise_backward(const ElementwiseProblem& p, const ElementwiseGradient& g, int threads) {
-  kernels().elementwise_backward(p, g, threads);
 }
 
 const char* instructions() { return kernels().name; }

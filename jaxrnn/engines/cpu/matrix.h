@@ -206,18 +206,6 @@ inline void with_kind(const MatrixProblem& p, const F& f) {
   else update(std::integral_constant<Decay, Decay::kScalar>{});
 }
 
-// Tasks that threads take one by one.
-template <class F>
-inline void in_turns(long tasks, long work, int threads, const F& task) {
-  std::atomic<long> next{0};
-  auto part = [&](int) {
-    for (long k; (k = next.fetch_add(1)) < tasks;) task(k);
-  };
-  const int parts = static_cast<int>(std::min<long>(work < 100000 ? 1 : threads, tasks));
-  if (parts > 1 && Pool::share(parts, part)) return;
-  part(0);
-}
-
 // Memory of a panel: S, and three rows of numbers.
 inline long floats_forward(const MatrixProblem& p) {
   return p.keys * WIDTH + 3 * (p.keys + LANES);

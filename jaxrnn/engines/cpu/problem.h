@@ -179,34 +179,45 @@ struct DiagonalGradient {
   float *d_x, *d_a, *d_b, *d_c, *d_h, *d_step, *d_fresh;
 };
 
-// What a single unit of a linear recurrence does; the names are those of cells. A signed one has g(v) = v.
+// What a single unit of a linear recurrence does; the names are those of cells. A signed one has g(v) = v, one in logs the
+// logarithm of h as its state, and one with a skip a sum in place of x.
 enum class Unit : int64_t {
-  kMinGru = 0, kMinGruSigned = 1, kMinLstm = 2, kMinLstmSigned = 3, kHgrn = 4, kSru = 5, kSruTanh = 6, kQrnn = 7,
-  kRgLru = 8
+  kMinGru = 0, kMinGruSigned = 1, kMinGruLogs = 2, kMinLstm = 3, kMinLstmSigned = 4, kMinLstmLogs = 5, kHgrn = 6,
+  kSru = 7, kSruTanh = 8, kSruSkip = 9, kSruTanhSkip = 10, kQrnn = 11, kRgLru = 12, kLru = 13
 };
-constexpr int64_t UNITS = 9;
+constexpr int64_t UNITS = 14;
 constexpr long sums_of(Unit unit) {
-  const bool three = unit == Unit::kMinLstm || unit == Unit::kMinLstmSigned || unit >= Unit::kSru;
-  return three && unit != Unit::kRgLru ? 3 : 2;
+  switch (unit) {
+    case Unit::kSruSkip: case Unit::kSruTanhSkip: return 4;
+    case Unit::kMinLstm: case Unit::kMinLstmSigned: case Unit::kMinLstmLogs: return 3;
+    case Unit::kSru: case Unit::kSruTanh: case Unit::kQrnn: return 3;
+    default: return 2;
+  }
 }
-constexpr bool reads_state(Unit unit) { return unit >= Unit::kSru && unit <= Unit::kQrnn; }  // y is not h
+constexpr long states_of(Unit unit) { return unit == Unit::kLru ? 2 : 1; }
+constexpr long theta_of(Unit unit) { return unit == Unit::kLru ? 2 : unit == Unit::kRgLru ? 1 : 0; }
+constexpr bool reads_x(Unit unit) {  // which has as many numbers as there are units
+  return unit == Unit::kSru || unit == Unit::kSruTanh || unit == Unit::kRgLru;
+}
+constexpr bool gives_y(Unit unit) { return unit >= Unit::kSru && unit <= Unit::kQrnn; }  // another one than h
 
-// T steps, R rows of M members, H units, each of which has S sums. What is absent is null.
+// T steps, R rows of M members, D inputs, H units, each of which has S sums, E states and K numbers θ. A weight has N
+// heads: some inputs belong to some units. What is absent is null.
 struct ElementwiseProblem {
   Unit unit;
-  long steps, rows, members, units;
+  long steps, rows, members, inputs, units, heads;
   bool reverse;
   float bound;                            // γ
-  const float *u, *h;                     // (T, R, S H), (R, H)
-  const float *b, *x, *rate, *fresh;      // (M, S H), (T, R, H), (M, H), (R, H)
+  const float *xs, *w, *h;                // (T, R, D), (M, N, D / N, S H / N), (R, E H)
+  const float *b, *theta, *fresh;         // (M, S H), (M, K H), (R, E H)
   const uint8_t *valid, *start, *begun;   // (T, R)
-  float *ys, *last, *hs;                  // (T, R, H), (R, H), (T, R, H): read by the backward pass, absent if ys are
+  float *ys, *last, *hs;                  // (T, R, E H), (R, E H), (T, R, E H): read by the backward pass, absent if ys are
 };
 
-// Cotangents in the shapes of their arrays; those of weights are of each row.
+// Cotangents in the shapes of their arrays; null where nobody asks.
 struct ElementwiseGradient {
   const float *d_ys, *d_last;
-  float *d_u, *d_h, *d_b, *d_x, *d_rate, *d_fresh;
+  float *d_xs, *d_w, *d_h, *d_b, *d_theta, *d_fresh;
 };
 
 constexpr int KINDS = 5;

@@ -139,17 +139,44 @@ JAXRNN_INLINE Vec decay_of(Vec x) {
   return x < -87.0f ? Vec{} : y;
 }
 
+// 2 artanh(z) for z² ≤ 1/9.
+JAXRNN_INLINE Vec twice_artanh(Vec z) {
+  const Vec square = z * z;
+  Vec sum = splat(1.0f / 13);
+  for (int odd = 11; odd > 0; odd -= 2) sum = sum * square + 1.0f / static_cast<float>(odd);
+  return 2.0f * z * sum;
+}
+
 // log(1 + e^x) and its derivative, with log(1 + e) = 2 artanh(e / (2 + e)) for e = e^−|x|. Relative error 2e-7.
 struct Softplus {
   Vec y, slope;
   JAXRNN_INLINE explicit Softplus(Vec x) {
-    const Vec e = decay_of(-absolute(x)), z = divide(e, e + 2.0f), square = z * z;
-    Vec sum = splat(1.0f / 13);
-    for (int odd = 11; odd > 0; odd -= 2) sum = sum * square + 1.0f / static_cast<float>(odd);
-    y = (x < 0.0f ? Vec{} : x) + 2.0f * z * sum;
+    const Vec e = decay_of(-absolute(x));
+    y = (x < 0.0f ? Vec{} : x) + twice_artanh(divide(e, e + 2.0f));
     slope = divide(x < 0.0f ? e : splat(1.0f), e + 1.0f);
   }
 };
+
+// The same for x ≤ 0.
+JAXRNN_INLINE Vec log_of_more(Vec x) {
+  const Vec e = decay_of(x);
+  return twice_artanh(divide(e, e + 2.0f));
+}
+
+// log x = n log 2 + 2 artanh((m − 1) / (m + 1)) for x = 2^n m and √½ ≤ m < √2; of normal numbers.
+JAXRNN_INLINE Vec logarithm(Vec x) {
+  const Int bits = (Int)x, n = (bits - 0x3f3504f3) >> 23;
+  const Vec m = (Vec)(bits - (n << 23)), whole = __builtin_convertvector(n, Vec);
+  return whole * 0.693359375f + (whole * -2.12194440e-4f + twice_artanh(divide(m - 1.0f, m + 1.0f)));
+}
+
+// e^x, 0 from −104 on.
+JAXRNN_INLINE Vec exponential(Vec x) {
+  x = x < -104.0f ? splat(-104.0f) : x > 89.0f ? splat(89.0f) : x;
+  const Exponential power(x);
+  const Int n = power.whole(), half = n >> 1;
+  return (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
+}
 
 JAXRNN_INLINE Vec root(Vec x) {
 #if JAXRNN_WIDTH == 64

@@ -3,6 +3,7 @@
 #include "instructions.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>

@@ -238,16 +238,6 @@ class StagedBackwardRun : Staged<F> {
   }
   long mid_width() const { return units_.blocks() * units_.units(); }
 
-  // Σ over panels of the vectors there, `each` numbers of rows `width` apart, times a packed transposed weight.
-  template <int R, int CHAINS = 1>
-  static void times(const float* d, long stride, long width, Range panels, long each, const float* w, Vec (&sums)[R][OUT]) {
-    const float* a[R];
-    for (long j = panels.begin; j < panels.end; ++j) {
-      for (int r = 0; r < R; ++r) a[r] = d + j * stride + r * width;
-      multiply<R, OUT, CHAINS>(a, each, w + j * each * OUT * LANES, sums);
-    }
-  }
-
   Vec theta(long k, long unit) const { return load(theta_ + k * width_ + unit); }
   void add_theta(const Worker& w, long k, long unit, Vec d) const {
     float* to = d_theta_ + (w.number * rule_.theta() + k) * width_ + unit;

@@ -18,8 +18,6 @@ inline Kernels table(const char* name) {
   kernels.matrix_backward = run_matrix_backward;
   kernels.diagonal = run_diagonal;
   kernels.diagonal_backward = run_diagonal_backward;
-  kernels.elementwise = run_elementwise;
-  kernels.elementwise_backward = run_elementwise_backward;
   each_kind([&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     kernels.forward[static_cast<int>(K)] = run_forward<K>;

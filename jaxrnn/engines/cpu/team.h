@@ -47,6 +47,18 @@ inline void in_team(const Team& team, const Work& work) {
   if (team.threads == 1 || !Pool::run(team.threads, member)) work(Worker{0, 1, true, alone});
 }
 
+// Tasks that threads take one by one.
+template <class F>
+inline void in_turns(long tasks, long work, int threads, const F& task) {
+  std::atomic<long> next{0};
+  auto part = [&](int) {
+    for (long k; (k = next.fetch_add(1)) < tasks;) task(k);
+  };
+  const int parts = static_cast<int>(std::min<long>(work < 100000 ? 1 : threads, tasks));
+  if (parts > 1 && Pool::share(parts, part)) return;
+  part(0);
+}
+
 // Memory of one call, aligned, kept by the thread for the next.
 class Scratch {
  public:

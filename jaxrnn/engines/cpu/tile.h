@@ -68,6 +68,16 @@ JAXRNN_INLINE void accumulate(const float* const* a, long from, long count, cons
     for (int v = 0; v < V; ++v) store(sums + i * step + v * LANES, s[i][v]);
 }
 
+// Σ over panels of the vectors there, `each` numbers of rows `width` apart, times a packed transposed weight.
+template <int R, int CHAINS = 1, int V>
+inline void times(const float* d, long stride, long width, Range panels, long each, const float* w, Vec (&sums)[R][V]) {
+  const float* a[R];
+  for (long j = panels.begin; j < panels.end; ++j) {
+    for (int r = 0; r < R; ++r) a[r] = d + j * stride + r * width;
+    multiply<R, V, CHAINS>(a, each, w + j * each * V * LANES, sums);
+  }
+}
+
 template <int MAX, class F>
 JAXRNN_INLINE void one_tile(long count, long row, const F& f) {
   if (count == MAX) f(std::integral_constant<int, MAX>{}, row);

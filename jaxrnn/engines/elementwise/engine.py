@@ -1,4 +1,4 @@
-"""The engine of linear recurrences of single units with their gates, for cells."""
+"""The engine of linear recurrences of single units with their products and gates, for cells."""
 
 from __future__ import annotations
 
@@ -13,32 +13,40 @@ from jaxrnn.engines.elementwise.programs import Problem, Unit
 from jaxrnn.engines.walk import Flags, Walk
 
 
-class Sums(NamedTuple):
-    """What the gates of a sequence are computed from: u (T, *batch, S H), without their bias b (S H,); x
-    (T, *batch, H), what else a unit reads of its input; rate (H,), what it reads at every step.
+class UnitWeights(NamedTuple):
+    """What gives a unit its sums, x w + b, with w (N, D/N, S H/N) of N heads and b (S H,); and θ (K H,), which it reads
+    at every step.
     """
 
-    u: Array
+    w: Array
     b: Array | None = None
-    x: Array | None = None
-    rate: Array | None = None
+    theta: Array | None = None
 
 
 def elementwise_recurrence(
-    unit: Unit, sums: Sums, h: Array, *, begun: Array | None, fresh: Array, flags: Flags, walk: Walk
+    unit: Unit,
+    weights: UnitWeights,
+    xs: Array,
+    h: Array,
+    *,
+    begun: Array | None,
+    fresh: Array,
+    flags: Flags,
+    walk: Walk,
 ) -> tuple[Array, Array]:
     """Runs a recurrence of float32 over the first axis: (the last state, ys, 0 at invalid steps).
 
     Args:
       unit: What a unit does.
-      sums: What it reads.
-      h: The state before the first step, (*batch, H).
+      weights: What it does it with.
+      xs: The inputs, (T, *batch, D).
+      h: The state before the first step, (*batch, E H).
       begun: bool (T, *batch), whether the sequence of a step began before it; None where that makes no difference.
       fresh: The state before a step that starts fresh, like h.
       flags: Which steps are valid, and which start fresh.
       walk: The direction, and whether the kernel was asked for by its name.
     """
-    length, *batch, _ = sums.u.shape
+    length, *batch, _ = xs.shape
     rows, shape = math.prod(batch), (length, *h.shape)
     if math.prod(shape) == 0:
         return h, jnp.zeros(shape, h.dtype)
@@ -50,12 +58,13 @@ def elementwise_recurrence(
         return jnp.broadcast_to(flag, (length, *batch)).reshape(length, rows)
 
     valid, start, begun = map(of_flags, (*flags, begun))
+    w, b, theta = weights
     problem = Problem(
-        u=sums.u.reshape(length, rows, -1),
+        xs=xs.reshape(length, rows, -1),
+        w=w[None],
         h=h.reshape(rows, -1),
-        b=None if sums.b is None else sums.b.reshape(1, -1),
-        x=None if sums.x is None else sums.x.reshape(length, rows, -1),
-        rate=None if sums.rate is None else sums.rate.reshape(1, -1),
+        b=None if b is None else b[None],
+        theta=None if theta is None else theta[None],
         valid=valid,
         start=start,
         begun=begun,

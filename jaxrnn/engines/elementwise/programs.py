@@ -1,8 +1,9 @@
-"""Linear recurrences of single units with their gates, in JAX: what the kernels compute.
+"""Linear recurrences of single units with their products and gates, in JAX: what the kernels compute.
 
-    h_t = a_t h_{t-1} + b_t,   (a_t, b_t) = gates(u_t + b, ...),   y_t = read(h_t, ...)
+    u_t = x_t w + b,   (a_t, b_t) = gates(u_t, ...),   h_t = a_t h_{t-1} + b_t,   y_t = read(h_t, ...)
 
-The gates are computed from sums u, so that of a step only sums and states are in memory, also for the backward pass.
+A kernel goes over time in chunks that stay in the cache: of a step only x, y and, where y is another one, h are in
+memory.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn.engines.arrays import lifted, select, zero_where_not
 from jaxrnn.engines.linear.engine import linear_recurrence
+from jaxrnn.engines.linear.log_space import log_linear_recurrence
+from jaxrnn.engines.product import dot
 from jaxrnn.engines.walk import Flags
 
 
@@ -26,15 +29,27 @@ class Unit:
 
     Args:
       name: That of the kernels.
-      gates: (a, b) as gates(sums, x, rate, begun), of which a unit ignores what it has not.
+      gates: (a, b) as gates(sums, x, θ, begun), of which a unit ignores what it has not.
       read: y as read(sums, x, h); None where y is h.
+      logs: The logarithms of (a, b) as logs(sums) where the state goes on in logarithms.
+      turns: Whether h are complex numbers: b and the state hold their real parts, then their imaginary parts, and so
+        does θ, which is a.
       bound: What the kernel needs to know of the cell's options.
     """
 
     name: str
     gates: Callable[..., tuple[Array, Array]]
     read: Callable[..., Array] | None = None
+    logs: Callable[..., tuple[Array, Array]] | None = None
+    turns: bool = False
     bound: float = 0.0
+
+
+def _none(*_):
+    raise TypeError("what turns has no gates")
+
+
+TURN = Unit("lru", _none, turns=True)  # a complex number, h' = θ h + u
 
 
 @jax.tree_util.register_dataclass
@@ -42,34 +57,40 @@ class Unit:
 class Problem:
     """What a call reads, in float32; an absent array is None.
 
-    u (T, R, S H): S sums of every unit, without their bias b (M, S H); rows R, of which each of M members has as many.
-    x (T, R, H): what the unit reads beside; rate (M, H). h (R, H) is the state before the first step. valid, start,
-    begun bool (T, R): an invalid step keeps the state, and its y is 0; a step that starts does so from `fresh`, like h;
-    one that has not begun is the first of its sequence.
+    xs (T, R, D): rows R, of which each of M members has as many. w (M, N, D/N, S H/N) of N heads, b (M, S H): S sums of
+    every unit. theta (M, K H): what the unit reads at every step. h (R, E H) is the state before the first
+    step. valid, start, begun bool (T, R): an invalid step keeps the state, and its y is 0; a step that starts does so
+    from `fresh`, like h; one that has not begun is the first of its sequence.
     """
 
-    u: Array
+    xs: Array
+    w: Array
     h: Array
     b: Array | None
-    x: Array | None
-    rate: Array | None
+    theta: Array | None
     valid: Array | None
     start: Array | None
     begun: Array | None
     fresh: Array | None
     unit: Unit = dataclasses.field(metadata={"static": True})
 
+    @property
+    def units(self) -> int:
+        """H."""
+        return self.h.shape[-1] // (2 if self.unit.turns else 1)
+
     def replace(self, **changes) -> Problem:
         return dataclasses.replace(self, **changes)
 
 
-STEPS = ("u", "x", "valid", "start", "begun")  # with an axis of time
+STEPS = ("xs", "valid", "start", "begun")  # with an axis of time
 FLAGS = ("valid", "start", "begun")
-GATED = ("u", "b", "x", "rate")  # what gates are computed from
+WEIGHTS = ("w", "b", "theta")
+GATED = ("xs", *WEIGHTS)  # what gates are computed from
 
 
 class Result(NamedTuple):
-    """ys (T, R, H), the last state (R, H), and the states after every step if the backward pass needs more than ys."""
+    """ys (T, R, E H), the last state (R, E H), and the states after every step where ys are others."""
 
     ys: Array
     last: Array
@@ -82,15 +103,50 @@ def _of_rows(weight: Array, rows: int) -> Array:
     return weight if members == 1 else jnp.repeat(weight, rows // members, axis=0)
 
 
-def _inputs(problem: Problem, u, b, x, rate) -> tuple:
-    """(sums, x, rate), of every row."""
-    rows = problem.h.shape[0]
-    u = u if b is None else u + lifted(_of_rows(b, rows), u)
-    return u, x, None if rate is None else lifted(_of_rows(rate, rows), u[..., : rate.shape[-1]])
+def _product(xs: Array, w: Array, units: int) -> Array:
+    """(T, R, S H) of xs (T, R, D) and w (M, N, D/N, S H/N), for H units."""
+    members, heads, size, columns = w.shape
+    if members == heads == 1:
+        return dot(xs, w[0, 0])
+    steps, rows, _ = xs.shape
+    u = jnp.einsum("tmrnd,mnde->tmrne", xs.reshape(steps, members, rows // members, heads, size), w)
+    # Every head has S sums of its units: those of one kind come together.
+    u = u.reshape(steps, rows, heads, heads * columns // units, units // heads)
+    return jnp.swapaxes(u, 2, 3).reshape(steps, rows, -1)
+
+
+def _inputs(problem: Problem, xs, w, b, theta) -> tuple:
+    """(sums, x, θ), of every row."""
+    u, rows = _product(xs, w, problem.units), problem.h.shape[0]
+    if b is not None:
+        u = u + lifted(_of_rows(b, rows), u)
+    return u, xs, None if theta is None else _of_rows(theta, rows)
+
+
+def _complex(parts: Array) -> Array:
+    return lax.complex(*jnp.split(parts, 2, axis=-1))
+
+
+def _real(numbers: Array) -> Array:
+    return jnp.concatenate([numbers.real, numbers.imag], axis=-1)
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+def _numbers(unit: Unit) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """From states as a problem has them to those that a recurrence goes on from, and back."""
+    return (_complex, _real) if unit.turns else (_same, _same)
 
 
 def _coefficients(problem: Problem, *arrays) -> tuple[Array, Array]:
-    return problem.unit.gates(*_inputs(problem, *arrays), problem.begun)
+    """(a, b); a may lack axes, which are 1."""
+    u, x, theta = _inputs(problem, *arrays)
+    if problem.unit.turns:
+        return _complex(theta)[None], _complex(u)
+    theta = None if theta is None else lifted(theta, u[..., : theta.shape[-1]])
+    return problem.unit.gates(u, x, theta, problem.begun)
 
 
 def _read(problem: Problem, hs: Array, *arrays) -> Array:
@@ -104,15 +160,31 @@ def _gated(problem: Problem) -> tuple[Array | None, ...]:
     return tuple(getattr(problem, name) for name in GATED)
 
 
+def _begins(problem: Problem, start: Array, a: Array, fresh: Array) -> Array:
+    """What a fresh state gives to the steps that start from it."""
+    numbers, _ = _numbers(problem.unit)
+    given = a * numbers(fresh)[None]
+    given = jnp.broadcast_to(given, (*problem.xs.shape[:2], given.shape[-1]))
+    return select(start, given, jnp.zeros_like(given))
+
+
 def forward(problem: Problem, *, reverse: bool, save: bool = False) -> Result:
     """The recurrence, and what is kept of it for derivatives."""
-    a, b = _coefficients(problem, *_gated(problem))
-    flags = Flags(problem.valid, problem.start)
-    if problem.start is not None and problem.fresh is not None:
-        b = select(problem.start, b + a * problem.fresh[None], b)
-    last, hs = linear_recurrence(a, b, problem.h, flags=flags, reverse=reverse, form=None)
-    ys = zero_where_not(problem.valid, _read(problem, hs, *_gated(problem)))
-    kept = save and (problem.unit.read is not None or problem.valid is not None)
+    flags, gated, unit = Flags(problem.valid, problem.start), _gated(problem), problem.unit
+    numbers, parts = _numbers(unit)
+    options = {"flags": flags, "reverse": reverse, "form": None}
+    fresh = problem.h if problem.fresh is None else problem.fresh
+    if unit.logs is not None:
+        logs = unit.logs(_inputs(problem, *gated)[0])
+        last, hs = log_linear_recurrence(*logs, problem.h, fresh=fresh, **options)
+    else:
+        a, b = _coefficients(problem, *gated)
+        if problem.start is not None:
+            b = b + _begins(problem, problem.start, a, fresh)
+        last, hs = linear_recurrence(a, b, numbers(problem.h), **options)
+    last, hs = parts(last), parts(hs)
+    ys = zero_where_not(problem.valid, _read(problem, hs, *gated))
+    kept = save and (unit.read is not None or problem.valid is not None)
     return Result(ys, last, hs if kept else None)
 
 
@@ -127,24 +199,33 @@ def tangent(problem: Problem, kept: Result, moved: Problem, *, reverse: bool) ->
     return jax.jvp(run, (given,), (changes,))[1]
 
 
-def backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool) -> Problem:
-    """The cotangents of all arrays but flags."""
+def backward(
+    problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool, wrt: tuple[str, ...]
+) -> Problem:
+    """The cotangents of the arrays in `wrt`."""
     d_ys = zero_where_not(problem.valid, d_ys)
     flags = Flags(problem.valid, problem.start)
     hs, gated = kept.ys if kept.hs is None else kept.hs, _gated(problem)
+    numbers, parts = _numbers(problem.unit)
     (a, b), to_gated = jax.vjp(lambda *arrays: _coefficients(problem, *arrays), *gated)
     d_hs, *d_read = jax.vjp(lambda *arrays: _read(problem, *arrays), hs, *gated)[1](d_ys)
-    run = jax.vjp(lambda b, h: linear_recurrence(a, b, h, flags=flags, reverse=reverse, form=None), b, problem.h)[1]
-    d_b, d_h = run((d_last, d_hs))
+
+    def run(b, h):
+        return [parts(each) for each in linear_recurrence(a, b, numbers(h), flags=flags, reverse=reverse, form=None)]
+
+    d_b, d_h = jax.vjp(run, b, problem.h)[1]([d_last, d_hs])
     first = problem.h[None]
     before = jnp.concatenate([hs[1:], first] if reverse else [first, hs[:-1]])
-    if problem.start is not None and problem.fresh is not None:
-        before = select(problem.start, jnp.broadcast_to(problem.fresh[None], before.shape), before)
-    d_gated = to_gated((d_b * before, d_b))
-    whole = {
-        name: None if one is None else one + other for name, one, other in zip(GATED, d_gated, d_read, strict=True)
-    }
     d_fresh = None
-    if problem.start is not None and problem.fresh is not None:
-        d_fresh = jnp.sum(select(problem.start, a * d_b, jnp.zeros_like(d_b)), axis=0)
-    return problem.replace(h=d_h, fresh=d_fresh, **whole, **dict.fromkeys(FLAGS))
+    start, fresh = problem.start, problem.fresh
+    if start is not None and fresh is not None:
+        before = select(start, jnp.broadcast_to(fresh[None], before.shape), before)
+        (d_fresh,) = jax.vjp(lambda fresh: _begins(problem, start, a, fresh), fresh)[1](d_b)
+    d_a = d_b * numbers(before)
+    axes = tuple(axis for axis in range(d_a.ndim) if a.shape[axis] != d_a.shape[axis])
+    d_gated = to_gated((jnp.sum(d_a, axis=axes, keepdims=True), d_b))
+    whole: dict[str, Array | None] = dict.fromkeys((*GATED, *FLAGS))
+    for name, one, other in zip(GATED, d_gated, d_read, strict=True):
+        if name in wrt:
+            whole[name] = one + other
+    return problem.replace(**whole, h=d_h, fresh=d_fresh)
