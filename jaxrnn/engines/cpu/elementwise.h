@@ -1,6 +1,7 @@
 // Sequences of single units, in chunks of time: the products with the input, block by block of units, then gates and
-// recurrence of that block while its sums are in the cache. Backwards sums are computed again; the cotangents of a chunk's
-// sums give those of weights and inputs, as large products.
+// recurrence of that block while its sums are in the cache. Backwards sums are computed again, unless they are kept; the
+// cotangents of a chunk's sums give those of weights and inputs, as large products. Rows of a chunk come one after the
+// other, each with all its steps.
 
 // The products of a member's rows with its weights: S sums of every unit.
 template <int S>
@@ -25,6 +26,12 @@ class UnitSums {
   const float* const w_given_;
   int by_blocks_, by_rows_;  // threads
   float *w_, *bias_;         // packed
+
+  struct Chunk {
+    long first, last;
+    long steps() const { return last - first; }
+    long count(long rows) const { return rows * steps(); }
+  };
 
   int parts() const { return by_blocks_ * by_rows_; }
   Range rows(const Worker& w) const { return w.count == 1 ? Range{0, R_} : share(R_, by_rows_, w.number / by_blocks_); }
@@ -110,15 +117,15 @@ class UnitSums {
     }
   }
 
-  // d_xs = d wᵀ for some rows of a chunk that begins at a step, or as much more.
-  void inputs_back(const float* d, long count, Range rows, long first, const float* w_back, bool more, float* d_xs) const {
+  // d_xs = d wᵀ for some rows of a chunk, or as much more.
+  void inputs_back(const float* d, const Chunk& chunk, Range rows, const float* w_back, bool more, float* d_xs) const {
     for (long j = 0; j < in_.blocks(); ++j)
       tiles<ROWS<OUT>>(rows, [&](auto tile, long m) {
         constexpr int R = decltype(tile)::value;
         Vec sums[R][OUT] = {};
-        times<R>(d + m * W, count * W, W, readers(j), W, w_back + j * blocks_ * W * OUT * LANES, sums);
+        times<R>(d + m * W, chunk.count(R_) * W, W, readers(j), W, w_back + j * blocks_ * W * OUT * LANES, sums);
         for (int r = 0; r < R; ++r) {
-          float* to = d_xs + place(first + (m + r) / R_, (m + r) % R_) * D_;
+          float* to = d_xs + place(chunk.first + (m + r) % chunk.steps(), (m + r) / chunk.steps()) * D_;
           for (int v = 0; v < OUT; ++v)
             if (const long n = in_.lanes(j, v)) {
               float* own = to + in_.unit(j, v);
@@ -146,17 +153,18 @@ class UnitRun : protected UnitSums<Unit::SUMS> {
  protected:
   static constexpr int S = Unit::SUMS, E = Unit::STATES, K = Unit::THETA;
   using Base = UnitSums<S>;
+  using typename Base::Chunk;
   using Base::Base, Base::p_, Base::member_, Base::H_, Base::D_, Base::R_, Base::own;
 
   // The block of the states of a row.
-  void take(Vec* to, const float* from, long row, long j) const {
+  JAXRNN_INLINE void take(Vec* to, const float* from, long row, long j) const {
     for (int e = 0; e < E; ++e)
       to[e] = from ? load(from + row * E * H_ + e * H_ + j * LANES, this->lanes(j)) : Vec{};
   }
-  void give(float* to, const Vec* from, long row, long j) const {
+  JAXRNN_INLINE void give(float* to, const Vec* from, long row, long j) const {
     for (int e = 0; e < E; ++e) store(to + row * E * H_ + e * H_ + j * LANES, from[e], this->lanes(j));
   }
-  void fresh(Vec* to, long row, long j) const { take(to, p_.fresh, own(row), j); }
+  JAXRNN_INLINE void fresh(Vec* to, long row, long j) const { take(to, p_.fresh, own(row), j); }
 
   Sums<S> of_block(long j) const {
     Sums<S> s;
@@ -164,8 +172,10 @@ class UnitRun : protected UnitSums<Unit::SUMS> {
     s.bound = p_.bound;
     return s;
   }
+  float* kept(long at, int v, long j) const { return p_.sums + (at * S + v) * H_ + j * LANES; }
+  // The sums lie at u, or are kept.
   JAXRNN_INLINE void read(Sums<S>& s, const float* u, long at, long j) const {
-    for (int v = 0; v < S; ++v) s.u[v] = load(u + v * LANES);
+    for (int v = 0; v < S; ++v) s.u[v] = u ? load(u + v * LANES) : load(kept(at, v, j), this->lanes(j));
     if (Unit::READS_X) s.x = load(p_.xs + at * D_ + j * LANES, this->lanes(j));
     s.begun = !p_.begun || p_.begun[at];
   }
@@ -174,13 +184,14 @@ class UnitRun : protected UnitSums<Unit::SUMS> {
 template <class Unit>
 class UnitForward : UnitRun<Unit> {
   using Run = UnitRun<Unit>;
+  using typename Run::Chunk;
   using Run::S, Run::E, Run::W, Run::p_, Run::R_, Run::H_, Run::D_, Run::blocks_, Run::place, Run::own;
 
  public:
   UnitForward(const ElementwiseProblem& p, long member, int threads) : Run(p, member, threads) {
     at_once_ = std::max(1l, std::min(p.steps, 256 / R_));
     const long count = at_once_ * R_;
-    Scratch scratch(blocks_ * (D_ + 1) * W + R_ * INNER * this->width_ + this->parts() * (count * (W + 4) + 32) + 256);
+    Scratch scratch(blocks_ * (D_ + 1) * W + R_ * INNER * this->width_ + this->parts() * (count * (W + 2) + 32) + 256);
     this->w_ = scratch.take(blocks_ * D_ * W);
     this->bias_ = scratch.take(blocks_ * W);
     h_ = scratch.take(R_ * INNER * this->width_);
@@ -203,14 +214,13 @@ class UnitForward : UnitRun<Unit> {
       float* u = u_ + w.number * at_once_ * R_ * W;
       const float** x = x_ + w.number * at_once_ * R_;
       for (long first = 0; first < p_.steps; first += at_once_) {
-        const long last = std::min(first + at_once_, p_.steps);
+        const Chunk chunk{first, std::min(first + at_once_, p_.steps)};
         const float** next = x;
-        for (long k = first; k < last; ++k)
-          for (long row = rows.begin; row < rows.end; ++row) *next++ = p_.xs + place(k, row) * D_;
+        for (long row = rows.begin; row < rows.end; ++row)
+          for (long k = first; k < chunk.last; ++k) *next++ = p_.xs + place(k, row) * D_;
         for (long j = blocks.begin; j < blocks.end; ++j) {
           this->project(x, next - x, j, u);
-          for (long row = rows.begin; row < rows.end; ++row)
-            walk(first, last, row, j, u + (row - rows.begin) * W, rows.size() * W);
+          for (long row = rows.begin; row < rows.end; ++row) walk(chunk, row, j, u + chunk.count(row - rows.begin) * W);
         }
       }
     });
@@ -235,13 +245,14 @@ class UnitForward : UnitRun<Unit> {
     for (int e = 0; e < INNER; ++e) store(state(row, j) + e * LANES, h[e]);
   }
 
-  void walk(long first, long last, long row, long j, const float* u, long stride) const {
+  void walk(const Chunk& chunk, long row, long j, const float* u) const {
     Vec h[INNER], y[E];
     for (int e = 0; e < INNER; ++e) h[e] = load(state(row, j) + e * LANES);
     whole(h, y);
     Sums<S> s = this->of_block(j);
-    for (long k = first; k < last; ++k, u += stride) {
+    for (long k = chunk.first; k < chunk.last; ++k, u += W) {
       const long at = place(k, row);
+      for (int v = 0; p_.sums && v < S; ++v) store(this->kept(at, v, j), load(u + v * LANES), this->lanes(j));
       if (!this->valid(at)) {
         if (p_.hs) this->give(p_.hs, y, at, j);
         const Vec none[E] = {};
@@ -262,13 +273,14 @@ class UnitForward : UnitRun<Unit> {
       }
     }
     keep(h, row, j);
-    if (last == p_.steps) this->give(p_.last, y, own(row), j);
+    if (chunk.last == p_.steps) this->give(p_.last, y, own(row), j);
   }
 };
 
 template <class Unit>
 class UnitBackward : UnitRun<Unit> {
   using Run = UnitRun<Unit>;
+  using typename Run::Chunk;
   using Run::S, Run::E, Run::K, Run::W, Run::OUT, Run::p_, Run::R_, Run::H_, Run::D_, Run::blocks_, Run::place, Run::own;
   using Run::member_, Run::width_;
 
@@ -279,7 +291,7 @@ class UnitBackward : UnitRun<Unit> {
     const long count = at_once_ * R_, G = blocks_ * W, in = g.d_xs ? this->in_.blocks() * OUT * LANES : 0;
     const long both = this->parts() > 1 ? 2 : 1;
     Scratch scratch(G * (2 * D_ + 2) + in * G + R_ * (E + K) * width_ + both * count * G +
-                    this->parts() * (count * (W + 4) + 64) + D_ + 512);
+                    this->parts() * (count * (W + 2) + 64) + D_ + 512);
     this->w_ = scratch.take(D_ * G);
     this->bias_ = scratch.take(G);
     w_back_ = scratch.take(in * G);
@@ -289,7 +301,7 @@ class UnitBackward : UnitRun<Unit> {
     d_theta_ = scratch.take(R_ * K * width_);
     for (long k = 0; k < 2; ++k) d_u_[k] = k < both ? scratch.take(count * G) : d_u_[0];
     u_ = scratch.take(this->parts() * count * W);
-    for (const float**& each : x_) each = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
+    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
     nothing_ = scratch.take(D_);
     std::memset(nothing_, 0, D_ * sizeof(float));
   }
@@ -300,25 +312,27 @@ class UnitBackward : UnitRun<Unit> {
       prepare(w, rows, blocks);
       w.barrier.wait();
       float *u = u_ + w.number * at_once_ * R_ * W, *now = d_u_[0], *other = d_u_[1];
-      const float **own = x_[0] + w.number * at_once_ * R_, **x = x_[1] + w.number * at_once_ * R_;
+      const float** x = x_ + w.number * at_once_ * R_;
       for (long last = p_.steps; last > 0; last -= at_once_, std::swap(now, other)) {
-        const long first = std::max(0l, last - at_once_), count = (last - first) * R_;
-        const float **next = x, **own_next = own;
-        for (long k = first; k < last; ++k)
-          for (long row = 0; row < R_; ++row) {
+        const Chunk chunk{std::max(0l, last - at_once_), last};
+        const long count = chunk.count(R_), begin = chunk.count(rows.begin);
+        const float** next = x;
+        for (long row = 0; row < R_; ++row)
+          for (long k = chunk.first; k < last; ++k) {
             const long at = place(k, row);
             *next++ = this->valid(at) ? p_.xs + at * D_ : nothing_;
-            if (row >= rows.begin && row < rows.end) *own_next++ = next[-1];
           }
         for (long j = blocks.begin; j < blocks.end; ++j) {
-          this->project(own, own_next - own, j, u);
-          for (long row = rows.begin; row < rows.end; ++row)
-            walk(first, last, row, j, u + (row - rows.begin) * W, rows.size() * W, now + (j * count + row) * W);
+          if (!p_.sums) this->project(x + begin, chunk.count(rows.size()), j, u);
+          for (long row = rows.begin; row < rows.end; ++row) {
+            const long m = chunk.count(row);
+            walk(chunk, row, j, p_.sums ? nullptr : u + (m - begin) * W, now + (j * count + m) * W);
+          }
         }
         w.barrier.wait();  // those of the next chunk lie elsewhere
         if (g_.d_w || g_.d_b)
           for (long j = all.begin; j < all.end; ++j) this->weights(x, count, j, now + j * count * W, d_w_, d_b_);
-        if (g_.d_xs) this->inputs_back(now, count, w.part(count), first, w_back_, Unit::READS_X, g_.d_xs);
+        if (g_.d_xs) this->inputs_back(now, chunk, w.part(count), w_back_, Unit::READS_X, g_.d_xs);
       }
       finish(w, all);
     });
@@ -328,7 +342,7 @@ class UnitBackward : UnitRun<Unit> {
   const ElementwiseGradient& g_;
   long at_once_;
   float *w_back_, *d_w_, *d_b_, *d_h_, *d_theta_, *d_u_[2], *u_, *nothing_;
-  const float** x_[2];
+  const float** x_;
 
   // Of a block of a row.
   float* d_state(long row, long j) const { return d_h_ + (row * blocks_ + j) * E * LANES; }
@@ -352,15 +366,15 @@ class UnitBackward : UnitRun<Unit> {
   }
 
   // The cotangents of the sums of a chunk, from its end.
-  void walk(long first, long last, long row, long j, const float* u, long stride, float* d_u) const {
-    const long n = this->lanes(j), d_stride = R_ * W;
+  void walk(const Chunk& chunk, long row, long j, const float* u, float* d_u) const {
+    const long n = this->lanes(j);
     const float* hs = p_.hs ? p_.hs : p_.ys;
     Vec d[E], d_theta[K > 0 ? K : 1] = {}, d_fresh[E] = {};
     for (int e = 0; e < E; ++e) d[e] = load(d_state(row, j) + e * LANES);
     Sums<S> s = this->of_block(j);
-    for (long k = last - 1; k >= first; --k) {
-      const long at = place(k, row);
-      float* to = d_u + (k - first) * d_stride;
+    for (long k = chunk.last - 1; k >= chunk.first; --k) {
+      const long at = place(k, row), here = (k - chunk.first) * W;
+      float* to = d_u + here;
       if (!this->valid(at)) {
         for (int v = 0; v < S; ++v) store(to + v * LANES, Vec{});
         if (Unit::READS_X && g_.d_xs) store(g_.d_xs + at * D_ + j * LANES, Vec{}, n);
@@ -371,7 +385,7 @@ class UnitBackward : UnitRun<Unit> {
       else if (k == 0) this->take(before, p_.h, own(row), j);
       else this->take(before, hs, place(k - 1, row), j);
       this->take(d_y, g_.d_ys, at, j);
-      this->read(s, u + (k - first) * stride, at, j);
+      this->read(s, u ? u + here : nullptr, at, j);
       const Unit unit(s);
       SumsBack<S> back;
       if constexpr (Unit::GIVES_Y) {
@@ -399,7 +413,7 @@ class UnitBackward : UnitRun<Unit> {
       for (int e = 0; e < E; ++e) sum[e] += d_fresh[e];
       this->give(g_.d_fresh, sum, own(row), j);
     }
-    if (first == 0) this->give(g_.d_h, d, own(row), j);
+    if (chunk.first == 0) this->give(g_.d_h, d, own(row), j);
   }
 
   // What a worker has summed; of θ, row by row.

@@ -38,7 +38,7 @@ ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bou
 
 ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b,
                                Floats theta, Flags valid, Flags start, Flags begun, Floats fresh, Written ys,
-                               Written last, Written hs) {
+                               Written last, Written hs, Written sums) {
   Shapes shapes;
   ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, valid, start, begun, fresh);
   if (shapes.failed()) return shapes.error();
@@ -46,15 +46,16 @@ ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats x
   p.ys = shapes.is("ys", *ys, {p.steps, p.rows, width});
   p.last = shapes.is("last", *last, {p.rows, width});
   p.hs = shapes.optional("hs", *hs, {p.steps, p.rows, width});
+  p.sums = shapes.optional("sums", *sums, {p.steps, p.rows, sums_of(p.unit) * p.units});
   if (shapes.failed()) return shapes.error();
-  for (Written each : {ys, hs}) in_large_pages(each->typed_data(), each->size_bytes());
+  for (Written each : {ys, hs, sums}) in_large_pages(each->typed_data(), each->size_bytes());
   elementwise(p, Pool::threads());
   return ffi::Error::Success();
 }
 
 ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b,
                                   Floats theta, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
-                                  Floats hs, Floats d_ys, Floats d_last, Written d_xs, Written d_w, Written d_h,
+                                  Floats hs, Floats sums, Floats d_ys, Floats d_last, Written d_xs, Written d_w, Written d_h,
                                   Written d_b, Written d_theta, Written d_fresh) {
   Shapes shapes;
   ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, valid, start, begun, fresh);
@@ -63,6 +64,7 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Float
   const long S = sums_of(p.unit), width = states_of(p.unit) * H;
   p.ys = shapes.is("ys", ys, {T, R, width});  // the backward pass only reads them
   p.hs = shapes.optional("hs", hs, {T, R, width});
+  p.sums = shapes.optional("sums", sums, {T, R, S * H});
   if (!p.hs && T * R && (p.valid || gives_y(p.unit))) shapes.fail("hs");
   ElementwiseGradient g{};
   g.d_ys = shapes.is("d_ys", d_ys, {T, R, width});
@@ -92,7 +94,7 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Float
       .Attr<float>("bound") ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS FLAGS ARRAY
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_elementwise_forward, jaxrnn::elementwise_forward, PROBLEM RESULT RESULT RESULT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_elementwise_forward, jaxrnn::elementwise_forward, PROBLEM RESULT RESULT RESULT RESULT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_elementwise_backward, jaxrnn::elementwise_cotangents,
-                              PROBLEM ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT);
+                              PROBLEM ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT);
 #pragma GCC visibility pop

@@ -212,6 +212,7 @@ struct ElementwiseProblem {
   const float *b, *theta, *fresh;         // (M, S H), (M, K H), (R, E H)
   const uint8_t *valid, *start, *begun;   // (T, R)
   float *ys, *last, *hs;                  // (T, R, E H), (R, E H), (T, R, E H): read by the backward pass, absent if ys are
+  float* sums;                            // (T, R, S H), too, or absent
 };
 
 // Cotangents in the shapes of their arrays; null where nobody asks.

@@ -97,7 +97,7 @@ JAXRNN_INLINE Vec divide(Vec a, Vec b) {
 // e^x - 1 = 2^n (p + 1) - 1, where p = e^r - 1 for |r| ≤ ln 2 / 2 by the polynomial of Cephes' expf.
 struct Exponential {
   Vec n, p;
-  explicit Exponential(Vec x) {
+  JAXRNN_INLINE explicit Exponential(Vec x) {
     const Vec shift = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
     n = (x * 1.44269504088896341f + shift) - shift;
     Vec r = x - n * 0.693359375f;
@@ -110,8 +110,8 @@ struct Exponential {
     q = q * r + 5.0000001201e-1f;
     p = q * (r * r) + r;
   }
-  static Vec power(Int n) { return (Vec)((n + 127) << 23); }
-  Int whole() const { return __builtin_convertvector(n, Int); }
+  static JAXRNN_INLINE Vec power(Int n) { return (Vec)((n + 127) << 23); }
+  JAXRNN_INLINE Int whole() const { return __builtin_convertvector(n, Int); }
 };
 
 // e^-|x| never overflows, and both branches keep their relative accuracy. 2^n in two factors, for subnormal results.

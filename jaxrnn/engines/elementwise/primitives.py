@@ -35,8 +35,8 @@ def _like(array: Array | None) -> jax.ShapeDtypeStruct:
 
 def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Result:
     call = jax.ffi.ffi_call("jaxrnn_elementwise_forward", tuple(map(_like, shapes)))
-    ys, last, hs = call(*_given(problem), reverse=reverse, **_options(problem))
-    return Result(ys, last, None if shapes.hs is None else hs)
+    found = call(*_given(problem), reverse=reverse, **_options(problem))
+    return Result(*(None if shape is None else each for shape, each in zip(shapes, found, strict=True)))
 
 
 def _native_backward(
@@ -44,8 +44,8 @@ def _native_backward(
 ) -> Problem:
     asked = {name: getattr(problem, name) if name in (*wrt, "h") else None for name in COTANGENTS}
     call = jax.ffi.ffi_call("jaxrnn_elementwise_backward", tuple(map(_like, asked.values())))
-    hs = jnp.zeros(0, d_ys.dtype) if kept.hs is None else kept.hs
-    found = call(*_given(problem), kept.ys, hs, d_ys, d_last, reverse=reverse, **_options(problem))
+    saved = [jnp.zeros(0, d_ys.dtype) if each is None else each for each in (kept.ys, kept.hs, kept.sums)]
+    found = call(*_given(problem), *saved, d_ys, d_last, reverse=reverse, **_options(problem))
     whole = {name: None if asked[name] is None else each for name, each in zip(COTANGENTS, found, strict=True)}
     return problem.replace(**whole, **dict.fromkeys(FLAGS))
 
@@ -57,6 +57,6 @@ run = Recurrence(
     backward=programs.backward,
     native_forward=_native_forward,
     native_backward=_native_backward,
-    timed=lambda problem: (*STEPS, "ys", "hs"),
+    timed=lambda problem: (*STEPS, "ys", "hs", "sums"),
     weights=WEIGHTS,
 )

@@ -86,15 +86,19 @@ class Problem:
 STEPS = ("xs", "valid", "start", "begun")  # with an axis of time
 FLAGS = ("valid", "start", "begun")
 WEIGHTS = ("w", "b", "theta")
-GATED = ("xs", *WEIGHTS)  # what gates are computed from
+WIDE = 256  # inputs of a sum that take longer to add up again than to keep the sum
+FEW = 1 << 22  # sums that the caches hold
 
 
 class Result(NamedTuple):
-    """ys (T, R, E H), the last state (R, E H), and the states after every step where ys are others."""
+    """ys (T, R, E H), the last state (R, E H); all states where ys are others, and the sums (T, R, S H) where they are
+    kept.
+    """
 
     ys: Array
     last: Array
     hs: Array | None = None
+    sums: Array | None = None
 
 
 def _of_rows(weight: Array, rows: int) -> Array:
@@ -115,12 +119,16 @@ def _product(xs: Array, w: Array, units: int) -> Array:
     return jnp.swapaxes(u, 2, 3).reshape(steps, rows, -1)
 
 
-def _inputs(problem: Problem, xs, w, b, theta) -> tuple:
-    """(sums, x, θ), of every row."""
-    u, rows = _product(xs, w, problem.units), problem.h.shape[0]
-    if b is not None:
-        u = u + lifted(_of_rows(b, rows), u)
-    return u, xs, None if theta is None else _of_rows(theta, rows)
+def _sums(problem: Problem, xs: Array, w: Array, b: Array | None) -> Array:
+    u = _product(xs, w, problem.units)
+    return u if b is None else u + lifted(_of_rows(b, problem.h.shape[0]), u)
+
+
+def _are_kept(problem: Problem) -> bool:
+    """Whether sums are kept for the backward pass, and not computed again."""
+    steps, rows, size = problem.xs.shape
+    _, heads, _, columns = problem.w.shape
+    return size // heads >= WIDE or steps * rows * heads * columns <= FEW
 
 
 def _complex(parts: Array) -> Array:
@@ -140,24 +148,18 @@ def _numbers(unit: Unit) -> tuple[Callable[[Array], Array], Callable[[Array], Ar
     return (_complex, _real) if unit.turns else (_same, _same)
 
 
-def _coefficients(problem: Problem, *arrays) -> tuple[Array, Array]:
+def _coefficients(problem: Problem, u: Array, x: Array, theta: Array | None) -> tuple[Array, Array]:
     """(a, b); a may lack axes, which are 1."""
-    u, x, theta = _inputs(problem, *arrays)
+    if theta is None:
+        return problem.unit.gates(u, x, None, problem.begun)
+    theta = _of_rows(theta, problem.h.shape[0])
     if problem.unit.turns:
         return _complex(theta)[None], _complex(u)
-    theta = None if theta is None else lifted(theta, u[..., : theta.shape[-1]])
-    return problem.unit.gates(u, x, theta, problem.begun)
+    return problem.unit.gates(u, x, lifted(theta, u[..., : theta.shape[-1]]), problem.begun)
 
 
-def _read(problem: Problem, hs: Array, *arrays) -> Array:
-    if problem.unit.read is None:
-        return hs
-    sums, x, _ = _inputs(problem, *arrays)
-    return problem.unit.read(sums, x, hs)
-
-
-def _gated(problem: Problem) -> tuple[Array | None, ...]:
-    return tuple(getattr(problem, name) for name in GATED)
+def _read(problem: Problem, u: Array, x: Array, hs: Array) -> Array:
+    return hs if problem.unit.read is None else problem.unit.read(u, x, hs)
 
 
 def _begins(problem: Problem, start: Array, a: Array, fresh: Array) -> Array:
@@ -170,22 +172,22 @@ def _begins(problem: Problem, start: Array, a: Array, fresh: Array) -> Array:
 
 def forward(problem: Problem, *, reverse: bool, save: bool = False) -> Result:
     """The recurrence, and what is kept of it for derivatives."""
-    flags, gated, unit = Flags(problem.valid, problem.start), _gated(problem), problem.unit
+    flags, unit = Flags(problem.valid, problem.start), problem.unit
     numbers, parts = _numbers(unit)
     options = {"flags": flags, "reverse": reverse, "form": None}
     fresh = problem.h if problem.fresh is None else problem.fresh
+    u = _sums(problem, problem.xs, problem.w, problem.b)
     if unit.logs is not None:
-        logs = unit.logs(_inputs(problem, *gated)[0])
-        last, hs = log_linear_recurrence(*logs, problem.h, fresh=fresh, **options)
+        last, hs = log_linear_recurrence(*unit.logs(u), problem.h, fresh=fresh, **options)
     else:
-        a, b = _coefficients(problem, *gated)
+        a, b = _coefficients(problem, u, problem.xs, problem.theta)
         if problem.start is not None:
             b = b + _begins(problem, problem.start, a, fresh)
         last, hs = linear_recurrence(a, b, numbers(problem.h), **options)
     last, hs = parts(last), parts(hs)
-    ys = zero_where_not(problem.valid, _read(problem, hs, *gated))
+    ys = zero_where_not(problem.valid, _read(problem, u, problem.xs, hs))
     kept = save and (unit.read is not None or problem.valid is not None)
-    return Result(ys, last, hs if kept else None)
+    return Result(ys, last, hs if kept else None, u if save and _are_kept(problem) else None)
 
 
 def tangent(problem: Problem, kept: Result, moved: Problem, *, reverse: bool) -> tuple[Array, Array]:
@@ -205,10 +207,12 @@ def backward(
     """The cotangents of the arrays in `wrt`."""
     d_ys = zero_where_not(problem.valid, d_ys)
     flags = Flags(problem.valid, problem.start)
-    hs, gated = kept.ys if kept.hs is None else kept.hs, _gated(problem)
+    hs, x = kept.ys if kept.hs is None else kept.hs, problem.xs
     numbers, parts = _numbers(problem.unit)
-    (a, b), to_gated = jax.vjp(lambda *arrays: _coefficients(problem, *arrays), *gated)
-    d_hs, *d_read = jax.vjp(lambda *arrays: _read(problem, *arrays), hs, *gated)[1](d_ys)
+    u, to_inputs = jax.vjp(lambda *arrays: _sums(problem, *arrays), x, problem.w, problem.b)
+    u = u if kept.sums is None else kept.sums
+    (a, b), to_gated = jax.vjp(lambda *arrays: _coefficients(problem, *arrays), u, x, problem.theta)
+    d_u, d_x, d_hs = jax.vjp(lambda *arrays: _read(problem, *arrays), u, x, hs)[1](d_ys)
 
     def run(b, h):
         return [parts(each) for each in linear_recurrence(a, b, numbers(h), flags=flags, reverse=reverse, form=None)]
@@ -223,9 +227,8 @@ def backward(
         (d_fresh,) = jax.vjp(lambda fresh: _begins(problem, start, a, fresh), fresh)[1](d_b)
     d_a = d_b * numbers(before)
     axes = tuple(axis for axis in range(d_a.ndim) if a.shape[axis] != d_a.shape[axis])
-    d_gated = to_gated((jnp.sum(d_a, axis=axes, keepdims=True), d_b))
-    whole: dict[str, Array | None] = dict.fromkeys((*GATED, *FLAGS))
-    for name, one, other in zip(GATED, d_gated, d_read, strict=True):
-        if name in wrt:
-            whole[name] = one + other
-    return problem.replace(**whole, h=d_h, fresh=d_fresh)
+    gate_u, gate_x, d_theta = to_gated((jnp.sum(d_a, axis=axes, keepdims=True), d_b))
+    more_x, d_w, d_bias = to_inputs(d_u + gate_u)
+    asked = {"xs": d_x + gate_x + more_x, "w": d_w, "b": d_bias, "theta": d_theta}
+    whole = {name: each if name in wrt else None for name, each in asked.items()}
+    return problem.replace(**whole, **dict.fromkeys(FLAGS), h=d_h, fresh=d_fresh)
