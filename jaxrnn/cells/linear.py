@@ -75,9 +75,9 @@ class LinearCell(Cell[Params, Carry]):
     def coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
         """Returns (a, b), in at least float32; a may lack axes."""
 
-    def output_of_parts(self, params: PyTree, parts: Array, x: Array) -> Array:
-        """Computes y from the real parts of a complex state, followed by the imaginary ones."""
-        raise TypeError(f"{type(self).__name__}: a unit that turns needs output_of_parts, which it does not define")
+    def with_skip(self, params: PyTree, y: Array, x: Array) -> Array:
+        """Returns y, from that of `unit`."""
+        return y
 
     def log_coefficients(self, params: PyTree, x: Array) -> tuple[Array, Array]:
         """Returns the logarithms of (a, b), which are both positive, for a cell with `log_space`."""
@@ -126,7 +126,7 @@ class LinearCell(Cell[Params, Carry]):
                 last, ys = elementwise_recurrence(unit, weights, xs, h, begun=begun, fresh=start_h, **options)
                 if unit.turns:
                     last = lax.complex(*jnp.split(last, 2, axis=-1))
-                    ys = zero_where_not(valid, self.output_of_parts(params, ys, xs))
+                    ys = zero_where_not(valid, self.with_skip(params, ys, xs))
                 return _replaced(carry, last, started, window), ys
             h, options = carry.h, {"flags": flags, "reverse": walk.reverse, "form": form}
             wide = h.astype(accumulator(dtypes[1], h.dtype))

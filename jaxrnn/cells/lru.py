@@ -108,7 +108,8 @@ class LRU(LinearCell[LRUParams, LRUCarry]):
     def unit_weights(self, params):
         re, im = _decay(params)
         scale = jnp.tile(jnp.exp(params.gamma), 2)
-        return UnitWeights((params.w_x * lifted(scale, params.w_x))[None], theta=jnp.concatenate([re, im]))
+        w_x = params.w_x * lifted(scale, params.w_x)
+        return UnitWeights(w_x[None], theta=jnp.concatenate([re, im]), w_y=params.w_y)
 
     def coefficients(self, params, x):
         return _coefficients(params, x)
@@ -116,8 +117,8 @@ class LRU(LinearCell[LRUParams, LRUCarry]):
     def output(self, params, h, x):
         return _output(params, h, x)
 
-    def output_of_parts(self, params, parts, x):
-        return _output_of_parts(params, parts, x)
+    def with_skip(self, params, y, x):
+        return _with_skip(params, y, x)
 
 
 def lru_init(
@@ -200,9 +201,8 @@ def _coefficients(params, x):
 
 
 def _output(params, h, x):
-    return _output_of_parts(params, parts_of(h), x)
+    return _with_skip(params, dot(parts_of(h).astype(params.w_y.dtype), params.w_y), x)
 
 
-def _output_of_parts(params, parts, x):
-    y = dot(parts.astype(params.w_y.dtype), params.w_y)
+def _with_skip(params, y, x):
     return y + lifted(params.d.astype(y.dtype), y) * x.astype(y.dtype)

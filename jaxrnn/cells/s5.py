@@ -112,7 +112,8 @@ class S5(LinearCell[S5Params, S5Carry]):
         a, scale = discretize(self.discretization, log_decay, frequency, jnp.exp(log_step))
         w = lax.complex(*jnp.split(params.w_x, 2, axis=-1))
         w = lifted(scale, w) * w
-        return UnitWeights(jnp.concatenate([w.real, w.imag], axis=-1)[None], theta=jnp.concatenate([a.real, a.imag]))
+        w_x, theta = parts_of(w), parts_of(a)
+        return UnitWeights(w_x[None], theta=theta, w_y=2 * params.w_y)
 
     def coefficients(self, params, x):
         return _coefficients(params, x, self.discretization, self.timed)
@@ -120,8 +121,8 @@ class S5(LinearCell[S5Params, S5Carry]):
     def output(self, params, h, x):
         return _output(params, h, x, self.timed)
 
-    def output_of_parts(self, params, parts, x):
-        return _output_of_parts(params, parts, x, self.timed)
+    def with_skip(self, params, y, x):
+        return _with_skip(params, y, x)
 
 
 def s5_init(
@@ -217,9 +218,9 @@ def _coefficients(params, x, discretization, timed):
 
 
 def _output(params, h, x, timed):
-    return _output_of_parts(params, parts_of(h), x, timed)
+    y = 2 * dot(parts_of(h).astype(params.w_y.dtype), params.w_y)
+    return _with_skip(params, y, elapsed(x, timed)[0])
 
 
-def _output_of_parts(params, parts, x, timed):
-    y = 2 * dot(parts.astype(params.w_y.dtype), params.w_y)
-    return y + lifted(params.d.astype(y.dtype), y) * elapsed(x, timed)[0].astype(y.dtype)
+def _with_skip(params, y, x):
+    return y + lifted(params.d.astype(y.dtype), y) * x.astype(y.dtype)

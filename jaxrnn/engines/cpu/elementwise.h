@@ -83,38 +83,41 @@ class UnitSums {
     each_weight(blocks, [&](long at, const float* packed) { if (at >= 0) w[at] = *packed; }, packed);
   }
 
-  // u = x w + b of a block, for the rows at `x`.
-  void project(const float* const* x, long count, long j, float* u) const {
-    const Range in = inputs(j);
-    const float* w = w_ + (j * D_ + in.begin) * W;
+  // to = x w + bias, for the rows at `x`, of which some columns are read.
+  static void product(const float* const* x, long count, Range columns, const float* w, const float* bias, float* to) {
     tiles<ROWS<S>>({0, count}, [&](auto tile, long m) {
       constexpr int R = decltype(tile)::value;
       const float* a[R];
       Vec sums[R][S];
       for (int r = 0; r < R; ++r) {
-        a[r] = x[m + r] + in.begin;
-        for (int v = 0; v < S; ++v) sums[r][v] = load(bias_ + j * W + v * LANES);
+        a[r] = x[m + r] + columns.begin;
+        for (int v = 0; v < S; ++v) sums[r][v] = bias ? load(bias + v * LANES) : Vec{};
       }
-      multiply<R, S>(a, in.size(), w, sums);
+      multiply<R, S>(a, columns.size(), w, sums);
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < S; ++v) store(u + (m + r) * W + v * LANES, sums[r][v]);
+        for (int v = 0; v < S; ++v) store(to + (m + r) * W + v * LANES, sums[r][v]);
     });
   }
 
-  // d_w += xᵀ d and d_b += Σ d of a block.
-  void weights(const float* const* x, long count, long j, const float* d, float* d_w, float* d_b) const {
+  // sums += xᵀ d, for some columns of x; all d are added up in `total`, too.
+  static void gram(const float* const* x, long count, Range columns, const float* d, float* sums, float* total) {
     constexpr long MOST = 128;
     for (long begin = 0; begin < count; begin += MOST, d += MOST * W) {
       const long size = std::min(MOST, count - begin);
-      tiles<ROWS<S>>(inputs(j), [&](auto tile, long k) {
-        accumulate<decltype(tile)::value, S>(x + begin, k, size, d, W, d_w + (j * D_ + k) * W, W);
+      tiles<ROWS<S>>(columns, [&](auto tile, long k) {
+        accumulate<decltype(tile)::value, S>(x + begin, k, size, d, W, sums + k * W, W);
       });
-      Vec sums[S];
-      for (int v = 0; v < S; ++v) sums[v] = load(d_b + j * W + v * LANES);
-      for (long m = 0; m < size; ++m)
-        for (int v = 0; v < S; ++v) sums[v] += load(d + m * W + v * LANES);
-      for (int v = 0; v < S; ++v) store(d_b + j * W + v * LANES, sums[v]);
+      Vec more[S] = {};
+      for (long m = 0; total && m < size; ++m)
+        for (int v = 0; v < S; ++v) more[v] += load(d + m * W + v * LANES);
+      for (int v = 0; total && v < S; ++v) store(total + v * LANES, load(total + v * LANES) + more[v]);
     }
+  }
+
+  // u = x w + b of a block, for the rows at `x`.
+  void project(const float* const* x, long count, long j, float* u) const {
+    const Range in = inputs(j);
+    product(x, count, in, w_ + (j * D_ + in.begin) * W, bias_ + j * W, u);
   }
 
   // d_xs = d wᵀ for some rows of a chunk, or as much more.
@@ -185,24 +188,29 @@ template <class Unit>
 class UnitForward : UnitRun<Unit> {
   using Run = UnitRun<Unit>;
   using typename Run::Chunk;
-  using Run::S, Run::E, Run::W, Run::p_, Run::R_, Run::H_, Run::D_, Run::blocks_, Run::place, Run::own;
+  using Run::S, Run::E, Run::W, Run::OUT, Run::p_, Run::member_, Run::R_, Run::H_, Run::D_, Run::blocks_, Run::place, Run::own;
 
  public:
   UnitForward(const ElementwiseProblem& p, long member, int threads) : Run(p, member, threads) {
     at_once_ = std::max(1l, std::min(p.steps, 256 / R_));
     const long count = at_once_ * R_;
-    Scratch scratch(blocks_ * (D_ + 1) * W + R_ * INNER * this->width_ + this->parts() * (count * (W + 2) + 32) + 256);
+    const long out = PROJECTS ? out_.blocks() * OUT * LANES : 0, both = this->parts() > 1 ? 2 : 1;
+    Scratch scratch(blocks_ * ((D_ + 1) * W + out * E * LANES) + R_ * INNER * this->width_ +
+                    (PROJECTS ? both * count * blocks_ * E * LANES : 0) + this->parts() * (count * (W + 2) + 32) + 512);
     this->w_ = scratch.take(blocks_ * D_ * W);
     this->bias_ = scratch.take(blocks_ * W);
     h_ = scratch.take(R_ * INNER * this->width_);
     u_ = scratch.take(this->parts() * count * W);
     x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
+    w_y_ = scratch.take(blocks_ * out * E * LANES);
+    for (long k = 0; k < 2; ++k) hs_[k] = k < both ? scratch.take(PROJECTS ? count * blocks_ * E * LANES : 0) : hs_[0];
   }
 
   void run() {
     in_team({this->parts(), false}, [&](const Worker& w) {
       const Range rows = this->rows(w), blocks = this->blocks(w);
       this->pack_weights(w.part(blocks_));
+      if (PROJECTS) pack_output(w.part(out_.blocks()));
       for (long j = blocks.begin; j < blocks.end; ++j)
         for (long row = rows.begin; row < rows.end; ++row) {
           Vec h[INNER];
@@ -213,23 +221,31 @@ class UnitForward : UnitRun<Unit> {
       w.barrier.wait();
       float* u = u_ + w.number * at_once_ * R_ * W;
       const float** x = x_ + w.number * at_once_ * R_;
-      for (long first = 0; first < p_.steps; first += at_once_) {
+      float *now = hs_[0], *other = hs_[1];
+      for (long first = 0; first < p_.steps; first += at_once_, std::swap(now, other)) {
         const Chunk chunk{first, std::min(first + at_once_, p_.steps)};
         const float** next = x;
         for (long row = rows.begin; row < rows.end; ++row)
           for (long k = first; k < chunk.last; ++k) *next++ = p_.xs + place(k, row) * D_;
         for (long j = blocks.begin; j < blocks.end; ++j) {
           this->project(x, next - x, j, u);
-          for (long row = rows.begin; row < rows.end; ++row) walk(chunk, row, j, u + chunk.count(row - rows.begin) * W);
+          for (long row = rows.begin; row < rows.end; ++row)
+            walk(chunk, row, j, u + chunk.count(row - rows.begin) * W,
+                 now + (j * chunk.count(R_) + chunk.count(row)) * E * LANES);
         }
+        if (!PROJECTS) continue;
+        w.barrier.wait();  // those of the next chunk lie elsewhere
+        output(chunk, w.part(chunk.count(R_)), now);
       }
     });
   }
 
  private:
   static constexpr int INNER = Unit::LOGS ? 2 : E;  // numbers of a state, as a unit goes on from them
+  static constexpr bool PROJECTS = Unit::PROJECTS;
+  const Layout out_{p_.outputs, 1, OUT};
   long at_once_;
-  float *h_, *u_;
+  float *h_, *u_, *w_y_, *hs_[2] = {};
   const float** x_;
 
   static JAXRNN_INLINE void enter(Vec* h) {
@@ -245,18 +261,52 @@ class UnitForward : UnitRun<Unit> {
     for (int e = 0; e < INNER; ++e) store(state(row, j) + e * LANES, h[e]);
   }
 
-  void walk(const Chunk& chunk, long row, long j, const float* u) const {
+  // Rows of w_y in the order of states in a block, 0 beyond the units.
+  void pack_output(Range out) const {
+    const float* w = p_.w_y + member_ * E * H_ * p_.outputs;
+    float* to = w_y_ + out.begin * blocks_ * E * LANES * OUT * LANES;
+    for (long o = out.begin; o < out.end; ++o)
+      for (long j = 0; j < blocks_; ++j)
+        for (int e = 0; e < E; ++e)
+          for (long lane = 0; lane < LANES; ++lane)
+            for (int v = 0; v < OUT; ++v, to += LANES) {
+              const float* row = w + (e * H_ + j * LANES + lane) * p_.outputs + out_.unit(o, v);
+              store(to, lane < this->lanes(j) ? load(row, out_.lanes(o, v)) : Vec{});
+            }
+  }
+
+  // ys = h w_y for some rows of a chunk.
+  void output(const Chunk& chunk, Range rows, const float* hs) const {
+    constexpr long each = E * LANES;
+    for (long o = 0; o < out_.blocks(); ++o)
+      tiles<ROWS<OUT>>(rows, [&](auto tile, long m) {
+        constexpr int R = decltype(tile)::value;
+        Vec sums[R][OUT] = {};
+        times<R>(hs + m * each, chunk.count(R_) * each, each, {0, blocks_}, each, w_y_ + o * blocks_ * each * OUT * LANES,
+                 sums);
+        for (int r = 0; r < R; ++r) {
+          const long at = place(chunk.first + (m + r) % chunk.steps(), (m + r) / chunk.steps());
+          for (int v = 0; v < OUT; ++v)
+            if (const long n = out_.lanes(o, v))
+              store(p_.ys + at * p_.outputs + out_.unit(o, v), this->valid(at) ? sums[r][v] : Vec{}, n);
+        }
+      });
+  }
+
+  void walk(const Chunk& chunk, long row, long j, const float* u, float* hs) const {
     Vec h[INNER], y[E];
     for (int e = 0; e < INNER; ++e) h[e] = load(state(row, j) + e * LANES);
     whole(h, y);
     Sums<S> s = this->of_block(j);
-    for (long k = chunk.first; k < chunk.last; ++k, u += W) {
+    for (long k = chunk.first; k < chunk.last; ++k, u += W, hs += E * LANES) {
       const long at = place(k, row);
       for (int v = 0; p_.sums && v < S; ++v) store(this->kept(at, v, j), load(u + v * LANES), this->lanes(j));
       if (!this->valid(at)) {
         if (p_.hs) this->give(p_.hs, y, at, j);
         const Vec none[E] = {};
-        this->give(p_.ys, none, at, j);
+        if (PROJECTS)
+          for (int e = 0; e < E; ++e) store(hs + e * LANES, none[e]);
+        else this->give(p_.ys, none, at, j);
         continue;
       }
       if (this->starts(at)) this->fresh(h, row, j), enter(h);
@@ -265,7 +315,9 @@ class UnitForward : UnitRun<Unit> {
       unit.next(h);
       whole(h, y);
       if (p_.hs) this->give(p_.hs, y, at, j);
-      if constexpr (Unit::GIVES_Y) {
+      if constexpr (PROJECTS) {
+        for (int e = 0; e < E; ++e) store(hs + e * LANES, y[e]);
+      } else if constexpr (Unit::GIVES_Y) {
         const Vec out[E] = {unit.y(y[0])};
         this->give(p_.ys, out, at, j);
       } else {
@@ -289,9 +341,9 @@ class UnitBackward : UnitRun<Unit> {
       : Run(p, member, threads), g_(g) {
     at_once_ = std::max(1l, std::min(p.steps, 256 / R_));
     const long count = at_once_ * R_, G = blocks_ * W, in = g.d_xs ? this->in_.blocks() * OUT * LANES : 0;
-    const long both = this->parts() > 1 ? 2 : 1;
+    const long both = this->parts() > 1 ? 2 : 1, P = PROJECTS ? p.outputs : 0, panel = PROJECTS ? count * W : 0;
     Scratch scratch(G * (2 * D_ + 2) + in * G + R_ * (E + K) * width_ + both * count * G +
-                    this->parts() * (count * (W + 2) + 64) + D_ + 512);
+                    this->parts() * (count * (W + 4) + panel + 128) + both * blocks_ * panel + 2 * G * P + D_ + P + 1024);
     this->w_ = scratch.take(D_ * G);
     this->bias_ = scratch.take(G);
     w_back_ = scratch.take(in * G);
@@ -302,8 +354,13 @@ class UnitBackward : UnitRun<Unit> {
     for (long k = 0; k < 2; ++k) d_u_[k] = k < both ? scratch.take(count * G) : d_u_[0];
     u_ = scratch.take(this->parts() * count * W);
     x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
-    nothing_ = scratch.take(D_);
-    std::memset(nothing_, 0, D_ * sizeof(float));
+    d_ys_ = reinterpret_cast<const float**>(scratch.take(PROJECTS ? 2 * this->parts() * count : 0));
+    w_y_ = scratch.take(G * P);
+    d_w_y_ = scratch.take(G * P);
+    d_y_ = scratch.take(this->parts() * panel);
+    for (long k = 0; k < 2; ++k) h_[k] = k < both ? scratch.take(blocks_ * panel) : h_[0];
+    nothing_ = scratch.take(std::max(D_, P));
+    std::memset(nothing_, 0, std::max(D_, P) * sizeof(float));
   }
 
   void run() {
@@ -312,26 +369,34 @@ class UnitBackward : UnitRun<Unit> {
       prepare(w, rows, blocks);
       w.barrier.wait();
       float *u = u_ + w.number * at_once_ * R_ * W, *now = d_u_[0], *other = d_u_[1];
-      const float** x = x_ + w.number * at_once_ * R_;
-      for (long last = p_.steps; last > 0; last -= at_once_, std::swap(now, other)) {
+      const float **x = x_ + w.number * at_once_ * R_, **d_ys = PROJECTS ? d_ys_ + w.number * at_once_ * R_ : nullptr;
+      float *d_y = d_y_ + w.number * at_once_ * R_ * W, *h = h_[0], *other_h = h_[1];
+      for (long last = p_.steps; last > 0; last -= at_once_, std::swap(now, other), std::swap(h, other_h)) {
         const Chunk chunk{std::max(0l, last - at_once_), last};
         const long count = chunk.count(R_), begin = chunk.count(rows.begin);
         const float** next = x;
         for (long row = 0; row < R_; ++row)
           for (long k = chunk.first; k < last; ++k) {
             const long at = place(k, row);
+            if (PROJECTS) d_ys[next - x] = this->valid(at) ? g_.d_ys + at * p_.outputs : nothing_;
             *next++ = this->valid(at) ? p_.xs + at * D_ : nothing_;
           }
         for (long j = blocks.begin; j < blocks.end; ++j) {
-          if (!p_.sums) this->project(x + begin, chunk.count(rows.size()), j, u);
+          const long own = chunk.count(rows.size());
+          if (!p_.sums) this->project(x + begin, own, j, u);
+          if constexpr (PROJECTS) this->product(d_ys + begin, own, {0, p_.outputs}, w_y_ + j * p_.outputs * W, nullptr, d_y);
           for (long row = rows.begin; row < rows.end; ++row) {
-            const long m = chunk.count(row);
-            walk(chunk, row, j, p_.sums ? nullptr : u + (m - begin) * W, now + (j * count + m) * W);
+            const long m = chunk.count(row), at = (j * count + m) * W, mine = (m - begin) * W;
+            walk(chunk, row, j, p_.sums ? nullptr : u + mine, now + at, d_y + mine, h + at);
           }
         }
         w.barrier.wait();  // those of the next chunk lie elsewhere
         if (g_.d_w || g_.d_b)
-          for (long j = all.begin; j < all.end; ++j) this->weights(x, count, j, now + j * count * W, d_w_, d_b_);
+          for (long j = all.begin; j < all.end; ++j)
+            this->gram(x, count, this->inputs(j), now + j * count * W, d_w_ + j * D_ * W, d_b_ + j * W);
+        if constexpr (PROJECTS)
+          for (long j = all.begin; g_.d_w_y && j < all.end; ++j)
+            this->gram(d_ys, count, {0, p_.outputs}, h + j * count * W, d_w_y_ + j * p_.outputs * W, nullptr);
         if (g_.d_xs) this->inputs_back(now, chunk, w.part(count), w_back_, Unit::READS_X, g_.d_xs);
       }
       finish(w, all);
@@ -339,10 +404,11 @@ class UnitBackward : UnitRun<Unit> {
   }
 
  private:
+  static constexpr bool PROJECTS = Unit::PROJECTS;  // then there are as many states as sums: E · LANES = W
   const ElementwiseGradient& g_;
   long at_once_;
-  float *w_back_, *d_w_, *d_b_, *d_h_, *d_theta_, *d_u_[2], *u_, *nothing_;
-  const float** x_;
+  float *w_back_, *d_w_, *d_b_, *d_h_, *d_theta_, *d_u_[2], *u_, *nothing_, *w_y_, *d_w_y_, *d_y_, *h_[2] = {};
+  const float **x_, **d_ys_;
 
   // Of a block of a row.
   float* d_state(long row, long j) const { return d_h_ + (row * blocks_ + j) * E * LANES; }
@@ -354,6 +420,10 @@ class UnitBackward : UnitRun<Unit> {
     if (g_.d_xs) this->pack_transposed_weights(w.part(this->in_.blocks()), w_back_);
     std::memset(d_w_ + all.begin * D_ * W, 0, all.size() * D_ * W * sizeof(float));
     std::memset(d_b_ + all.begin * W, 0, all.size() * W * sizeof(float));
+    if constexpr (PROJECTS) {
+      each_output(all, [&](long at, float* to) { *to = at < 0 ? 0.0f : p_.w_y[at]; }, w_y_);
+      std::memset(d_w_y_ + all.begin * p_.outputs * W, 0, all.size() * p_.outputs * W * sizeof(float));
+    }
     for (long row = rows.begin; row < rows.end; ++row)
       for (long j = blocks.begin; j < blocks.end; ++j) {
         Vec d[E];
@@ -365,8 +435,21 @@ class UnitBackward : UnitRun<Unit> {
       }
   }
 
-  // The cotangents of the sums of a chunk, from its end.
-  void walk(const Chunk& chunk, long row, long j, const float* u, float* d_u) const {
+  // Where w_y lies in the order of its transpose, output by output; −1 beyond the units.
+  template <class Work>
+  void each_output(Range blocks, const Work& work, float* packed) const {
+    const long P = p_.outputs;
+    packed += blocks.begin * P * W;
+    for (long j = blocks.begin; j < blocks.end; ++j)
+      for (long p = 0; p < P; ++p)
+        for (int e = 0; e < E; ++e)
+          for (long lane = 0; lane < LANES; ++lane, ++packed)
+            work(lane < this->lanes(j) ? ((member_ * E + e) * H_ + j * LANES + lane) * P + p : -1, packed);
+  }
+
+  // The cotangents of the sums of a chunk, from its end. With a product after it, those of states lie at d_y, and states
+  // are written to h.
+  void walk(const Chunk& chunk, long row, long j, const float* u, float* d_u, const float* d_ys, float* states) const {
     const long n = this->lanes(j);
     const float* hs = p_.hs ? p_.hs : p_.ys;
     Vec d[E], d_theta[K > 0 ? K : 1] = {}, d_fresh[E] = {};
@@ -377,6 +460,7 @@ class UnitBackward : UnitRun<Unit> {
       float* to = d_u + here;
       if (!this->valid(at)) {
         for (int v = 0; v < S; ++v) store(to + v * LANES, Vec{});
+        for (int e = 0; PROJECTS && e < E; ++e) store(states + here + e * LANES, Vec{});
         if (Unit::READS_X && g_.d_xs) store(g_.d_xs + at * D_ + j * LANES, Vec{}, n);
         continue;
       }
@@ -384,7 +468,13 @@ class UnitBackward : UnitRun<Unit> {
       if (this->starts(at)) this->fresh(before, row, j);
       else if (k == 0) this->take(before, p_.h, own(row), j);
       else this->take(before, hs, place(k - 1, row), j);
-      this->take(d_y, g_.d_ys, at, j);
+      if constexpr (PROJECTS) {
+        Vec h[E];
+        this->take(h, p_.hs, at, j);
+        for (int e = 0; e < E; ++e) d_y[e] = load(d_ys + here + e * LANES), store(states + here + e * LANES, h[e]);
+      } else {
+        this->take(d_y, g_.d_ys, at, j);
+      }
       this->read(s, u ? u + here : nullptr, at, j);
       const Unit unit(s);
       SumsBack<S> back;
@@ -419,6 +509,8 @@ class UnitBackward : UnitRun<Unit> {
   // What a worker has summed; of θ, row by row.
   void finish(const Worker& w, Range blocks) const {
     if (g_.d_w) this->unpack_weights(d_w_, blocks, g_.d_w + (this->w_given_ - p_.w));
+    if constexpr (PROJECTS)
+      if (g_.d_w_y) each_output(blocks, [&](long at, const float* from) { if (at >= 0) g_.d_w_y[at] = *from; }, d_w_y_);
     if (g_.d_b) unpack(d_b_, 1, S * H_, this->layout_, blocks, g_.d_b + member_ * S * H_);
     if (!g_.d_theta) return;
     w.barrier.wait();

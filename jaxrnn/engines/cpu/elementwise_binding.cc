@@ -12,7 +12,8 @@ namespace jaxrnn {
 namespace {
 
 ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bound, Floats& xs, Floats& w, Floats& h,
-                           Floats& b, Floats& theta, Flags& valid, Flags& start, Flags& begun, Floats& fresh) {
+                           Floats& b, Floats& theta, Floats& w_y, Flags& valid, Flags& start, Flags& begun,
+                           Floats& fresh) {
   ElementwiseProblem p{};
   const auto input = xs.dimensions(), weight = w.dimensions(), state = h.dimensions();
   if (unit < 0 || unit >= UNITS) return shapes.fail("unit"), p;
@@ -29,6 +30,10 @@ ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bou
   p.b = shapes.optional("b", b, {M, S * H});
   p.theta = shapes.optional("theta", theta, {M, K * H});
   if (K && !p.theta) shapes.fail("theta");
+  const auto output = w_y.dimensions();
+  if (projects(p.unit) && (output.size() != 3 || output[2] < 1)) return shapes.fail("w_y"), p;
+  p.outputs = projects(p.unit) ? output[2] : E * H;
+  p.w_y = shapes.optional("w_y", w_y, {M, E * H, p.outputs});
   p.valid = reinterpret_cast<const uint8_t*>(shapes.optional("valid", valid, {T, R}));
   p.start = reinterpret_cast<const uint8_t*>(shapes.optional("start", start, {T, R}));
   p.begun = reinterpret_cast<const uint8_t*>(shapes.optional("begun", begun, {T, R}));
@@ -37,13 +42,13 @@ ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bou
 }
 
 ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b,
-                               Floats theta, Flags valid, Flags start, Flags begun, Floats fresh, Written ys,
+                               Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Written ys,
                                Written last, Written hs, Written sums) {
   Shapes shapes;
-  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, valid, start, begun, fresh);
+  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, w_y, valid, start, begun, fresh);
   if (shapes.failed()) return shapes.error();
   const long width = states_of(p.unit) * p.units;
-  p.ys = shapes.is("ys", *ys, {p.steps, p.rows, width});
+  p.ys = shapes.is("ys", *ys, {p.steps, p.rows, p.outputs});
   p.last = shapes.is("last", *last, {p.rows, width});
   p.hs = shapes.optional("hs", *hs, {p.steps, p.rows, width});
   p.sums = shapes.optional("sums", *sums, {p.steps, p.rows, sums_of(p.unit) * p.units});
@@ -53,21 +58,20 @@ ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats x
   return ffi::Error::Success();
 }
 
-ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b,
-                                  Floats theta, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
+ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b, Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
                                   Floats hs, Floats sums, Floats d_ys, Floats d_last, Written d_xs, Written d_w, Written d_h,
-                                  Written d_b, Written d_theta, Written d_fresh) {
+                                  Written d_b, Written d_theta, Written d_fresh, Written d_w_y) {
   Shapes shapes;
-  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, valid, start, begun, fresh);
+  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, w_y, valid, start, begun, fresh);
   if (shapes.failed()) return shapes.error();
   const long T = p.steps, R = p.rows, H = p.units, D = p.inputs, M = p.members, N = p.heads;
   const long S = sums_of(p.unit), width = states_of(p.unit) * H;
-  p.ys = shapes.is("ys", ys, {T, R, width});  // the backward pass only reads them
+  p.ys = shapes.is("ys", ys, {T, R, p.outputs});  // the backward pass only reads them
   p.hs = shapes.optional("hs", hs, {T, R, width});
   p.sums = shapes.optional("sums", sums, {T, R, S * H});
   if (!p.hs && T * R && (p.valid || gives_y(p.unit))) shapes.fail("hs");
   ElementwiseGradient g{};
-  g.d_ys = shapes.is("d_ys", d_ys, {T, R, width});
+  g.d_ys = shapes.is("d_ys", d_ys, {T, R, p.outputs});
   g.d_last = shapes.is("d_last", d_last, {R, width});
   g.d_h = shapes.is("d_h", *d_h, {R, width});
   g.d_xs = shapes.optional("d_xs", *d_xs, {T, R, D});
@@ -75,6 +79,7 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Float
   g.d_b = shapes.optional("d_b", *d_b, {M, S * H});
   g.d_theta = shapes.optional("d_theta", *d_theta, {M, theta_of(p.unit) * H});
   g.d_fresh = shapes.optional("d_fresh", *d_fresh, {R, width});
+  g.d_w_y = shapes.optional("d_w_y", *d_w_y, {M, width, p.outputs});
   if (shapes.failed()) return shapes.error();
   if (g.d_xs) in_large_pages(g.d_xs, d_xs->size_bytes());
   elementwise_backward(p, g, Pool::threads());
@@ -91,10 +96,10 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Float
   xla::ffi::Ffi::Bind()          \
       .Attr<bool>("reverse")     \
       .Attr<int64_t>("unit")     \
-      .Attr<float>("bound") ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS FLAGS ARRAY
+      .Attr<float>("bound") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS FLAGS ARRAY
 
 #pragma GCC visibility push(default)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_elementwise_forward, jaxrnn::elementwise_forward, PROBLEM RESULT RESULT RESULT RESULT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_elementwise_backward, jaxrnn::elementwise_cotangents,
-                              PROBLEM ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT);
+                              PROBLEM ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT);
 #pragma GCC visibility pop

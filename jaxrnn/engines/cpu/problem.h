@@ -199,26 +199,27 @@ constexpr long theta_of(Unit unit) { return unit == Unit::kLru ? 2 : unit == Uni
 constexpr bool reads_x(Unit unit) {  // which has as many numbers as there are units
   return unit == Unit::kSru || unit == Unit::kSruTanh || unit == Unit::kRgLru;
 }
-constexpr bool gives_y(Unit unit) { return unit >= Unit::kSru && unit <= Unit::kQrnn; }  // another one than h
+constexpr bool projects(Unit unit) { return unit == Unit::kLru; }  // y is a product of h
+constexpr bool gives_y(Unit unit) { return (unit >= Unit::kSru && unit <= Unit::kQrnn) || projects(unit); }  // not h
 
 // T steps, R rows of M members, D inputs, H units, each of which has S sums, E states and K numbers θ. A weight has N
 // heads: some inputs belong to some units. What is absent is null.
 struct ElementwiseProblem {
   Unit unit;
-  long steps, rows, members, inputs, units, heads;
+  long steps, rows, members, inputs, units, heads, outputs;  // of the last, P = E H unless the unit projects
   bool reverse;
   float bound;                            // γ
   const float *xs, *w, *h;                // (T, R, D), (M, N, D / N, S H / N), (R, E H)
-  const float *b, *theta, *fresh;         // (M, S H), (M, K H), (R, E H)
+  const float *b, *theta, *fresh, *w_y;   // (M, S H), (M, K H), (R, E H), (M, E H, P)
   const uint8_t *valid, *start, *begun;   // (T, R)
-  float *ys, *last, *hs;                  // (T, R, E H), (R, E H), (T, R, E H): read by the backward pass, absent if ys are
+  float *ys, *last, *hs;                  // (T, R, P), (R, E H), (T, R, E H): read by the backward pass, absent if ys are
   float* sums;                            // (T, R, S H), too, or absent
 };
 
 // Cotangents in the shapes of their arrays; null where nobody asks.
 struct ElementwiseGradient {
   const float *d_ys, *d_last;
-  float *d_xs, *d_w, *d_h, *d_b, *d_theta, *d_fresh;
+  float *d_xs, *d_w, *d_h, *d_b, *d_theta, *d_fresh, *d_w_y;
 };
 
 constexpr int KINDS = 5;

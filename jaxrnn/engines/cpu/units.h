@@ -6,7 +6,7 @@
 //     SRU        h' = f h + (1 − f) n,   n = u_0, f = σ(u_1);        y = r φ(h') + (1 − r) s, r = σ(u_2), s = x or u_3
 //     QRNN       h' = f h + (1 − f) n,   n = tanh(u_0), f = σ(u_1);  y = σ(u_2) h'
 //     RG-LRU     h' = a h + √(1 − a²) i x,   a = exp(θ σ(u_0)), i = σ(u_1); no root at the first step of a sequence
-//     LRU        h' = λ h + u,           complex numbers, of which θ, u and h hold the real and the imaginary part
+//     LRU        h' = λ h + u,           complex numbers, of which θ, u and h hold both parts;  y = [Re h', Im h'] w_y
 //
 // where u are sums, with their bias, and g(v) = v + 1/2 for v ≥ 0, else σ(v). A lane is a unit.
 
@@ -25,11 +25,11 @@ struct SumsBack {
 };
 
 // A unit has STATES numbers, reads THETA numbers at every step, may read its x (then it has as many inputs as units), and
-// may give another y than its state.
-template <int sums, int states = 1, int theta = 0, bool reads_x = false, bool gives_y = false>
+// may give another y than its state, alone or by a product.
+template <int sums, int states = 1, int theta = 0, bool reads_x = false, bool gives_y = false, bool projects = false>
 struct UnitKind {
   static constexpr int SUMS = sums, STATES = states, THETA = theta;
-  static constexpr bool READS_X = reads_x, GIVES_Y = gives_y, LOGS = false;
+  static constexpr bool READS_X = reads_x, GIVES_Y = gives_y, PROJECTS = projects, LOGS = false;
 };
 
 // The gates of a unit that averages, and how its cotangents go on: from d_f = d (h − n) and d_n = d (1 − f).
@@ -189,7 +189,7 @@ struct RgLru : UnitKind<2, 1, 1, true> {
   }
 };
 
-struct Lru : UnitKind<2, 2, 2> {
+struct Lru : UnitKind<2, 2, 2, false, false, true> {
   Vec re, im, u[2];
   JAXRNN_INLINE explicit Lru(const Sums<2>& s) : re(s.theta[0]), im(s.theta[1]), u{s.u[0], s.u[1]} {}
   JAXRNN_INLINE void next(Vec* h) const {

@@ -14,13 +14,14 @@ from jaxrnn.engines.walk import Flags, Walk
 
 
 class UnitWeights(NamedTuple):
-    """What gives a unit its sums, x w + b, with w (N, D/N, S H/N) of N heads and b (S H,); and θ (K H,), which it reads
-    at every step.
+    """What gives a unit its sums, x w + b, with w (N, D/N, S H/N) of N heads and b (S H,); θ (K H,), which it reads at
+    every step; and where y is a product of its states, w_y (E H, P).
     """
 
     w: Array
     b: Array | None = None
     theta: Array | None = None
+    w_y: Array | None = None
 
 
 def elementwise_recurrence(
@@ -47,7 +48,8 @@ def elementwise_recurrence(
       walk: The direction, and whether the kernel was asked for by its name.
     """
     length, *batch, _ = xs.shape
-    rows, shape = math.prod(batch), (length, *h.shape)
+    w_y = weights.w_y
+    rows, shape = math.prod(batch), (length, *batch, h.shape[-1] if w_y is None else w_y.shape[-1])
     if math.prod(shape) == 0:
         return h, jnp.zeros(shape, h.dtype)
 
@@ -58,13 +60,14 @@ def elementwise_recurrence(
         return jnp.broadcast_to(flag, (length, *batch)).reshape(length, rows)
 
     valid, start, begun = map(of_flags, (*flags, begun))
-    w, b, theta = weights
+    b, theta, w_y = (None if each is None else each[None] for each in weights[1:])
     problem = Problem(
         xs=xs.reshape(length, rows, -1),
-        w=w[None],
+        w=weights.w[None],
         h=h.reshape(rows, -1),
-        b=None if b is None else b[None],
-        theta=None if theta is None else theta[None],
+        b=b,
+        theta=theta,
+        w_y=w_y,
         valid=valid,
         start=start,
         begun=begun,

@@ -11,8 +11,8 @@ from jaxrnn.engines.elementwise import programs
 from jaxrnn.engines.elementwise.programs import FLAGS, STEPS, WEIGHTS, Problem, Result
 from jaxrnn.engines.primitives import Recurrence
 
-ARRAYS = ("xs", "w", "h", "b", "theta", *FLAGS, "fresh")  # in the order of the kernels
-COTANGENTS = ("xs", "w", "h", "b", "theta", "fresh")
+ARRAYS = ("xs", "w", "h", "b", "theta", "w_y", *FLAGS, "fresh")  # in the order of the kernels
+COTANGENTS = ("xs", "w", "h", "b", "theta", "fresh", "w_y")  # in their order, too
 UNITS = (
     *("min_gru", "min_gru signed", "min_gru logs", "min_lstm", "min_lstm signed", "min_lstm logs", "hgrn"),
     *("sru", "sru tanh", "sru skip", "sru tanh skip", "qrnn", "rg_lru", "lru"),
@@ -36,7 +36,9 @@ def _like(array: Array | None) -> jax.ShapeDtypeStruct:
 def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Result:
     call = jax.ffi.ffi_call("jaxrnn_elementwise_forward", tuple(map(_like, shapes)))
     found = call(*_given(problem), reverse=reverse, **_options(problem))
-    return Result(*(None if shape is None else each for shape, each in zip(shapes, found, strict=True)))
+    ys, last, *kept = found
+    kept = [None if shape is None else each for shape, each in zip(shapes[2:], kept, strict=True)]
+    return Result(ys, last, *kept)
 
 
 def _native_backward(

@@ -58,9 +58,9 @@ class Problem:
     """What a call reads, in float32; an absent array is None.
 
     xs (T, R, D): rows R, of which each of M members has as many. w (M, N, D/N, S H/N) of N heads, b (M, S H): S sums of
-    every unit. theta (M, K H): what the unit reads at every step. h (R, E H) is the state before the first
-    step. valid, start, begun bool (T, R): an invalid step keeps the state, and its y is 0; a step that starts does so
-    from `fresh`, like h; one that has not begun is the first of its sequence.
+    every unit. theta (M, K H): what the unit reads at every step. w_y (M, E H, P), where y is a product of states.
+    h (R, E H) is the state before the first step. valid, start, begun bool (T, R): an invalid step keeps the state, and
+    its y is 0; a step that starts does so from `fresh`, like h; one that has not begun is the first of its sequence.
     """
 
     xs: Array
@@ -68,6 +68,7 @@ class Problem:
     h: Array
     b: Array | None
     theta: Array | None
+    w_y: Array | None
     valid: Array | None
     start: Array | None
     begun: Array | None
@@ -85,13 +86,13 @@ class Problem:
 
 STEPS = ("xs", "valid", "start", "begun")  # with an axis of time
 FLAGS = ("valid", "start", "begun")
-WEIGHTS = ("w", "b", "theta")
+WEIGHTS = ("w", "b", "theta", "w_y")
 WIDE = 256  # inputs of a sum that take longer to add up again than to keep the sum
 FEW = 1 << 22  # sums that the caches hold
 
 
 class Result(NamedTuple):
-    """ys (T, R, E H), the last state (R, E H); all states where ys are others, and the sums (T, R, S H) where they are
+    """ys (T, R, P), the last state (R, E H); all states where ys are others, and the sums (T, R, S H) where they are
     kept.
     """
 
@@ -114,6 +115,8 @@ def _product(xs: Array, w: Array, units: int) -> Array:
         return dot(xs, w[0, 0])
     steps, rows, _ = xs.shape
     u = jnp.einsum("tmrnd,mnde->tmrne", xs.reshape(steps, members, rows // members, heads, size), w)
+    if heads == 1:
+        return u.reshape(steps, rows, columns)
     # Every head has S sums of its units: those of one kind come together.
     u = u.reshape(steps, rows, heads, heads * columns // units, units // heads)
     return jnp.swapaxes(u, 2, 3).reshape(steps, rows, -1)
@@ -158,7 +161,9 @@ def _coefficients(problem: Problem, u: Array, x: Array, theta: Array | None) -> 
     return problem.unit.gates(u, x, lifted(theta, u[..., : theta.shape[-1]]), problem.begun)
 
 
-def _read(problem: Problem, u: Array, x: Array, hs: Array) -> Array:
+def _read(problem: Problem, u: Array, x: Array, hs: Array, w_y: Array | None) -> Array:
+    if w_y is not None:
+        return _product(hs, w_y[:, None], problem.units)
     return hs if problem.unit.read is None else problem.unit.read(u, x, hs)
 
 
@@ -185,8 +190,8 @@ def forward(problem: Problem, *, reverse: bool, save: bool = False) -> Result:
             b = b + _begins(problem, problem.start, a, fresh)
         last, hs = linear_recurrence(a, b, numbers(problem.h), **options)
     last, hs = parts(last), parts(hs)
-    ys = zero_where_not(problem.valid, _read(problem, u, problem.xs, hs))
-    kept = save and (unit.read is not None or problem.valid is not None)
+    ys = zero_where_not(problem.valid, _read(problem, u, problem.xs, hs, problem.w_y))
+    kept = save and (unit.read is not None or problem.w_y is not None or problem.valid is not None)
     return Result(ys, last, hs if kept else None, u if save and _are_kept(problem) else None)
 
 
@@ -212,7 +217,7 @@ def backward(
     u, to_inputs = jax.vjp(lambda *arrays: _sums(problem, *arrays), x, problem.w, problem.b)
     u = u if kept.sums is None else kept.sums
     (a, b), to_gated = jax.vjp(lambda *arrays: _coefficients(problem, *arrays), u, x, problem.theta)
-    d_u, d_x, d_hs = jax.vjp(lambda *arrays: _read(problem, *arrays), u, x, hs)[1](d_ys)
+    d_u, d_x, d_hs, d_w_y = jax.vjp(lambda *arrays: _read(problem, *arrays), u, x, hs, problem.w_y)[1](d_ys)
 
     def run(b, h):
         return [parts(each) for each in linear_recurrence(a, b, numbers(h), flags=flags, reverse=reverse, form=None)]
@@ -229,6 +234,6 @@ def backward(
     axes = tuple(axis for axis in range(d_a.ndim) if a.shape[axis] != d_a.shape[axis])
     gate_u, gate_x, d_theta = to_gated((jnp.sum(d_a, axis=axes, keepdims=True), d_b))
     more_x, d_w, d_bias = to_inputs(d_u + gate_u)
-    asked = {"xs": d_x + gate_x + more_x, "w": d_w, "b": d_bias, "theta": d_theta}
+    asked = {"xs": d_x + gate_x + more_x, "w": d_w, "b": d_bias, "theta": d_theta, "w_y": d_w_y}
     whole = {name: each if name in wrt else None for name, each in asked.items()}
     return problem.replace(**whole, **dict.fromkeys(FLAGS), h=d_h, fresh=d_fresh)
