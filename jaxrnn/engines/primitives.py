@@ -34,8 +34,9 @@ class Recurrence:
       native_forward: The kernel as `native_forward(problem, shapes, reverse=)`, where `shapes` is its result.
       native_backward: The kernel, called as `backward` is.
       timed: Tells which arrays have rows as their second axis, after time, and not as their first.
-      weights: Arrays whose first axis is of members, each for as many rows. Those of one member serve any rows. With
-        them `backward` takes `wrt`, too: for which arrays cotangents are asked, among these and the first.
+      weights: Arrays whose first axis is of members, each for as many rows. Those of one member serve any rows.
+      spared: Arrays whose cotangents need not be computed where nobody asks: `backward` takes `wrt`, too, the names for
+        which they are asked.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Recurrence:
         native_backward: Callable[..., PyTree],
         timed: Callable[[PyTree], Collection[str]],
         weights: Collection[str] = (),
+        spared: Collection[str] = (),
     ):
-        self.timed, self.weights = timed, frozenset(weights)
+        self.timed, self.weights, self.spared = timed, frozenset(weights), frozenset(spared)
         self.forward, self.tangent, self.backward = (
             Primitive(f"jaxrnn_{name}_{part}") for part in ("forward", "tangent", "backward")
         )
@@ -62,7 +64,7 @@ class Recurrence:
             return tangent(problem, kept, moved, reverse=reverse)
 
         def asked(wrt):
-            return {"wrt": wrt} if self.weights else {}
+            return {"wrt": wrt} if self.spared else {}
 
         def run_backward(problem, kept, cotangents, *, reverse, save, wrt):
             return backward(problem, kept, *cotangents, reverse=reverse, **asked(wrt))
@@ -167,11 +169,10 @@ class Recurrence:
             )
         (problem,) = jax.tree.unflatten(tree, primals)
         names = _names((problem,))
-        spared = self.weights | {names[0]} if self.weights else frozenset()
         wrt = tuple(
             name
             for name, primal, tangent in zip(names, primals, tangents, strict=True)
-            if primal.dtype != bool and not (name in spared and type(tangent) is ad.Zero)
+            if primal.dtype != bool and not (name in self.spared and type(tangent) is ad.Zero)
         )
         moved = [
             ad.instantiate_zeros(tangent) if name in wrt else None

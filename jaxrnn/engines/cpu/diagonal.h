@@ -266,7 +266,8 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
         lane.read(chunk.d_y + j * Z, g.d_ys + at);
         lane.read(x, p.x + at);
         for (const float* next : {p.x, p.step, g.d_ys}) __builtin_prefetch(next + at + LINE);  // of the next block
-        for (float* next : {g.d_x, g.d_step}) __builtin_prefetch(next + at + LINE, 1);
+        for (float* next : {g.d_x, g.d_step})
+          if (next) __builtin_prefetch(next + at + LINE, 1);
         for (long z = 0; z < Z; ++z) {
           const Softplus step(chunk.step[j * Z + z]);
           chunk.step[j * Z + z] = step.y;
@@ -287,7 +288,7 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
         for (long j = begin; j < end; ++j)
           if (const long t = lane.time(j); !lane.valid(t)) {
             const Vec none[Z] = {};
-            lane.write(g.d_x + lane.at(t), none);
+            if (g.d_x) lane.write(g.d_x + lane.at(t), none);
             lane.write(g.d_step + lane.at(t), none);
           }
       for (long j = 0; j < steps.count; ++j) {
@@ -298,7 +299,7 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
           d_x[z] = chunk.d_u[j * Z + z] * chunk.step[j * Z + z];
           d_step[z] = chunk.slope[j * Z + z] * (LN_2 * chunk.d_step[j * Z + z] + chunk.d_u[j * Z + z] * x[z]);
         }
-        lane.write(g.d_x + at, d_x);
+        if (g.d_x) lane.write(g.d_x + at, d_x);
         lane.write(g.d_step + at, d_step);
       }
     }
@@ -408,9 +409,9 @@ inline void fixed_backward(const Lane& lane, const DiagonalGradient& g, Vec* mem
       for (long k = begin; k < end; ++k)
         if (const long t = lane.time(k); !lane.valid(t)) {
           const Vec none[Z] = {};
-          lane.write(g.d_x + lane.at(t), none);
+          if (g.d_x) lane.write(g.d_x + lane.at(t), none);
         }
-    for (long j = 0; j < steps.count; ++j) lane.write(g.d_x + lane.at(steps.times[j]), d_x + j * Z);
+    for (long j = 0; g.d_x && j < steps.count; ++j) lane.write(g.d_x + lane.at(steps.times[j]), d_x + j * Z);
   }
   gather(g.d_h, &Pair::d_h);
   gather(g.d_a, &Pair::d_a);

@@ -62,7 +62,7 @@ ffi::Error diagonal_cotangents(bool reverse, int64_t chunk, Floats x, Floats a, 
   DiagonalGradient g{};
   g.d_ys = shapes.is("d_ys", d_ys, {T, R, D});
   g.d_last = shapes.is("d_last", d_last, {R, N, D});
-  g.d_x = shapes.is("d_x", *d_x, {T, R, D});
+  g.d_x = shapes.optional("d_x", *d_x, {T, R, D});
   g.d_a = shapes.is("d_a", *d_a, {R, N, D});
   g.d_h = shapes.is("d_h", *d_h, {R, N, D});
   if (p.step) {

@@ -173,7 +173,7 @@ struct DiagonalProblem {
 };
 
 // Cotangents in the shapes of their arrays; those of weights are of each row, and d_b and d_c of a selective recurrence
-// are G sums over groups of channels.
+// are G sums over groups of channels. d_x is null where nobody asks.
 struct DiagonalGradient {
   const float *d_ys, *d_last;
   float *d_x, *d_a, *d_b, *d_c, *d_h, *d_step, *d_fresh;

@@ -31,7 +31,9 @@ def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Resul
     return Result(ys, last, None if shapes.kept is None else kept)
 
 
-def _native_backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool) -> Problem:
+def _native_backward(
+    problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool, wrt: tuple[str, ...]
+) -> Problem:
     x, a, b, _, h, step, *_ = problem
     rows, channels = x.shape[1:]
     of_rows = _like(h)  # a cotangent of each row for a weight
@@ -39,7 +41,7 @@ def _native_backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array,
     if step is not None:  # a sum of each group of channels
         groups = max(-(-channels // GROUP), min(-(-channels // LINE), -(-TASKS // rows)))
         of_b = jax.ShapeDtypeStruct((groups, *b.shape), b.dtype)
-    shapes = _like(x), of_rows, of_b, of_b, _like(h), _like(step), _like(problem.fresh)
+    shapes = _like(x if "x" in wrt else None), of_rows, of_b, of_b, _like(h), _like(step), _like(problem.fresh)
     call = jax.ffi.ffi_call("jaxrnn_diagonal_backward", shapes)
     found = call(*_given(problem), kept.kept, d_ys, d_last, reverse=reverse, chunk=np.int64(CHUNK))
     d_x, d_a, d_b, d_c, d_h, d_step, d_fresh = found
@@ -48,7 +50,7 @@ def _native_backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array,
         return array.reshape(a.shape[0], -1, *array.shape[1:]).sum(1)
 
     d_b, d_c = (each.sum(0) if step is not None else of_members(each) for each in (d_b, d_c))
-    return Problem(
+    found = Problem(
         d_x,
         of_members(d_a),
         d_b,
@@ -57,6 +59,7 @@ def _native_backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array,
         None if step is None else d_step,
         fresh=None if problem.fresh is None else d_fresh,
     )
+    return found if "x" in wrt else found._replace(x=None)
 
 
 def _timed(problem: Problem) -> tuple[str, ...]:
@@ -71,4 +74,5 @@ run = Recurrence(
     native_forward=_native_forward,
     native_backward=_native_backward,
     timed=_timed,
+    spared=("x",),
 )

@@ -139,8 +139,10 @@ def tangent(problem: Problem, kept: Result, moved: Problem, *, reverse: bool) ->
     return jax.jvp(run, (given,), (changes,))[1]
 
 
-def backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool) -> Problem:
-    """The cotangents of all arrays but flags, chunk by chunk from the last to the first."""
+def backward(
+    problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool, wrt: tuple[str, ...]
+) -> Problem:
+    """The cotangents of the arrays in `wrt`, chunk by chunk from the last to the first."""
     steps, rest = _chunks(problem, reverse)
     flags = {name: steps.pop(name) for name in ("valid", "start") if name in steps}
     d_ys = _chunks(problem._replace(x=d_ys), reverse)[0]["x"]
@@ -159,5 +161,5 @@ def backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reve
     first = d_last, {name: jnp.zeros_like(getattr(rest, name)) for name in weights}
     (d_h, d_weights), found = lax.scan(body, first, (kept.kept, steps, flags, d_ys), reverse=True)
     whole = {name: _whole(each, problem.x.shape[0], reverse) for name, each in found.items()}
-    flags = dict.fromkeys(("valid", "start"))
-    return problem._replace(h=d_h, **d_weights, **whole, **flags)
+    found = problem._replace(h=d_h, **d_weights, **whole)
+    return found._replace(**{name: None for name in Problem._fields if name not in wrt})

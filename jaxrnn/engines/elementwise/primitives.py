@@ -61,4 +61,5 @@ run = Recurrence(
     native_backward=_native_backward,
     timed=lambda problem: (*STEPS, "ys", "hs", "sums"),
     weights=WEIGHTS,
+    spared=("xs", *WEIGHTS),
 )
