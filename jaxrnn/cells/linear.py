@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
-from jaxrnn.cells.window import step_window, windows
+from jaxrnn.cells.window import step_window, windows, with_window
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, select, zero_where_not
 from jaxrnn.engines.elementwise.engine import UnitWeights, elementwise_recurrence
 from jaxrnn.engines.elementwise.programs import Unit
@@ -111,18 +111,22 @@ class LinearCell(Cell[Params, Carry]):
             params, fresh = constant
             xs, flags = inputs
             valid, start = flags
-            params, window = cast(params, dtype), None
-            if self.sees_window:
+            params, window, count = cast(params, dtype), None, 1
+            steps = xs.shape[0]
+            if self.sees_window and unit is not None and valid is None and start is None:
+                xs, window = with_window(carry.window, xs, walk.reverse)
+                count = xs.shape[0] - steps + 1
+            elif self.sees_window:
                 taps, window = windows(carry.window, fresh.window, xs, flags, walk.reverse)
                 xs = jnp.concatenate(taps, axis=-1)
             begun = None
             if self.begins_apart:
-                begun = _started(carry.started, fresh.started, flags, walk.reverse, xs.shape[0])
-            some = xs.shape[0] > 0 if valid is None else valid.any(0)
+                begun = _started(carry.started, fresh.started, flags, walk.reverse, steps)
+            some = steps > 0 if valid is None else valid.any(0)
             started = carry.started | some if self.begins_apart else None
             if unit is not None:
                 h, start_h = (parts_of(each.h) if unit.turns else each.h for each in (carry, fresh))
-                weights, options = self.unit_weights(params), {"flags": flags, "walk": walk}
+                weights, options = self.unit_weights(params), {"taps": count, "flags": flags, "walk": walk}
                 last, ys = elementwise_recurrence(unit, weights, xs, h, begun=begun, fresh=start_h, **options)
                 if unit.turns:
                     last = lax.complex(*jnp.split(last, 2, axis=-1))

@@ -18,6 +18,21 @@ def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
     return taps, jnp.concatenate([window[..., 1:, :], x[..., None, :].astype(window.dtype)], axis=-2)
 
 
+def with_window(window: Array, xs: Array, reverse: bool) -> tuple[Array, Array]:
+    """Returns the steps of a window (*batch, K−1, D) and after them, in reverse before them, those of `xs`; and the
+    window after the last step.
+    """
+    before = jnp.moveaxis(window, -2, 0)
+    if reverse:
+        whole, last = with_window(window, jnp.flip(xs, 0), False)
+        return jnp.flip(whole, 0), last
+    whole = jnp.concatenate([before.astype(xs.dtype), xs])
+    last = whole[xs.shape[0] :].astype(window.dtype)
+    # What was in the window is not rounded.
+    kept = before[xs.shape[0] :]
+    return whole, jnp.moveaxis(last.at[: len(kept)].set(kept), 0, -2)
+
+
 def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool) -> tuple[list[Array], Array]:
     """Returns, for every step, the last K valid inputs since its sequence began, and the window after the last step.
 
@@ -38,14 +53,9 @@ def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool)
     before, length = window.shape[-2], xs.shape[0]
     if before == 0:
         return [xs], window
-    # The window lies in front of the sequence as so many steps.
-    whole = jnp.concatenate([jnp.moveaxis(window, -2, 0).astype(xs.dtype), xs])
+    whole, last = with_window(window, xs, False)
     if valid is None and start is None:
-        taps = [whole[k : k + length] for k in range(before + 1)]
-        last = whole[length:].astype(window.dtype)
-        # What was in the window is not rounded.
-        kept = jnp.moveaxis(window, -2, 0)[length:]
-        return taps, jnp.moveaxis(last.at[: len(kept)].set(kept), 0, -2)
+        return [whole[k : k + length] for k in range(before + 1)], last
     none = jnp.zeros_like(whole[..., 0], bool)
     valid = jnp.concatenate([~none[:before], ~none[before:] if valid is None else valid])
     start = jnp.concatenate([none[:before], none[before:] if start is None else start])

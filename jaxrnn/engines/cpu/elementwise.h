@@ -11,7 +11,8 @@ class UnitSums {
   static constexpr long W = S * LANES;
 
   UnitSums(const ElementwiseProblem& p, long member, int threads)
-      : p_(p), member_(member), R_(p.rows / p.members), H_(p.units), D_(p.inputs), layout_{H_, S, S}, in_{D_, 1, OUT},
+      : p_(p), member_(member), R_(p.rows / p.members), H_(p.units), X_(p.inputs), D_(p.taps * p.inputs),
+        layout_{H_, S, S}, in_{D_, 1, OUT},
         blocks_(layout_.blocks()), width_(blocks_ * LANES),
         w_given_(p.w + member * (D_ / p.heads) * S * H_) {
     const int most = p.steps * R_ * H_ * (D_ / p.heads + 8) < 200000 ? 1 : threads;
@@ -20,7 +21,7 @@ class UnitSums {
   }
 
   const ElementwiseProblem& p_;
-  const long member_, R_, H_, D_;  // rows of the member, units, inputs
+  const long member_, R_, H_, X_, D_;  // rows of the member, units, inputs of a step and of a window of steps
   const Layout layout_, in_;
   const long blocks_, width_;
   const float* const w_given_;
@@ -41,14 +42,20 @@ class UnitSums {
 
   long time(long k) const { return p_.reverse ? p_.steps - 1 - k : k; }
   long place(long k, long row) const { return time(k) * p_.rows + member_ * R_ + row; }
+  // What step k reads of a row: the input of every step of its window, the first of which lie before step 0.
+  const float* input(long k, int tap, long row) const {
+    const long t = p_.reverse ? p_.steps + p_.taps - 2 - k - tap : k + tap;
+    return p_.xs + (t * p_.rows + own(row)) * X_;
+  }
   bool valid(long at) const { return !p_.valid || p_.valid[at]; }
   bool starts(long at) const { return p_.start && p_.start[at]; }
   long own(long row) const { return member_ * R_ + row; }  // among the rows of all members
   long lanes(long j) const { return layout_.lanes(j, 0); }
 
-  // Heads of a weight (N, D / N, S H / N): which inputs a block of units reads, and which blocks read a block of inputs.
+  // Heads of a weight (N, D / N, S H / N), of one tap: which inputs a block of units reads, and which blocks read a block
+  // of inputs.
   Range inputs(long j) const {
-    const long units = H_ / p_.heads, size = D_ / p_.heads, last = std::min((j + 1) * LANES, H_) - 1;
+    const long units = H_ / p_.heads, size = X_ / p_.heads, last = std::min((j + 1) * LANES, H_) - 1;
     return {j * LANES / units * size, (last / units + 1) * size};
   }
   Range readers(long j) const {
@@ -83,17 +90,19 @@ class UnitSums {
     each_weight(blocks, [&](long at, const float* packed) { if (at >= 0) w[at] = *packed; }, packed);
   }
 
-  // to = x w + bias, for the rows at `x`, of which some columns are read.
-  static void product(const float* const* x, long count, Range columns, const float* w, const float* bias, float* to) {
+  // to = x w + bias, for the rows at `x`, of which some columns are read; `next` lie those of every other tap.
+  static void product(const float* const* x, long count, Range columns, const float* w, const float* bias, float* to,
+                      long taps = 1, long next = 0) {
     tiles<ROWS<S>>({0, count}, [&](auto tile, long m) {
       constexpr int R = decltype(tile)::value;
       const float* a[R];
       Vec sums[R][S];
-      for (int r = 0; r < R; ++r) {
-        a[r] = x[m + r] + columns.begin;
+      for (int r = 0; r < R; ++r)
         for (int v = 0; v < S; ++v) sums[r][v] = bias ? load(bias + v * LANES) : Vec{};
+      for (long tap = 0; tap < taps; ++tap) {
+        for (int r = 0; r < R; ++r) a[r] = x[tap * next + m + r] + columns.begin;
+        multiply<R, S>(a, columns.size(), w + tap * columns.size() * W, sums);
       }
-      multiply<R, S>(a, columns.size(), w, sums);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < S; ++v) store(to + (m + r) * W + v * LANES, sums[r][v]);
     });
@@ -114,10 +123,14 @@ class UnitSums {
     }
   }
 
-  // u = x w + b of a block, for the rows at `x`.
-  void project(const float* const* x, long count, long j, float* u) const {
+  // u = x w + b of a block, for the rows at `x`, and d_w += xᵀ d.
+  void project(const float* const* x, long next, long count, long j, float* u) const {
     const Range in = inputs(j);
-    product(x, count, in, w_ + (j * D_ + in.begin) * W, bias_ + j * W, u);
+    product(x, count, in, w_ + (j * D_ + in.begin) * W, bias_ + j * W, u, p_.taps, next);
+  }
+  void project_back(const float* const* x, long next, long count, long j, const float* d, float* d_w, float* d_b) const {
+    for (long tap = 0; tap < p_.taps; ++tap)
+      gram(x + tap * next, count, inputs(j), d, d_w + (j * D_ + tap * X_) * W, tap ? nullptr : d_b + j * W);
   }
 
   // d_xs = d wᵀ for some rows of a chunk, or as much more.
@@ -196,12 +209,12 @@ class UnitForward : UnitRun<Unit> {
     const long count = at_once_ * R_;
     const long out = PROJECTS ? out_.blocks() * OUT * LANES : 0, both = this->parts() > 1 ? 2 : 1;
     Scratch scratch(blocks_ * ((D_ + 1) * W + out * E * LANES) + R_ * INNER * this->width_ +
-                    (PROJECTS ? both * count * blocks_ * E * LANES : 0) + this->parts() * (count * (W + 2) + 32) + 512);
+                    (PROJECTS ? both * count * blocks_ * E * LANES : 0) + this->parts() * (count * (W + 2 * p.taps) + 32) + 512);
     this->w_ = scratch.take(blocks_ * D_ * W);
     this->bias_ = scratch.take(blocks_ * W);
     h_ = scratch.take(R_ * INNER * this->width_);
     u_ = scratch.take(this->parts() * count * W);
-    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
+    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * p_.taps * count));
     w_y_ = scratch.take(blocks_ * out * E * LANES);
     for (long k = 0; k < 2; ++k) hs_[k] = k < both ? scratch.take(PROJECTS ? count * blocks_ * E * LANES : 0) : hs_[0];
   }
@@ -220,15 +233,17 @@ class UnitForward : UnitRun<Unit> {
         }
       w.barrier.wait();
       float* u = u_ + w.number * at_once_ * R_ * W;
-      const float** x = x_ + w.number * at_once_ * R_;
+      const long all = at_once_ * R_;
+      const float** x = x_ + w.number * p_.taps * all;
       float *now = hs_[0], *other = hs_[1];
       for (long first = 0; first < p_.steps; first += at_once_, std::swap(now, other)) {
         const Chunk chunk{first, std::min(first + at_once_, p_.steps)};
         const float** next = x;
         for (long row = rows.begin; row < rows.end; ++row)
-          for (long k = first; k < chunk.last; ++k) *next++ = p_.xs + place(k, row) * D_;
+          for (long k = first; k < chunk.last; ++k, ++next)
+            for (int tap = 0; tap < p_.taps; ++tap) next[tap * all] = this->input(k, tap, row);
         for (long j = blocks.begin; j < blocks.end; ++j) {
-          this->project(x, next - x, j, u);
+          this->project(x, all, next - x, j, u);
           for (long row = rows.begin; row < rows.end; ++row)
             walk(chunk, row, j, u + chunk.count(row - rows.begin) * W,
                  now + (j * chunk.count(R_) + chunk.count(row)) * E * LANES);
@@ -343,7 +358,7 @@ class UnitBackward : UnitRun<Unit> {
     const long count = at_once_ * R_, G = blocks_ * W, in = g.d_xs ? this->in_.blocks() * OUT * LANES : 0;
     const long both = this->parts() > 1 ? 2 : 1, P = PROJECTS ? p.outputs : 0, panel = PROJECTS ? count * W : 0;
     Scratch scratch(G * (2 * D_ + 2) + in * G + R_ * (E + K) * width_ + both * count * G +
-                    this->parts() * (count * (W + 4) + panel + 128) + both * blocks_ * panel + 2 * G * P + D_ + P + 1024);
+                    this->parts() * (count * (W + 2 * p.taps + 2) + panel + 128) + both * blocks_ * panel + 2 * G * P + D_ + P + 1024);
     this->w_ = scratch.take(D_ * G);
     this->bias_ = scratch.take(G);
     w_back_ = scratch.take(in * G);
@@ -353,7 +368,7 @@ class UnitBackward : UnitRun<Unit> {
     d_theta_ = scratch.take(R_ * K * width_);
     for (long k = 0; k < 2; ++k) d_u_[k] = k < both ? scratch.take(count * G) : d_u_[0];
     u_ = scratch.take(this->parts() * count * W);
-    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * count));
+    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * p_.taps * count));
     d_ys_ = reinterpret_cast<const float**>(scratch.take(PROJECTS ? 2 * this->parts() * count : 0));
     w_y_ = scratch.take(G * P);
     d_w_y_ = scratch.take(G * P);
@@ -369,7 +384,8 @@ class UnitBackward : UnitRun<Unit> {
       prepare(w, rows, blocks);
       w.barrier.wait();
       float *u = u_ + w.number * at_once_ * R_ * W, *now = d_u_[0], *other = d_u_[1];
-      const float **x = x_ + w.number * at_once_ * R_, **d_ys = PROJECTS ? d_ys_ + w.number * at_once_ * R_ : nullptr;
+      const long most = at_once_ * R_;
+      const float **x = x_ + w.number * p_.taps * most, **d_ys = PROJECTS ? d_ys_ + w.number * at_once_ * R_ : nullptr;
       float *d_y = d_y_ + w.number * at_once_ * R_ * W, *h = h_[0], *other_h = h_[1];
       for (long last = p_.steps; last > 0; last -= at_once_, std::swap(now, other), std::swap(h, other_h)) {
         const Chunk chunk{std::max(0l, last - at_once_), last};
@@ -379,11 +395,13 @@ class UnitBackward : UnitRun<Unit> {
           for (long k = chunk.first; k < last; ++k) {
             const long at = place(k, row);
             if (PROJECTS) d_ys[next - x] = this->valid(at) ? g_.d_ys + at * p_.outputs : nothing_;
-            *next++ = this->valid(at) ? p_.xs + at * D_ : nothing_;
+            for (int tap = 0; tap < p_.taps; ++tap)
+              next[tap * most] = this->valid(at) ? this->input(k, tap, row) : nothing_;
+            ++next;
           }
         for (long j = blocks.begin; j < blocks.end; ++j) {
           const long own = chunk.count(rows.size());
-          if (!p_.sums) this->project(x + begin, own, j, u);
+          if (!p_.sums) this->project(x + begin, most, own, j, u);
           if constexpr (PROJECTS) this->product(d_ys + begin, own, {0, p_.outputs}, w_y_ + j * p_.outputs * W, nullptr, d_y);
           for (long row = rows.begin; row < rows.end; ++row) {
             const long m = chunk.count(row), at = (j * count + m) * W, mine = (m - begin) * W;
@@ -393,7 +411,7 @@ class UnitBackward : UnitRun<Unit> {
         w.barrier.wait();  // those of the next chunk lie elsewhere
         if (g_.d_w || g_.d_b)
           for (long j = all.begin; j < all.end; ++j)
-            this->gram(x, count, this->inputs(j), now + j * count * W, d_w_ + j * D_ * W, d_b_ + j * W);
+            this->project_back(x, most, count, j, now + j * count * W, d_w_, d_b_);
         if constexpr (PROJECTS)
           for (long j = all.begin; g_.d_w_y && j < all.end; ++j)
             this->gram(d_ys, count, {0, p_.outputs}, h + j * count * W, d_w_y_ + j * p_.outputs * W, nullptr);

@@ -11,7 +11,7 @@
 namespace jaxrnn {
 namespace {
 
-ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bound, Floats& xs, Floats& w, Floats& h,
+ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, int64_t taps, float bound, Floats& xs, Floats& w, Floats& h,
                            Floats& b, Floats& theta, Floats& w_y, Flags& valid, Flags& start, Flags& begun,
                            Floats& fresh) {
   ElementwiseProblem p{};
@@ -22,11 +22,14 @@ ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bou
   if (weight.size() != 4 || weight[0] < 1 || weight[1] < 1) return shapes.fail("w"), p;
   const long E = states_of(p.unit), S = sums_of(p.unit), K = theta_of(p.unit);
   if (state.size() != 2 || state[1] < 1 || state[1] % E) return shapes.fail("h"), p;
-  const long T = p.steps = input[0], R = p.rows = state[0], H = p.units = state[1] / E, D = p.inputs = input[2];
+  if (taps < 1 || input[0] < taps) return shapes.fail("xs"), p;
+  const long L = p.taps = taps, T = p.steps = input[0] - L + 1;
+  const long R = p.rows = state[0], H = p.units = state[1] / E, D = p.inputs = input[2];
   const long M = p.members = weight[0], N = p.heads = weight[1];
   if (R % M) return shapes.fail("h"), p;
-  if (D < 1 || D % N || H % N || (reads_x(p.unit) && D != H)) return shapes.fail("w"), p;
-  p.xs = shapes.is("xs", xs, {T, R, D}), p.w = shapes.is("w", w, {M, N, D / N, S * H / N}), p.h = h.typed_data();
+  if (D < 1 || D % N || H % N || (reads_x(p.unit) && D != H) || (L > 1 && (N > 1 || reads_x(p.unit))))
+    return shapes.fail("w"), p;
+  p.xs = shapes.is("xs", xs, {T + L - 1, R, D}), p.w = shapes.is("w", w, {M, N, L * D / N, S * H / N}), p.h = h.typed_data();
   p.b = shapes.optional("b", b, {M, S * H});
   p.theta = shapes.optional("theta", theta, {M, K * H});
   if (K && !p.theta) shapes.fail("theta");
@@ -41,11 +44,11 @@ ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, float bou
   return p;
 }
 
-ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b,
+ffi::Error elementwise_forward(bool reverse, int64_t unit, int64_t taps, float bound, Floats xs, Floats w, Floats h, Floats b,
                                Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Written ys,
                                Written last, Written hs, Written sums) {
   Shapes shapes;
-  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, w_y, valid, start, begun, fresh);
+  ElementwiseProblem p = problem(shapes, reverse, unit, taps, bound, xs, w, h, b, theta, w_y, valid, start, begun, fresh);
   if (shapes.failed()) return shapes.error();
   const long width = states_of(p.unit) * p.units;
   p.ys = shapes.is("ys", *ys, {p.steps, p.rows, p.outputs});
@@ -58,13 +61,13 @@ ffi::Error elementwise_forward(bool reverse, int64_t unit, float bound, Floats x
   return ffi::Error::Success();
 }
 
-ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Floats xs, Floats w, Floats h, Floats b, Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
+ffi::Error elementwise_cotangents(bool reverse, int64_t unit, int64_t taps, float bound, Floats xs, Floats w, Floats h, Floats b, Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
                                   Floats hs, Floats sums, Floats d_ys, Floats d_last, Written d_xs, Written d_w, Written d_h,
                                   Written d_b, Written d_theta, Written d_fresh, Written d_w_y) {
   Shapes shapes;
-  ElementwiseProblem p = problem(shapes, reverse, unit, bound, xs, w, h, b, theta, w_y, valid, start, begun, fresh);
+  ElementwiseProblem p = problem(shapes, reverse, unit, taps, bound, xs, w, h, b, theta, w_y, valid, start, begun, fresh);
   if (shapes.failed()) return shapes.error();
-  const long T = p.steps, R = p.rows, H = p.units, D = p.inputs, M = p.members, N = p.heads;
+  const long T = p.steps, R = p.rows, H = p.units, D = p.taps * p.inputs, M = p.members, N = p.heads;
   const long S = sums_of(p.unit), width = states_of(p.unit) * H;
   p.ys = shapes.is("ys", ys, {T, R, p.outputs});  // the backward pass only reads them
   p.hs = shapes.optional("hs", hs, {T, R, width});
@@ -96,6 +99,7 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, float bound, Float
   xla::ffi::Ffi::Bind()          \
       .Attr<bool>("reverse")     \
       .Attr<int64_t>("unit")     \
+      .Attr<int64_t>("taps")     \
       .Attr<float>("bound") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS FLAGS ARRAY
 
 #pragma GCC visibility push(default)

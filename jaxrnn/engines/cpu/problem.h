@@ -206,17 +206,19 @@ constexpr bool gives_y(Unit unit) { return (unit >= Unit::kSru && unit <= Unit::
 // heads: some inputs belong to some units. What is absent is null.
 struct ElementwiseProblem {
   Unit unit;
-  long steps, rows, members, inputs, units, heads, outputs;  // of the last, P = E H unless the unit projects
+  long steps, rows, members, inputs, units, heads;
+  long taps = 1, outputs;                 // with L taps, a step reads its input and those of L − 1 steps before; P = E H,
+                                          // unless the unit projects
   bool reverse;
   float bound;                            // γ
-  const float *xs, *w, *h;                // (T, R, D), (M, N, D / N, S H / N), (R, E H)
+  const float *xs, *w, *h;                // (L − 1 + T, R, D), (M, N, L D / N, S H / N), (R, E H)
   const float *b, *theta, *fresh, *w_y;   // (M, S H), (M, K H), (R, E H), (M, E H, P)
   const uint8_t *valid, *start, *begun;   // (T, R)
   float *ys, *last, *hs;                  // (T, R, P), (R, E H), (T, R, E H): read by the backward pass, absent if ys are
   float* sums;                            // (T, R, S H), too, or absent
 };
 
-// Cotangents in the shapes of their arrays; null where nobody asks.
+// Cotangents in the shapes of their arrays, but d_xs is (T, R, L D); null where nobody asks.
 struct ElementwiseGradient {
   const float *d_ys, *d_last;
   float *d_xs, *d_w, *d_h, *d_b, *d_theta, *d_fresh, *d_w_y;

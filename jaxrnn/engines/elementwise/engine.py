@@ -30,6 +30,7 @@ def elementwise_recurrence(
     xs: Array,
     h: Array,
     *,
+    taps: int = 1,
     begun: Array | None,
     fresh: Array,
     flags: Flags,
@@ -40,14 +41,16 @@ def elementwise_recurrence(
     Args:
       unit: What a unit does.
       weights: What it does it with.
-      xs: The inputs, (T, *batch, D).
+      xs: The inputs, (T, *batch, D); with several taps (taps − 1 + T, *batch, D).
       h: The state before the first step, (*batch, E H).
+      taps: Of how many steps the inputs are read at once. Those before the first come in front of the others, and in
+        reverse behind them.
       begun: bool (T, *batch), whether the sequence of a step began before it; None where that makes no difference.
       fresh: The state before a step that starts fresh, like h.
       flags: Which steps are valid, and which start fresh.
       walk: The direction, and whether the kernel was asked for by its name.
     """
-    length, *batch, _ = xs.shape
+    batch, length = xs.shape[1:-1], xs.shape[0] - taps + 1
     w_y = weights.w_y
     rows, shape = math.prod(batch), (length, *batch, h.shape[-1] if w_y is None else w_y.shape[-1])
     if math.prod(shape) == 0:
@@ -62,7 +65,7 @@ def elementwise_recurrence(
     valid, start, begun = map(of_flags, (*flags, begun))
     b, theta, w_y = (None if each is None else each[None] for each in weights[1:])
     problem = Problem(
-        xs=xs.reshape(length, rows, -1),
+        xs=xs.reshape(xs.shape[0], rows, -1),
         w=weights.w[None],
         h=h.reshape(rows, -1),
         b=b,
@@ -73,6 +76,7 @@ def elementwise_recurrence(
         begun=begun,
         fresh=None if start is None else jnp.broadcast_to(fresh, h.shape).reshape(rows, -1),
         unit=unit,
+        taps=taps,
     )
     ys, last = run(problem, reverse=walk.reverse, named=walk.named("linear_scan") == "native")
     return last.reshape(h.shape), ys.reshape(shape)

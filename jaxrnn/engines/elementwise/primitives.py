@@ -26,7 +26,8 @@ def _given(problem: Problem) -> list[Array]:
 
 
 def _options(problem: Problem) -> dict[str, np.generic]:
-    return {"unit": np.int64(UNITS.index(problem.unit.name)), "bound": np.float32(problem.unit.bound)}
+    unit = problem.unit
+    return {"unit": np.int64(UNITS.index(unit.name)), "taps": np.int64(problem.taps), "bound": np.float32(unit.bound)}
 
 
 def _like(array: Array | None) -> jax.ShapeDtypeStruct:
@@ -45,10 +46,15 @@ def _native_backward(
     problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool, wrt: tuple[str, ...]
 ) -> Problem:
     asked = {name: getattr(problem, name) if name in (*wrt, "h") else None for name in COTANGENTS}
+    to_seen = None
+    if problem.taps > 1 and "xs" in wrt:
+        asked["xs"], to_seen = jax.vjp(lambda xs: programs.seen(xs, problem.taps, reverse), problem.xs)
     call = jax.ffi.ffi_call("jaxrnn_elementwise_backward", tuple(map(_like, asked.values())))
     saved = [jnp.zeros(0, d_ys.dtype) if each is None else each for each in (kept.ys, kept.hs, kept.sums)]
     found = call(*_given(problem), *saved, d_ys, d_last, reverse=reverse, **_options(problem))
     whole = {name: None if asked[name] is None else each for name, each in zip(COTANGENTS, found, strict=True)}
+    if to_seen is not None:
+        (whole["xs"],) = to_seen(whole["xs"])
     return problem.replace(**whole, **dict.fromkeys(FLAGS))
 
 

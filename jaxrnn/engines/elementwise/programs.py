@@ -57,10 +57,11 @@ TURN = Unit("lru", _none, turns=True)  # a complex number, h' = θ h + u
 class Problem:
     """What a call reads, in float32; an absent array is None.
 
-    xs (T, R, D): rows R, of which each of M members has as many. w (M, N, D/N, S H/N) of N heads, b (M, S H): S sums of
-    every unit. theta (M, K H): what the unit reads at every step. w_y (M, E H, P), where y is a product of states.
-    h (R, E H) is the state before the first step. valid, start, begun bool (T, R): an invalid step keeps the state, and
-    its y is 0; a step that starts does so from `fresh`, like h; one that has not begun is the first of its sequence.
+    xs (T, R, D): rows R, of which each of M members has as many; with L taps (L − 1 + T, R, D), since a step reads its
+    input and those of L − 1 steps before it. w (M, N, L D/N, S H/N) of N heads, b (M, S H): S sums of every unit.
+    theta (M, K H): what the unit reads at every step. w_y (M, E H, P), where y is a product of states. h (R, E H) is
+    the state before the first step. valid, start, begun bool (T, R): an invalid step keeps the state, and its y is 0; a
+    step that starts does so from `fresh`, like h; one that has not begun is the first of its sequence.
     """
 
     xs: Array
@@ -74,6 +75,12 @@ class Problem:
     begun: Array | None
     fresh: Array | None
     unit: Unit = dataclasses.field(metadata={"static": True})
+    taps: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.xs.shape[0] - self.taps + 1
 
     @property
     def units(self) -> int:
@@ -122,16 +129,22 @@ def _product(xs: Array, w: Array, units: int) -> Array:
     return jnp.swapaxes(u, 2, 3).reshape(steps, rows, -1)
 
 
-def _sums(problem: Problem, xs: Array, w: Array, b: Array | None) -> Array:
-    u = _product(xs, w, problem.units)
+def seen(xs: Array, taps: int, reverse: bool) -> Array:
+    """What each step reads, (T, R, L D), the oldest first."""
+    steps = xs.shape[0] - taps + 1
+    firsts = range(taps)[::-1] if reverse else range(taps)
+    return jnp.concatenate([xs[first : first + steps] for first in firsts], axis=-1)
+
+
+def _sums(problem: Problem, reverse: bool, xs: Array, w: Array, b: Array | None) -> Array:
+    u = _product(seen(xs, problem.taps, reverse), w, problem.units)
     return u if b is None else u + lifted(_of_rows(b, problem.h.shape[0]), u)
 
 
 def _are_kept(problem: Problem) -> bool:
     """Whether sums are kept for the backward pass, and not computed again."""
-    steps, rows, size = problem.xs.shape
-    _, heads, _, columns = problem.w.shape
-    return size // heads >= WIDE or steps * rows * heads * columns <= FEW
+    _, heads, size, columns = problem.w.shape
+    return size >= WIDE or problem.steps * problem.h.shape[0] * heads * columns <= FEW
 
 
 def _complex(parts: Array) -> Array:
@@ -171,7 +184,7 @@ def _begins(problem: Problem, start: Array, a: Array, fresh: Array) -> Array:
     """What a fresh state gives to the steps that start from it."""
     numbers, _ = _numbers(problem.unit)
     given = a * numbers(fresh)[None]
-    given = jnp.broadcast_to(given, (*problem.xs.shape[:2], given.shape[-1]))
+    given = jnp.broadcast_to(given, (*start.shape, given.shape[-1]))
     return select(start, given, jnp.zeros_like(given))
 
 
@@ -181,7 +194,7 @@ def forward(problem: Problem, *, reverse: bool, save: bool = False) -> Result:
     numbers, parts = _numbers(unit)
     options = {"flags": flags, "reverse": reverse, "form": None}
     fresh = problem.h if problem.fresh is None else problem.fresh
-    u = _sums(problem, problem.xs, problem.w, problem.b)
+    u = _sums(problem, reverse, problem.xs, problem.w, problem.b)
     if unit.logs is not None:
         last, hs = log_linear_recurrence(*unit.logs(u), problem.h, fresh=fresh, **options)
     else:
@@ -214,7 +227,7 @@ def backward(
     flags = Flags(problem.valid, problem.start)
     hs, x = kept.ys if kept.hs is None else kept.hs, problem.xs
     numbers, parts = _numbers(problem.unit)
-    u, to_inputs = jax.vjp(lambda *arrays: _sums(problem, *arrays), x, problem.w, problem.b)
+    u, to_inputs = jax.vjp(lambda *arrays: _sums(problem, reverse, *arrays), x, problem.w, problem.b)
     u = u if kept.sums is None else kept.sums
     (a, b), to_gated = jax.vjp(lambda *arrays: _coefficients(problem, *arrays), u, x, problem.theta)
     d_u, d_x, d_hs, d_w_y = jax.vjp(lambda *arrays: _read(problem, *arrays), u, x, hs, problem.w_y)[1](d_ys)
