@@ -238,15 +238,18 @@ struct DiagonalCase : Drawn {
 // A linear recurrence of single units with their products and gates.
 struct ElementwiseCase : Drawn {
   ElementwiseProblem p{};
-  bool save, all;  // whether cotangents of inputs and weights are asked for
+  bool save, all, keep;  // cotangents of inputs and weights; the sums
 
   explicit ElementwiseCase(unsigned seed) : Drawn(seed) {
     p.unit = static_cast<Unit>(draw(0, UNITS - 1));
     const long N = p.heads = draw(0, 2) ? 1 : draw(2, 4), M = p.members = draw(1, 3), R = p.rows = M * draw(1, 5);
     const long T = p.steps = draw(1, 90), H = p.units = N * draw(1, 40), D = p.inputs = reads_x(p.unit) ? H : N * draw(1, 30);
     const long E = states_of(p.unit), K = theta_of(p.unit), S = sums_of(p.unit);
-    p.reverse = draw(0, 1), p.bound = 0.25f, save = draw(0, 3) != 0, all = draw(0, 2) != 0;
-    p.xs = array(T * R * D), p.w = array(M * D / N * S * H), p.h = array(R * E * H);
+    const long L = p.taps = N == 1 && !reads_x(p.unit) ? draw(1, 3) : 1;
+    p.reverse = draw(0, 1), p.bound = 0.25f, save = draw(0, 3) != 0, all = draw(0, 2) != 0, keep = draw(0, 1);
+    p.xs = array((T + L - 1) * R * D), p.w = array(M * L * D / N * S * H), p.h = array(R * E * H);
+    p.outputs = projects(p.unit) ? draw(1, 70) : E * H;
+    if (projects(p.unit)) p.w_y = array(M * E * H * p.outputs);
     if (draw(0, 1)) p.b = array(M * S * H);
     if (K) p.theta = E == 2 ? within(array(M * K * H), M * K * H, 0.7f) : negative(M * K * H);
     if (p.unit == Unit::kRgLru) p.begun = this->flags(T * R);
@@ -255,19 +258,19 @@ struct ElementwiseCase : Drawn {
   }
 
   std::vector<std::vector<float>> run(int threads) const {
-    const long T = p.steps, R = p.rows, H = p.units, D = p.inputs, M = p.members, S = sums_of(p.unit);
-    const long E = states_of(p.unit), K = theta_of(p.unit);
+    const long T = p.steps, R = p.rows, H = p.units, D = p.taps * p.inputs, M = p.members, S = sums_of(p.unit);
+    const long E = states_of(p.unit), K = theta_of(p.unit), P = p.outputs;
     Results out(threads);
     ElementwiseProblem f = p;
-    f.ys = out(T * R * E * H), f.last = out(R * E * H);
-    f.hs = out(T * R * E * H, save && (p.valid || gives_y(p.unit)));
+    f.ys = out(T * R * P), f.last = out(R * E * H);
+    f.hs = out(T * R * E * H, save && (p.valid || gives_y(p.unit))), f.sums = out(T * R * S * H, save && keep);
     elementwise(f, threads);
     if (!save) return out.found;
     ElementwiseGradient g{};
-    std::vector<float> d_ys(T * R * E * H, 0.1f), d_last(R * E * H, 0.1f);
+    std::vector<float> d_ys(T * R * P, 0.1f), d_last(R * E * H, 0.1f);
     g.d_ys = d_ys.data(), g.d_last = d_last.data(), g.d_h = out(R * E * H), g.d_fresh = out(R * E * H, p.fresh);
     g.d_xs = out(T * R * D, all), g.d_w = out(M * D / p.heads * S * H, all), g.d_b = out(M * S * H, all && p.b);
-    g.d_theta = out(M * K * H, all && K);
+    g.d_theta = out(M * K * H, all && K), g.d_w_y = out(M * E * H * P, all && projects(p.unit));
     elementwise_backward(f, g, threads);
     return out.found;
   }
