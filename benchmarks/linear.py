@@ -4,6 +4,7 @@ do the cells with one train, beside a GRU?
     python benchmarks/linear.py
     python benchmarks/linear.py --shapes 1024,2048 --dtypes float32 complex64 --repeats 9
     python benchmarks/linear.py --shapes --steps 1024 --cells GRU MinGRU LRU   # the second table alone
+    python benchmarks/linear.py --shapes --rows 16 --size 512 --steps 1024     # of larger cells
 
 `jaxrnn.linear_scan` in every implementation; `lax.scan` and `lax.associative_scan` as one would write them; and, as the
 floor, `a * b + 1` for the forward pass and an elementwise function of three arrays to two for the backward pass, which
@@ -12,7 +13,7 @@ product for a and b, of which the forward pass is not a part.
 
 Printed are milliseconds, and how many times as long as the floor ours takes. Then, for every cell and number of steps
 T, the milliseconds of the gradient of all its params, and how many times as long a GRU takes: 4 rows, 64 inputs, 64
-units (S4D: 16 pairs of states for each input, S6: 16 states).
+units, or as many as asked for (S4D: 16 pairs of states for each input, S6: 16 states).
 """
 
 from __future__ import annotations
@@ -79,28 +80,29 @@ def build(name: str, a: Any, b: Any, h: Any, backward: bool) -> Contestant | Non
     return Contestant(lambda: jax.block_until_ready(pull(b)), lambda found: [np.asarray(each) for each in found])
 
 
-ROWS, SIZE = 4, 64
-CELLS = {
-    "GRU": jaxrnn.GRU(SIZE, SIZE),
-    "LSTM": jaxrnn.LSTM(SIZE, SIZE),
-    "MinGRU": jaxrnn.MinGRU(SIZE, SIZE),
-    "MinLSTM": jaxrnn.MinLSTM(SIZE, SIZE),
-    "MinGRU in logs": jaxrnn.MinGRU(SIZE, SIZE, log_space=True),
-    "SRU": jaxrnn.SRU(SIZE, SIZE),
-    "QRNN": jaxrnn.QRNN(SIZE, SIZE),
-    "HGRN": jaxrnn.HGRN(SIZE, SIZE),
-    "RGLRU": jaxrnn.RGLRU(SIZE),
-    "LRU": jaxrnn.LRU(SIZE, SIZE),
-    "S5": jaxrnn.S5(SIZE, SIZE),
-    "S4D": jaxrnn.S4D(SIZE, 16),
-    "S6": jaxrnn.S6(SIZE, 16),
+CELLS: dict[str, Callable[[int], jaxrnn.Cell]] = {
+    "GRU": lambda size: jaxrnn.GRU(size, size),
+    "LSTM": lambda size: jaxrnn.LSTM(size, size),
+    "MinGRU": lambda size: jaxrnn.MinGRU(size, size),
+    "MinLSTM": lambda size: jaxrnn.MinLSTM(size, size),
+    "MinGRU in logs": lambda size: jaxrnn.MinGRU(size, size, log_space=True),
+    "MinLSTM in logs": lambda size: jaxrnn.MinLSTM(size, size, log_space=True),
+    "SRU": lambda size: jaxrnn.SRU(size, size),
+    "QRNN": lambda size: jaxrnn.QRNN(size, size),
+    "HGRN": lambda size: jaxrnn.HGRN(size, size),
+    "RGLRU": lambda size: jaxrnn.RGLRU(size),
+    "LRU": lambda size: jaxrnn.LRU(size, size),
+    "S5": lambda size: jaxrnn.S5(size, size),
+    "S4D": lambda size: jaxrnn.S4D(size, 16),
+    "S6": lambda size: jaxrnn.S6(size, 16),
 }
 
 
-def training(cell: jaxrnn.Cell, steps: int):
+def training(name: str, steps: int, rows: int, size: int):
     """The gradient of all params, as a function to be timed."""
+    cell = CELLS[name](size)
     params = cell.init(jax.random.key(0))
-    xs = jax.random.normal(jax.random.key(1), (steps, ROWS, SIZE))
+    xs = jax.random.normal(jax.random.key(1), (steps, rows, size))
 
     @jax.jit
     def gradient(params, xs):
@@ -152,7 +154,7 @@ def operations(args: Any) -> Panel:
 def cells_beside_a_gru(args: Any) -> Panel:
     table, rows = Table("T", *args.cells), []
     for steps in args.steps:
-        runs = {name: training(CELLS[name], steps) for name in args.cells}
+        runs = {name: training(name, steps, args.rows, args.size) for name in args.cells}
         times = contest.medians(contest.interleaved(runs, args.repeats))
         rows.append({"steps": steps, "ms": {name: 1e3 * value for name, value in times.items()}})
         table.add(steps, *rows[-1]["ms"].values())
@@ -176,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="T,R", help="none: no operations")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "complex64"])
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS), help="none: no cells")
+    parser.add_argument("--rows", type=int, default=4, help="of the cells")
+    parser.add_argument("--size", type=int, default=64, help="inputs and units of the cells")
     parser.add_argument("--steps", nargs="*", type=int, default=[256, 1024, 4096, 16384], metavar="T")
     args = contest.parse(parser, argv)
     if not (args.shapes or args.cells):
