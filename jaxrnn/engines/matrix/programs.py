@@ -85,7 +85,8 @@ def _decayed(log_decay: Array | None, s: Array) -> Array:
 
 def _read(s: Array, q: Array) -> Array:
     """Sᵀ q of (..., K, V) and (..., K)."""
-    return (q[..., None, :] @ s)[..., 0, :]
+    # As many heads as S has: for a product with fewer, XLA would transpose S.
+    return (jnp.broadcast_to(q, s.shape[:-1])[..., None, :] @ s)[..., 0, :]
 
 
 def step(
