@@ -100,10 +100,10 @@ def step(
     w: Array | None = None,
 ) -> tuple[Array, Array]:
     """One step: (S', y), of arrays without time."""
-    decayed = _decayed(log_decay, s)
     if beta is not None:
-        v = beta[..., None] * (v - _read(decayed, k))
-    new = decayed + k[..., :, None] * v[..., None, :]
+        seen = k if log_decay is None else _decayed(log_decay, k[..., None])[..., 0]  # the state is read as it is
+        v = beta[..., None] * (v - _read(s, seen))
+    new = _decayed(log_decay, s) + k[..., :, None] * v[..., None, :]
     if u is not None and w is not None:
         new = new + u[..., :, None] * _read(s, w)[..., None, :]
     return new, _read(new, q)
