@@ -218,6 +218,18 @@ TRAPS = {
         "return seen",
         "test_oracles.py::test_rg_lru_begins_with_the_whole_input",
     ),
+    "a window that lies the other way round": (
+        "engines/elementwise/programs.py",
+        "range(taps)[::-1] if reverse else range(taps)",
+        "range(taps)",
+        "test_elementwise_cells.py::test_values_and_gradients_are_those_of_the_loop[True-qrnn]",
+    ),
+    "members that share one weight": (
+        "engines/primitives.py",
+        "if shared and name in self.weights:",
+        "if name in self.weights:",
+        "test_elementwise_cells.py::test_higher_derivatives_and_members[min_gru]",
+    ),
     "a gradient of a decay across a reset": (
         "engines/linear/primitive.py",
         "state = jnp.where(cut[0], jnp.zeros_like(state), state)",
