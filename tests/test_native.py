@@ -406,7 +406,8 @@ def test_a_call_of_another_shape_is_refused():
         (jaxrnn.LSTM(2, 3, layer_norm=True), jnp.float32, None, "loop"),
     ],
 )
-def test_explain_tells_which_program_an_accelerator_runs(cell, dtype, implementation, program):
+def test_explain_tells_which_program_an_accelerator_runs(cell, dtype, implementation, program, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     params, xs = cell.init(jax.random.key(0)), jnp.ones((5, 2), dtype)
     options = {"implementation": implementation}
     (call,) = jaxrnn.explain(cell, params, None, xs, platform="gpu", **options).calls
@@ -537,17 +538,61 @@ class Leaky(LSTM):
     [
         (LSTM(3, 4, activation=jnp.sin), jnp.float32, "no kernel has the activation"),
         (Leaky(3, 4), jnp.float32, "no kernel computes what Leaky does"),
-        (LSTM(3, 4), jnp.bfloat16, "the kernels compute in float32"),
+        (LSTM(3, 4), jnp.float64, "the kernels compute in float32, not in float64"),
     ],
 )
 def test_what_no_kernel_computes_says_so(cell, dtype, why):
-    params, xs = cell.init(jax.random.key(0)), jnp.ones((5, 2, 3), dtype)
-    key = jax.random.key(1)
-    with pytest.raises(ValueError, match=f"as 'native': {why}"):
-        jaxrnn.scan(cell, params, None, xs, key=key, implementation="native")
-    (call,) = jaxrnn.explain(cell, params, None, xs, key=key).calls
-    assert call.implementation == "xla"
-    assert why in call.refused["native"]
+    with jax.enable_x64(True):
+        params, xs = cell.init(jax.random.key(0), dtype), jnp.ones((5, 2, 3), dtype)
+        key = jax.random.key(1)
+        with pytest.raises(ValueError, match=f"as 'native': {why}"):
+            jaxrnn.scan(cell, params, None, xs, key=key, implementation="native")
+        (call,) = jaxrnn.explain(cell, params, None, xs, key=key).calls
+        assert call.implementation == "xla"
+        assert why in call.refused["native"]
+
+
+HALVES = {
+    "lstm": LSTM(3, 5),
+    "lstm, layer_norm": LSTM(3, 5, layer_norm=True),
+    "slstm": jaxrnn.SLSTM(3, 6, heads=2),
+    "both directions": jaxrnn.Bidirectional(jaxrnn.GRU(3, 5), jaxrnn.GRU(3, 5)),
+    "qrnn": jaxrnn.QRNN(3, 5),
+    "lru": jaxrnn.LRU(3, 5),
+    "rg_lru": jaxrnn.RGLRU(3),
+}
+
+
+@needed
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_is_computed_in_single(name, dtype):
+    cell = HALVES[name]
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), cell.init(jax.random.key(0)))
+    xs = jax.random.normal(jax.random.key(1), (7, 2, 3), dtype)
+    lengths = jnp.array([7, 4])
+
+    def run(params, xs, **options):
+        def loss(params, xs):
+            ys = jaxrnn.scan(cell, params, None, xs, lengths=lengths, **options)[1]
+            return (ys.astype(jnp.float32) ** 2).sum(), ys
+
+        (_, ys), gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, xs)
+        return ys, gradient
+
+    found = run(params, xs)
+    wide, wide_xs = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, xs))
+    assert found[0].dtype == dtype
+    np.testing.assert_array_equal(found[0], run(wide, wide_xs)[0].astype(dtype))
+    loop = run(wide, wide_xs, implementation="xla")
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(loop), strict=True):
+        assert one.dtype == dtype
+        close = 4 * float(jnp.finfo(dtype).eps) * max(1, float(jnp.abs(other).max()))
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=0, atol=close)
+    for call in jaxrnn.explain(cell, params, None, xs, platform="cpu").calls:
+        assert call.implementation == "native"
+    (call, *_) = jaxrnn.explain(cell, params, None, xs, platform="gpu").calls
+    assert call.implementation != "native"
 
 
 def test_kernels_for_a_newer_jaxlib_are_not_registered():

@@ -20,7 +20,7 @@ from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recu
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.product import dot
-from jaxrnn.engines.walk import Flags
+from jaxrnn.engines.walk import Flags, computes_in_single
 from jaxrnn.typing import PyTree
 
 
@@ -103,7 +103,10 @@ class LinearCell(Cell[Params, Carry]):
         widths = carry.window.shape[-2] + 1 if self.sees_window else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
-        single = dtype == jnp.float32 and carry.h.dtype in (jnp.float32, jnp.complex64)
+        half = computes_in_single(walk, dtype)
+        single = (half or dtype == jnp.float32) and (
+            carry.h.dtype in (jnp.float32, jnp.complex64) or computes_in_single(walk, carry.h.dtype)
+        )
         by_kernel = self.unit is not None and single and kernel_serves(walk, xs.shape[0], owner=self)
         unit, form = (self.unit, None) if by_kernel else (None, self._form(walk, dtypes, carry.h.dtype))
 
@@ -125,13 +128,14 @@ class LinearCell(Cell[Params, Carry]):
             some = steps > 0 if valid is None else valid.any(0)
             started = carry.started | some if self.begins_apart else None
             if unit is not None:
-                h, start_h = (parts_of(each.h) if unit.turns else each.h for each in (carry, fresh))
+                params, xs = cast((params, xs), jnp.float32)
+                h, start_h = (parts_of(each.h) if unit.turns else each.h.astype(jnp.float32) for each in (carry, fresh))
                 weights, options = self.unit_weights(params), {"taps": count, "flags": flags, "walk": walk}
                 last, ys = elementwise_recurrence(unit, weights, xs, h, begun=begun, fresh=start_h, **options)
                 if unit.turns:
                     last = lax.complex(*jnp.split(last, 2, axis=-1))
                     ys = zero_where_not(valid, self.with_skip(params, ys, xs))
-                return _replaced(carry, last, started, window), ys
+                return _replaced(carry, last.astype(carry.h.dtype), started, window), ys.astype(dtype)
             h, options = carry.h, {"flags": flags, "reverse": walk.reverse, "form": form}
             wide = h.astype(accumulator(dtypes[1], h.dtype))
             if self.log_space:

@@ -191,6 +191,12 @@ def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:
     return implementation
 
 
+def computes_in_single(walk: Walk, dtype: Any) -> bool:
+    """Whether a kernel in float32 takes arrays of `dtype`, of half precision: on the CPU, where XLA takes longer."""
+    on_cpu = walk.platform == "cpu" or (walk.platform is None and jax.default_backend() == "cpu")
+    return on_cpu and dtype in (jnp.bfloat16, jnp.float16)
+
+
 def by_platform(
     platform: str | None, *operands: Any, cpu: Callable[..., PyTree], default: Callable[..., PyTree]
 ) -> PyTree:
