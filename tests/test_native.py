@@ -560,6 +560,10 @@ HALVES = {
     "qrnn": jaxrnn.QRNN(3, 5),
     "lru": jaxrnn.LRU(3, 5),
     "rg_lru": jaxrnn.RGLRU(3),
+    "s6": jaxrnn.S6(3, 4),
+    "s4d": jaxrnn.S4D(3, 4),
+    "gated_delta_net": jaxrnn.GatedDeltaNet(3, 2, 4, 5),
+    "mlstm": jaxrnn.MLSTM(3, 2, 4, 5),
 }
 
 

@@ -15,6 +15,7 @@ from jaxrnn.engines.arrays import cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.diagonal.engine import diagonal_recurrence
 from jaxrnn.engines.linear.engine import kernel_serves
 from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.walk import computes_in_single
 from jaxrnn.typing import PyTree
 
 
@@ -53,7 +54,7 @@ class DiagonalCell(LinearCell[Params, Carry]):
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
-        single = dtype == jnp.float32 and carry.h.real.dtype == jnp.float32
+        single = all(each == jnp.float32 or computes_in_single(walk, each) for each in (dtype, carry.h.real.dtype))
         if not single or not self.by_kernel or not kernel_serves(walk, xs.shape[0], owner=self):
             if walk.remat_every is None and self.chunk is not None and xs.shape[0] > self.chunk:
                 walk = walk.replace(remat_every=self.chunk)
@@ -62,11 +63,10 @@ class DiagonalCell(LinearCell[Params, Carry]):
         def run(constant, carry, inputs):
             params, fresh = constant
             xs, flags = inputs
-            params = cast(params, dtype)
-            last, ys = diagonal_recurrence(
-                xs, *self.diagonal(params, xs), carry.h, fresh=fresh.h, flags=flags, walk=walk
-            )
-            ys = ys + lifted(params.d, xs) * xs
-            return carry._replace(h=last), zero_where_not(flags.valid, ys)
+            params, xs = cast((cast(params, dtype), xs), jnp.float32)
+            h, fresh_h = (each.h if jnp.iscomplexobj(each.h) else each.h.astype(jnp.float32) for each in (carry, fresh))
+            last, ys = diagonal_recurrence(xs, *self.diagonal(params, xs), h, fresh=fresh_h, flags=flags, walk=walk)
+            ys = (ys + lifted(params.d, xs) * xs).astype(dtype)
+            return carry._replace(h=last.astype(carry.h.dtype)), zero_where_not(flags.valid, ys)
 
         return in_chunks(run, (params, fresh), carry, (xs.astype(dtype), walk.flags), walk)

@@ -16,7 +16,7 @@ from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, inexact
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.matrix import programs
-from jaxrnn.engines.matrix.engine import matrix_form, matrix_recurrence
+from jaxrnn.engines.matrix.engine import kernel_in_single, matrix_form, matrix_recurrence
 from jaxrnn.engines.product import dot
 from jaxrnn.engines.walk import Flags
 from jaxrnn.typing import DTypeLike, PyTree
@@ -119,6 +119,8 @@ class MatrixCell(Cell[Params, Carry]):
         xs = xs.astype(dtype)
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
         dtypes = [each.dtype for each in found.arrays.values()]
+        single = kernel_in_single(walk, xs.shape[0], dtypes)
+        dtypes = [jnp.dtype(jnp.float32)] * len(dtypes) if single else dtypes
         wide = accumulator(*dtypes, carry.s.dtype)
         form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
 
@@ -130,14 +132,14 @@ class MatrixCell(Cell[Params, Carry]):
             heads = _Heads(given)
             arrays, each_flags = _micro_steps(given.arrays, flags, self.products, walk.reverse)
             last, ys = matrix_recurrence(
-                heads.grouped(arrays),
+                heads.grouped(cast(arrays, jnp.float32) if single else arrays),
                 heads.grouped_state(carry.s.astype(wide)),
                 fresh=heads.grouped_state(fresh.s),
                 flags=each_flags,
                 reverse=walk.reverse,
                 form=form,
             )
-            ys = ys[0 if walk.reverse else self.products - 1 :: self.products]
+            ys = ys[0 if walk.reverse else self.products - 1 :: self.products].astype(given.arrays["v"].dtype)
             ys = self.output(params, ys.reshape(*xs.shape[:-1], heads.count, ys.shape[-1]), given)
             ys = walk.replace(valid=flags.valid).without_padding(ys.astype(dtype))
             return carry._replace(s=last.reshape(carry.s.shape).astype(carry.s.dtype)), ys

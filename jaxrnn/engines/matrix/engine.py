@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxrnn.engines.arrays import accumulator, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.matrix.primitives import run
 from jaxrnn.engines.matrix.programs import Problem, chunked, loop
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, computes_in_single
 from jaxrnn.typing import Bools, Named
 
 ELSEWHERE = "chunked"  # what None means where there is no kernel
@@ -152,6 +153,16 @@ def _flags(name: str, flag: Any, shape: tuple[int, ...], time_axis: int) -> Arra
     if not time_axis < flag.ndim < len(shape) or flag.shape != shape[: flag.ndim]:
         raise ValueError(f"{name}: expected leading axes of v, {shape}, time among them, got {flag.shape}")
     return jnp.moveaxis(flag, time_axis, 0)
+
+
+def kernel_in_single(walk: Walk, length: int, dtypes: Iterable[Any]) -> bool:
+    """Whether the kernel runs `length` steps of arrays of half precision, which it takes in float32."""
+    asked = walk.named("matrix_scan") in (None, "native") and length > 1
+    return (
+        asked
+        and library.absent() is None
+        and all(dtype == jnp.float32 or computes_in_single(walk, dtype) for dtype in dtypes)
+    )
 
 
 def matrix_form(walk: Walk, length: int, *dtypes, owner: object = "matrix_scan") -> str | None:
