@@ -126,7 +126,7 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     refusal = _changed(type(cell)) or (rule if isinstance(rule, str) else None)
     refusal = refusal or _refusal([xs, *jax.tree.leaves(carries)], plain, walk)
     unnamed = walk.named("gated_scan") is None and walk.platform in (None, "cpu")
-    if refusal is None and isinstance(rule, Rule) and unnamed and _short(rule, xs):
+    if refusal is None and unnamed and _short(rule if isinstance(rule, Rule) else None, xs):
         refusal = "the loop runs one step of it faster"
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
@@ -167,8 +167,12 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     return run_in_single
 
 
-def _short(rule: Rule, xs: Array) -> bool:
-    """Whether the kernel would take longer to read the weights in its order than XLA to run the steps."""
+def _short(rule: Rule | None, xs: Array) -> bool:
+    """Whether the kernel would take longer to read the weights in its order and dtype than XLA to run the steps."""
+    if xs.dtype != jnp.float32:
+        return xs.shape[0] == 1
+    if rule is None:
+        return False
     arranged = rule.norm or rule.family in ("gru before", "mgu", "slstm")
     return xs.shape[0] == 1 and (arranged or math.prod(xs.shape[1:-1]) < 4)
 
