@@ -98,15 +98,18 @@ CELLS: dict[str, Callable[[int], jaxrnn.Cell]] = {
 }
 
 
-def training(name: str, steps: int, rows: int, size: int):
+def training(name: str, steps: int, rows: int, size: int, dtype: str = "float32"):
     """The gradient of all params, as a function to be timed."""
     cell = CELLS[name](size)
-    params = cell.init(jax.random.key(0))
-    xs = jax.random.normal(jax.random.key(1), (steps, rows, size))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), cell.init(jax.random.key(0)))
+    xs = jax.random.normal(jax.random.key(1), (steps, rows, size), dtype)
 
     @jax.jit
     def gradient(params, xs):
-        return jax.grad(lambda params: jnp.mean(jaxrnn.scan(cell, params, None, xs)[1] ** 2))(params)
+        def loss(params):
+            return jnp.mean(jaxrnn.scan(cell, params, None, xs)[1].astype(jnp.float32) ** 2)
+
+        return jax.grad(loss)(params)
 
     return lambda: jax.block_until_ready(gradient(params, xs))
 
@@ -154,7 +157,7 @@ def operations(args: Any) -> Panel:
 def cells_beside_a_gru(args: Any) -> Panel:
     table, rows = Table("T", *args.cells), []
     for steps in args.steps:
-        runs = {name: training(name, steps, args.rows, args.size) for name in args.cells}
+        runs = {name: training(name, steps, args.rows, args.size, args.cell_dtype) for name in args.cells}
         times = contest.medians(contest.interleaved(runs, args.repeats))
         rows.append({"steps": steps, "ms": {name: 1e3 * value for name, value in times.items()}})
         table.add(steps, *rows[-1]["ms"].values())
@@ -179,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "complex64"])
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS), help="none: no cells")
     parser.add_argument("--rows", type=int, default=4, help="of the cells")
+    parser.add_argument("--cell-dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--size", type=int, default=64, help="inputs and units of the cells")
     parser.add_argument("--steps", nargs="*", type=int, default=[256, 1024, 4096, 16384], metavar="T")
     args = contest.parse(parser, argv)
