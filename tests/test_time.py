@@ -170,12 +170,13 @@ def test_remat_stores_one_carry_every_so_many_steps():
     assert kept(16) < carries / 16 + 2 * inputs + 3 * weights + 2**14
 
 
+@pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_half_precision_carry_is_kept_and_none_starts_in_float32(dtype):
+def test_a_half_precision_carry_is_kept_and_none_starts_in_float32(dtype, implementation):
     cell = Stack((LSTM(2, 3), jaxrnn.Elman(3, 4), GRU(4, 3), jaxrnn.MGU(3, 2)))
     params = draw_params(cell, dtype=dtype)
     xs = draw_x(cell, 0, 5, 2, dtype=dtype)
-    run = jax.jit(lambda carry, xs: jaxrnn.scan(cell, params, carry, xs))
+    run = jax.jit(lambda carry, xs: jaxrnn.scan(cell, params, carry, xs, implementation=implementation))
     end, ys = run(None, xs)
     assert ys.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(end)} == {jnp.dtype(jnp.float32)}

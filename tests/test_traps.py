@@ -75,7 +75,7 @@ TRAPS = {
     ),
     "a delta rule that reads before the decay": (
         "engines/matrix/programs.py",
-        "v = beta[..., None] * (v - _read(decayed, k))",
+        "v = beta[..., None] * (v - _read(s, seen))",
         "v = beta[..., None] * (v - _read(s, k))",
         "test_matrix_cells.py::test_scan_is_the_oracle[xla-GatedDeltaNet]",
     ),
