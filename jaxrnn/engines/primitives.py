@@ -70,7 +70,9 @@ class Recurrence:
             return backward(problem, kept, *cotangents, reverse=reverse, **asked(wrt))
 
         def call_forward(problem, *, reverse, save, wrt):
-            shapes = jax.eval_shape(functools.partial(run_forward, reverse=reverse, save=save, wrt=wrt), problem)
+            # Without their shardings, which not every program takes.
+            given = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), problem)
+            shapes = jax.eval_shape(functools.partial(run_forward, reverse=reverse, save=save, wrt=wrt), given)
             return native_forward(problem, shapes, reverse=reverse)
 
         def call_backward(problem, kept, cotangents, *, reverse, save, wrt):

@@ -121,7 +121,10 @@ def _product(xs: Array, w: Array, units: int) -> Array:
     if members == heads == 1:
         return dot(xs, w[0, 0])
     steps, rows, _ = xs.shape
-    u = jnp.einsum("tmrnd,mnde->tmrne", xs.reshape(steps, members, rows // members, heads, size), w)
+    if members == 1:  # no axis of rows is split, which may be divided among devices
+        u = jnp.einsum("trnd,nde->trne", xs.reshape(steps, rows, heads, size), w[0])
+    else:
+        u = jnp.einsum("tmrnd,mnde->tmrne", xs.reshape(steps, members, rows // members, heads, size), w)
     if heads == 1:
         return u.reshape(steps, rows, columns)
     # Every head has S sums of its units: those of one kind come together.
