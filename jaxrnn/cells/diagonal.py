@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ class DiagonalCell(LinearCell[Params, Carry]):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         single = all(each == jnp.float32 or computes_in_single(walk, each) for each in (dtype, carry.h.real.dtype))
-        if not single or not self.by_kernel or not kernel_serves(walk, xs.shape[0], owner=self):
+        steps = math.prod(xs.shape[:-1])
+        if not single or not self.by_kernel or not kernel_serves(walk, owner=self, pays=steps > 1):
             if walk.remat_every is None and self.chunk is not None and xs.shape[0] > self.chunk:
                 walk = walk.replace(remat_every=self.chunk)
             return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)

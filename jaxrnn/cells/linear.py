@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -107,8 +108,11 @@ class LinearCell(Cell[Params, Carry]):
         single = (half or dtype == jnp.float32) and (
             carry.h.dtype in (jnp.float32, jnp.complex64) or computes_in_single(walk, carry.h.dtype)
         )
-        by_kernel = self.unit is not None and single and kernel_serves(walk, xs.shape[0], owner=self)
-        unit, form = (self.unit, None) if by_kernel else (None, self._form(walk, dtypes, carry.h.dtype))
+        unit, form = self.unit, None
+        # A single step of one row, or with complex states, is as fast without.
+        several = math.prod(xs.shape[1:-1]) > 1 and unit is not None and not unit.turns and not half
+        if unit is None or not single or not kernel_serves(walk, owner=self, pays=xs.shape[0] > 1 or several):
+            unit, form = None, self._form(walk, dtypes, carry.h.dtype)
 
         def run(constant, carry, inputs):
             params, fresh = constant

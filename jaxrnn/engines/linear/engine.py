@@ -110,13 +110,12 @@ def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | Non
     return walk.form("linear_scan", chosen)
 
 
-def kernel_serves(walk: Walk, length: int, *, owner: object) -> bool:
-    """Whether a kernel that computes more than the recurrence of `owner` runs it; if so, that is recorded.
-
-    One step is as fast without it, unless it is named.
+def kernel_serves(walk: Walk, *, owner: object, pays: bool) -> bool:
+    """Whether a kernel that computes more than the recurrence of `owner` runs it, because it pays or is named; if so,
+    that is recorded.
     """
     named = walk.named("linear_scan")
-    asked = (named == "native" or (named is None and length > 1)) and walk.platform in (None, "cpu")
+    asked = (named == "native" or (named is None and pays)) and walk.platform in (None, "cpu")
     if not asked or library.absent() is not None:
         return False
     walk.record("linear_scan", "native", {}, cell=owner)

@@ -120,7 +120,11 @@ def loop(problem: Problem, *, reverse: bool) -> Result:
             s = select(start, jnp.zeros_like(s) if fresh is None else fresh, s)
         return step(s, **{name: each.astype(s.dtype) for name, each in inputs.items()})
 
-    last, ys = lax.scan(body, s, steps, reverse=reverse)
+    if problem.v.shape[0] == 1:  # which XLA's loop would write into an array of all steps
+        last, ys = body(s, {name: each[0] for name, each in steps.items()})
+        ys = ys[None]
+    else:
+        last, ys = lax.scan(body, s, steps, reverse=reverse)
     return Result(ys.astype(problem.v.dtype), last)
 
 
