@@ -23,19 +23,31 @@ SOURCES = (  # those that take longest first
 LESS = ("staged.cc",)  # as fast with -O2, in two thirds of the time
 
 
+NUMBERS = {"float32": [], "float64": [("JAXRNN_FLOAT64", None)]}  # which every source is compiled for
+
+
 class Build(build_ext):
-    """Compiles the sources beside each other."""
+    """Compiles the sources beside each other, for each kind of numbers into a folder of its own."""
 
     def build_extensions(self):
         compile = self.compiler.compile
 
-        def one(source, options):
+        def one(source, numbers, options):
             less = ["-O2"] if Path(source).name in LESS else []
-            return compile([source], **options | {"extra_postargs": [*(options["extra_postargs"] or []), *less]})
+            return compile(
+                [source],
+                **options
+                | {
+                    "output_dir": os.path.join(options["output_dir"], numbers),
+                    "macros": [*options["macros"], *NUMBERS[numbers]],
+                    "extra_postargs": [*(options["extra_postargs"] or []), *less],
+                },
+            )
 
         def beside(sources, **options):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return list(chain(*pool.map(lambda source: one(source, options), sources)))
+                tasks = [pool.submit(one, source, each, options) for source in sources for each in NUMBERS]
+                return list(chain.from_iterable(task.result() for task in tasks))
 
         self.compiler.compile = beside
         super().build_extensions()

@@ -12,27 +12,28 @@
 #include "threads.h"
 
 using namespace jaxrnn;
+using namespace jaxrnn::JAXRNN_NUMBERS;
 
 // What is drawn, in arrays that are exactly as long as they must be.
 struct Drawn {
   std::mt19937 rng;
-  std::vector<std::vector<float>> held;
+  std::vector<std::vector<Real>> held;
   std::vector<std::vector<uint8_t>> flags_held;
   explicit Drawn(unsigned seed) : rng(seed) { held.reserve(64), flags_held.reserve(3); }
 
   long draw(long least, long most) { return std::uniform_int_distribution<long>(least, most)(rng); }
-  float* array(long size, float mean = 0.0f) {
-    std::normal_distribution<float> normal(mean, 0.5f);
+  Real* array(long size, Real mean = 0.0f) {
+    std::normal_distribution<Real> normal(mean, 0.5f);
     held.emplace_back(size);
-    for (float& x : held.back()) x = normal(rng);
+    for (Real& x : held.back()) x = normal(rng);
     return held.back().data();
   }
-  float* negative(long size) {
-    float* drawn = array(size);
+  Real* negative(long size) {
+    Real* drawn = array(size);
     for (long k = 0; k < size; ++k) drawn[k] = -std::fabs(drawn[k]);
     return drawn;
   }
-  static float* within(float* drawn, long size, float bound) {
+  static Real* within(Real* drawn, long size, Real bound) {
     for (long k = 0; k < size; ++k) drawn[k] = bound * std::tanh(drawn[k]);
     return drawn;
   }
@@ -46,10 +47,10 @@ struct Drawn {
 
 // Results in arrays that are exactly as long as they must be, and hold another number before every run.
 struct Results {
-  std::vector<std::vector<float>> found;
-  float before;
-  explicit Results(int threads) : before(static_cast<float>(threads)) { found.reserve(32); }
-  float* operator()(long size, bool there = true) {
+  std::vector<std::vector<Real>> found;
+  Real before;
+  explicit Results(int threads) : before(static_cast<Real>(threads)) { found.reserve(32); }
+  Real* operator()(long size, bool there = true) {
     found.emplace_back(there ? size : 0, before);
     return there ? found.back().data() : nullptr;
   }
@@ -87,7 +88,7 @@ struct Case : Drawn {
   }
 
   // Everything that the kernels give with so many threads, one after another.
-  std::vector<std::vector<float>> run(int threads) const {
+  std::vector<std::vector<Real>> run(int threads) const {
     const bool lstm = kind == Kind::kLstm;
     const long T = n.steps, B = n.rows, D = n.inputs, H = n.units, G = gates_of(kind) * H;
     Results out(threads);
@@ -95,14 +96,14 @@ struct Case : Drawn {
     f.ys = out(T * B * H), f.last_h = out(B * H), f.last_c = out(B * H, lstm);
     f.kept = out(T * B * kept_of(kind) * H, save && kept_of(kind)), f.cs = out(T * B * H, save && lstm);
     const int number = static_cast<int>(kind);
-    jaxrnn::forward(kind, n, f, threads);
+    jaxrnn::JAXRNN_NUMBERS::forward(kind, n, f, threads);
     if (!save) return out.found;
     Backward b = backward;
     b.ys = f.ys, b.kept = f.kept, b.cs = f.cs;
     b.d_xs = out(T * B * D), b.d_w_x = out(D * G), b.d_w_h = out(H * G), b.d_h = out(B * H), b.d_c = out(B * H, lstm);
     b.d_fresh_h = out(B * H, flags), b.d_fresh_c = out(B * H, flags && lstm);
     b.d_b = out(G, forward.b != nullptr), b.d_b_hn = out(H, kind == Kind::kGru);
-    jaxrnn::backward(kind, n, b, threads);
+    jaxrnn::JAXRNN_NUMBERS::backward(kind, n, b, threads);
     return out.found;
   }
 };
@@ -112,38 +113,38 @@ struct LinearCase {
   std::mt19937 rng;
   long T, R, groups;
   bool reverse, shifted, constant, cuts, constant_cut;
-  std::vector<float> a, b, h;
+  std::vector<Real> a, b, h;
   std::vector<uint8_t> cut;
 
   explicit LinearCase(unsigned seed) : rng(seed) {
     auto draw = [&](long least, long most) { return std::uniform_int_distribution<long>(least, most)(rng); };
-    std::normal_distribution<float> normal(0.0f, 0.7f);
+    std::normal_distribution<Real> normal(0.0f, 0.7f);
     groups = draw(1, 5), T = draw(0, 40);
     R = groups * (draw(0, 9) == 0 ? draw(2000, 9000) : draw(1, 300));
     reverse = draw(0, 1), shifted = draw(0, 1), constant = draw(0, 2) == 0, cuts = draw(0, 1), constant_cut = draw(0, 3) == 0;
     a.resize((constant ? 1 : T) * R), b.resize(T * R), h.resize(R);
     for (auto* array : {&a, &b, &h})
-      for (float& x : *array) x = normal(rng);
-    for (float& x : a) x *= 0.5f;  // so that no sum in which all digits cancel grows
+      for (Real& x : *array) x = normal(rng);
+    for (Real& x : a) x *= 0.5f;  // so that no sum in which all digits cancel grows
     cut.resize((constant_cut ? 1 : T) * groups);
     for (uint8_t& flag : cut) flag = draw(0, 3) == 0;
   }
 
-  std::vector<std::vector<float>> run(int threads) const {
-    std::vector<float> hs(T * R, 7.0f), last(R, 7.0f);
+  std::vector<std::vector<Real>> run(int threads) const {
+    std::vector<Real> hs(T * R, 7.0f), last(R, 7.0f);
     linear(LinearProblem{T, R, reverse, shifted, a.data(), b.data(), h.data(), constant ? 1 : T, cuts ? cut.data() : nullptr,
                          constant_cut ? 1 : T, groups, hs.data(), last.data()},
            threads);
     return {hs, last};
   }
 
-  std::vector<std::vector<float>> expected() const {
-    std::vector<float> hs(T * R), state = h;
+  std::vector<std::vector<Real>> expected() const {
+    std::vector<Real> hs(T * R), state = h;
     for (long k = 0; k < T; ++k) {
       const long t = reverse ? T - 1 - k : k;
       for (long r = 0; r < R; ++r) {
         const bool ends = cuts && cut[(constant_cut ? 0 : t) * groups + r / (R / groups)];
-        const float decay = a[(constant ? 0 : t) * R + r];
+        const Real decay = a[(constant ? 0 : t) * R + r];
         if (shifted) hs[t * R + r] = state[r] + b[t * R + r], state[r] = ends ? 0 : decay * hs[t * R + r];
         else hs[t * R + r] = state[r] = (ends ? 0 : decay * state[r]) + b[t * R + r];
       }
@@ -168,7 +169,7 @@ struct MatrixCase : Drawn {
     p.reverse = draw(0, 1), p.chunk = draw(1, 32), save = draw(0, 3) != 0;
     p.q = shared(K), p.k = shared(K), p.v = array(T * R * G * V), p.s = array(R * G * K * V);
     for (const Shared& keys : {p.q, p.k})
-      for (long i = 0; i < T * R * keys.heads * K; ++i) const_cast<float*>(keys.data)[i] *= 2.0f / std::sqrt(K);
+      for (long i = 0; i < T * R * keys.heads * K; ++i) const_cast<Real*>(keys.data)[i] *= 2.0f / std::sqrt(K);
     const long decay = draw(0, 2), update = draw(0, 2);
     p.decay_by_row = decay == 2;
     if (decay) p.log_decay = shared(p.decay_by_row ? K : 1, true);
@@ -178,7 +179,7 @@ struct MatrixCase : Drawn {
     if (p.start && draw(0, 1)) p.fresh = array(R * G * K * V);
   }
 
-  std::vector<std::vector<float>> run(int threads) const {
+  std::vector<std::vector<Real>> run(int threads) const {
     const long T = p.steps, R = p.rows, G = p.heads, K = p.keys, V = p.values, C = (T + p.chunk - 1) / p.chunk;
     const bool delta = p.beta.data, low_rank = p.u.data;
     Results out(threads);
@@ -188,7 +189,7 @@ struct MatrixCase : Drawn {
     matrix(f, threads);
     if (!save) return out.found;
     MatrixGradient g{};
-    std::vector<float> d_ys(T * R * G * V, 0.1f), d_last(R * G * K * V, 0.1f);
+    std::vector<Real> d_ys(T * R * G * V, 0.1f), d_last(R * G * K * V, 0.1f);
     g.d_ys = d_ys.data(), g.d_last = d_last.data();
     g.d_q = out(T * R * G * K), g.d_k = out(T * R * G * K), g.d_v = out(T * R * G * V), g.d_s = out(R * G * K * V);
     g.d_log_decay = out(T * R * G * (p.decay_by_row ? K : 1), p.log_decay.data), g.d_beta = out(T * R * G, delta);
@@ -217,7 +218,7 @@ struct DiagonalCase : Drawn {
     if (draw(0, 1)) p.start = this->flags(T * R), p.fresh = array(R * N * D);
   }
 
-  std::vector<std::vector<float>> run(int threads) const {
+  std::vector<std::vector<Real>> run(int threads) const {
     const long T = p.steps, R = p.rows, N = p.states, D = p.channels, C = (T + p.chunk - 1) / p.chunk;
     const long of_b = p.step ? p.groups * T * R * N : R * N * D;
     Results out(threads);
@@ -226,7 +227,7 @@ struct DiagonalCase : Drawn {
     diagonal(f, threads);
     if (!save) return out.found;
     DiagonalGradient g{};
-    std::vector<float> d_ys(T * R * D, 0.1f), d_last(R * N * D, 0.1f);
+    std::vector<Real> d_ys(T * R * D, 0.1f), d_last(R * N * D, 0.1f);
     g.d_ys = d_ys.data(), g.d_last = d_last.data();
     g.d_x = out(T * R * D), g.d_a = out(R * N * D), g.d_b = out(of_b), g.d_c = out(of_b), g.d_h = out(R * N * D);
     g.d_step = out(T * R * D, p.step), g.d_fresh = out(R * N * D, p.fresh);
@@ -257,7 +258,7 @@ struct ElementwiseCase : Drawn {
     if (draw(0, 1)) p.start = this->flags(T * R), p.fresh = array(R * E * H);
   }
 
-  std::vector<std::vector<float>> run(int threads) const {
+  std::vector<std::vector<Real>> run(int threads) const {
     const long T = p.steps, R = p.rows, H = p.units, D = p.taps * p.inputs, M = p.members, S = sums_of(p.unit);
     const long E = states_of(p.unit), K = theta_of(p.unit), P = p.outputs;
     Results out(threads);
@@ -267,7 +268,7 @@ struct ElementwiseCase : Drawn {
     elementwise(f, threads);
     if (!save) return out.found;
     ElementwiseGradient g{};
-    std::vector<float> d_ys(T * R * P, 0.1f), d_last(R * E * H, 0.1f);
+    std::vector<Real> d_ys(T * R * P, 0.1f), d_last(R * E * H, 0.1f);
     g.d_ys = d_ys.data(), g.d_last = d_last.data(), g.d_h = out(R * E * H), g.d_fresh = out(R * E * H, p.fresh);
     g.d_xs = out(T * R * D, all), g.d_w = out(M * D / p.heads * S * H, all), g.d_b = out(M * S * H, all && p.b);
     g.d_theta = out(M * K * H, all && K), g.d_w_y = out(M * E * H * P, all && projects(p.unit));
@@ -295,7 +296,7 @@ struct StagedCase : Drawn {
     const bool norm_known = rule.lstm() || rule.family == Family::kGru || rule.family == Family::kGruBefore;
     rule.norm = norm_known && draw(0, 1), rule.projected = rule.lstm() && draw(0, 1);
     rule.heads = rule.family == Family::kSlstm ? draw(1, 3) : 1;
-    for (float& each : rule.stay) each = rule.family == Family::kSlstm && &each != rule.stay ? 0.0f : 0.3f;
+    for (Real& each : rule.stay) each = rule.family == Family::kSlstm && &each != rule.stay ? 0.0f : 0.3f;
     const long T = draw(0, 9), B = draw(1, 40), D = draw(1, 70);
     const long H = rule.heads * draw(rule.norm ? 16 : 1, 50);  // a norm of few numbers makes much of rounding
     in.n = Sizes{T, B, D, H, draw(0, 1) == 1, draw(0, 1) == 1};
@@ -319,7 +320,7 @@ struct StagedCase : Drawn {
   }
 
   // Zeros between heads.
-  static float* heads(float* w, const Rule& rule, long H) {
+  static Real* heads(Real* w, const Rule& rule, long H) {
     const long size = H / rule.heads;
     for (long k = 0; rule.heads > 1 && k < H * 4 * H; ++k)
       if (k / (4 * H) / size != k % H / size) w[k] = 0;
@@ -336,14 +337,14 @@ struct StagedCase : Drawn {
     return none;
   }();
 
-  std::vector<std::vector<float>> run(int threads) const {
+  std::vector<std::vector<Real>> run(int threads) const {
     const Rule& rule = forward.rule;
     const Sizes& n = forward.n;
     const long T = n.steps, B = n.rows, D = n.inputs, H = n.units, S = forward.outputs, E = forward.extra() * H;
     const long G = rule.gates() * H;
     Results out(threads);
     StagedForward f = forward;
-    std::vector<float> kept(T * B * rule.kept(H), 7.0f), rests(T * B * E, 7.0f);  // nothing where a step is not valid
+    std::vector<Real> kept(T * B * rule.kept(H), 7.0f), rests(T * B * E, 7.0f);  // nothing where a step is not valid
     f.ys = out(T * B * S), f.last_h = out(B * S), f.last_rest = out(B * E, E);
     if (save) f.kept = kept.data(), f.rests = E ? rests.data() : nullptr;
     staged(f, threads);

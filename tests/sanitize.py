@@ -1,7 +1,7 @@
 """Builds the compiled kernels with sanitizers and runs them on problems drawn at random:
 
 python tests/sanitize.py                    # AddressSanitizer with UndefinedBehaviorSanitizer, then ThreadSanitizer
-python tests/sanitize.py thread --cases 50
+python tests/sanitize.py thread --cases 50 --float64
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 
-def run(sanitizer: str, cases: int, compiler: str, instructions: str | None = None) -> str:
+def run(sanitizer: str, cases: int, compiler: str, instructions: str | None = None, double: bool = False) -> str:
     """What the program says; raises if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "sanitize"
         flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
+        flags += ["-DJAXRNN_FLOAT64"] if double else []
         sources = [KERNELS / "kernels.cc", KERNELS / "staged.cc", KERNELS / "elementwise.cc", HERE / "sanitize.cc"]
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         compiled = [
@@ -50,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--compiler", default=os.environ.get("CXX", "g++"))
     parser.add_argument("--instructions", choices=["avx512", "avx2", "baseline"])
+    parser.add_argument("--float64", action="store_true", help="the kernels of float64 in place of float32")
     args = parser.parse_args(argv)
     for sanitizer in args.sanitizers:
-        print(f"{sanitizer}: {run(sanitizer, args.cases, args.compiler, args.instructions)}", flush=True)
+        print(f"{sanitizer}: {run(sanitizer, args.cases, args.compiler, args.instructions, args.float64)}", flush=True)
     return 0
 
 

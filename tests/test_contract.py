@@ -512,14 +512,15 @@ def test_inside_a_scan_and_a_checkpoint(cell):
 
 @every_member()
 def test_explain_names_what_runs(cell):
-    """Every engine call of a cell is explained; another implementation by name raises and says why."""
+    """Every engine call of a cell is explained; an implementation that it has not raises and says why."""
     params, _, xs = arguments(cell)
     calls = jaxrnn.explain(cell, params, None, xs).calls
-    without_kernel = {"matrix_scan": "chunked"}  # these tests are in float64
-    assert all(call.implementation == without_kernel.get(call.engine, "xla") and call.refused for call in calls)
+    for call in calls:
+        without_kernel = "chunked" if call.engine == "matrix_scan" else "xla"
+        assert call.implementation == (without_kernel if "native" in call.refused else "native")
     jax.eval_shape(lambda: jaxrnn.scan(cell, params, None, xs, implementation={"linear_scan": "chunked"}))
-    if calls:
-        with pytest.raises(ValueError, match=r"implementation: .*native.*supported here"):
-            jaxrnn.scan(cell, params, None, xs, implementation="native")
-    else:
+    for name in {"native", "associative"}.intersection(*(call.refused for call in calls)) if calls else ():
+        with pytest.raises(ValueError, match=rf"implementation: .*{name}.*supported here"):
+            jaxrnn.scan(cell, params, None, xs, implementation=name)
+    if not any("native" in call.refused for call in calls):
         jax.eval_shape(lambda: jaxrnn.scan(cell, params, None, xs, implementation="native"))

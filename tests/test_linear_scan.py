@@ -352,7 +352,7 @@ def test_errors_name_the_argument():
             {"time_axis": 3},
         ),
         (ValueError, "implementation: expected one of", (0.5, b), {"implementation": "fast"}),
-        (ValueError, "linear_scan cannot run 'linear_scan' as 'native'", (0.5, b), {"implementation": "native"}),
+        (ValueError, "linear_scan cannot run 'linear_scan' as 'native'", (0.5j, b), {"implementation": "native"}),
     ]:
         with pytest.raises(error, match=match):
             jaxrnn.linear_scan(*arguments, **keywords)
@@ -376,9 +376,9 @@ def test_each_platform_has_its_own():
 
 @pytest.mark.skipif(not NATIVE, reason="no compiled kernels")
 def test_what_the_kernel_refuses():
-    for b, why in ((np.ones((T, N)), "float64"), (np.ones((T, N), np.complex64), "complex64")):
-        with pytest.raises(ValueError, match=f"the kernel computes in float32, not in .*{why}"):
-            jaxrnn.linear_scan(np.ones(N, b.dtype), b, implementation="native")
+    b = np.ones((T, N), np.complex64)
+    with pytest.raises(ValueError, match="the kernels compute in float32 or in float64, not in complex64"):
+        jaxrnn.linear_scan(np.ones(N, b.dtype), b, implementation="native")
 
 
 @pytest.mark.skipif(not NATIVE, reason="no compiled kernels")

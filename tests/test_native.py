@@ -103,6 +103,15 @@ def test_values_and_gradients(kind, shape):
 
 
 @needed
+@pytest.mark.parametrize("kind", mostly_in_full(KINDS, "lstm", "gru"))
+def test_values_and_gradients_in_float64(kind):
+    with jax.enable_x64(True):
+        cell, *arrays = problem(kind, SHAPES[0])
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arrays)
+        close(*both_ways(gradients(cell, *wide)), 1e-12)
+
+
+@needed
 @pytest.mark.parametrize("shape", [(0, 3, 2, 5), (4, 0, 3, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", *full(["elman", "relu", "gru", "gru_before"])])
 def test_values_and_gradients_of_nothing(kind, shape):
@@ -192,29 +201,35 @@ def test_nothing_that_is_not_finite_crosses_padding_or_a_reset(kind):
 
 
 def ulps(ours, exact):
-    """The distance of float32 numbers from exact ones, in units of their last place."""
-    return abs(ours.astype(np.float64) - exact) / np.spacing(abs(exact).astype(np.float32)).astype(np.float64)
+    """The distance of numbers from exact ones, in units of their last place."""
+    return abs(ours.astype(np.longdouble) - exact) / np.spacing(abs(exact).astype(ours.dtype)).astype(np.longdouble)
 
 
 @needed
-def test_the_functions_are_accurate():
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_functions_are_accurate(dtype):
     """tanh by an Elman cell without weights but 1; σ as a forget gate, by what becomes of c = 1."""
-    numbers = np.concatenate(
-        [np.linspace(-110, 110, 40_001), np.logspace(-44, 1, 20_001), -np.logspace(-44, 1, 20_001)]
-    )
-    x = numbers.astype(np.float32)[None, :, None]
-    one = jnp.ones((1, 1))
+    with jax.enable_x64(dtype == np.float64):
+        functions_are_accurate(dtype)
+
+
+def functions_are_accurate(dtype):
+    info = np.finfo(dtype)
+    most, least, wide = -np.log(info.tiny) * 1.25, np.log10(info.smallest_subnormal), np.longdouble
+    small = np.logspace(least + 1, 1, 20_001)
+    x = np.concatenate([np.linspace(-most, most, 40_001), small, -small]).astype(dtype)[None, :, None]
+    one = jnp.ones((1, 1), dtype)
     elman = jaxrnn.ElmanParams(one, 0 * one, None)
     tanh = np.asarray(jaxrnn.scan(Elman(1, 1), elman, None, x, implementation="native")[1])[0, :, 0]
-    normal = abs(x.ravel()) > 1e-37  # below, a result is subnormal, which a processor may be told to take for 0
-    exact = np.tanh(x.ravel().astype(np.float64))
-    assert ulps(tanh, exact)[normal].max() <= 2
-    lstm = jaxrnn.LSTMParams(jnp.array([[0.0, 1.0, 0.0, 0.0]]), jnp.zeros((1, 4)), None)
-    carry = jaxrnn.LSTMCarry(jnp.zeros((x.shape[1], 1)), jnp.ones((x.shape[1], 1)))
+    normal = abs(x.ravel()) > 8 * info.tiny  # below, a result is subnormal, which may be taken for 0
+    exact = np.tanh(x.ravel().astype(wide))
+    assert ulps(tanh, exact)[normal].max() < 2.01
+    lstm = jaxrnn.LSTMParams(jnp.array([[0.0, 1.0, 0.0, 0.0]], dtype), jnp.zeros((1, 4), dtype), None)
+    carry = jaxrnn.LSTMCarry(jnp.zeros((x.shape[1], 1), dtype), jnp.ones((x.shape[1], 1), dtype))
     sigma = np.asarray(jaxrnn.scan(LSTM(1, 1), lstm, carry, x, implementation="native")[0].c)[:, 0]
-    exact = np.exp(-np.logaddexp(0, -x.ravel().astype(np.float64)))
-    assert ulps(sigma, exact)[exact > 1.2e-38].max() <= 2
-    special = np.array([np.inf, -np.inf, np.nan], np.float32)[None, :, None]
+    exact = np.exp(-np.logaddexp(0, -x.ravel().astype(wide)))
+    assert ulps(sigma, exact)[exact > info.tiny].max() < 2.01
+    special = np.array([np.inf, -np.inf, np.nan], dtype)[None, :, None]
     ends = np.asarray(jaxrnn.scan(Elman(1, 1), elman, None, special, implementation="native")[1]).ravel()
     np.testing.assert_array_equal(ends, [1, -1, np.nan])
 
@@ -538,7 +553,6 @@ class Leaky(LSTM):
     [
         (LSTM(3, 4, activation=jnp.sin), jnp.float32, "no kernel has the activation"),
         (Leaky(3, 4), jnp.float32, "no kernel computes what Leaky does"),
-        (LSTM(3, 4), jnp.float64, "the kernels compute in float32, not in float64"),
     ],
 )
 def test_what_no_kernel_computes_says_so(cell, dtype, why):

@@ -16,7 +16,7 @@ from jaxrnn.engines.arrays import cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.diagonal.engine import diagonal_recurrence
 from jaxrnn.engines.linear.engine import kernel_serves
 from jaxrnn.engines.loop import in_chunks
-from jaxrnn.engines.walk import computes_in_single
+from jaxrnn.engines.walk import kernel_dtype
 from jaxrnn.typing import PyTree
 
 
@@ -45,7 +45,7 @@ class DiagonalCell(LinearCell[Params, Carry]):
 
     @abstractmethod
     def diagonal(self, params: PyTree, x: Array) -> Diagonal:
-        """What the recurrence reads, in float32, for any leading axes of x."""
+        """What the recurrence reads, for any leading axes of x."""
 
     @property
     def by_kernel(self) -> bool:
@@ -55,9 +55,12 @@ class DiagonalCell(LinearCell[Params, Carry]):
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
-        single = all(each == jnp.float32 or computes_in_single(walk, each) for each in (dtype, carry.h.real.dtype))
-        steps = math.prod(xs.shape[:-1])
-        if not single or not self.by_kernel or not kernel_serves(walk, owner=self, pays=steps > 1):
+        computed = kernel_dtype(walk, dtype, carry.h.real.dtype)
+        if (
+            computed is None
+            or not self.by_kernel
+            or not kernel_serves(walk, owner=self, pays=math.prod(xs.shape[:-1]) != 1)
+        ):
             if walk.remat_every is None and self.chunk is not None and xs.shape[0] > self.chunk:
                 walk = walk.replace(remat_every=self.chunk)
             return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
@@ -65,8 +68,8 @@ class DiagonalCell(LinearCell[Params, Carry]):
         def run(constant, carry, inputs):
             params, fresh = constant
             xs, flags = inputs
-            params, xs = cast((cast(params, dtype), xs), jnp.float32)
-            h, fresh_h = (each.h if jnp.iscomplexobj(each.h) else each.h.astype(jnp.float32) for each in (carry, fresh))
+            params, xs = cast((cast(params, dtype), xs), computed)
+            h, fresh_h = (each.h if jnp.iscomplexobj(each.h) else each.h.astype(computed) for each in (carry, fresh))
             last, ys = diagonal_recurrence(xs, *self.diagonal(params, xs), h, fresh=fresh_h, flags=flags, walk=walk)
             ys = (ys + lifted(params.d, xs) * xs).astype(dtype)
             return carry._replace(h=last.astype(carry.h.dtype)), zero_where_not(flags.valid, ys)

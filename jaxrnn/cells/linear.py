@@ -21,7 +21,7 @@ from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recu
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.product import dot
-from jaxrnn.engines.walk import Flags, computes_in_single
+from jaxrnn.engines.walk import HALF, Flags, kernel_dtype
 from jaxrnn.typing import PyTree
 
 
@@ -104,14 +104,12 @@ class LinearCell(Cell[Params, Carry]):
         widths = carry.window.shape[-2] + 1 if self.sees_window else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
-        half = computes_in_single(walk, dtype)
-        single = (half or dtype == jnp.float32) and (
-            carry.h.dtype in (jnp.float32, jnp.complex64) or computes_in_single(walk, carry.h.dtype)
-        )
+        computed = kernel_dtype(walk, dtype, carry.h.real.dtype)
         unit, form = self.unit, None
-        # A single step of one row, or with complex states, is as fast without.
-        several = math.prod(xs.shape[1:-1]) > 1 and unit is not None and not unit.turns and not half
-        if unit is None or not single or not kernel_serves(walk, owner=self, pays=xs.shape[0] > 1 or several):
+        # A single step of one row, in half precision or of complex states is as fast without.
+        few = math.prod(xs.shape[1:-1]) == 1 or dtype in HALF or (unit is not None and unit.turns)
+        pays = not (few and xs.shape[0] == 1)
+        if unit is None or computed is None or not kernel_serves(walk, owner=self, pays=pays):
             unit, form = None, self._form(walk, dtypes, carry.h.dtype)
 
         def run(constant, carry, inputs):
@@ -132,8 +130,8 @@ class LinearCell(Cell[Params, Carry]):
             some = steps > 0 if valid is None else valid.any(0)
             started = carry.started | some if self.begins_apart else None
             if unit is not None:
-                params, xs = cast((params, xs), jnp.float32)
-                h, start_h = (parts_of(each.h) if unit.turns else each.h.astype(jnp.float32) for each in (carry, fresh))
+                params, xs = cast((params, xs), computed)
+                h, start_h = (parts_of(each.h) if unit.turns else each.h.astype(computed) for each in (carry, fresh))
                 weights, options = self.unit_weights(params), {"taps": count, "flags": flags, "walk": walk}
                 last, ys = elementwise_recurrence(unit, weights, xs, h, begun=begun, fresh=start_h, **options)
                 if unit.turns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,18 @@ def _widest(*dtypes):
     # Asked for by name, so a strict `jax_numpy_dtype_promotion` need not forbid it.
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def mapped_over_nothing(primitive: Primitive, arrays: Sequence[Array], axes: Sequence[int | None], **options: Any):
+    """What the batching rule of `primitive` returns where the new axis has no entries."""
+
+    def one(array, axis):
+        sizes = [size for k, size in enumerate(array.shape) if k != axis]
+        return jax.ShapeDtypeStruct(tuple(sizes), array.dtype)
+
+    shapes = [one(*each) for each in zip(arrays, axes, strict=True)]
+    found = jax.eval_shape(functools.partial(primitive.bind, **options), *shapes)
+    return [jnp.zeros((0, *each.shape), each.dtype) for each in found], [0] * len(found)
 
 
 def evaluated(primitive: Primitive, options: Sequence[str]) -> Callable[..., PyTree]:

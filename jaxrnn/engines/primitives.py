@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines.arrays import evaluated, varying_like
+from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.typing import PyTree
 
@@ -127,6 +127,8 @@ class Recurrence:
     def _batched(self, primitive, arrays, axes, *, tree, **options):
         """The new axis becomes one of rows; and of members, where weights or their cotangents differ."""
         count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        if count == 0:
+            return mapped_over_nothing(primitive, arrays, axes, tree=tree, **options)
         tree_of_arrays = jax.tree.unflatten(tree, arrays)
         timed, names = self.timed(tree_of_arrays[0]), _names(tree_of_arrays)
         shared = not self.weights & set(options["wrt"] if primitive is self.backward else ()) and all(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import zero_where_not
+from jaxrnn.engines.cpu import library
 from jaxrnn.typing import PyTree
 
 ENGINES = ("scan", "gated_scan", "linear_scan", "matrix_scan")
@@ -191,10 +192,22 @@ def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:
     return implementation
 
 
-def computes_in_single(walk: Walk, dtype: Any) -> bool:
-    """Whether a kernel in float32 takes arrays of `dtype`, of half precision: on the CPU, where XLA takes longer."""
+HALF = (jnp.bfloat16, jnp.float16)
+
+
+def kernel_dtype(walk: Walk, *dtypes: Any) -> Any:
+    """The dtype in which a kernel computes arrays of `dtypes`: float32, in which it takes half precision on the CPU,
+    too, where XLA takes longer, or float64; None where it takes no such arrays, or not together.
+    """
     on_cpu = walk.platform == "cpu" or (walk.platform is None and jax.default_backend() == "cpu")
-    return on_cpu and dtype in (jnp.bfloat16, jnp.float16)
+    computed = [jnp.dtype(jnp.float32 if on_cpu and dtype in HALF else dtype) for dtype in dtypes]
+    return computed[0] if library.takes(*computed) else None
+
+
+def no_kernel_for(*dtypes: Any) -> str:
+    """Says why `kernel_dtype` is None."""
+    names = " and ".join(sorted({jnp.dtype(dtype).name for dtype in dtypes}))
+    return f"the kernels compute in float32 or in float64, not in {names}"
 
 
 def by_platform(

@@ -6,14 +6,14 @@ struct Dual {
 JAXRNN_INLINE Dual operator+(Dual a, Dual b) { return {a.x + b.x, a.d + b.d}; }
 JAXRNN_INLINE Dual operator-(Dual a, Dual b) { return {a.x - b.x, a.d - b.d}; }
 JAXRNN_INLINE Dual operator*(Dual a, Dual b) { return {a.x * b.x, a.d * b.x + a.x * b.d}; }
-JAXRNN_INLINE Dual operator+(Dual a, float b) { return {a.x + b, a.d}; }
-JAXRNN_INLINE Dual operator*(Dual a, float b) { return {a.x * b, a.d * b}; }
-JAXRNN_INLINE Dual operator/(Dual a, float b) { return {a.x / b, a.d / b}; }
+JAXRNN_INLINE Dual operator+(Dual a, Real b) { return {a.x + b, a.d}; }
+JAXRNN_INLINE Dual operator*(Dual a, Real b) { return {a.x * b, a.d * b}; }
+JAXRNN_INLINE Dual operator/(Dual a, Real b) { return {a.x / b, a.d / b}; }
 
 JAXRNN_INLINE Vec value(Vec x) { return x; }
 JAXRNN_INLINE Vec value(Dual x) { return x.x; }
-JAXRNN_INLINE Vec constant(Vec, float x) { return splat(x); }
-JAXRNN_INLINE Dual constant(Dual, float x) { return {splat(x), Vec{}}; }
+JAXRNN_INLINE Vec constant(Vec, Real x) { return splat(x); }
+JAXRNN_INLINE Dual constant(Dual, Real x) { return {splat(x), Vec{}}; }
 // The function that has this value and this slope.
 JAXRNN_INLINE Vec chain(Vec, Vec y, Vec) { return y; }
 JAXRNN_INLINE Dual chain(Dual x, Vec y, Vec slope) { return {y, x.d * slope}; }
@@ -22,9 +22,9 @@ JAXRNN_INLINE Dual choose(Int where, Dual on, Dual off) { return {where ? on.x :
 
 // e^x − 1 for x ≤ 0.
 JAXRNN_INLINE Vec exponential_less_one(Vec x) {
-  const Exponential power(x < -104.0f ? splat(-104.0f) : x);
+  const Exponential power(x < LEAST_LOG ? splat(LEAST_LOG) : x);
   const Int n = power.whole();
-  const Vec scale = Exponential::power(n < -126 ? Int{} - 126 : n);
+  const Vec scale = Exponential::power(n < 1 - BIAS ? Int{} + (1 - BIAS) : n);
   return scale * power.p + (scale - 1.0f);
 }
 
@@ -32,31 +32,36 @@ JAXRNN_INLINE Vec exponential_less_one(Vec x) {
 // t exp(P(t) − z²), t = 1 / (1 + z / 2) for z ≥ 0, by a fit of Chebyshev polynomials of relative error 1.2e-7 (Press et
 // al., Numerical Recipes, section 6.2).
 JAXRNN_INLINE Vec normal_distribution(Vec x) {
+#ifdef JAXRNN_FLOAT64
+  for (long l = 0; l < LANES; ++l) x[l] = 0.5 * std::erfc(-0.70710678118654752 * x[l]);
+  return x;
+#else
   const Vec z = absolute(x) * 0.70710678f, t = divide(splat(1.0f), 1.0f + 0.5f * z);
   Vec sum = splat(0.17087277f);
-  for (float c : {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f,
+  for (Real c : {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f,
                   1.00002368f, -1.26551223f})
     sum = sum * t + c;
   const Vec tail = 0.5f * t * exponential(sum - z * z);
   return x < 0.0f ? tail : 1.0f - tail;
+#endif
 }
 
 // Where both are equal, the derivative is the mean of both.
 template <class N>
-JAXRNN_INLINE N maximum(N x, float bound) {
+JAXRNN_INLINE N maximum(N x, Real bound) {
   const Vec v = value(x);
   return choose(v < bound, constant(x, bound), choose(v == bound, chain(x, v, splat(0.5f)), x));
 }
 template <class N>
-JAXRNN_INLINE N minimum(N x, float bound) {
+JAXRNN_INLINE N minimum(N x, Real bound) {
   return maximum(x * -1.0f, -bound) * -1.0f;
 }
 template <class N>
-JAXRNN_INLINE N between(N x, float low, float high) {
+JAXRNN_INLINE N between(N x, Real low, Real high) {
   return minimum(maximum(x, low), high);
 }
 template <class N>
-JAXRNN_INLINE N flat(N x, float low, float high) {  // clipped, with slope 0 at both ends
+JAXRNN_INLINE N flat(N x, Real low, Real high) {  // clipped, with slope 0 at both ends
   const Vec v = value(x);
   return choose(v <= low, constant(x, low), choose(v >= high, constant(x, high), x));
 }
@@ -76,7 +81,7 @@ JAXRNN_INLINE N softplus_of(N x) {
   return chain(x, found.y, found.slope);
 }
 template <class N>
-JAXRNN_INLINE N elu_of(N x, float alpha, float rate) {  // α (e^{rate x} − 1) below 0
+JAXRNN_INLINE N elu_of(N x, Real alpha, Real rate) {  // α (e^{rate x} − 1) below 0
   const Vec v = value(x), less = alpha * exponential_less_one(rate * (v > 0.0f ? Vec{} : v));
   return choose(v > 0.0f, x, chain(x, less, rate * (less + alpha)));
 }
@@ -89,7 +94,7 @@ enum Activation {
 };
 
 template <int A, class N>
-JAXRNN_INLINE N activate(N x, float alpha, float beta) {
+JAXRNN_INLINE N activate(N x, Real alpha, Real beta) {
   const Vec v = value(x);
   const N zero = constant(x, 0.0f);
   if constexpr (A == kIdentity) return x;
@@ -104,21 +109,21 @@ JAXRNN_INLINE N activate(N x, float alpha, float beta) {
   if constexpr (A == kThresholdedRelu) return choose(v > alpha, x, zero);
   if constexpr (A == kElu) return elu_of(x, alpha, 1.0f);
   if constexpr (A == kCelu) return elu_of(x, alpha, 1.0f / alpha);
-  if constexpr (A == kSelu) return elu_of(x, 1.6732632423543772f, 1.0f) * 1.0507009873554805f;
+  if constexpr (A == kSelu) return elu_of(x, static_cast<Real>(1.6732632423543772), 1.0f) * static_cast<Real>(1.0507009873554805);
   if constexpr (A == kGelu) {
     const Vec phi = normal_distribution(v);
-    return x * chain(x, phi, 0.39894228f * exponential(-0.5f * v * v));
+    return x * chain(x, phi, static_cast<Real>(0.3989422804014327) * exponential(-0.5f * v * v));
   }
   if constexpr (A == kGeluTanh) {
     const N y = between(x, -12.0f, 12.0f);
-    return x * 0.5f * (tanh_of((y + y * y * y * 0.044715f) * 0.7978845608f) + constant(x, 1.0f));
+    return x * 0.5f * (tanh_of((y + y * y * y * static_cast<Real>(0.044715)) * static_cast<Real>(0.7978845608028654)) + constant(x, 1.0f));
   }
   if constexpr (A == kSilu) return x * sigmoid_of(x);
   if constexpr (A == kHardSilu) return x * (flat(x + constant(x, 3.0f), 0.0f, 6.0f) / 6.0f);
   if constexpr (A == kMish) return x * tanh_of(softplus_of(x));
   if constexpr (A == kSoftplus) return softplus_of(x);
   if constexpr (A == kSquareplus) {
-    const Vec r = splat(__builtin_sqrtf(alpha)), a = absolute(v), most = a > r ? a : r, least = a > r ? r : a;
+    const Vec r = splat(std::sqrt(alpha)), a = absolute(v), most = a > r ? a : r, least = a > r ? r : a;
     const Vec ratio = least / (most == 0.0f ? splat(1.0f) : most), hypotenuse = most * root(1.0f + ratio * ratio);
     const Vec slope = v / (hypotenuse == 0.0f ? splat(1.0f) : hypotenuse);
     return (x + chain(x, hypotenuse, slope)) * 0.5f;
@@ -142,7 +147,7 @@ JAXRNN_INLINE N activate(N x, float alpha, float beta) {
 // Of n vectors in place, and their slopes if there is a place for them. A pass and not a call for each vector, which
 // would cost more than what it calls.
 template <int A>
-void activation_pass(Vec* x, Vec* slope, int n, float alpha, float beta) {
+void activation_pass(Vec* x, Vec* slope, int n, Real alpha, Real beta) {
   for (int i = 0; i < n; ++i) {
     if (slope) {
       const Dual y = activate<A>(Dual{x[i], splat(1.0f)}, alpha, beta);
@@ -153,7 +158,7 @@ void activation_pass(Vec* x, Vec* slope, int n, float alpha, float beta) {
   }
 }
 
-using ActivationPass = void (*)(Vec* x, Vec* slope, int n, float alpha, float beta);
+using ActivationPass = void (*)(Vec* x, Vec* slope, int n, Real alpha, Real beta);
 template <int... A>
 inline ActivationPass activation_pass_of(int64_t code, std::integer_sequence<int, A...>) {
   static constexpr ActivationPass all[] = {activation_pass<A>...};

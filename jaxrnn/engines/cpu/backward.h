@@ -30,7 +30,7 @@ class BackwardRun : Cell<K> {
     d_v_ = AFTER ? scratch.take(rows * G) : d_u_;
     reset_ = scratch.take(rows * H);
     nothing_ = scratch.take(D + H);
-    std::memset(nothing_, 0, (D + H) * sizeof(float));
+    std::memset(nothing_, 0, (D + H) * sizeof(Real));
     if (p_.valid || p_.start) trace();
   }
 
@@ -81,7 +81,7 @@ class BackwardRun : Cell<K> {
   }
 
   void prepare(Range rows, const Worker& worker) {
-    const long D = n_.inputs, H = n_.units, G = GATES * H, size = H * sizeof(float);
+    const long D = n_.inputs, H = n_.units, G = GATES * H, size = H * sizeof(Real);
     const Range units = worker.part(units_.blocks()), panels = worker.part(panels_);
     if (BEFORE) {
       pack_transposed(p_.w_h, G, gates_, 0, 2, units_, units, w_h_);
@@ -91,8 +91,8 @@ class BackwardRun : Cell<K> {
     }
     if (p_.d_xs) pack_transposed(p_.w_x, G, gates_, 0, V, inputs_, worker.part(inputs_.blocks()), w_x_);
     if (p_.d_w_x) {
-      auto zero = [&](float* w, long k) {
-        std::memset(w + panels.begin * panel_ * k, 0, panels.size() * panel_ * k * sizeof(float));
+      auto zero = [&](Real* w, long k) {
+        std::memset(w + panels.begin * panel_ * k, 0, panels.size() * panel_ * k * sizeof(Real));
       };
       zero(d_w_x_, D), zero(d_w_h_, H), zero(d_b_, 1), zero(d_b_hn_, 1);
     }
@@ -104,17 +104,17 @@ class BackwardRun : Cell<K> {
     }
   }
 
-  void padded(float* to, const float* from) const {
-    std::memcpy(to, from, n_.units * sizeof(float));
-    std::memset(to + n_.units, 0, (width_ - n_.units) * sizeof(float));
+  void padded(Real* to, const Real* from) const {
+    std::memcpy(to, from, n_.units * sizeof(Real));
+    std::memset(to + n_.units, 0, (width_ - n_.units) * sizeof(Real));
   }
 
   void finish(const Worker& worker) const {
     const long D = n_.inputs, H = n_.units, G = GATES * H;
     const Range rows = worker.part(n_.rows), panels = worker.part(panels_);
     for (long r = rows.begin; r < rows.end; ++r) {
-      std::memcpy(p_.d_h + r * H, d_h_ + r * width_, H * sizeof(float));
-      if (LSTM) std::memcpy(p_.d_c + r * H, d_c_ + r * width_, H * sizeof(float));
+      std::memcpy(p_.d_h + r * H, d_h_ + r * width_, H * sizeof(Real));
+      if (LSTM) std::memcpy(p_.d_c + r * H, d_c_ + r * width_, H * sizeof(Real));
     }
     if (!p_.d_w_x) return;
     unpack(d_w_x_, D, G, gates_, panels, p_.d_w_x);
@@ -142,15 +142,15 @@ class BackwardRun : Cell<K> {
   bool start(long at) const { return p_.start && p_.start[at]; }
 
   // h or c before step number k of a row, of the states after every step, the first and the fresh ones.
-  const float* before(long k, long b, const float* states, const float* first, const float* fresh) const {
+  const Real* before(long k, long b, const Real* states, const Real* first, const Real* fresh) const {
     const long H = n_.units;
     long t = k == 0 ? FIRST : n_.time(k - 1);
     if (!before_.empty()) t = before_[n_.at(n_.time(k), b)];
     return t == FRESH ? fresh + b * H : t == FIRST ? first + b * H : states + n_.at(t, b) * H;
   }
-  const float* h_before(long k, long b) const { return before(k, b, p_.ys, p_.h, p_.fresh_h); }
+  const Real* h_before(long k, long b) const { return before(k, b, p_.ys, p_.h, p_.fresh_h); }
 
-  float* panel(float* base, const Chunk& chunk, long j, long m) const {
+  Real* panel(Real* base, const Chunk& chunk, long j, long m) const {
     return base + (j * chunk.steps() * n_.rows + m) * panel_;
   }
 
@@ -158,9 +158,9 @@ class BackwardRun : Cell<K> {
   void gates(const Chunk& chunk, long k, long m, long b, Range blocks) const {
     const long H = n_.units, at = n_.at(n_.time(k), b), scale = units_.units() / gates_.units();
     const bool live = valid(at);
-    const float* h = h_before(k, b);
+    const Real* h = h_before(k, b);
     for (long j = blocks.begin * scale; j < std::min(blocks.end * scale, panels_); ++j) {
-      float *d_u = panel(d_u_, chunk, j, m), *d_v = panel(d_v_, chunk, j, m);
+      Real *d_u = panel(d_u_, chunk, j, m), *d_v = panel(d_v_, chunk, j, m);
       if (!live) {
         for (int v = 0; v < V; ++v) store(d_u + v * LANES, Vec{}), store(d_v + v * LANES, Vec{});
         if (BEFORE) store(reset_ + m * H + gates_.unit(j, 0), Vec{}, gates_.lanes(j, 0));
@@ -168,17 +168,17 @@ class BackwardRun : Cell<K> {
       }
       for (int v = 0; v < (GATES == 1 ? V : 1); ++v) {
         const long unit = gates_.unit(j, v), n = gates_.lanes(j, v);
-        const float* kept = p_.kept + at * KEPT * H + unit;
-        float* through = through_ + b * width_ + unit;
+        const Real* kept = p_.kept + at * KEPT * H + unit;
+        Real* through = through_ + b * width_ + unit;
         const Vec d_y = load(d_h_ + b * width_ + unit) + (n ? load(p_.d_ys + at * H + unit, n) : Vec{});
         if constexpr (LSTM) {
-          const float* c = before(k, b, p_.cs, p_.c, p_.fresh_c) + unit;
+          const Real* c = before(k, b, p_.cs, p_.c, p_.fresh_c) + unit;
           Vec d_c = load(d_c_ + b * width_ + unit), d_a[4];
           lstm_back(d_y, d_c, load(c, n), load(p_.cs + at * H + unit, n), kept, H, n, d_a);
           for (int gate = 0; gate < 4; ++gate) store(d_u + gate * LANES, d_a[gate]);
           store(through, Vec{});
           if (start(at)) {
-            float* fresh = p_.d_fresh_c + b * H + unit;
+            Real* fresh = p_.d_fresh_c + b * H + unit;
             store(fresh, load(fresh, n) + d_c, n);
             d_c = Vec{};
           }
@@ -204,8 +204,8 @@ class BackwardRun : Cell<K> {
 
   // sums += the vectors [first, first + count) of rows m, ... of all panels, times a packed transposed weight.
   template <int R, int CHAINS = 1>
-  void times(const float* base, const Chunk& chunk, long m, long first, long count, const float* w, Vec (&sums)[R][OUT]) const {
-    const float* a[R];
+  void times(const Real* base, const Chunk& chunk, long m, long first, long count, const Real* w, Vec (&sums)[R][OUT]) const {
+    const Real* a[R];
     for (long j = 0; j < panels_; ++j, w += count * LANES * OUT * LANES) {
       for (int r = 0; r < R; ++r)
         a[r] = base + (j * chunk.steps() * n_.rows + m + r) * panel_ + first * LANES;
@@ -222,14 +222,14 @@ class BackwardRun : Cell<K> {
     for (int r = 0; r < R; ++r) {
       const long b = row + r, at = n_.at(n_.time(k), b);
       if (!valid(at)) continue;
-      const float* before = h_before(k, b);
+      const Real* before = h_before(k, b);
       for (int v = 0; v < OUT; ++v) {
         const long unit = units_.unit(j, v), n = units_.lanes(j, v);
         if (n == 0) continue;
         const Vec gate = load(p_.kept + at * KEPT * H + unit, n), h = load(before + unit, n);
         store(panel(d_u_, chunk, unit / LANES, m + r), sums[r][v] * h * gate * (1.0f - gate));
         store(reset_ + (m + r) * H + unit, gate * h, n);
-        float* through = through_ + b * width_ + unit;
+        Real* through = through_ + b * width_ + unit;
         store(through, load(through) + sums[r][v] * gate);
       }
     }
@@ -247,10 +247,10 @@ class BackwardRun : Cell<K> {
       for (int v = 0; v < OUT; ++v) {
         const long unit = units_.unit(j, v), n = units_.lanes(j, v);
         if (n == 0) continue;
-        float* d_h = d_h_ + b * width_ + unit;
+        Real* d_h = d_h_ + b * width_ + unit;
         const Vec d_before = sums[r][v] + load(through_ + b * width_ + unit);
         if (start(at)) {
-          float* fresh = p_.d_fresh_h + b * H + unit;
+          Real* fresh = p_.d_fresh_h + b * H + unit;
           store(fresh, load(fresh, n) + d_before, n);
           store(d_h, Vec{});
         } else {
@@ -264,7 +264,7 @@ class BackwardRun : Cell<K> {
   void weights(const Chunk& chunk, Range panels) const {
     const long D = n_.inputs, H = n_.units, B = n_.rows, count = chunk.steps() * B;
     constexpr long AT_ONCE = 128;
-    const float *x[AT_ONCE], *s[AT_ONCE], *reset[AT_ONCE];
+    const Real *x[AT_ONCE], *s[AT_ONCE], *reset[AT_ONCE];
     for (long begin = 0; begin < count; begin += AT_ONCE) {
       const long size = std::min(AT_ONCE, count - begin);
       long k = chunk.first + begin / B, b = begin % B;
@@ -277,9 +277,9 @@ class BackwardRun : Cell<K> {
         if (++b == B) b = 0, ++k;
       }
       for (long j = panels.begin; j < panels.end; ++j) {
-        const float *d_u = panel(d_u_, chunk, j, begin), *d_v = panel(d_v_, chunk, j, begin);
+        const Real *d_u = panel(d_u_, chunk, j, begin), *d_v = panel(d_v_, chunk, j, begin);
         one_weight<V>(x, D, size, d_u, d_w_x_ + j * panel_ * D);
-        float* w_h = d_w_h_ + j * panel_ * H;
+        Real* w_h = d_w_h_ + j * panel_ * H;
         if constexpr (BEFORE) {
           one_weight<2>(s, H, size, d_u, w_h);
           one_weight<1>(reset, H, size, d_u + 2 * LANES, w_h + 2 * LANES);
@@ -293,13 +293,13 @@ class BackwardRun : Cell<K> {
   }
 
   template <int VECTORS>
-  void one_weight(const float* const* a, long rows, long count, const float* d, float* sums) const {
+  void one_weight(const Real* const* a, long rows, long count, const Real* d, Real* sums) const {
     tiles<ROWS<VECTORS>>({0, rows}, [&](auto tile, long k) {
       accumulate<decltype(tile)::value, VECTORS>(a, k, count, d, panel_, sums + k * panel_, panel_);
     });
   }
 
-  void bias(const float* d, long count, float* sums) const {
+  void bias(const Real* d, long count, Real* sums) const {
     Vec s[V];
     for (int v = 0; v < V; ++v) s[v] = load(sums + v * LANES);
     for (long i = 0; i < count; ++i, d += panel_)
@@ -316,7 +316,7 @@ class BackwardRun : Cell<K> {
       times<R>(d_u_, chunk, m, 0, V, w_x_ + j * panels_ * panel_ * OUT * LANES, sums);
       const uint32_t first = static_cast<uint32_t>(m), B = static_cast<uint32_t>(n_.rows);
       for (uint32_t r = 0; r < R; ++r) {
-        float* d_x = p_.d_xs + n_.at(n_.time(chunk.first + (first + r) / B), (first + r) % B) * D;
+        Real* d_x = p_.d_xs + n_.at(n_.time(chunk.first + (first + r) / B), (first + r) % B) * D;
         for (int v = 0; v < OUT; ++v)
           if (const long n = inputs_.lanes(j, v)) store(d_x + inputs_.unit(j, v), sums[r][v], n);
       }
@@ -330,5 +330,5 @@ class BackwardRun : Cell<K> {
   const Team team_;
   std::vector<int32_t> before_;
   long at_once_;
-  float *w_h_, *w_hn_, *w_x_, *d_w_x_, *d_w_h_, *d_b_, *d_b_hn_, *d_h_, *d_c_, *through_, *d_u_, *d_v_, *reset_, *nothing_;
+  Real *w_h_, *w_hn_, *w_x_, *d_w_x_, *d_w_h_, *d_b_, *d_b_hn_, *d_h_, *d_c_, *through_, *d_u_, *d_v_, *reset_, *nothing_;
 };

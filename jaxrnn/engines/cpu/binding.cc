@@ -8,7 +8,7 @@
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 namespace {
 
 // What both passes are told, and read first.
@@ -17,7 +17,7 @@ struct Problem {
   Sizes n{};
   long M = 0, G = 0, first = 0, second = 0;  // first, second: steps and rows in the order of the arrays
   int64_t directions, pattern;
-  Members<const float> xs, w_x, w_h, h, c, fresh_h, fresh_c;
+  Members<const Real> xs, w_x, w_h, h, c, fresh_h, fresh_c;
   Members<const uint8_t> valid, start;
 
   bool lstm() const { return kind == Kind::kLstm; }
@@ -122,7 +122,7 @@ ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, in
   if (ffi::Error error = arrays.error(); error.failure()) return error;
   if (B == 0) {  // nothing is summed
     for (const auto& [array, size] : {std::pair(d_w_x, D * G), {d_w_h, H * G}, {d_b, G}, {d_b_hn, H}})
-      if (array.first) std::memset(array.first, 0, q.M * size * sizeof(float));
+      if (array.first) std::memset(array.first, 0, q.M * size * sizeof(Real));
     return ffi::Error::Success();
   }
   return each_member(q.M, q.G * q.n.units, [&](long m, int threads) {
@@ -137,10 +137,9 @@ ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, in
 }
 
 }  // namespace
-}  // namespace jaxrnn
 
 #define JAXRNN_BINDING                     \
-  xla::ffi::Ffi::Bind()                    \
+  ffi::Ffi::Bind()                    \
       .Attr<int64_t>("kind")               \
       .Attr<bool>("batch_major")           \
       .Attr<int64_t>("directions")         \
@@ -151,12 +150,16 @@ ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, in
       .RemainingRets()
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_forward, jaxrnn::gated_forward, JAXRNN_BINDING);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_gated_backward, jaxrnn::gated_backward, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_gated_forward), gated_forward, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_gated_backward), gated_backward, JAXRNN_BINDING);
 
+#ifndef JAXRNN_FLOAT64
 extern "C" {
 const char* jaxrnn_jaxlib() { return JAXRNN_JAXLIB; }  // whose headers this was compiled with
-const char* jaxrnn_instructions() { return jaxrnn::instructions(); }
-int jaxrnn_threads() { return jaxrnn::Pool::threads(); }
+const char* jaxrnn_instructions() { return instructions(); }
+int jaxrnn_threads() { return Pool::threads(); }
 }
+#endif
 #pragma GCC visibility pop
+
+}  // namespace jaxrnn::JAXRNN_NUMBERS

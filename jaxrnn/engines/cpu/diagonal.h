@@ -10,21 +10,24 @@
 
 constexpr long LINE = 16, Z = LINE / LANES;  // channels of a block, and its vectors
 
-// 2^x for x ≤ 0, from −126 on. Relative error 1e-7.
+// 2^x for x ≤ 0; the least normal number where it is below that. In float32 of a relative error of 1e-7.
 JAXRNN_INLINE Vec power_of_two(Vec x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
-  const Vec shifted = x + 12582912.0f;  // 1.5 · 2^23: rounds to an integer, which is in the lowest bits
-  const Vec r = x - (shifted - 12582912.0f);
-  Vec p = splat(1.326472690e-3f);
-  p = p * r + 9.671512661e-3f;
-  p = p * r + 5.550733744e-2f;
-  p = p * r + 2.402224208e-1f;
-  p = p * r + 6.931469776e-1f;
-  p = p * r + 1.0f;
-  return (Vec)((Int)p + ((Int)shifted << 23));
+  constexpr Real LEAST = 1 - BIAS;
+  x = x < LEAST ? splat(LEAST) : x;
+  const Vec shifted = x + NEAREST, r = x - (shifted - NEAREST);  // the integer is in the lowest bits
+  Vec p;
+  if constexpr (DOUBLE) {
+    p = small_exponential_less_one(r * LN_2) + 1.0f;
+  } else {
+    p = splat(1.326472690e-3f);
+    p = p * r + 9.671512661e-3f;
+    p = p * r + 5.550733744e-2f;
+    p = p * r + 2.402224208e-1f;
+    p = p * r + 6.931469776e-1f;
+    p = p * r + 1.0f;
+  }
+  return (Vec)((Int)p + ((Int)shifted << FRACTION));
 }
-
-constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 // Some channels of one row.
 struct Lane {
@@ -39,24 +42,24 @@ struct Lane {
   // Of arrays of each row, and of each member.
   long state(long n) const { return (row * p.states + n) * p.channels + channel; }
   long weight(long n) const { return (row / (p.rows / p.members) * p.states + n) * p.channels + channel; }
-  void read(Vec* to, const float* from) const {
+  void read(Vec* to, const Real* from) const {
     for (long z = 0; z < Z; ++z) to[z] = load(from + z * LANES, count(z));
   }
-  void write(float* to, const Vec* from) const {
+  void write(Real* to, const Vec* from) const {
     for (long z = 0; z < Z; ++z) store(to + z * LANES, from[z], count(z));
   }
   // States of the block, one or all; those of an array that is absent are 0.
-  void read_state(Vec* to, const float* from, long n) const {
+  void read_state(Vec* to, const Real* from, long n) const {
     if (from) return read(to, from + state(n));
     for (long z = 0; z < Z; ++z) to[z] = Vec{};
   }
-  void read_states(Vec* to, const float* from) const {
+  void read_states(Vec* to, const Real* from) const {
     for (long n = 0; n < p.states; ++n) read_state(to + n * Z, from, n);
   }
-  void write_states(float* to, const Vec* from) const {
+  void write_states(Real* to, const Vec* from) const {
     for (long n = 0; n < p.states; ++n) write(to + state(n), from + n * Z);
   }
-  void read_weights(Vec* to, const float* from, float factor) const {
+  void read_weights(Vec* to, const Real* from, Real factor) const {
     for (long n = 0; n < p.states; ++n, to += Z) {
       read(to, from + weight(n));
       for (long z = 0; z < Z; ++z) to[z] *= factor;
@@ -111,7 +114,7 @@ inline void selective_forward(const Lane& lane, Vec* memory) {
   Vec *h = memory, *decay = h + N * Z;
   lane.read_weights(decay, p.a, LOG2_E);
   diagonal_walk(lane, h, [&](long t, const Inputs& in, Vec* h, Vec* y) {
-    const float *b = p.b + lane.place(t) * N, *c = p.c + lane.place(t) * N;
+    const Real *b = p.b + lane.place(t) * N, *c = p.c + lane.place(t) * N;
     for (long n = 0; n < N; ++n)
       for (long z = 0; z < Z; ++z) {
         Vec& s = h[n * Z + z];
@@ -160,7 +163,7 @@ struct Chunk {
 // M states of a block, from the n-th on, over a chunk; `power` and `decayed` are M vectors of a block for each step.
 template <long M>
 JAXRNN_INLINE void selective_states(const Lane& lane, const DiagonalGradient& g, const Steps& steps, const Chunk& chunk,
-                                    long n, const float* kept, const Vec* decay, Vec* d_h, Vec* d_decay, Vec* power,
+                                    long n, const Real* kept, const Vec* decay, Vec* d_h, Vec* d_decay, Vec* power,
                                     Vec* decayed, Vec* d_b, Vec* d_c) {
   const DiagonalProblem& p = lane.p;
   const long N = p.states;
@@ -170,7 +173,7 @@ JAXRNN_INLINE void selective_states(const Lane& lane, const DiagonalGradient& g,
     lane.read(h, kept + lane.state(n + m));
     for (long z = 0; z < Z; ++z) own[z] = decay[m * Z + z];
     for (long j = 0; j < steps.count; ++j) {
-      const float b = p.b[lane.place(steps.times[j]) * N + n + m];
+      const Real b = p.b[lane.place(steps.times[j]) * N + n + m];
       if (steps.starts[j]) lane.read_state(h, p.fresh, n + m);
       for (long z = 0; z < Z; ++z) {
         const Vec e = power_of_two(chunk.step[j * Z + z] * own[z]), s = e * h[z];
@@ -183,7 +186,7 @@ JAXRNN_INLINE void selective_states(const Lane& lane, const DiagonalGradient& g,
   for (long m = 0; m < M; ++m)
     for (long z = 0; z < Z; ++z) d[m][z] = d_h[m * Z + z];
   for (long j = steps.count - 1; j >= 0; --j) {
-    const float *b = p.b + lane.place(steps.times[j]) * N + n, *c = p.c + lane.place(steps.times[j]) * N + n;
+    const Real *b = p.b + lane.place(steps.times[j]) * N + n, *c = p.c + lane.place(steps.times[j]) * N + n;
     Vec sum_b[M] = {}, sum_c[M] = {};
     for (long z = 0; z < Z; ++z) {
       const Vec step = chunk.step[j * Z + z], u = chunk.u[j * Z + z], d_y = chunk.d_y[j * Z + z];
@@ -221,7 +224,7 @@ JAXRNN_INLINE void selective_states(const Lane& lane, const DiagonalGradient& g,
 constexpr long AT_ONCE = JAXRNN_WIDTH == 64 ? 4 : JAXRNN_WIDTH == 32 ? 2 : 1;  // states
 
 // Σ over lanes of each of N vectors.
-JAXRNN_INLINE void across(Vec* from, float* to, long N) {
+JAXRNN_INLINE void across(Vec* from, Real* to, long N) {
   long n = 0;
   for (; n + LANES <= N; n += LANES) store(to + n, sums_of(from + n));
   for (; n < N; ++n) to[n] = sum_of(from[n]);
@@ -253,7 +256,7 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
   std::fill(d_decay, d_decay + blocks * N * Z, Vec{});
   for (long begin = (p.steps - 1) / p.chunk * p.chunk; begin >= 0; begin -= p.chunk) {
     const long end = std::min(begin + p.chunk, p.steps);
-    const float* kept = p.kept + begin / p.chunk * p.rows * N * p.channels;
+    const Real* kept = p.kept + begin / p.chunk * p.rows * N * p.channels;
     steps.take(Lane{p, row, channel}, begin, end);
     std::fill(d_b, d_b + steps.count * N, Vec{});
     std::fill(d_c, d_c + steps.count * N, Vec{});
@@ -265,8 +268,8 @@ inline void selective_backward(const DiagonalProblem& p, const DiagonalGradient&
         lane.read(chunk.step + j * Z, p.step + at);
         lane.read(chunk.d_y + j * Z, g.d_ys + at);
         lane.read(x, p.x + at);
-        for (const float* next : {p.x, p.step, g.d_ys}) __builtin_prefetch(next + at + LINE);  // of the next block
-        for (float* next : {g.d_x, g.d_step})
+        for (const Real* next : {p.x, p.step, g.d_ys}) __builtin_prefetch(next + at + LINE);  // of the next block
+        for (Real* next : {g.d_x, g.d_step})
           if (next) __builtin_prefetch(next + at + LINE, 1);
         for (long z = 0; z < Z; ++z) {
           const Softplus step(chunk.step[j * Z + z]);
@@ -381,7 +384,7 @@ inline void fixed_backward(const Lane& lane, const DiagonalGradient& g, Vec* mem
   auto spread = [&](auto member) {
     for (long k = 0; k < N; ++k) (pairs[k % I].*member)[k / I] = h[k];
   };
-  auto gather = [&](float* to, auto member) {
+  auto gather = [&](Real* to, auto member) {
     for (long k = 0; k < N; ++k) h[k] = (pairs[k % I].*member)[k / I];
     lane.write_states(to, h);
   };

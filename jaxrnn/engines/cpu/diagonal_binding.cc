@@ -8,7 +8,7 @@
 #include "shapes.h"
 #include "threads.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 namespace {
 
 DiagonalProblem problem(Shapes& shapes, bool reverse, int64_t chunk, Floats& x, Floats& a, Floats& b, Floats& c,
@@ -45,7 +45,7 @@ ffi::Error diagonal_forward(bool reverse, int64_t chunk, Floats x, Floats a, Flo
   p.kept = shapes.optional("kept", *kept, {(p.steps + chunk - 1) / chunk, p.rows, p.states, p.channels});
   if (shapes.failed()) return shapes.error();
   if (p.rows * p.channels * p.states == 0) return ffi::Error::Success();
-  if (p.kept) in_large_pages(p.kept, kept->element_count() * sizeof(float));
+  if (p.kept) in_large_pages(p.kept, kept->element_count() * sizeof(Real));
   diagonal(p, Pool::threads());
   return ffi::Error::Success();
 }
@@ -84,18 +84,19 @@ ffi::Error diagonal_cotangents(bool reverse, int64_t chunk, Floats x, Floats a, 
 }
 
 }  // namespace
-}  // namespace jaxrnn
 
-#define ARRAY .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-#define FLAGS .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
-#define RESULT .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+#define ARRAY .Arg<Floats>()
+#define FLAGS .Arg<ffi::Buffer<ffi::PRED>>()
+#define RESULT .Ret<Floats>()
 #define PROBLEM           \
-  xla::ffi::Ffi::Bind()   \
+  ffi::Ffi::Bind()   \
       .Attr<bool>("reverse") \
       .Attr<int64_t>("chunk") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS ARRAY
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_diagonal_forward, jaxrnn::diagonal_forward, PROBLEM RESULT RESULT RESULT);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_diagonal_backward, jaxrnn::diagonal_cotangents,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_diagonal_forward), diagonal_forward, PROBLEM RESULT RESULT RESULT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_diagonal_backward), diagonal_cotangents,
                               PROBLEM ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT);
 #pragma GCC visibility pop
+
+}  // namespace jaxrnn::JAXRNN_NUMBERS

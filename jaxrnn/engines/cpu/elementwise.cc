@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -16,7 +18,7 @@
 #include "problem.h"
 #include "threads.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 
 #define JAXRNN_WIDTH 16
 namespace baseline {
@@ -74,4 +76,4 @@ void elementwise_backward(const ElementwiseProblem& p, const ElementwiseGradient
   baseline::run_elementwise_backward(p, g, threads);
 }
 
-}  // namespace jaxrnn
+}  // namespace jaxrnn::JAXRNN_NUMBERS

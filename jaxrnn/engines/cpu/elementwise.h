@@ -24,9 +24,9 @@ class UnitSums {
   const long member_, R_, H_, X_, D_;  // rows of the member, units, inputs of a step and of a window of steps
   const Layout layout_, in_;
   const long blocks_, width_;
-  const float* const w_given_;
+  const Real* const w_given_;
   int by_blocks_, by_rows_;  // threads
-  float *w_, *bias_;         // packed
+  Real *w_, *bias_;         // packed
 
   struct Chunk {
     long first, last;
@@ -43,7 +43,7 @@ class UnitSums {
   long time(long k) const { return p_.reverse ? p_.steps - 1 - k : k; }
   long place(long k, long row) const { return time(k) * p_.rows + member_ * R_ + row; }
   // What step k reads of a row: the input of every step of its window, the first of which lie before step 0.
-  const float* input(long k, int tap, long row) const {
+  const Real* input(long k, int tap, long row) const {
     const long t = p_.reverse ? p_.steps + p_.taps - 2 - k - tap : k + tap;
     return p_.xs + (t * p_.rows + own(row)) * X_;
   }
@@ -70,11 +70,11 @@ class UnitSums {
 
   void pack_weights(Range blocks) const {
     if (p_.b) pack(p_.b + member_ * S * H_, 1, S * H_, layout_, blocks, bias_);
-    else std::memset(bias_ + blocks.begin * W, 0, blocks.size() * W * sizeof(float));
+    else std::memset(bias_ + blocks.begin * W, 0, blocks.size() * W * sizeof(Real));
     if (p_.heads == 1) return pack(w_given_, D_, S * H_, layout_, blocks, w_);
-    each_weight(blocks, [&](long at, float* packed) { *packed = at < 0 ? 0.0f : w_given_[at]; }, w_);
+    each_weight(blocks, [&](long at, Real* packed) { *packed = at < 0 ? 0.0f : w_given_[at]; }, w_);
   }
-  void pack_transposed_weights(Range out, float* to) const {
+  void pack_transposed_weights(Range out, Real* to) const {
     if (p_.heads == 1) return pack_transposed(w_given_, S * H_, layout_, 0, S, in_, out, to);
     for (long j = out.begin; j < out.end; ++j)
       for (long unit = 0; unit < width_; ++unit)
@@ -85,17 +85,17 @@ class UnitSums {
                 at < 0 ? 0.0f : w_given_[at];
           }
   }
-  void unpack_weights(const float* packed, Range blocks, float* w) const {
+  void unpack_weights(const Real* packed, Range blocks, Real* w) const {
     if (p_.heads == 1) return unpack(packed, D_, S * H_, layout_, blocks, w);
-    each_weight(blocks, [&](long at, const float* packed) { if (at >= 0) w[at] = *packed; }, packed);
+    each_weight(blocks, [&](long at, const Real* packed) { if (at >= 0) w[at] = *packed; }, packed);
   }
 
   // to = x w + bias, for the rows at `x`, of which some columns are read; `next` lie those of every other tap.
-  static void product(const float* const* x, long count, Range columns, const float* w, const float* bias, float* to,
+  static void product(const Real* const* x, long count, Range columns, const Real* w, const Real* bias, Real* to,
                       long taps = 1, long next = 0) {
     tiles<ROWS<S>>({0, count}, [&](auto tile, long m) {
       constexpr int R = decltype(tile)::value;
-      const float* a[R];
+      const Real* a[R];
       Vec sums[R][S];
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < S; ++v) sums[r][v] = bias ? load(bias + v * LANES) : Vec{};
@@ -109,7 +109,7 @@ class UnitSums {
   }
 
   // sums += xᵀ d, for some columns of x; all d are added up in `total`, too.
-  static void gram(const float* const* x, long count, Range columns, const float* d, float* sums, float* total) {
+  static void gram(const Real* const* x, long count, Range columns, const Real* d, Real* sums, Real* total) {
     constexpr long MOST = 128;
     for (long begin = 0; begin < count; begin += MOST, d += MOST * W) {
       const long size = std::min(MOST, count - begin);
@@ -124,27 +124,27 @@ class UnitSums {
   }
 
   // u = x w + b of a block, for the rows at `x`, and d_w += xᵀ d.
-  void project(const float* const* x, long next, long count, long j, float* u) const {
+  void project(const Real* const* x, long next, long count, long j, Real* u) const {
     const Range in = inputs(j);
     product(x, count, in, w_ + (j * D_ + in.begin) * W, bias_ + j * W, u, p_.taps, next);
   }
-  void project_back(const float* const* x, long next, long count, long j, const float* d, float* d_w, float* d_b) const {
+  void project_back(const Real* const* x, long next, long count, long j, const Real* d, Real* d_w, Real* d_b) const {
     for (long tap = 0; tap < p_.taps; ++tap)
       gram(x + tap * next, count, inputs(j), d, d_w + (j * D_ + tap * X_) * W, tap ? nullptr : d_b + j * W);
   }
 
   // d_xs = d wᵀ for some rows of a chunk, or as much more.
-  void inputs_back(const float* d, const Chunk& chunk, Range rows, const float* w_back, bool more, float* d_xs) const {
+  void inputs_back(const Real* d, const Chunk& chunk, Range rows, const Real* w_back, bool more, Real* d_xs) const {
     for (long j = 0; j < in_.blocks(); ++j)
       tiles<ROWS<OUT>>(rows, [&](auto tile, long m) {
         constexpr int R = decltype(tile)::value;
         Vec sums[R][OUT] = {};
         times<R>(d + m * W, chunk.count(R_) * W, W, readers(j), W, w_back + j * blocks_ * W * OUT * LANES, sums);
         for (int r = 0; r < R; ++r) {
-          float* to = d_xs + place(chunk.first + (m + r) % chunk.steps(), (m + r) / chunk.steps()) * D_;
+          Real* to = d_xs + place(chunk.first + (m + r) % chunk.steps(), (m + r) / chunk.steps()) * D_;
           for (int v = 0; v < OUT; ++v)
             if (const long n = in_.lanes(j, v)) {
-              float* own = to + in_.unit(j, v);
+              Real* own = to + in_.unit(j, v);
               store(own, more ? sums[r][v] + load(own, n) : sums[r][v], n);
             }
         }
@@ -173,11 +173,11 @@ class UnitRun : protected UnitSums<Unit::SUMS> {
   using Base::Base, Base::p_, Base::member_, Base::H_, Base::D_, Base::R_, Base::own;
 
   // The block of the states of a row.
-  JAXRNN_INLINE void take(Vec* to, const float* from, long row, long j) const {
+  JAXRNN_INLINE void take(Vec* to, const Real* from, long row, long j) const {
     for (int e = 0; e < E; ++e)
       to[e] = from ? load(from + row * E * H_ + e * H_ + j * LANES, this->lanes(j)) : Vec{};
   }
-  JAXRNN_INLINE void give(float* to, const Vec* from, long row, long j) const {
+  JAXRNN_INLINE void give(Real* to, const Vec* from, long row, long j) const {
     for (int e = 0; e < E; ++e) store(to + row * E * H_ + e * H_ + j * LANES, from[e], this->lanes(j));
   }
   JAXRNN_INLINE void fresh(Vec* to, long row, long j) const { take(to, p_.fresh, own(row), j); }
@@ -188,9 +188,9 @@ class UnitRun : protected UnitSums<Unit::SUMS> {
     s.bound = p_.bound;
     return s;
   }
-  float* kept(long at, int v, long j) const { return p_.sums + (at * S + v) * H_ + j * LANES; }
+  Real* kept(long at, int v, long j) const { return p_.sums + (at * S + v) * H_ + j * LANES; }
   // The sums lie at u, or are kept.
-  JAXRNN_INLINE void read(Sums<S>& s, const float* u, long at, long j) const {
+  JAXRNN_INLINE void read(Sums<S>& s, const Real* u, long at, long j) const {
     for (int v = 0; v < S; ++v) s.u[v] = u ? load(u + v * LANES) : load(kept(at, v, j), this->lanes(j));
     if (Unit::READS_X) s.x = load(p_.xs + at * D_ + j * LANES, this->lanes(j));
     s.begun = !p_.begun || p_.begun[at];
@@ -214,7 +214,7 @@ class UnitForward : UnitRun<Unit> {
     this->bias_ = scratch.take(blocks_ * W);
     h_ = scratch.take(R_ * INNER * this->width_);
     u_ = scratch.take(this->parts() * count * W);
-    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * p_.taps * count));
+    x_ = reinterpret_cast<const Real**>(scratch.take(2 * this->parts() * p_.taps * count));
     w_y_ = scratch.take(blocks_ * out * E * LANES);
     for (long k = 0; k < 2; ++k) hs_[k] = k < both ? scratch.take(PROJECTS ? count * blocks_ * E * LANES : 0) : hs_[0];
   }
@@ -232,13 +232,13 @@ class UnitForward : UnitRun<Unit> {
           keep(h, row, j);
         }
       w.barrier.wait();
-      float* u = u_ + w.number * at_once_ * R_ * W;
+      Real* u = u_ + w.number * at_once_ * R_ * W;
       const long all = at_once_ * R_;
-      const float** x = x_ + w.number * p_.taps * all;
-      float *now = hs_[0], *other = hs_[1];
+      const Real** x = x_ + w.number * p_.taps * all;
+      Real *now = hs_[0], *other = hs_[1];
       for (long first = 0; first < p_.steps; first += at_once_, std::swap(now, other)) {
         const Chunk chunk{first, std::min(first + at_once_, p_.steps)};
-        const float** next = x;
+        const Real** next = x;
         for (long row = rows.begin; row < rows.end; ++row)
           for (long k = first; k < chunk.last; ++k, ++next)
             for (int tap = 0; tap < p_.taps; ++tap) next[tap * all] = this->input(k, tap, row);
@@ -260,8 +260,8 @@ class UnitForward : UnitRun<Unit> {
   static constexpr bool PROJECTS = Unit::PROJECTS;
   const Layout out_{p_.outputs, 1, OUT};
   long at_once_;
-  float *h_, *u_, *w_y_, *hs_[2] = {};
-  const float** x_;
+  Real *h_, *u_, *w_y_, *hs_[2] = {};
+  const Real** x_;
 
   static JAXRNN_INLINE void enter(Vec* h) {
     if constexpr (Unit::LOGS) Unit::enter(h);
@@ -271,27 +271,27 @@ class UnitForward : UnitRun<Unit> {
     else
       for (int e = 0; e < E; ++e) to[e] = h[e];
   }
-  float* state(long row, long j) const { return h_ + (row * blocks_ + j) * INNER * LANES; }
+  Real* state(long row, long j) const { return h_ + (row * blocks_ + j) * INNER * LANES; }
   void keep(const Vec* h, long row, long j) const {
     for (int e = 0; e < INNER; ++e) store(state(row, j) + e * LANES, h[e]);
   }
 
   // Rows of w_y in the order of states in a block, 0 beyond the units.
   void pack_output(Range out) const {
-    const float* w = p_.w_y + member_ * E * H_ * p_.outputs;
-    float* to = w_y_ + out.begin * blocks_ * E * LANES * OUT * LANES;
+    const Real* w = p_.w_y + member_ * E * H_ * p_.outputs;
+    Real* to = w_y_ + out.begin * blocks_ * E * LANES * OUT * LANES;
     for (long o = out.begin; o < out.end; ++o)
       for (long j = 0; j < blocks_; ++j)
         for (int e = 0; e < E; ++e)
           for (long lane = 0; lane < LANES; ++lane)
             for (int v = 0; v < OUT; ++v, to += LANES) {
-              const float* row = w + (e * H_ + j * LANES + lane) * p_.outputs + out_.unit(o, v);
+              const Real* row = w + (e * H_ + j * LANES + lane) * p_.outputs + out_.unit(o, v);
               store(to, lane < this->lanes(j) ? load(row, out_.lanes(o, v)) : Vec{});
             }
   }
 
   // ys = h w_y for some rows of a chunk.
-  void output(const Chunk& chunk, Range rows, const float* hs) const {
+  void output(const Chunk& chunk, Range rows, const Real* hs) const {
     constexpr long each = E * LANES;
     for (long o = 0; o < out_.blocks(); ++o)
       tiles<ROWS<OUT>>(rows, [&](auto tile, long m) {
@@ -308,7 +308,7 @@ class UnitForward : UnitRun<Unit> {
       });
   }
 
-  void walk(const Chunk& chunk, long row, long j, const float* u, float* hs) const {
+  void walk(const Chunk& chunk, long row, long j, const Real* u, Real* hs) const {
     Vec h[INNER], y[E];
     for (int e = 0; e < INNER; ++e) h[e] = load(state(row, j) + e * LANES);
     whole(h, y);
@@ -368,14 +368,14 @@ class UnitBackward : UnitRun<Unit> {
     d_theta_ = scratch.take(R_ * K * width_);
     for (long k = 0; k < 2; ++k) d_u_[k] = k < both ? scratch.take(count * G) : d_u_[0];
     u_ = scratch.take(this->parts() * count * W);
-    x_ = reinterpret_cast<const float**>(scratch.take(2 * this->parts() * p_.taps * count));
-    d_ys_ = reinterpret_cast<const float**>(scratch.take(PROJECTS ? 2 * this->parts() * count : 0));
+    x_ = reinterpret_cast<const Real**>(scratch.take(2 * this->parts() * p_.taps * count));
+    d_ys_ = reinterpret_cast<const Real**>(scratch.take(PROJECTS ? 2 * this->parts() * count : 0));
     w_y_ = scratch.take(G * P);
     d_w_y_ = scratch.take(G * P);
     d_y_ = scratch.take(this->parts() * panel);
     for (long k = 0; k < 2; ++k) h_[k] = k < both ? scratch.take(blocks_ * panel) : h_[0];
     nothing_ = scratch.take(std::max(D_, P));
-    std::memset(nothing_, 0, std::max(D_, P) * sizeof(float));
+    std::memset(nothing_, 0, std::max(D_, P) * sizeof(Real));
   }
 
   void run() {
@@ -383,14 +383,14 @@ class UnitBackward : UnitRun<Unit> {
       const Range rows = this->rows(w), blocks = this->blocks(w), all = w.part(blocks_);
       prepare(w, rows, blocks);
       w.barrier.wait();
-      float *u = u_ + w.number * at_once_ * R_ * W, *now = d_u_[0], *other = d_u_[1];
+      Real *u = u_ + w.number * at_once_ * R_ * W, *now = d_u_[0], *other = d_u_[1];
       const long most = at_once_ * R_;
-      const float **x = x_ + w.number * p_.taps * most, **d_ys = PROJECTS ? d_ys_ + w.number * at_once_ * R_ : nullptr;
-      float *d_y = d_y_ + w.number * at_once_ * R_ * W, *h = h_[0], *other_h = h_[1];
+      const Real **x = x_ + w.number * p_.taps * most, **d_ys = PROJECTS ? d_ys_ + w.number * at_once_ * R_ : nullptr;
+      Real *d_y = d_y_ + w.number * at_once_ * R_ * W, *h = h_[0], *other_h = h_[1];
       for (long last = p_.steps; last > 0; last -= at_once_, std::swap(now, other), std::swap(h, other_h)) {
         const Chunk chunk{std::max(0l, last - at_once_), last};
         const long count = chunk.count(R_), begin = chunk.count(rows.begin);
-        const float** next = x;
+        const Real** next = x;
         for (long row = 0; row < R_; ++row)
           for (long k = chunk.first; k < last; ++k) {
             const long at = place(k, row);
@@ -425,22 +425,22 @@ class UnitBackward : UnitRun<Unit> {
   static constexpr bool PROJECTS = Unit::PROJECTS;  // then there are as many states as sums: E · LANES = W
   const ElementwiseGradient& g_;
   long at_once_;
-  float *w_back_, *d_w_, *d_b_, *d_h_, *d_theta_, *d_u_[2], *u_, *nothing_, *w_y_, *d_w_y_, *d_y_, *h_[2] = {};
-  const float **x_, **d_ys_;
+  Real *w_back_, *d_w_, *d_b_, *d_h_, *d_theta_, *d_u_[2], *u_, *nothing_, *w_y_, *d_w_y_, *d_y_, *h_[2] = {};
+  const Real **x_, **d_ys_;
 
   // Of a block of a row.
-  float* d_state(long row, long j) const { return d_h_ + (row * blocks_ + j) * E * LANES; }
-  float* d_theta(long row, long j) const { return d_theta_ + (row * blocks_ + j) * K * LANES; }
+  Real* d_state(long row, long j) const { return d_h_ + (row * blocks_ + j) * E * LANES; }
+  Real* d_theta(long row, long j) const { return d_theta_ + (row * blocks_ + j) * K * LANES; }
 
   void prepare(const Worker& w, Range rows, Range blocks) {
     const Range all = w.part(blocks_);
     this->pack_weights(all);
     if (g_.d_xs) this->pack_transposed_weights(w.part(this->in_.blocks()), w_back_);
-    std::memset(d_w_ + all.begin * D_ * W, 0, all.size() * D_ * W * sizeof(float));
-    std::memset(d_b_ + all.begin * W, 0, all.size() * W * sizeof(float));
+    std::memset(d_w_ + all.begin * D_ * W, 0, all.size() * D_ * W * sizeof(Real));
+    std::memset(d_b_ + all.begin * W, 0, all.size() * W * sizeof(Real));
     if constexpr (PROJECTS) {
-      each_output(all, [&](long at, float* to) { *to = at < 0 ? 0.0f : p_.w_y[at]; }, w_y_);
-      std::memset(d_w_y_ + all.begin * p_.outputs * W, 0, all.size() * p_.outputs * W * sizeof(float));
+      each_output(all, [&](long at, Real* to) { *to = at < 0 ? 0.0f : p_.w_y[at]; }, w_y_);
+      std::memset(d_w_y_ + all.begin * p_.outputs * W, 0, all.size() * p_.outputs * W * sizeof(Real));
     }
     for (long row = rows.begin; row < rows.end; ++row)
       for (long j = blocks.begin; j < blocks.end; ++j) {
@@ -448,14 +448,14 @@ class UnitBackward : UnitRun<Unit> {
         const Vec none[E] = {};
         this->take(d, g_.d_last, own(row), j);
         for (int e = 0; e < E; ++e) store(d_state(row, j) + e * LANES, d[e]);
-        std::memset(d_theta(row, j), 0, K * LANES * sizeof(float));
+        std::memset(d_theta(row, j), 0, K * LANES * sizeof(Real));
         if (g_.d_fresh) this->give(g_.d_fresh, none, own(row), j);
       }
   }
 
   // Where w_y lies in the order of its transpose, output by output; −1 beyond the units.
   template <class Work>
-  void each_output(Range blocks, const Work& work, float* packed) const {
+  void each_output(Range blocks, const Work& work, Real* packed) const {
     const long P = p_.outputs;
     packed += blocks.begin * P * W;
     for (long j = blocks.begin; j < blocks.end; ++j)
@@ -467,15 +467,15 @@ class UnitBackward : UnitRun<Unit> {
 
   // The cotangents of the sums of a chunk, from its end. With a product after it, those of states lie at d_y, and states
   // are written to h.
-  void walk(const Chunk& chunk, long row, long j, const float* u, float* d_u, const float* d_ys, float* states) const {
+  void walk(const Chunk& chunk, long row, long j, const Real* u, Real* d_u, const Real* d_ys, Real* states) const {
     const long n = this->lanes(j);
-    const float* hs = p_.hs ? p_.hs : p_.ys;
+    const Real* hs = p_.hs ? p_.hs : p_.ys;
     Vec d[E], d_theta[K > 0 ? K : 1] = {}, d_fresh[E] = {};
     for (int e = 0; e < E; ++e) d[e] = load(d_state(row, j) + e * LANES);
     Sums<S> s = this->of_block(j);
     for (long k = chunk.last - 1; k >= chunk.first; --k) {
       const long at = place(k, row), here = (k - chunk.first) * W;
-      float* to = d_u + here;
+      Real* to = d_u + here;
       if (!this->valid(at)) {
         for (int v = 0; v < S; ++v) store(to + v * LANES, Vec{});
         for (int e = 0; PROJECTS && e < E; ++e) store(states + here + e * LANES, Vec{});
@@ -512,7 +512,7 @@ class UnitBackward : UnitRun<Unit> {
     }
     for (int e = 0; e < E; ++e) store(d_state(row, j) + e * LANES, d[e]);
     for (int i = 0; i < K; ++i) {
-      float* sum = this->d_theta(row, j) + i * LANES;
+      Real* sum = this->d_theta(row, j) + i * LANES;
       store(sum, load(sum) + d_theta[i]);
     }
     if (g_.d_fresh) {
@@ -528,7 +528,7 @@ class UnitBackward : UnitRun<Unit> {
   void finish(const Worker& w, Range blocks) const {
     if (g_.d_w) this->unpack_weights(d_w_, blocks, g_.d_w + (this->w_given_ - p_.w));
     if constexpr (PROJECTS)
-      if (g_.d_w_y) each_output(blocks, [&](long at, const float* from) { if (at >= 0) g_.d_w_y[at] = *from; }, d_w_y_);
+      if (g_.d_w_y) each_output(blocks, [&](long at, const Real* from) { if (at >= 0) g_.d_w_y[at] = *from; }, d_w_y_);
     if (g_.d_b) unpack(d_b_, 1, S * H_, this->layout_, blocks, g_.d_b + member_ * S * H_);
     if (!g_.d_theta) return;
     w.barrier.wait();

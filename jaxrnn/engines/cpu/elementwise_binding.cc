@@ -8,16 +8,16 @@
 #include "shapes.h"
 #include "threads.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 namespace {
 
-ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, int64_t taps, float bound, Floats& xs, Floats& w, Floats& h,
+ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, int64_t taps, double bound, Floats& xs, Floats& w, Floats& h,
                            Floats& b, Floats& theta, Floats& w_y, Flags& valid, Flags& start, Flags& begun,
                            Floats& fresh) {
   ElementwiseProblem p{};
   const auto input = xs.dimensions(), weight = w.dimensions(), state = h.dimensions();
   if (unit < 0 || unit >= UNITS) return shapes.fail("unit"), p;
-  p.unit = static_cast<Unit>(unit), p.reverse = reverse, p.bound = bound;
+  p.unit = static_cast<Unit>(unit), p.reverse = reverse, p.bound = static_cast<Real>(bound);
   if (input.size() != 3) return shapes.fail("xs"), p;
   if (weight.size() != 4 || weight[0] < 1 || weight[1] < 1) return shapes.fail("w"), p;
   const long E = states_of(p.unit), S = sums_of(p.unit), K = theta_of(p.unit);
@@ -44,7 +44,7 @@ ElementwiseProblem problem(Shapes& shapes, bool reverse, int64_t unit, int64_t t
   return p;
 }
 
-ffi::Error elementwise_forward(bool reverse, int64_t unit, int64_t taps, float bound, Floats xs, Floats w, Floats h, Floats b,
+ffi::Error elementwise_forward(bool reverse, int64_t unit, int64_t taps, double bound, Floats xs, Floats w, Floats h, Floats b,
                                Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Written ys,
                                Written last, Written hs, Written sums) {
   Shapes shapes;
@@ -61,7 +61,7 @@ ffi::Error elementwise_forward(bool reverse, int64_t unit, int64_t taps, float b
   return ffi::Error::Success();
 }
 
-ffi::Error elementwise_cotangents(bool reverse, int64_t unit, int64_t taps, float bound, Floats xs, Floats w, Floats h, Floats b, Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
+ffi::Error elementwise_cotangents(bool reverse, int64_t unit, int64_t taps, double bound, Floats xs, Floats w, Floats h, Floats b, Floats theta, Floats w_y, Flags valid, Flags start, Flags begun, Floats fresh, Floats ys,
                                   Floats hs, Floats sums, Floats d_ys, Floats d_last, Written d_xs, Written d_w, Written d_h,
                                   Written d_b, Written d_theta, Written d_fresh, Written d_w_y) {
   Shapes shapes;
@@ -90,20 +90,21 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, int64_t taps, floa
 }
 
 }  // namespace
-}  // namespace jaxrnn
 
-#define ARRAY .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-#define FLAGS .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
-#define RESULT .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+#define ARRAY .Arg<Floats>()
+#define FLAGS .Arg<ffi::Buffer<ffi::PRED>>()
+#define RESULT .Ret<Floats>()
 #define PROBLEM                  \
-  xla::ffi::Ffi::Bind()          \
+  ffi::Ffi::Bind()          \
       .Attr<bool>("reverse")     \
       .Attr<int64_t>("unit")     \
       .Attr<int64_t>("taps")     \
-      .Attr<float>("bound") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS FLAGS ARRAY
+      .Attr<double>("bound") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS FLAGS ARRAY
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_elementwise_forward, jaxrnn::elementwise_forward, PROBLEM RESULT RESULT RESULT RESULT);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_elementwise_backward, jaxrnn::elementwise_cotangents,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_elementwise_forward), elementwise_forward, PROBLEM RESULT RESULT RESULT RESULT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_elementwise_backward), elementwise_cotangents,
                               PROBLEM ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT);
 #pragma GCC visibility pop
+
+}  // namespace jaxrnn::JAXRNN_NUMBERS

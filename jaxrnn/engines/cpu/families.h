@@ -31,9 +31,9 @@ struct Batch {
 // A gate in place, clipped before it.
 template <class B>
 JAXRNN_INLINE void gate(B& b, int k, const Choice& f) {
-  const float bound = b.rule.gate_clip;
+  const Real bound = b.rule.gate_clip;
   Vec inside[AT_ONCE];
-  const bool clipped = bound < __builtin_inff();
+  const bool clipped = bound < std::numeric_limits<Real>::infinity();
   for (int i = 0; clipped && i < b.n; ++i) {
     const Dual x = between(Dual{b.a[k][i], splat(1.0f)}, -bound, bound);
     b.a[k][i] = x.x, inside[i] = x.d;
@@ -97,7 +97,7 @@ struct Lstm {
       gate(b, k, b.rule.gate);
     }
     gate(b, G, b.rule.candidate);
-    const float bound = b.rule.cell_clip;
+    const Real bound = b.rule.cell_clip;
     for (int i = 0; i < b.n; ++i) {
       Vec in, forget;
       pair(b, i, in, forget);

@@ -20,9 +20,9 @@ class ForwardRun : Cell<K> {
     h_n_ = h_ + blocks_ * 2 * LANES * n_.units;
     bias_ = scratch.take(blocks_ * block);
     b_hn_ = scratch.take(width_);
-    for (float** state : {&state_[0], &state_[1], &c_, &z_, &reset_}) *state = scratch.take(B * width_);
+    for (Real** state : {&state_[0], &state_[1], &c_, &z_, &reset_}) *state = scratch.take(B * width_);
     u_ = scratch.take(parts * u_size_);
-    x_rows_ = reinterpret_cast<const float**>(scratch.take(2 * parts * at_once_ * most_rows_));
+    x_rows_ = reinterpret_cast<const Real**>(scratch.take(2 * parts * at_once_ * most_rows_));
   }
 
   void run() {
@@ -36,8 +36,8 @@ class ForwardRun : Cell<K> {
         project(chunk);
         for (long k = first; k < first + chunk.steps; ++k) {
           const long t = n_.time(k);
-          const float* from = state_[k & 1];
-          float* to = state_[~k & 1];
+          const Real* from = state_[k & 1];
+          Real* to = state_[~k & 1];
           if (n_.rows == 1) {
             tiles<4>(blocks, [&](auto count, long j) { one_row<decltype(count)::value>(chunk, k, t, j, from, to); });
           } else {
@@ -67,8 +67,8 @@ class ForwardRun : Cell<K> {
   struct Chunk {
     long first, steps;
     Range rows, blocks;
-    float* u;
-    const float** x;  // where the inputs of every row lie
+    Real* u;
+    const Real** x;  // where the inputs of every row lie
     long at(long j, long k, long row) const {
       return ((j - blocks.begin) * steps + k - first) * rows.size() + row - rows.begin;
     }
@@ -85,26 +85,26 @@ class ForwardRun : Cell<K> {
     }
     const long block = layout_.width();
     if (p_.b) pack(p_.b, 1, G, layout_, blocks, bias_);
-    else std::memset(bias_ + blocks.begin * block, 0, blocks.size() * block * sizeof(float));
+    else std::memset(bias_ + blocks.begin * block, 0, blocks.size() * block * sizeof(Real));
     for (long j = blocks.begin; AFTER && j < blocks.end; ++j)
       store(b_hn_ + j * LANES, p_.b_hn ? load(p_.b_hn + j * LANES, layout_.lanes(j, 0)) : Vec{});
     for (long r = rows.begin; r < rows.end; ++r) {
       padded(state_[0] + r * width_, p_.h + r * H);
-      std::memset(state_[1] + r * width_, 0, width_ * sizeof(float));
+      std::memset(state_[1] + r * width_, 0, width_ * sizeof(Real));
       if (LSTM) padded(c_ + r * width_, p_.c + r * H);
-      if (BEFORE) std::memset(reset_ + r * width_, 0, width_ * sizeof(float));
+      if (BEFORE) std::memset(reset_ + r * width_, 0, width_ * sizeof(Real));
     }
   }
 
-  void padded(float* to, const float* from) const {
-    std::memcpy(to, from, n_.units * sizeof(float));
-    std::memset(to + n_.units, 0, (width_ - n_.units) * sizeof(float));
+  void padded(Real* to, const Real* from) const {
+    std::memcpy(to, from, n_.units * sizeof(Real));
+    std::memset(to + n_.units, 0, (width_ - n_.units) * sizeof(Real));
   }
 
   void finish(Range rows, Range blocks) const {
     const long H = n_.units, begin = blocks.begin * layout_.units();
-    const long size = (std::min(blocks.end * layout_.units(), H) - begin) * sizeof(float);
-    const float* last = state_[n_.steps & 1];
+    const long size = (std::min(blocks.end * layout_.units(), H) - begin) * sizeof(Real);
+    const Real* last = state_[n_.steps & 1];
     for (long r = rows.begin; size > 0 && r < rows.end; ++r) {
       std::memcpy(p_.last_h + r * H + begin, last + r * width_ + begin, size);
       if (LSTM) std::memcpy(p_.last_c + r * H + begin, c_ + r * width_ + begin, size);
@@ -113,7 +113,7 @@ class ForwardRun : Cell<K> {
 
   void project(const Chunk& chunk) const {
     const long block = layout_.width(), B = chunk.rows.size();
-    const float** x = chunk.x;
+    const Real** x = chunk.x;
     for (long k = chunk.first; k < chunk.first + chunk.steps; ++k)
       for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(n_.time(k), b) * n_.inputs;
     for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
@@ -123,14 +123,14 @@ class ForwardRun : Cell<K> {
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v) a[r][v] = load(bias_ + j * block + v * LANES);
         multiply<R, V>(chunk.x + m, n_.inputs, x_ + j * block * n_.inputs, a);
-        float* u = chunk.u + ((j - chunk.blocks.begin) * chunk.steps * B + m) * block;
+        Real* u = chunk.u + ((j - chunk.blocks.begin) * chunk.steps * B + m) * block;
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v) store(u + r * block + v * LANES, a[r][v]);
       });
   }
 
   bool valid(long at) const { return !p_.valid || p_.valid[at]; }
-  const float* before(const float* state, long t, long r) const {
+  const Real* before(const Real* state, long t, long r) const {
     return p_.start && p_.start[n_.at(t, r)] ? p_.fresh_h + r * n_.units : state + r * width_;
   }
 
@@ -141,8 +141,8 @@ class ForwardRun : Cell<K> {
   };
 
   template <int R>
-  void one_block(const Chunk& chunk, long k, long t, long j, long row, const float* from, float* to) const {
-    const float* s[R];
+  void one_block(const Chunk& chunk, long k, long t, long j, long row, const Real* from, Real* to) const {
+    const Real* s[R];
     Vec a[R][FIRST];
     Places<R> places;
     for (int r = 0; r < R; ++r) {
@@ -155,8 +155,8 @@ class ForwardRun : Cell<K> {
   }
 
   template <int R>
-  void one_row(const Chunk& chunk, long k, long t, long j, const float* from, float* to) const {
-    const float* s[1] = {before(from, t, 0)};
+  void one_row(const Chunk& chunk, long k, long t, long j, const Real* from, Real* to) const {
+    const Real* s[1] = {before(from, t, 0)};
     Vec a[R][FIRST];
     Places<R> places;
     for (int r = 0; r < R; ++r) {
@@ -171,17 +171,17 @@ class ForwardRun : Cell<K> {
 
   // What the product with h is added to.
   JAXRNN_INLINE void sums(const Chunk& chunk, long k, long j, long row, Vec* a) const {
-    const float* u = chunk.u + chunk.at(j, k, row) * layout_.width();
+    const Real* u = chunk.u + chunk.at(j, k, row) * layout_.width();
     for (int v = 0; v < FIRST; ++v) a[v] = AFTER && v == 2 ? load(b_hn_ + j * LANES) : load(u + v * LANES);
   }
 
   // The gates and what follows from them; of a GRU that resets before the product, r and z only.
   template <int R>
   JAXRNN_INLINE void gates(const Chunk& chunk, long k, long t, const Places<R>& places, Vec (&a)[R][FIRST],
-                           const float* from, float* to) const {
+                           const Real* from, Real* to) const {
     constexpr int N = GATES == 1 ? V : 1;  // vectors of y
     const long H = n_.units;
-    const float* h[R];
+    const Real* h[R];
     Vec y[R][N], c[R], before_[R], candidate[R];
     bool fresh[R];
     for (int r = 0; r < R; ++r) {
@@ -216,8 +216,8 @@ class ForwardRun : Cell<K> {
       for (int v = 0; v < N; ++v) {
         const long unit = layout_.unit(j, v), n = layout_.lanes(j, v);
         if (GATES == 1 && n == 0) continue;
-        float *ys = p_.ys + at * H + unit, *state = to + b * width_ + unit;
-        float *kept = p_.kept ? p_.kept + at * KEPT * H + unit : nullptr, *cs = p_.cs ? p_.cs + at * H + unit : nullptr;
+        Real *ys = p_.ys + at * H + unit, *state = to + b * width_ + unit;
+        Real *kept = p_.kept ? p_.kept + at * KEPT * H + unit : nullptr, *cs = p_.cs ? p_.cs + at * H + unit : nullptr;
         if (!live) {
           store(ys, Vec{}, n);
           store(state, load(from + b * width_ + unit));
@@ -246,9 +246,9 @@ class ForwardRun : Cell<K> {
 
   // n = tanh(u_n + (r h) w_hn), and the new state.
   template <int R>
-  void second_product(const Chunk& chunk, long k, long t, long j, long row, const float* from, float* to) const {
+  void second_product(const Chunk& chunk, long k, long t, long j, long row, const Real* from, Real* to) const {
     const long H = n_.units, unit = layout_.unit(j, 0), n = layout_.lanes(j, 0), block = layout_.width();
-    const float *a[R], *u = chunk.u + chunk.at(j, k, row) * block + 2 * LANES;
+    const Real *a[R], *u = chunk.u + chunk.at(j, k, row) * block + 2 * LANES;
     Vec sums[R][1];
     for (int r = 0; r < R; ++r) {
       a[r] = reset_ + (row + r) * width_;
@@ -272,6 +272,6 @@ class ForwardRun : Cell<K> {
   const long blocks_, width_;
   const Team team_;
   long most_rows_, at_once_, u_size_;
-  const float** x_rows_;
-  float *x_, *h_, *h_n_, *bias_, *b_hn_, *state_[2], *c_, *z_, *reset_, *u_;
+  const Real** x_rows_;
+  Real *x_, *h_, *h_n_, *bias_, *b_hn_, *state_[2], *c_, *z_, *reset_, *u_;
 };

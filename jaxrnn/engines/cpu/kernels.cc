@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -16,7 +18,7 @@
 #include "problem.h"
 #include "threads.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -158,4 +160,4 @@ void diagonal_backward(const DiagonalProblem& p, const DiagonalGradient& g, int 
 
 const char* instructions() { return kernels().name; }
 
-}  // namespace jaxrnn
+}  // namespace jaxrnn::JAXRNN_NUMBERS

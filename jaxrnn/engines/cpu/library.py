@@ -9,11 +9,14 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from jaxrnn.typing import PyTree
+from jaxrnn.typing import DTypeLike, PyTree
+
+NUMBERS = jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)  # that kernels compute with
 
 _lowerings: dict[Primitive, Callable[..., PyTree]] = {}
 
@@ -21,6 +24,17 @@ _lowerings: dict[Primitive, Callable[..., PyTree]] = {}
 def register(primitive: Primitive, lowering: Callable[..., PyTree]) -> None:
     """Registers how `primitive` is lowered on the CPU where the kernel of its name can run."""
     _lowerings[primitive] = lowering
+
+
+def takes(*dtypes: DTypeLike) -> bool:
+    """Whether there are kernels for arrays of these dtypes together."""
+    found = {jnp.dtype(dtype) for dtype in dtypes}
+    return len(found) == 1 and found <= set(NUMBERS)
+
+
+def target(name: str, dtype: DTypeLike) -> str:
+    """The name of a kernel for arrays of float32 or float64."""
+    return f"{name}_float64" if dtype == jnp.float64 else name
 
 
 @functools.cache
@@ -34,13 +48,15 @@ def absent() -> str | None:
         library = ctypes.CDLL(str(files[0]))
         library.jaxrnn_jaxlib.restype = ctypes.c_char_p
         refusal = newer(library.jaxrnn_jaxlib().decode())
-        targets = [jax.ffi.pycapsule(getattr(library, primitive.name)) for primitive in _lowerings]
+        names = [target(primitive.name, dtype) for primitive in _lowerings for dtype in NUMBERS]
+        targets = {name: jax.ffi.pycapsule(getattr(library, name)) for name in names}
     except (OSError, AttributeError) as error:
         return f"the compiled kernels could not be loaded: {error}"
     if refusal is not None:
         return refusal
-    for (primitive, lowering), target in zip(_lowerings.items(), targets, strict=True):
-        jax.ffi.register_ffi_target(primitive.name, target, platform="cpu")
+    for name, capsule in targets.items():
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    for primitive, lowering in _lowerings.items():
         mlir.register_lowering(primitive, lowering, platform="cpu")
     return None
 

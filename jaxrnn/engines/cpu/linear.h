@@ -4,7 +4,7 @@
 // would reading what nobody has asked for ahead of time. So a step reads the last one's hs, and asks for what comes.
 
 // Columns [first, last) of one step: hs = a before + b, or before + b without a; a cut stands for a = 0, by selection.
-JAXRNN_INLINE void linear_step(const float* a, const float* before, const float* b, bool cut, float* hs, long first,
+JAXRNN_INLINE void linear_step(const Real* a, const Real* before, const Real* b, bool cut, Real* hs, long first,
                                long last, long ahead) {
   auto one = [&](long u, long n) {
     const Vec x = load(b + u, n);
@@ -23,7 +23,7 @@ JAXRNN_INLINE void linear_step(const float* a, const float* before, const float*
 }
 
 // Columns [first, last) of A h, where a cut stands for A = 0.
-JAXRNN_INLINE void linear_end(const float* a, const float* h, bool cut, float* end, long first, long last) {
+JAXRNN_INLINE void linear_end(const Real* a, const Real* h, bool cut, Real* end, long first, long last) {
   for (long u = first; u < last; ++u) end[u] = cut ? 0 : a[u] * h[u];
 }
 
@@ -35,25 +35,25 @@ inline void linear_columns(const LinearProblem& p, Range columns) {
   // The coefficients that step k multiplies by: its own, or if shifted those of the step before, which the first lacks.
   auto run = [&](long k, auto part) {
     const long t = p.reverse ? p.steps - 1 - k : k;
-    const float* a = k < 0 ? nullptr : p.a + (p.a_steps == 1 ? 0 : t) * p.columns;
+    const Real* a = k < 0 ? nullptr : p.a + (p.a_steps == 1 ? 0 : t) * p.columns;
     const uint8_t* cut = !p.cut || k < 0 ? nullptr : p.cut + (p.cut_steps == 1 ? 0 : t) * p.cut_groups;
     for (long g = first_group; g * group < columns.end; ++g)
       part(a, cut && cut[g], std::max(columns.begin, g * group), std::min(columns.end, (g + 1) * group));
   };
-  const float* before = p.h;
+  const Real* before = p.h;
   for (long k = 0; k < p.steps; ++k) {
     const long t = p.reverse ? p.steps - 1 - k : k;
-    float* hs = p.hs + t * p.columns;
-    run(p.shifted ? k - 1 : k, [&](const float* a, bool cut, long first, long last) {
+    Real* hs = p.hs + t * p.columns;
+    run(p.shifted ? k - 1 : k, [&](const Real* a, bool cut, long first, long last) {
       linear_step(a, before, p.b + t * p.columns, cut, hs, first, last, ahead);
     });
     before = hs;
   }
   if (p.shifted && p.steps)
-    run(p.steps - 1, [&](const float* a, bool cut, long first, long last) {
+    run(p.steps - 1, [&](const Real* a, bool cut, long first, long last) {
       linear_end(a, before, cut, p.last, first, last);
     });
-  else std::memcpy(p.last + columns.begin, before + columns.begin, columns.size() * sizeof(float));
+  else std::memcpy(p.last + columns.begin, before + columns.begin, columns.size() * sizeof(Real));
 }
 
 inline void run_linear(const LinearProblem& p, int threads) {

@@ -2,14 +2,11 @@
 
 #include "memory.h"
 #include "problem.h"
+#include "shapes.h"
 #include "threads.h"
-#include "xla/ffi/api/ffi.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 namespace {
-
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
 
 // a (T or 1, R), b (T, R), h (R,), cut (T or 1, a divisor of R) or without elements; hs (T, R), last (R,).
 ffi::Error linear_scan(bool reverse, bool shifted, Floats a, Floats b, Floats h, ffi::Buffer<ffi::PRED> cut,
@@ -32,7 +29,7 @@ ffi::Error linear_scan(bool reverse, bool shifted, Floats a, Floats b, Floats h,
   const bool some = cut.element_count() != 0;
   if (some && (flags.size() != 2 || (flags[0] != T && flags[0] != 1) || R % flags[1] != 0)) return wrong("cut");
   if (R == 0) return ffi::Error::Success();
-  in_large_pages(hs->typed_data(), T * R * sizeof(float));
+  in_large_pages(hs->typed_data(), T * R * sizeof(Real));
   linear(LinearProblem{T, R, reverse, shifted, a.typed_data(), b.typed_data(), h.typed_data(), a.dimensions()[0],
                        some ? reinterpret_cast<const uint8_t*>(cut.typed_data()) : nullptr, some ? flags[0] : 0,
                        some ? flags[1] : 0, hs->typed_data(), last->typed_data()},
@@ -41,17 +38,18 @@ ffi::Error linear_scan(bool reverse, bool shifted, Floats a, Floats b, Floats h,
 }
 
 }  // namespace
-}  // namespace jaxrnn
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_linear_scan, jaxrnn::linear_scan,
-                              xla::ffi::Ffi::Bind()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_linear_scan), linear_scan,
+                              ffi::Ffi::Bind()
                                   .Attr<bool>("reverse")
                                   .Attr<bool>("shifted")
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());
 #pragma GCC visibility pop
+
+}  // namespace jaxrnn::JAXRNN_NUMBERS

@@ -26,23 +26,23 @@ JAXRNN_INLINE void transpose(Vec* x) {
 template <long Z>
 struct Columns {
   long last;
-  JAXRNN_INLINE void read(Vec* to, const float* p) const {
+  JAXRNN_INLINE void read(Vec* to, const Real* p) const {
     for (long z = 0; z < Z - 1; ++z) to[z] = load(p + z * LANES);
     to[Z - 1] = load(p + (Z - 1) * LANES, last);
   }
-  JAXRNN_INLINE void write(float* p, const Vec* from) const {
+  JAXRNN_INLINE void write(Real* p, const Vec* from) const {
     for (long z = 0; z < Z - 1; ++z) store(p + z * LANES, from[z]);
     store(p + (Z - 1) * LANES, from[Z - 1], last);
   }
   // K rows of V numbers to a panel, and back.
-  void take(float* panel, const float* p, long rows, long stride) const {
+  void take(Real* panel, const Real* p, long rows, long stride) const {
     for (long i = 0; i < rows; ++i) {
       Vec row[Z];
       read(row, p + i * stride);
       for (long z = 0; z < Z; ++z) store(panel + (i * Z + z) * LANES, row[z]);
     }
   }
-  void give(const float* panel, float* p, long rows, long stride) const {
+  void give(const Real* panel, Real* p, long rows, long stride) const {
     for (long i = 0; i < rows; ++i) {
       Vec row[Z];
       for (long z = 0; z < Z; ++z) row[z] = load(panel + (i * Z + z) * LANES);
@@ -57,33 +57,33 @@ struct Head {
   long row, head;
   long time(long n) const { return p.reverse ? p.steps - 1 - n : n; }
   long at(long t, long heads) const { return (t * p.rows + row) * heads + (heads == 1 ? 0 : head); }
-  const float* key(const Shared& array, long t) const { return array.data + at(t, array.heads) * p.keys; }
+  const Real* key(const Shared& array, long t) const { return array.data + at(t, array.heads) * p.keys; }
   long place(long t) const { return at(t, p.heads); }  // of what all heads have
   bool starts(long t) const { return p.start && p.start[t * p.rows + row]; }
   long state() const { return (row * p.heads + head) * p.keys * p.values; }
 };
 
 template <Decay D>
-JAXRNN_INLINE void find_decay(const Head& h, long t, float* a) {
+JAXRNN_INLINE void find_decay(const Head& h, long t, Real* a) {
   if constexpr (D == Decay::kScalar) {
     Vec x = decay_of(splat(h.p.log_decay.data[h.at(t, h.p.log_decay.heads)]));
     a[0] = x[0];
   }
   if constexpr (D == Decay::kRow) {
-    const float* g = h.p.log_decay.data + h.at(t, h.p.log_decay.heads) * h.p.keys;
+    const Real* g = h.p.log_decay.data + h.at(t, h.p.log_decay.heads) * h.p.keys;
     for (long i = 0; i < h.p.keys; i += LANES)
       store(a + i, decay_of(load(g + i, h.p.keys - i)));
   }
 }
 
 template <Decay D>
-JAXRNN_INLINE float decay_at(const float* a, long i) {
+JAXRNN_INLINE Real decay_at(const Real* a, long i) {
   return D == Decay::kNone ? 1.0f : D == Decay::kScalar ? a[0] : a[i];
 }
 
 // Sᵀ x of a panel.
 template <long Z>
-JAXRNN_INLINE void read_panel(const float* S, const float* x, long rows, Vec* sum) {
+JAXRNN_INLINE void read_panel(const Real* S, const Real* x, long rows, Vec* sum) {
   for (long z = 0; z < Z; ++z) sum[z] = Vec{};
   for (long i = 0; i < rows; ++i)
     for (long z = 0; z < Z; ++z) sum[z] += x[i] * load(S + (i * Z + z) * LANES);
@@ -93,7 +93,7 @@ JAXRNN_INLINE void read_panel(const float* S, const float* x, long rows, Vec* su
 constexpr long AHEAD = 4;
 
 // Inlined at once: GCC takes a function that does nothing else for one that does nothing.
-JAXRNN_INLINE void prefetch(const float* from, long n) {
+JAXRNN_INLINE void prefetch(const Real* from, long n) {
   for (long i = 0; i < n; i += 16) __builtin_prefetch(from + i);
 }
 
@@ -107,20 +107,20 @@ JAXRNN_INLINE void fetch(const Head& h, long t, long column, long columns) {
 }
 
 template <Decay D, Update U, long Z>
-void matrix_forward(const Head& h, long column, Columns<Z> columns, float* memory) {
+void matrix_forward(const Head& h, long column, Columns<Z> columns, Real* memory) {
   const MatrixProblem& p = h.p;
   const long K = p.keys, V = p.values, padded = (K + LANES - 1) / LANES * LANES;
   constexpr long TWO = Z < 4 ? 2 : 1;  // rows at once, so that sums need not wait for each other
-  float* S = memory;
-  float* a = S + K * Z * LANES;   // decays of this step and of the next
-  float* next_a = a + padded;
-  float* reads = next_a + padded;  // what the next step reads with, a ⊙ k
+  Real* S = memory;
+  Real* a = S + K * Z * LANES;   // decays of this step and of the next
+  Real* next_a = a + padded;
+  Real* reads = next_a + padded;  // what the next step reads with, a ⊙ k
   columns.take(S, p.s + h.state() + column, K, V);
-  const float* fresh = p.fresh ? p.fresh + h.state() + column : nullptr;
+  const Real* fresh = p.fresh ? p.fresh + h.state() + column : nullptr;
   // What step t reads with.
-  auto reader = [&](long t, const float* decay) -> const float* {
+  auto reader = [&](long t, const Real* decay) -> const Real* {
     if constexpr (U == Update::kLowRank) return h.key(p.w, t);
-    const float* k = h.key(p.k, t);
+    const Real* k = h.key(p.k, t);
     if constexpr (D != Decay::kRow) return k;
     for (long i = 0; i < K; ++i) reads[i] = decay[i] * k[i];
     return reads;
@@ -134,7 +134,7 @@ void matrix_forward(const Head& h, long column, Columns<Z> columns, float* memor
       columns.give(S, p.states + (n / p.chunk) * p.rows * p.heads * K * V + h.state() + column, K, V);
     if (h.starts(t)) {
       if (fresh) columns.take(S, fresh, K, V);
-      else std::memset(S, 0, K * Z * LANES * sizeof(float));
+      else std::memset(S, 0, K * Z * LANES * sizeof(Real));
       if constexpr (U != Update::kAdd) read_panel<Z>(S, reader(t, a), K, r);
     }
     if constexpr (U == Update::kDelta && D == Decay::kScalar)
@@ -143,11 +143,11 @@ void matrix_forward(const Head& h, long column, Columns<Z> columns, float* memor
     if constexpr (U != Update::kAdd)
       if (p.reads) columns.write(p.reads + value, r);
     if constexpr (U == Update::kDelta) {
-      const float beta = p.beta.data[h.at(t, p.beta.heads)];
+      const Real beta = p.beta.data[h.at(t, p.beta.heads)];
       for (long z = 0; z < Z; ++z) e[z] = beta * (e[z] - r[z]);
     }
-    const float *k = h.key(p.k, t), *q = h.key(p.q, t), *u = U == Update::kLowRank ? h.key(p.u, t) : nullptr;
-    const float* next = k;
+    const Real *k = h.key(p.k, t), *q = h.key(p.q, t), *u = U == Update::kLowRank ? h.key(p.u, t) : nullptr;
+    const Real* next = k;
     const bool more = n + 1 < p.steps;
     if (n + AHEAD < p.steps) fetch<D, U>(h, h.time(n + AHEAD), column, Z * LANES);
     if (more) find_decay<D>(h, h.time(n + 1), next_a);
@@ -155,9 +155,9 @@ void matrix_forward(const Head& h, long column, Columns<Z> columns, float* memor
       if (more) next = reader(h.time(n + 1), next_a);
     Vec sum[TWO][Z] = {}, seen[TWO][Z] = {};
     auto row = [&](long i, long j) {
-      const float decay = decay_at<D>(a, i), to = k[i], from = q[i], then = next[i];
+      const Real decay = decay_at<D>(a, i), to = k[i], from = q[i], then = next[i];
       for (long z = 0; z < Z; ++z) {
-        float* at = S + (i * Z + z) * LANES;
+        Real* at = S + (i * Z + z) * LANES;
         Vec s = load(at);
         if constexpr (D != Decay::kNone) s = decay * s;
         s += to * e[z];
@@ -219,7 +219,7 @@ inline void run_matrix(const MatrixProblem& p, int threads) {
       const Head head{p, task / panels / p.heads, task / panels % p.heads};
       const long column = task % panels * WIDTH;
       Scratch scratch(floats_forward(p));
-      float* memory = scratch.take(floats_forward(p));
+      Real* memory = scratch.take(floats_forward(p));
       with_columns(std::min(WIDTH, p.values - column), [&](auto columns) {
         matrix_forward<decltype(decay)::value, decltype(update)::value>(head, column, columns, memory);
       });

@@ -33,7 +33,7 @@ struct PanelShape {
     }
   }
   // From K rows of V numbers, and back; what is beyond them is 0.
-  void take(float* panel, const float* p, long K, long V) const {
+  void take(Real* panel, const Real* p, long K, long V) const {
     each_square([&](long i, long j, long at, long height) {
       Vec x[LANES];
       for (long l = 0; l < LANES; ++l) x[l] = i + l < K ? load(p + (i + l) * V + j, columns - j) : Vec{};
@@ -41,13 +41,13 @@ struct PanelShape {
       for (long l = 0; l < LANES; ++l) store(panel + at + l * height, x[l]);
     });
   }
-  void give(const float* panel, float* p, long K, long V, bool add) const {
+  void give(const Real* panel, Real* p, long K, long V, bool add) const {
     each_square([&](long i, long j, long at, long height) {
       Vec x[LANES];
       for (long l = 0; l < LANES; ++l) x[l] = load(panel + at + l * height);
       transpose(x);
       for (long l = 0; l < std::min(LANES, K - i); ++l) {
-        float* to = p + (i + l) * V + j;
+        Real* to = p + (i + l) * V + j;
         store(to, add ? load(to, columns - j) + x[l] : x[l], columns - j);
       }
     });
@@ -58,23 +58,23 @@ constexpr long MOST_COLUMNS = 64, PANEL = 1 << 11;  // numbers of a panel, of wh
 
 // A row of numbers for each step of a chunk; and one more, of the step after the chunk, whose second half is due.
 struct Rows {
-  float* data;
+  Real* data;
   long width;
-  float* operator[](long j) const { return data + j * width; }
+  Real* operator[](long j) const { return data + j * width; }
 };
 
 // A head: its chunks from the last to the first.
 template <Decay D, Update U>
 class BackwardHead {
  public:
-  BackwardHead(const Head& head, const MatrixGradient& gradient, float* memory)
+  BackwardHead(const Head& head, const MatrixGradient& gradient, Real* memory)
       : h(head), p(head.p), g(gradient), K(p.keys), V(p.values), wide(columns_of(p)) {
     auto take = [&](long floats) { return std::exchange(memory, memory + floats); };
     const PanelShape whole(K, V), panel(K, wide);
     const long n = rows_of(p);
     dS = take(whole.size()), states = take(n * panel.size()), fresh = take(panel.size());
     nothing = take(whole.rows + whole.room), ones = take(whole.rows), unused = take(2 * whole.rows);
-    std::memset(nothing, 0, (whole.rows + whole.room) * sizeof(float));
+    std::memset(nothing, 0, (whole.rows + whole.room) * sizeof(Real));
     std::fill(ones, ones + whole.rows, 1.0f);
     for (Rows* rows : {&decay, &k, &q, &u, &w, &sum_q, &sum_k, &sum_u, &sum_read, &sum_decay})
       *rows = {take(n * whole.rows), whole.rows};
@@ -91,7 +91,7 @@ class BackwardHead {
     each_panel([&](long column, const PanelShape& panel) {
       panel.take(D_of(column), g.d_last + corner(column), K, V);
     });
-    if (g.d_fresh) std::memset(g.d_fresh + corner(0), 0, K * V * sizeof(float));
+    if (g.d_fresh) std::memset(g.d_fresh + corner(0), 0, K * V * sizeof(Real));
     for (long end = p.steps; end > 0; end = begin) {
       begin = (end - 1) / p.chunk * p.chunk, count = end - begin;
       load_chunk(end < p.steps);
@@ -117,8 +117,8 @@ class BackwardHead {
  private:
   // What a pass reads of the step that is due, and where S d_r and the rows of D ⊙ S go.
   struct Due {
-    const float *decay, *read, *d_r;
-    float *sum_read, *sum_decay;
+    const Real *decay, *read, *d_r;
+    Real *sum_read, *sum_decay;
   };
 
   const Head h;
@@ -126,7 +126,7 @@ class BackwardHead {
   const MatrixGradient& g;
   const long K, V, wide;     // the last: columns of a panel
   long begin = 0, count = 0;  // of the steps of the chunk
-  float *dS, *states, *fresh, *nothing, *ones, *unused;
+  Real *dS, *states, *fresh, *nothing, *ones, *unused;
   Rows decay, k, q, u, w, sum_q, sum_k, sum_u, sum_read, sum_decay;  // S d_y, D e, D r, S d_r, rows of D ⊙ S
   Rows e, r, d_y, d_e, d_r;
   alignas(64) Vec lanes_e[MOST_COLUMNS], lanes_r[MOST_COLUMNS];  // d_e and Dᵀ u of a panel, before lanes are added
@@ -143,23 +143,23 @@ class BackwardHead {
   }
   long corner(long column) const { return h.state() + column; }
   // What was kept of the state before step n, the first one of a chunk.
-  const float* state(long n, long column) const {
+  const Real* state(long n, long column) const {
     return p.states + n / p.chunk * p.rows * p.heads * K * V + corner(column);
   }
-  float* D_of(long column) const { return dS + k.width * column; }
-  const float* value(const float* array, long t) const { return array + h.place(t) * V; }
-  float beta(long t) const { return U == Update::kDelta ? p.beta.data[h.at(t, p.beta.heads)] : 1.0f; }
+  Real* D_of(long column) const { return dS + k.width * column; }
+  const Real* value(const Real* array, long t) const { return array + h.place(t) * V; }
+  Real beta(long t) const { return U == Update::kDelta ? p.beta.data[h.at(t, p.beta.heads)] : 1.0f; }
   Due due_of(long j, long column) const {
     return {decay[j], U == Update::kLowRank ? w[j] : k[j], d_r[j] + column, sum_read[j], sum_decay[j]};
   }
-  static void copy(float* to, const float* from, long n) {
+  static void copy(Real* to, const Real* from, long n) {
     for (long i = 0; i < n; i += LANES) store(to + i, load(from + i, n - i));
   }
 
   // Fetches what the chunk before this one reads, a part of it with each step.
   JAXRNN_INLINE void look_ahead(long j, long column, const PanelShape& panel) const {
     if (begin < p.chunk) return;
-    const float* S = state(begin - p.chunk, column);
+    const Real* S = state(begin - p.chunk, column);
     for (long i = j * K / p.chunk; i < (j + 1) * K / p.chunk; ++i) prefetch(S + i * V, panel.columns);
     if (column > 0) return;
     const long t = h.time(begin - p.chunk + j);
@@ -172,9 +172,9 @@ class BackwardHead {
   void load_chunk(bool later) {
     if (later)
       for (const Rows* rows : {&decay, &k, &q, &u, &w, &sum_q, &sum_k, &sum_u, &sum_read, &sum_decay, &r, &d_e, &d_r})
-        std::memcpy((*rows)[count], (*rows)[0], rows->width * sizeof(float));
+        std::memcpy((*rows)[count], (*rows)[0], rows->width * sizeof(Real));
     for (const Rows* rows : {&sum_q, &sum_k, &sum_u, &sum_read, &sum_decay})
-      std::memset(rows->data, 0, count * rows->width * sizeof(float));
+      std::memset(rows->data, 0, count * rows->width * sizeof(Real));
     for (long j = 0; j < count; ++j) {
       const long t = h.time(begin + j);
       find_decay<D>(h, t, decay[j]);
@@ -189,9 +189,9 @@ class BackwardHead {
     }
   }
 
-  void find_fresh(float* to, long column, const PanelShape& panel) const {
+  void find_fresh(Real* to, long column, const PanelShape& panel) const {
     if (p.fresh) panel.take(to, p.fresh + corner(column), K, V);
-    else std::memset(to, 0, panel.size() * sizeof(float));
+    else std::memset(to, 0, panel.size() * sizeof(Real));
   }
 
   // The states of a panel before the chunk and after each of its steps.
@@ -199,9 +199,9 @@ class BackwardHead {
     for (long c = panel.columns; c < panel.room; ++c) lanes_e[c] = lanes_r[c] = Vec{};
     panel.take(states, state(begin, column), K, V);
     for (long j = 0; j < count; ++j) {
-      float *before = states + j * panel.size(), *after = before + panel.size();
+      Real *before = states + j * panel.size(), *after = before + panel.size();
       if (h.starts(h.time(begin + j))) find_fresh(before = after, column, panel);
-      const float *of_e = e[j] + column, *of_r = r[j] + column;
+      const Real *of_e = e[j] + column, *of_r = r[j] + column;
       panel.each_block([&](long i, auto vectors) {
         constexpr long Z = vectors;
         Vec a[Z], to[Z], add[Z];
@@ -211,8 +211,8 @@ class BackwardHead {
           to[z] = load(k[j] + at);
           if constexpr (U == Update::kLowRank) add[z] = load(u[j] + at);
         }
-        const float* from = before + i * panel.room;
-        float* into = after + i * panel.room;
+        const Real* from = before + i * panel.room;
+        Real* into = after + i * panel.room;
         for (long c = 0; c < panel.columns; ++c)
           for (long z = 0; z < Z; ++z) {
             const long at = (c * Z + z) * LANES;
@@ -228,8 +228,8 @@ class BackwardHead {
 
   // D and S of a panel once: the second half of the step that is due, and if OWN the first one of step j.
   template <bool OWN>
-  JAXRNN_INLINE void pass(long j, long column, const PanelShape& panel, const float* S, const Due& due) {
-    const float *of_e = e[j] + column, *of_r = r[j] + column, *of_y = d_y[j] + column;
+  JAXRNN_INLINE void pass(long j, long column, const PanelShape& panel, const Real* S, const Due& due) {
+    const Real *of_e = e[j] + column, *of_r = r[j] + column, *of_y = d_y[j] + column;
     panel.each_block([&](long i, auto vectors) {
       constexpr long Z = vectors;
       Vec a[Z], read[Z], of_k[Z], of_q[Z], of_u[Z], sq[Z] = {}, sk[Z] = {}, su[Z] = {}, sr[Z] = {}, sa[Z] = {};
@@ -240,10 +240,10 @@ class BackwardHead {
         if constexpr (OWN) of_k[z] = load(k[j] + at), of_q[z] = load(q[j] + at);
         if constexpr (OWN && U == Update::kLowRank) of_u[z] = load(u[j] + at);
       }
-      const float* from = S + i * panel.room;
-      float* into = D_of(column) + i * panel.room;
+      const Real* from = S + i * panel.room;
+      Real* into = D_of(column) + i * panel.room;
       for (long c = 0; c < panel.columns; ++c) {
-        const float x_r = due.d_r[c], x_y = of_y[c], x_e = of_e[c], x_u = of_r[c];
+        const Real x_r = due.d_r[c], x_y = of_y[c], x_e = of_e[c], x_u = of_r[c];
         Vec to_e{}, to_r{};
         if (i > 0) to_e = lanes_e[c], to_r = lanes_r[c];
         for (long z = 0; z < Z; ++z) {
@@ -266,7 +266,7 @@ class BackwardHead {
         if constexpr (OWN) lanes_e[c] = to_e;
         if constexpr (OWN && U == Update::kLowRank) lanes_r[c] = to_r;
       }
-      auto add = [&](float* to, const Vec* sums) {
+      auto add = [&](Real* to, const Vec* sums) {
         for (long z = 0; z < Z; ++z) store(to + i + z * LANES, load(to + i + z * LANES) + sums[z]);
       };
       if constexpr (OWN) add(sum_q[j], sq), add(sum_k[j], sk);
@@ -281,7 +281,7 @@ class BackwardHead {
     find_fresh(fresh, column, panel);
     pass<false>(j, column, panel, fresh, due_of(j, column));
     if (g.d_fresh) panel.give(D_of(column), g.d_fresh + corner(column), K, V, true);
-    std::memset(D_of(column), 0, panel.size() * sizeof(float));
+    std::memset(D_of(column), 0, panel.size() * sizeof(Real));
   }
 
   void step(long j, long column, const PanelShape& panel) {
@@ -291,7 +291,7 @@ class BackwardHead {
     if (starts) restart(j + 1, column, panel);
     const Due none{ones, nothing, nothing, unused, unused + k.width};
     pass<true>(j, column, panel, states + (j + 1) * panel.size(), due ? due_of(j + 1, column) : none);
-    const float b = beta(h.time(begin + j));
+    const Real b = beta(h.time(begin + j));
     for (long c = 0; c < panel.room; c += LANES) {
       const Vec x = sums_of(lanes_e + c);
       store(d_e[j] + column + c, x);
@@ -318,7 +318,7 @@ class BackwardHead {
       of_decay += rows;
     }
     if constexpr (D == Decay::kScalar) g.d_log_decay[place] = sum_of(of_decay);
-    const float b = beta(t), *v = value(p.v, t);
+    const Real b = beta(t), *v = value(p.v, t);
     Vec of_beta{};
     for (long c = 0; c < V; c += LANES) {
       const Vec of_e = load(d_e[j] + c);

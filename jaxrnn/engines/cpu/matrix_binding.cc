@@ -7,7 +7,7 @@
 #include "shapes.h"
 #include "threads.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 namespace {
 
 class Reader : public Shapes {
@@ -112,17 +112,18 @@ ffi::Error matrix_cotangents(bool reverse, int64_t chunk, Floats q, Floats k, Fl
 }
 
 }  // namespace
-}  // namespace jaxrnn
 
-#define ARRAY .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-#define RESULT .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+#define ARRAY .Arg<Floats>()
+#define RESULT .Ret<Floats>()
 #define PROBLEM                                                                                        \
-  xla::ffi::Ffi::Bind().Attr<bool>("reverse").Attr<int64_t>("chunk") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY \
-      .Arg<xla::ffi::Buffer<xla::ffi::PRED>>() ARRAY
+  ffi::Ffi::Bind().Attr<bool>("reverse").Attr<int64_t>("chunk") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY \
+      .Arg<ffi::Buffer<ffi::PRED>>() ARRAY
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_matrix_forward, jaxrnn::matrix_forward, PROBLEM RESULT RESULT RESULT RESULT);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_matrix_backward, jaxrnn::matrix_cotangents,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_matrix_forward), matrix_forward, PROBLEM RESULT RESULT RESULT RESULT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_matrix_backward), matrix_cotangents,
                               PROBLEM ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT
                                   RESULT RESULT);
 #pragma GCC visibility pop
+
+}  // namespace jaxrnn::JAXRNN_NUMBERS

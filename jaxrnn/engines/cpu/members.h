@@ -8,13 +8,12 @@
 #include <string>
 
 #include "memory.h"
+#include "shapes.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 namespace {
-
-namespace ffi = xla::ffi;
 
 // An array of every member, or one for all of them; null where it is absent.
 template <class P>
@@ -59,18 +58,18 @@ class Arrays {
   }
 
   // The next argument or result: `shape` for every member, or, where it is absent, without elements.
-  Members<const float> floats(const char* name, std::initializer_list<long> shape) {
+  Members<const Real> floats(const char* name, std::initializer_list<long> shape) {
     if (!next(arguments_here_)) return {};
-    return check<const float>(name, arguments_.get<ffi::Buffer<ffi::F32>>(argument_++), shape);
+    return check<const Real>(name, arguments_.get<Floats>(argument_++), shape);
   }
   Members<const uint8_t> flags(const char* name, std::initializer_list<long> shape) {
     if (!next(arguments_here_)) return {};
     return check<const uint8_t>(name, arguments_.get<ffi::Buffer<ffi::PRED>>(argument_++), shape);
   }
-  Members<float> result(const char* name, std::initializer_list<long> shape) {
+  Members<Real> result(const char* name, std::initializer_list<long> shape) {
     if (!next(results_here_)) return {};
-    const auto found = check<float>(name, results_.get<ffi::Buffer<ffi::F32>>(result_++), shape, false);
-    if (found.first) in_large_pages(found.first, members_ * found.step * sizeof(float));
+    const auto found = check<Real>(name, results_.get<Floats>(result_++), shape, false);
+    if (found.first) in_large_pages(found.first, members_ * found.step * sizeof(Real));
     return found;
   }
   // That an array is there, if it has elements.
@@ -144,4 +143,4 @@ ffi::Error each_member(long members, long weights, const Work& work) {
 }
 
 }  // namespace
-}  // namespace jaxrnn
+}  // namespace jaxrnn::JAXRNN_NUMBERS

@@ -44,7 +44,7 @@ JAXRNN_INLINE void gru(Vec (&gates)[R][3], const Vec (&u_n)[R], const Vec (&h)[R
 }
 
 // The cotangents of the four sums, and of c in place, from that of y.
-JAXRNN_INLINE void lstm_back(Vec d_y, Vec& d_c, Vec c_before, Vec c, const float* kept, long units, long n, Vec* d_a) {
+JAXRNN_INLINE void lstm_back(Vec d_y, Vec& d_c, Vec c_before, Vec c, const Real* kept, long units, long n, Vec* d_a) {
   const Vec i = load(kept, n), f = load(kept + units, n), g = load(kept + 2 * units, n), o = load(kept + 3 * units, n);
   const Vec squashed = tangent(c), d = d_c + d_y * o * (1.0f - squashed * squashed);
   d_a[0] = d * g * i * (1.0f - i);
@@ -57,7 +57,7 @@ JAXRNN_INLINE void lstm_back(Vec d_y, Vec& d_c, Vec c_before, Vec c, const float
 // The cotangents of the sums of z and n, and of r times what r multiplies, and of h where it does not pass a product.
 struct GruBack {
   Vec r, d_z, d_n, d_h;
-  GruBack(Vec d_y, Vec h, const float* kept, long units, long n) : r(load(kept, n)) {
+  GruBack(Vec d_y, Vec h, const Real* kept, long units, long n) : r(load(kept, n)) {
     const Vec z = load(kept + units, n), candidate = load(kept + 2 * units, n);
     d_n = d_y * (1.0f - z) * (1.0f - candidate * candidate);
     d_z = d_y * (h - candidate) * z * (1.0f - z);

@@ -4,7 +4,9 @@
 #pragma once
 #include <cstdint>
 
-namespace jaxrnn {
+#include "numbers.h"
+
+namespace jaxrnn::JAXRNN_NUMBERS {
 
 enum class Kind : int64_t { kElmanTanh = 0, kElmanRelu = 1, kLstm = 2, kGru = 3, kGruBefore = 4 };
 
@@ -22,31 +24,31 @@ struct Sizes {
 
 // Sequences are (T, B, ·), or (B, T, ·) if batch-major.
 struct Inputs {
-  const float* xs;                 // (T, B, D)
-  const float *w_x, *w_h;          // (D, G), (H, G)
-  const float *h, *c;              // (B, H), the carry before the first step
-  const float *fresh_h, *fresh_c;  // (B, H), the carry that a start begins from
+  const Real* xs;                 // (T, B, D)
+  const Real *w_x, *w_h;          // (D, G), (H, G)
+  const Real *h, *c;              // (B, H), the carry before the first step
+  const Real *fresh_h, *fresh_c;  // (B, H), the carry that a start begins from
   const uint8_t *valid, *start;    // (T, B)
 };
 
 struct Forward : Inputs {
-  const float *b, *b_hn;   // (G,), (H,)
-  float* ys;               // (T, B, H)
-  float *last_h, *last_c;  // (B, H)
-  float *kept, *cs;        // (T, B, kept · H), (T, B, H)
+  const Real *b, *b_hn;   // (G,), (H,)
+  Real* ys;               // (T, B, H)
+  Real *last_h, *last_c;  // (B, H)
+  Real *kept, *cs;        // (T, B, kept · H), (T, B, H)
 };
 
 struct Backward : Inputs {
-  const float *ys, *kept, *cs;
-  const float *d_ys, *d_last_h, *d_last_c;  // cotangents of the results
-  float *d_xs, *d_w_x, *d_w_h, *d_h, *d_c, *d_fresh_h, *d_fresh_c, *d_b, *d_b_hn;
+  const Real *ys, *kept, *cs;
+  const Real *d_ys, *d_last_h, *d_last_c;  // cotangents of the results
+  Real *d_xs, *d_w_x, *d_w_h, *d_h, *d_c, *d_fresh_h, *d_fresh_c, *d_b, *d_b_hn;
 };
 
 // An activation by its number, and its α and β.
 constexpr int64_t ACTIVATIONS = 28;
 struct Choice {
   int64_t code;
-  float alpha, beta;
+  Real alpha, beta;
 };
 
 // A family of gated cells with options. Those with a coupled gate have one gate less than an LSTM.
@@ -60,11 +62,11 @@ constexpr int MOST_STATES = 4;
 struct Rule {
   Family family;
   Choice gate, candidate, output;
-  float gate_clip, cell_clip;  // infinite without one
+  Real gate_clip, cell_clip;  // infinite without one
   bool input;                  // of coupled gates: whether the gate that is there is i
   bool norm, projected;        // layer normalisation; a product between what the gates give and h
   bool zoned;                  // whether entries of the carry may stay
-  float stay[MOST_STATES];     // with this expectation, if no flags tell which ones
+  Real stay[MOST_STATES];     // with this expectation, if no flags tell which ones
   long heads;                  // of a block-diagonal recurrent product
 
   long gates() const {
@@ -99,41 +101,41 @@ struct StagedInputs {
   Rule rule;
   Sizes n;
   long outputs;                                // S
-  const float *xs, *w_x, *w_h, *w_2, *theta;   // (T, B, D), (D, G), (S, F), (H, H or S), (K, H)
-  const float *h, *rest, *fresh_h, *fresh_rest;  // (B, S), (B, E H)
+  const Real *xs, *w_x, *w_h, *w_2, *theta;   // (T, B, D), (D, G), (S, F), (H, H or S), (K, H)
+  const Real *h, *rest, *fresh_h, *fresh_rest;  // (B, S), (B, E H)
   const uint8_t *valid, *start;                // (T, B)
-  const float* mask;                           // (B, S), which multiplies h where products read it
+  const Real* mask;                           // (B, S), which multiplies h where products read it
   const uint8_t *stay_h, *stay_rest;           // (T, B, S), (T, B, E H)
   long extra() const { return rule.states() - 1; }
 };
 
 struct StagedForward : StagedInputs {
-  const float* b;               // (G,)
-  float *ys, *last_h, *last_rest;  // (T, B, S), (B, S), (B, E H)
-  float *kept, *rests;             // (T, B, kept), (T, B, E H)
+  const Real* b;               // (G,)
+  Real *ys, *last_h, *last_rest;  // (T, B, S), (B, S), (B, E H)
+  Real *kept, *rests;             // (T, B, kept), (T, B, E H)
 };
 
 struct StagedBackward : StagedInputs {
-  const float *ys, *kept, *rests;
-  const float *d_ys, *d_last_h, *d_last_rest;
+  const Real *ys, *kept, *rests;
+  const Real *d_ys, *d_last_h, *d_last_rest;
   bool weights;  // whether their cotangents are asked for
-  float *d_xs, *d_w_x, *d_w_h, *d_w_2, *d_theta, *d_h, *d_rest, *d_fresh_h, *d_fresh_rest, *d_b;
+  Real *d_xs, *d_w_x, *d_w_h, *d_w_2, *d_theta, *d_h, *d_rest, *d_fresh_h, *d_fresh_rest, *d_b;
 };
 
 // A linear recurrence over T steps of R columns.
 struct LinearProblem {
   long steps, columns;
   bool reverse, shifted;  // shifted: h_k = c_{k-1} + b_k, c_k = a_k h_k
-  const float *a, *b, *h;  // (T, R) or, constant, (1, R); (T, R); (R,)
+  const Real *a, *b, *h;  // (T, R) or, constant, (1, R); (T, R); (R,)
   long a_steps;
   const uint8_t* cut;  // (T or 1, groups), each for R / groups columns, or null
   long cut_steps, cut_groups;
-  float *hs, *last;  // (T, R), (R,)
+  Real *hs, *last;  // (T, R), (R,)
 };
 
 // An array of T steps of R rows and one or all of G heads.
 struct Shared {
-  const float* data;  // null where it is absent
+  const Real* data;  // null where it is absent
   long heads;
 };
 
@@ -143,19 +145,19 @@ struct MatrixProblem {
   bool reverse;
   long chunk;                    // steps between two states that are kept
   Shared q, k, u, w;             // (T, R, 1 or G, K)
-  const float *v, *s;            // (T, R, G, V), (R, G, K, V)
+  const Real *v, *s;            // (T, R, G, V), (R, G, K, V)
   Shared log_decay, beta;        // (T, R, 1 or G, 1 or K), (T, R, 1 or G)
   bool decay_by_row;             // K of them
   const uint8_t* start;          // (T, R)
-  const float* fresh;            // (R, G, K, V)
-  float *ys, *last;              // (T, R, G, V), (R, G, K, V)
-  float *reads, *states;         // (T, R, G, V), (chunks, R, G, K, V): kept by the forward pass, read by the other
+  const Real* fresh;            // (R, G, K, V)
+  Real *ys, *last;              // (T, R, G, V), (R, G, K, V)
+  Real *reads, *states;         // (T, R, G, V), (chunks, R, G, K, V): kept by the forward pass, read by the other
 };
 
 // Cotangents, in the shapes of their arrays with all G heads.
 struct MatrixGradient {
-  const float *d_ys, *d_last;
-  float *d_q, *d_k, *d_v, *d_s, *d_log_decay, *d_beta, *d_u, *d_w, *d_fresh;
+  const Real *d_ys, *d_last;
+  Real *d_q, *d_k, *d_v, *d_s, *d_log_decay, *d_beta, *d_u, *d_w, *d_fresh;
 };
 
 // A diagonal recurrence: T steps, R rows of M members, D channels, N states of each. What is absent is null.
@@ -166,17 +168,17 @@ struct DiagonalProblem {
   long steps, rows, members, channels, states;
   bool reverse;
   long chunk, groups;            // steps between two states that are kept; sums of the cotangents of b and c
-  const float *x, *a, *b, *c, *h;  // (T, R, D), ..., (R, N, D)
-  const float *step, *fresh;     // (T, R, D), (R, N, D)
+  const Real *x, *a, *b, *c, *h;  // (T, R, D), ..., (R, N, D)
+  const Real *step, *fresh;     // (T, R, D), (R, N, D)
   const uint8_t *valid, *start;  // (T, R)
-  float *ys, *last, *kept;       // (T, R, D), (R, N, D), (chunks, R, N, D): read by the backward pass
+  Real *ys, *last, *kept;       // (T, R, D), (R, N, D), (chunks, R, N, D): read by the backward pass
 };
 
 // Cotangents in the shapes of their arrays; those of weights are of each row, and d_b and d_c of a selective recurrence
 // are G sums over groups of channels. d_x is null where nobody asks.
 struct DiagonalGradient {
-  const float *d_ys, *d_last;
-  float *d_x, *d_a, *d_b, *d_c, *d_h, *d_step, *d_fresh;
+  const Real *d_ys, *d_last;
+  Real *d_x, *d_a, *d_b, *d_c, *d_h, *d_step, *d_fresh;
 };
 
 // What a single unit of a linear recurrence does; the names are those of cells. A signed one has g(v) = v, one in logs the
@@ -210,18 +212,18 @@ struct ElementwiseProblem {
   long taps = 1, outputs;                 // with L taps, a step reads its input and those of L − 1 steps before; P = E H,
                                           // unless the unit projects
   bool reverse;
-  float bound;                            // γ
-  const float *xs, *w, *h;                // (L − 1 + T, R, D), (M, N, L D / N, S H / N), (R, E H)
-  const float *b, *theta, *fresh, *w_y;   // (M, S H), (M, K H), (R, E H), (M, E H, P)
+  Real bound;                            // γ
+  const Real *xs, *w, *h;                // (L − 1 + T, R, D), (M, N, L D / N, S H / N), (R, E H)
+  const Real *b, *theta, *fresh, *w_y;   // (M, S H), (M, K H), (R, E H), (M, E H, P)
   const uint8_t *valid, *start, *begun;   // (T, R)
-  float *ys, *last, *hs;                  // (T, R, P), (R, E H), (T, R, E H): read by the backward pass, absent if ys are
-  float* sums;                            // (T, R, S H), too, or absent
+  Real *ys, *last, *hs;                  // (T, R, P), (R, E H), (T, R, E H): read by the backward pass, absent if ys are
+  Real* sums;                            // (T, R, S H), too, or absent
 };
 
 // Cotangents in the shapes of their arrays, but d_xs is (T, R, L D); null where nobody asks.
 struct ElementwiseGradient {
-  const float *d_ys, *d_last;
-  float *d_xs, *d_w, *d_h, *d_b, *d_theta, *d_fresh, *d_w_y;
+  const Real *d_ys, *d_last;
+  Real *d_xs, *d_w, *d_h, *d_b, *d_theta, *d_fresh, *d_w_y;
 };
 
 constexpr int KINDS = 5;
@@ -240,4 +242,4 @@ void staged(const StagedForward& p, int threads);
 void staged_backward(const StagedBackward& p, int threads);
 const char* instructions();
 
-}  // namespace jaxrnn
+}  // namespace jaxrnn::JAXRNN_NUMBERS

@@ -4,12 +4,13 @@
 #include <initializer_list>
 #include <string>
 
+#include "numbers.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 
 namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
+using Floats = ffi::Buffer<sizeof(Real) == 8 ? ffi::F64 : ffi::F32>;
 using Flags = ffi::Buffer<ffi::PRED>;
 using Written = ffi::Result<Floats>;
 
@@ -40,4 +41,4 @@ class Shapes {
   const char* wrong_ = nullptr;
 };
 
-}  // namespace jaxrnn
+}  // namespace jaxrnn::JAXRNN_NUMBERS

@@ -1,36 +1,48 @@
 // Vectors of JAXRNN_WIDTH bytes, and tanh and the logistic function on them. Included once for each instruction set,
 // inside its namespace.
 
-typedef float Vec __attribute__((vector_size(JAXRNN_WIDTH)));
-typedef int32_t Int __attribute__((vector_size(JAXRNN_WIDTH)));
-constexpr long LANES = JAXRNN_WIDTH / sizeof(float);
+typedef Real Vec __attribute__((vector_size(JAXRNN_WIDTH)));
+using Whole = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+typedef Whole Int __attribute__((vector_size(JAXRNN_WIDTH)));
+constexpr long LANES = JAXRNN_WIDTH / sizeof(Real);
+constexpr bool DOUBLE = sizeof(Real) == 8;
 
-JAXRNN_INLINE Vec splat(float x) { return x - Vec{}; }
+JAXRNN_INLINE Vec splat(Real x) { return x - Vec{}; }
 
 // In memory anywhere, and what is stored may be no other thing than numbers.
-typedef float Loose __attribute__((vector_size(JAXRNN_WIDTH), aligned(4)));
+typedef Real Loose __attribute__((vector_size(JAXRNN_WIDTH), aligned(sizeof(Real))));
 
-JAXRNN_INLINE Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+JAXRNN_INLINE Vec load(const Real* p) { return *reinterpret_cast<const Loose*>(p); }
 
-JAXRNN_INLINE void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+JAXRNN_INLINE void store(Real* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 
 // The first n lanes; the others are 0 when read and left alone when written.
 #if JAXRNN_WIDTH == 64
-JAXRNN_INLINE Vec load(const float* p, long n) { return n >= LANES ? load(p) : _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+#ifdef JAXRNN_FLOAT64
+JAXRNN_INLINE Vec masked(unsigned lanes, const Real* p) { return _mm512_maskz_loadu_pd(lanes, p); }
+JAXRNN_INLINE void masked(unsigned lanes, Real* p, Vec v) { _mm512_mask_storeu_pd(p, lanes, v); }
+JAXRNN_INLINE Vec square_root(Vec x) { return _mm512_sqrt_pd(x); }
+#else
+JAXRNN_INLINE Vec masked(unsigned lanes, const Real* p) { return _mm512_maskz_loadu_ps(lanes, p); }
+JAXRNN_INLINE void masked(unsigned lanes, Real* p, Vec v) { _mm512_mask_storeu_ps(p, lanes, v); }
+JAXRNN_INLINE Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
+#endif
 
-JAXRNN_INLINE void store(float* p, Vec v, long n) {
+JAXRNN_INLINE Vec load(const Real* p, long n) { return n >= LANES ? load(p) : masked((1u << n) - 1, p); }
+
+JAXRNN_INLINE void store(Real* p, Vec v, long n) {
   if (n >= LANES) store(p, v);
-  else _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+  else masked((1u << n) - 1, p, v);
 }
 #else
-JAXRNN_INLINE Vec load(const float* p, long n) {
+JAXRNN_INLINE Vec load(const Real* p, long n) {
   if (n >= LANES) return load(p);
   Vec v{};
   for (long k = 0; k < n; ++k) v[k] = p[k];
   return v;
 }
 
-JAXRNN_INLINE void store(float* p, Vec v, long n) {
+JAXRNN_INLINE void store(Real* p, Vec v, long n) {
   if (n >= LANES) return store(p, v);
   for (long k = 0; k < n; ++k) p[k] = v[k];
 }
@@ -49,11 +61,11 @@ JAXRNN_INLINE Vec pick(Vec x, Vec y, std::index_sequence<l...>) {
 // In each n lanes, the first half of those of x and of those of y; and the second half.
 template <long n>
 struct Low {
-  static constexpr int of(long l) { return static_cast<int>(l % n < n / 2 ? l : LANES + l - n / 2); }
+  static constexpr Whole of(long l) { return static_cast<Whole>(l % n < n / 2 ? l : LANES + l - n / 2); }
 };
 template <long n>
 struct High {
-  static constexpr int of(long l) { return static_cast<int>(l % n < n / 2 ? l + n / 2 : LANES + l); }
+  static constexpr Whole of(long l) { return static_cast<Whole>(l % n < n / 2 ? l + n / 2 : LANES + l); }
 };
 template <class PLACE>
 JAXRNN_INLINE Vec pick(Vec x, Vec y) {
@@ -73,18 +85,20 @@ JAXRNN_INLINE Vec sums_of(const Vec* x) {
 }
 
 template <long n = LANES>
-JAXRNN_INLINE float sum_of(Vec x) {
+JAXRNN_INLINE Real sum_of(Vec x) {
   if constexpr (n == 1) return x[0];
   else return sum_of<n / 2>(x + pick<High<n>>(x, x));
 }
 
-JAXRNN_INLINE Vec absolute(Vec x) { return (Vec)((Int)x & 0x7fffffff); }
+constexpr Whole WITHOUT_SIGN = std::numeric_limits<Whole>::max();
 
-JAXRNN_INLINE Vec with_sign_of(Vec x, Vec sign) { return (Vec)((Int)x | ((Int)sign & ~0x7fffffff)); }
+JAXRNN_INLINE Vec absolute(Vec x) { return (Vec)((Int)x & WITHOUT_SIGN); }
+
+JAXRNN_INLINE Vec with_sign_of(Vec x, Vec sign) { return (Vec)((Int)x | ((Int)sign & ~WITHOUT_SIGN)); }
 
 // a / b for 1 ≤ b < 2^120.
 JAXRNN_INLINE Vec divide(Vec a, Vec b) {
-#if JAXRNN_WIDTH == 64
+#if JAXRNN_WIDTH == 64 && !defined(JAXRNN_FLOAT64)
   Vec y = _mm512_maskz_rcp14_ps(0xffff, b);
   y = y + y * (1.0f - b * y);
   Vec q = a * y;
@@ -94,60 +108,88 @@ JAXRNN_INLINE Vec divide(Vec a, Vec b) {
 #endif
 }
 
-// e^x - 1 = 2^n (p + 1) - 1, where p = e^r - 1 for |r| ≤ ln 2 / 2 by the polynomial of Cephes' expf.
-struct Exponential {
-  Vec n, p;
-  JAXRNN_INLINE explicit Exponential(Vec x) {
-    const Vec shift = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
-    n = (x * 1.44269504088896341f + shift) - shift;
-    Vec r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    Vec q = splat(1.9875691500e-4f);
+// How the bits of a number lie, and from where on functions of it are constant.
+constexpr int FRACTION = DOUBLE ? 52 : 23;
+constexpr Whole BIAS = DOUBLE ? 1023 : 127;
+constexpr Real NEAREST = DOUBLE ? 6755399441055744.0 : 12582912.0;  // 1.5 · 2^FRACTION: adding it rounds to an integer
+constexpr Real LEAST_LOG = DOUBLE ? -746 : -104, MOST_LOG = DOUBLE ? 710 : 89;  // e^x is 0 below, infinite above
+constexpr Real LEAST_NORMAL_LOG = DOUBLE ? -708 : -87;
+constexpr Real FLAT = DOUBLE ? 19.1 : 9.1;  // tanh is 1 from there on
+// log 2 in two parts, of which products of the first with an exponent are exact.
+constexpr Real LOG_2_HIGH = DOUBLE ? 6.93147180369123816490e-01 : 0.693359375;
+constexpr Real LOG_2_LOW = DOUBLE ? 1.90821492927058770002e-10 : -2.12194440e-4;
+constexpr Real LOG2_E = static_cast<Real>(1.44269504088896341), LN_2 = static_cast<Real>(0.693147180559945309);
+
+// e^r - 1 for |r| ≤ ln 2 / 2: Taylor's series, or the polynomial of Cephes' expf.
+JAXRNN_INLINE Vec small_exponential_less_one(Vec r) {
+  Vec q;
+  if constexpr (DOUBLE) {
+    constexpr Real INVERSE[] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
+                                1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800};
+    q = splat(INVERSE[11]);
+#pragma GCC unroll 12
+    for (int k = 10; k >= 0; --k) q = q * r + INVERSE[k];
+  } else {
+    q = splat(1.9875691500e-4f);
     q = q * r + 1.3981999507e-3f;
     q = q * r + 8.3334519073e-3f;
     q = q * r + 4.1665795894e-2f;
     q = q * r + 1.6666665459e-1f;
     q = q * r + 5.0000001201e-1f;
-    p = q * (r * r) + r;
   }
-  static JAXRNN_INLINE Vec power(Int n) { return (Vec)((n + 127) << 23); }
-  JAXRNN_INLINE Int whole() const { return __builtin_convertvector(n, Int); }
+  return q * (r * r) + r;
+}
+
+// e^x - 1 = 2^n (p + 1) - 1, where p = e^r - 1.
+struct Exponential {
+  Vec shifted, p;
+  JAXRNN_INLINE explicit Exponential(Vec x) {
+    shifted = x * LOG2_E + NEAREST;
+    const Vec n = shifted - NEAREST;
+    p = small_exponential_less_one((x - n * LOG_2_HIGH) - n * LOG_2_LOW);
+  }
+  static JAXRNN_INLINE Vec power(Int n) { return (Vec)((n + BIAS) << FRACTION); }
+  // n, which is in the lowest bits.
+  JAXRNN_INLINE Int whole() const { return (Int)shifted - (Int)splat(NEAREST); }
 };
 
 // e^-|x| never overflows, and both branches keep their relative accuracy. 2^n in two factors, for subnormal results.
 JAXRNN_INLINE Vec logistic(Vec x) {
   Vec a = absolute(x);
-  Exponential power(-(a > 104.0f ? splat(104.0f) : a));
+  Exponential power(-(a > -LEAST_LOG ? splat(-LEAST_LOG) : a));
   Int n = power.whole(), half = n >> 1;
   Vec e = (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
   return divide(x < 0.0f ? e : splat(1.0f), 1.0f + e);
 }
 
-// (e^2|x| - 1) / (e^2|x| + 1), which is 1 in float32 from |x| = 9.02 on.
+// (e^2|x| - 1) / (e^2|x| + 1).
 JAXRNN_INLINE Vec tangent(Vec x) {
   Vec a = absolute(x);
-  Exponential power(2.0f * (a > 9.1f ? splat(9.1f) : a));
+  Exponential power(2.0f * (a > FLAT ? splat(FLAT) : a));
   Vec scale = Exponential::power(power.whole());
   Vec e = scale * power.p + (scale - 1.0f);
   return with_sign_of(divide(e, e + 2.0f), x);
 }
 
-// exp(x) for x ≤ 0; 0 where float32 has no normal number for it.
+// exp(x) for x ≤ 0; 0 where there is no normal number for it.
 JAXRNN_INLINE Vec decay_of(Vec x) {
-  Exponential power(x < -87.0f ? splat(-87.0f) : x);
+  Exponential power(x < LEAST_NORMAL_LOG ? splat(LEAST_NORMAL_LOG) : x);
   Vec y = (power.p + 1.0f) * Exponential::power(power.whole());
-  return x < -87.0f ? Vec{} : y;
+  return x < LEAST_NORMAL_LOG ? Vec{} : y;
 }
 
 // 2 artanh(z) for z² ≤ 1/9.
 JAXRNN_INLINE Vec twice_artanh(Vec z) {
+  constexpr int LAST = DOUBLE ? 33 : 13;
   const Vec square = z * z;
-  Vec sum = splat(1.0f / 13);
-  for (int odd = 11; odd > 0; odd -= 2) sum = sum * square + 1.0f / static_cast<float>(odd);
+  Vec sum = splat(Real(1) / LAST);
+#pragma GCC unroll 16
+  for (int odd = LAST - 2; odd > 0; odd -= 2) sum = sum * square + Real(1) / static_cast<Real>(odd);
   return 2.0f * z * sum;
 }
 
-// log(1 + e^x) and its derivative, with log(1 + e) = 2 artanh(e / (2 + e)) for e = e^−|x|. Relative error 2e-7.
+// log(1 + e^x) and its derivative, with log(1 + e) = 2 artanh(e / (2 + e)) for e = e^−|x|. In float32 of a relative error of
+// 2e-7.
 struct Softplus {
   Vec y, slope;
   JAXRNN_INLINE explicit Softplus(Vec x) {
@@ -165,14 +207,15 @@ JAXRNN_INLINE Vec log_of_more(Vec x) {
 
 // log x = n log 2 + 2 artanh((m − 1) / (m + 1)) for x = 2^n m and √½ ≤ m < √2; of normal numbers.
 JAXRNN_INLINE Vec logarithm(Vec x) {
-  const Int bits = (Int)x, n = (bits - 0x3f3504f3) >> 23;
-  const Vec m = (Vec)(bits - (n << 23)), whole = __builtin_convertvector(n, Vec);
-  return whole * 0.693359375f + (whole * -2.12194440e-4f + twice_artanh(divide(m - 1.0f, m + 1.0f)));
+  constexpr Whole ROOT = static_cast<Whole>(DOUBLE ? 0x3fe6a09e667f3bcd : 0x3f3504f3);  // the bits of √½
+  const Int bits = (Int)x, n = (bits - ROOT) >> FRACTION;
+  const Vec m = (Vec)(bits - (n << FRACTION)), whole = __builtin_convertvector(n, Vec);
+  return whole * LOG_2_HIGH + (whole * LOG_2_LOW + twice_artanh(divide(m - 1.0f, m + 1.0f)));
 }
 
-// e^x, 0 from −104 on.
+// e^x, 0 from `LEAST_LOG` on.
 JAXRNN_INLINE Vec exponential(Vec x) {
-  x = x < -104.0f ? splat(-104.0f) : x > 89.0f ? splat(89.0f) : x;
+  x = x < LEAST_LOG ? splat(LEAST_LOG) : x > MOST_LOG ? splat(MOST_LOG) : x;
   const Exponential power(x);
   const Int n = power.whole(), half = n >> 1;
   return (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
@@ -180,9 +223,9 @@ JAXRNN_INLINE Vec exponential(Vec x) {
 
 JAXRNN_INLINE Vec root(Vec x) {
 #if JAXRNN_WIDTH == 64
-  return _mm512_sqrt_ps(x);
+  return square_root(x);
 #else
-  for (long l = 0; l < LANES; ++l) x[l] = __builtin_sqrtf(x[l]);
+  for (long l = 0; l < LANES; ++l) x[l] = std::sqrt(x[l]);
   return x;
 #endif
 }

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -16,7 +18,7 @@
 #include "problem.h"
 #include "threads.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 
 #define JAXRNN_WIDTH 16
 namespace baseline {
@@ -83,4 +85,4 @@ void staged_backward(const StagedBackward& p, int threads) {
   baseline::run_staged_backward(p, threads);
 }
 
-}  // namespace jaxrnn
+}  // namespace jaxrnn::JAXRNN_NUMBERS

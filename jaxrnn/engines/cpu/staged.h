@@ -1,6 +1,6 @@
 // What both passes of gated recurrences with options share.
 
-constexpr float EPSILON = 1e-5f;  // of every norm
+constexpr Real EPSILON = static_cast<Real>(1e-5);  // of every norm
 
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
@@ -45,10 +45,10 @@ class Staged {
   }
 
   // Where θ lies, padded.
-  void pad_theta(float* to) const {
+  void pad_theta(Real* to) const {
     for (long k = 0; k < rule_.theta(); ++k) {
-      std::memcpy(to + k * width_, in_.theta + k * H_, H_ * sizeof(float));
-      std::memset(to + k * width_ + H_, 0, (width_ - H_) * sizeof(float));
+      std::memcpy(to + k * width_, in_.theta + k * H_, H_ * sizeof(Real));
+      std::memset(to + k * width_ + H_, 0, (width_ - H_) * sizeof(Real));
     }
   }
   long gain_x() const { return rule_.own_theta(); }  // θ's rows of a norm
@@ -58,7 +58,7 @@ class Staged {
 
   // Batches of the rows of one vector of units: f(batch, first row, unit, lanes).
   template <bool BACK, class Work>
-  void batches(Range rows, long j, const float* theta, const Work& work) const {
+  void batches(Range rows, long j, const Real* theta, const Work& work) const {
     for (int g = 0; g < GROUPS; ++g) {
       const long unit = layout_.unit(j, GROUPS == 1 ? 0 : g), n = layout_.lanes(j, GROUPS == 1 ? 0 : g);
       if (n == 0) continue;
@@ -77,12 +77,12 @@ class Staged {
 
   static Int first_lanes(long n) {
     Int lane;
-    for (long l = 0; l < LANES; ++l) lane[l] = static_cast<int32_t>(l);
-    return lane < static_cast<int32_t>(n);
+    for (long l = 0; l < LANES; ++l) lane[l] = static_cast<Whole>(l);
+    return lane < static_cast<Whole>(n);
   }
 
   // How much of an entry stays: 1 or 0 by flags, or the expectation.
-  Vec stays(const uint8_t* flags, long at, float rate, long n) const {
+  Vec stays(const uint8_t* flags, long at, Real rate, long n) const {
     if (!flags) return splat(rate);
     Bytes bytes{};
     if (n >= LANES) std::memcpy(&bytes, flags + at, LANES);

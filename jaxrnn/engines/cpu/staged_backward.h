@@ -40,13 +40,13 @@ class StagedBackwardRun : Staged<F> {
     d_v_ = APART ? scratch.take(rows * G) : d_u_;
     n_u_ = rule_.norm ? scratch.take(rows * G) : d_u_;
     n_v_ = rule_.norm ? scratch.take(rows * G) : d_v_;
-    for (float*& each : along_) each = scratch.take(parts * B_ * LANES);
+    for (Real*& each : along_) each = scratch.take(parts * B_ * LANES);
     d_second_ = scratch.take(rule_.projected ? rows * s_width_ : 0);
     mids_ = scratch.take(second ? rows * H_ : 0);
     reads_ = scratch.take(p_.mask ? rows * S_ : 0);
     nothing_ = scratch.take(std::max({D, S_, H_}));
-    for (float*& each : partial_) each = scratch.take(parts * B_);
-    std::memset(nothing_, 0, std::max({D, S_, H_}) * sizeof(float));
+    for (Real*& each : partial_) each = scratch.take(parts * B_);
+    std::memset(nothing_, 0, std::max({D, S_, H_}) * sizeof(Real));
     if (p_.valid || p_.start) trace();
   }
 
@@ -73,17 +73,17 @@ class StagedBackwardRun : Staged<F> {
     long steps() const { return last - first; }
   };
   // Vectors of every row of a chunk, (block, row, width).
-  static float* panel(float* base, const Chunk& chunk, long rows, long width, long j, long m) {
+  static Real* panel(Real* base, const Chunk& chunk, long rows, long width, long j, long m) {
     return base + (j * chunk.steps() * rows + m) * width;
   }
   // Of the gates' sums, as they read x and as they read h; and of the products themselves, before their norm.
-  float* d_u(const Chunk& chunk, long j, long m) const { return panel(d_u_, chunk, B_, V * LANES, j, m); }
-  float* d_v(const Chunk& chunk, long j, long m) const { return panel(d_v_, chunk, B_, V * LANES, j, m); }
-  float* n_u(const Chunk& chunk, long j, long m) const { return panel(n_u_, chunk, B_, V * LANES, j, m); }
-  float* n_v(const Chunk& chunk, long j, long m) const { return panel(n_v_, chunk, B_, V * LANES, j, m); }
-  float* d_second(const Chunk& chunk, long j, long m) const { return panel(d_second_, chunk, B_, OUT * LANES, j, m); }
-  const float* kept(long at) const { return p_.kept + at * rule_.kept(H_); }
-  const float* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
+  Real* d_u(const Chunk& chunk, long j, long m) const { return panel(d_u_, chunk, B_, V * LANES, j, m); }
+  Real* d_v(const Chunk& chunk, long j, long m) const { return panel(d_v_, chunk, B_, V * LANES, j, m); }
+  Real* n_u(const Chunk& chunk, long j, long m) const { return panel(n_u_, chunk, B_, V * LANES, j, m); }
+  Real* n_v(const Chunk& chunk, long j, long m) const { return panel(n_v_, chunk, B_, V * LANES, j, m); }
+  Real* d_second(const Chunk& chunk, long j, long m) const { return panel(d_second_, chunk, B_, OUT * LANES, j, m); }
+  const Real* kept(long at) const { return p_.kept + at * rule_.kept(H_); }
+  const Real* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
 
   void prepare(const Worker& w) {
     const long D = n_.inputs, G = GATES * H_, columns = (FIRST + BEFORE) * H_;
@@ -92,8 +92,8 @@ class StagedBackwardRun : Staged<F> {
     if (BEFORE) pack_transposed(p_.w_h, columns, layout_, GATES - 1, GATES, units_, units, w_2_);
     if (rule_.projected) pack_transposed(p_.w_2, S_, out_, 0, OUT, units_, units, w_2_);
     if (p_.d_xs) pack_transposed(p_.w_x, G, layout_, 0, V, inputs_, w.part(inputs_.blocks()), w_x_);
-    auto zero = [](float* to, Range part, long each) {
-      std::memset(to + part.begin * each, 0, part.size() * each * sizeof(float));
+    auto zero = [](Real* to, Range part, long each) {
+      std::memset(to + part.begin * each, 0, part.size() * each * sizeof(Real));
     };
     if (p_.weights) {
       zero(d_w_x_, blocks, V * LANES * D), zero(d_w_h_, blocks, V * LANES * S_), zero(d_b_, blocks, V * LANES);
@@ -101,15 +101,15 @@ class StagedBackwardRun : Staged<F> {
       if (rule_.projected) zero(d_w_2_, out, OUT * LANES * H_);
     }
     if (w.number == 0) this->pad_theta(theta_);
-    for (float* each : along_) zero(each, {w.number, w.number + 1}, B_ * LANES);
+    for (Real* each : along_) zero(each, {w.number, w.number + 1}, B_ * LANES);
     zero(d_theta_, {w.number, w.number + 1}, rule_.theta() * width_);
     const Range rows = w.part(B_);
     zero(d_h_, rows, s_width_), zero(through_, rows, s_width_), zero(d_read_, rows, std::max(s_width_, width_));
     for (long r = rows.begin; r < rows.end; ++r) {
-      std::memcpy(d_h_ + r * s_width_, p_.d_last_h + r * S_, S_ * sizeof(float));
+      std::memcpy(d_h_ + r * s_width_, p_.d_last_h + r * S_, S_ * sizeof(Real));
       for (int e = 0; e < E; ++e) {
         zero(d_rest_[e], {r, r + 1}, width_);
-        std::memcpy(d_rest_[e] + r * width_, p_.d_last_rest + (r * E + e) * H_, H_ * sizeof(float));
+        std::memcpy(d_rest_[e] + r * width_, p_.d_last_rest + (r * E + e) * H_, H_ * sizeof(Real));
       }
     }
     if (p_.d_fresh_h) zero(p_.d_fresh_h, rows, S_);
@@ -120,9 +120,9 @@ class StagedBackwardRun : Staged<F> {
     const long D = n_.inputs, G = GATES * H_, columns = (FIRST + BEFORE) * H_;
     const Range rows = w.part(B_), blocks = w.part(blocks_);
     for (long r = rows.begin; r < rows.end; ++r) {
-      std::memcpy(p_.d_h + r * S_, d_h_ + r * s_width_, S_ * sizeof(float));
+      std::memcpy(p_.d_h + r * S_, d_h_ + r * s_width_, S_ * sizeof(Real));
       for (int e = 0; e < E; ++e)
-        std::memcpy(p_.d_rest + (r * E + e) * H_, d_rest_[e] + r * width_, H_ * sizeof(float));
+        std::memcpy(p_.d_rest + (r * E + e) * H_, d_rest_[e] + r * width_, H_ * sizeof(Real));
     }
     if (!p_.weights) return;
     unpack(d_w_x_, D, G, layout_, blocks, p_.d_w_x);
@@ -133,7 +133,7 @@ class StagedBackwardRun : Staged<F> {
     const Range theta = w.part(rule_.theta());
     for (long k = theta.begin; p_.d_theta && k < theta.end; ++k)
       for (long u = 0; u < H_; ++u) {
-        float sum = 0;
+        Real sum = 0;
         for (int part = 0; part < w.count; ++part) sum += d_theta_[(part * rule_.theta() + k) * width_ + u];
         p_.d_theta[k * H_ + u] = sum;
       }
@@ -153,13 +153,13 @@ class StagedBackwardRun : Staged<F> {
     }
   }
   bool start(long at) const { return p_.start && p_.start[at]; }
-  const float* before(long k, long b, const float* states, const float* first, const float* fresh, long size) const {
+  const Real* before(long k, long b, const Real* states, const Real* first, const Real* fresh, long size) const {
     long t = k == 0 ? NONE : time(k - 1);
     if (!before_.empty()) t = before_[n_.at(time(k), b)];
     return t == FRESH ? fresh + b * size : t == NONE ? first + b * size : states + n_.at(t, b) * size;
   }
-  const float* h_before(long k, long b) const { return before(k, b, p_.ys, p_.h, p_.fresh_h, S_); }
-  const float* rest_before(long k, long b) const {
+  const Real* h_before(long k, long b) const { return before(k, b, p_.ys, p_.h, p_.fresh_h, S_); }
+  const Real* rest_before(long k, long b) const {
     return before(k, b, p_.rests, p_.rest, p_.fresh_rest, E * H_);
   }
 
@@ -230,7 +230,7 @@ class StagedBackwardRun : Staged<F> {
     each_tile(p.rows, units, [&](auto count, long j, long row) {
       constexpr int R = decltype(count)::value;
       Vec sums[R][OUT] = {};
-      const float* d = BEFORE ? n_v(p.chunk, 0, p.m + row) + (GATES - 1) * LANES : d_second(p.chunk, 0, p.m + row);
+      const Real* d = BEFORE ? n_v(p.chunk, 0, p.m + row) + (GATES - 1) * LANES : d_second(p.chunk, 0, p.m + row);
       times<R>(d, p.chunk.steps() * B_ * width, width, {0, panels}, each, w_2_ + j * panels * each * OUT * LANES, sums);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < OUT; ++v) store(d_mid_ + (row + r) * mid_width() + units_.unit(j, v), sums[r][v]);
@@ -240,7 +240,7 @@ class StagedBackwardRun : Staged<F> {
 
   Vec theta(long k, long unit) const { return load(theta_ + k * width_ + unit); }
   void add_theta(const Worker& w, long k, long unit, Vec d) const {
-    float* to = d_theta_ + (w.number * rule_.theta() + k) * width_ + unit;
+    Real* to = d_theta_ + (w.number * rule_.theta() + k) * width_ + unit;
     store(to, load(to) + d);
   }
 
@@ -259,7 +259,7 @@ class StagedBackwardRun : Staged<F> {
   void recall(const Place& p, B& b, long row0, long unit, long n, int first = 0, int last = F::SUMS) const {
     for (int i = 0; i < b.n; ++i) {
       const long row = row0 + i;
-      const float* kept_here = kept(at(p, row)) + unit;
+      const Real* kept_here = kept(at(p, row)) + unit;
       look_ahead(p, row, unit);
       for (int q = first; q < last; ++q) {
         if (!rule_.norm) {
@@ -322,7 +322,7 @@ class StagedBackwardRun : Staged<F> {
     // Vectors of the last block that hold no unit.
     for (int g = 0; GROUPS > 1 && p.blocks.end == blocks_ && g < GROUPS; ++g)
       for (long row = p.rows.begin; layout_.lanes(blocks_ - 1, g) == 0 && row < p.rows.end; ++row)
-        for (float* d : {d_u(p.chunk, blocks_ - 1, p.m + row), d_v(p.chunk, blocks_ - 1, p.m + row)})
+        for (Real* d : {d_u(p.chunk, blocks_ - 1, p.m + row), d_v(p.chunk, blocks_ - 1, p.m + row)})
           store(d + g * LANES, Vec{});
   }
 
@@ -330,7 +330,7 @@ class StagedBackwardRun : Staged<F> {
   void hand_back(const Place& p, const B& b, int i, long j, long row, long unit, long n, int g) const {
     const long m = p.m + row;
     const bool live = valid(at(p, row));
-    float *u = d_u(p.chunk, j, m) + g * LANES, *v = d_v(p.chunk, j, m) + g * LANES;
+    Real *u = d_u(p.chunk, j, m) + g * LANES, *v = d_v(p.chunk, j, m) + g * LANES;
     for (int q = 0; q < (BEFORE ? FIRST : GATES); ++q) {
       const Vec of_u = live ? b.d_a[APART && q == 2 ? 3 : q][i] : Vec{}, of_v = live ? b.d_a[q][i] : Vec{};
       store(u + q * LANES, of_u);
@@ -341,14 +341,14 @@ class StagedBackwardRun : Staged<F> {
     if (!live) return;
     for (int q = 0; q < F::THETA; ++q) add_theta(p.worker, q, unit, b.d_theta[q][i]);
     if (!LSTM) {
-      float *through = through_ + row * s_width_ + unit, *read = d_read_ + row * s_width_ + unit;
+      Real *through = through_ + row * s_width_ + unit, *read = d_read_ + row * s_width_ + unit;
       if (!BEFORE) store(through, load(through) + b.d_s[0][i]);
       store(read, b.d_read[i]);
     }
     for (int e = 0; e < E; ++e) {
       Vec d = b.d_s[e + 1][i] + b.through[e + 1][i];
       if (start(at(p, row))) {
-        float* fresh = p_.d_fresh_rest + (row * E + e) * H_ + unit;
+        Real* fresh = p_.d_fresh_rest + (row * E + e) * H_ + unit;
         store(fresh, load(fresh, n) + d, n);
         d = Vec{};
       }
@@ -369,7 +369,7 @@ class StagedBackwardRun : Staged<F> {
             const Vec d = valid(at(p, row)) ? b.d_a[GATES - 1][i] : Vec{};
             store(d_u(p.chunk, j, p.m + row) + (GATES - 1) * LANES, d);
             if (rule_.norm && valid(at(p, row))) along(p, row, unit, n, GATES - 1, d, d);
-            float* through = through_ + row * s_width_ + unit;
+            Real* through = through_ + row * s_width_ + unit;
             store(through, load(through) + b.d_s[0][i]);
             store(work_ + row * width_ + unit, b.d_a[F::UPDATE][i]);
           }
@@ -377,9 +377,9 @@ class StagedBackwardRun : Staged<F> {
     }
   }
 
-  float together(const Worker& w, int slot, long row) const {
+  Real together(const Worker& w, int slot, long row) const {
     if (w.by_rows) return partial_[slot][w.number * B_ + row];
-    float sum = 0;
+    Real sum = 0;
     for (int k = 0; k < w.count; ++k) sum += partial_[slot][k * B_ + row];
     return sum;
   }
@@ -387,14 +387,14 @@ class StagedBackwardRun : Staged<F> {
   // Through v = v̂ γ, where v̂ = scale · (v − its mean, which the weights are without): for every row the sum of
   // d γ v̂ over gates and units, by every worker, of u and of v.
   JAXRNN_INLINE void along(const Place& p, long row, long unit, long n, int q, Vec of_u, Vec of_v) const {
-    const float* normal = kept(at(p, row)) + unit + q * H_;
-    float* sums[] = {along_[0] + (p.worker.number * B_ + row) * LANES, along_[1] + (p.worker.number * B_ + row) * LANES};
+    const Real* normal = kept(at(p, row)) + unit + q * H_;
+    Real* sums[] = {along_[0] + (p.worker.number * B_ + row) * LANES, along_[1] + (p.worker.number * B_ + row) * LANES};
     store(sums[0], load(sums[0]) + of_u * theta(this->gain_x() + q, unit) * load(normal, n));
     store(sums[1], load(sums[1]) + of_v * theta(this->gain_h() + q, unit) * load(normal + GATES * H_, n));
   }
   void hand_in(const Place& p, int which, int slot) const {
     for (long row = p.rows.begin; row < p.rows.end; ++row) {
-      float* sum = along_[which] + (p.worker.number * B_ + row) * LANES;
+      Real* sum = along_[which] + (p.worker.number * B_ + row) * LANES;
       partial_[slot][p.worker.number * B_ + row] = sum_of(load(sum));
       store(sum, Vec{});
     }
@@ -404,11 +404,11 @@ class StagedBackwardRun : Staged<F> {
   template <class Panel>
   void norm_back(const Place& p, const Panel& d_of, const Panel& n_of, int first, int last, int slot, int stat, long place,
                  long gain) const {
-    const float columns = static_cast<float>((last - first) * H_);
+    const Real columns = static_cast<Real>((last - first) * H_);
     for (long row = p.rows.begin; row < p.rows.end; ++row) {
       const bool live = valid(at(p, row));
-      const float* from = kept(at(p, row));
-      const float mean = live ? together(p.worker, slot, row) / columns : 0, scale = live ? stats(at(p, row))[stat] : 0;
+      const Real* from = kept(at(p, row));
+      const Real mean = live ? together(p.worker, slot, row) / columns : 0, scale = live ? stats(at(p, row))[stat] : 0;
       for (long j = p.blocks.begin; j < p.blocks.end; ++j)
         for (int q = first; q < last; ++q) {
           const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
@@ -438,13 +438,13 @@ class StagedBackwardRun : Staged<F> {
     for (long j = blocks.begin; j < blocks.end; ++j)
       for (int q = 0; q < GATES; ++q) {
         const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-        const float *u = d_u(chunk, j, 0) + q * LANES, *v = d_v(chunk, j, 0) + q * LANES;
+        const Real *u = d_u(chunk, j, 0) + q * LANES, *v = d_v(chunk, j, 0) + q * LANES;
         Vec of_x{}, of_h{}, of_b{};
         for (long k = chunk.first; k < chunk.last; ++k)
           for (long row = 0; row < B_; ++row, u += V * LANES, v += V * LANES) {
             const long at = n_.at(time(k), row);
             if (!valid(at)) continue;
-            const float* normal = kept(at) + q * H_ + unit;
+            const Real* normal = kept(at) + q * H_ + unit;
             of_x += load(u) * load(normal, n);
             of_h += load(v) * load(normal + GATES * H_, n);
             of_b += load(u);
@@ -486,12 +486,12 @@ class StagedBackwardRun : Staged<F> {
         }
       });
       wait(p.worker);
-      const float size = static_cast<float>(H_);
+      const Real size = static_cast<Real>(H_);
       each([&](auto& b, long row0, long unit, long, int) {
         for (int i = 0; i < b.n; ++i) {
           const long row = row0 + i, place = row * width_ + unit;
-          const float mean = together(p.worker, 2, row) / size, along = together(p.worker, 3, row) / size;
-          const float scale = stats(at(p, row))[3];
+          const Real mean = together(p.worker, 2, row) / size, along = together(p.worker, 3, row) / size;
+          const Real scale = stats(at(p, row))[3];
           store(work_ + place, scale * (load(work_ + place) - mean - load(normal_ + place) * along));
         }
       });
@@ -508,7 +508,7 @@ class StagedBackwardRun : Staged<F> {
       if constexpr (VF > 0) {
         const Range units = rule_.heads == 1 ? Range{0, H_} : heads(j * out_.units(), out_.units());
         const Range panels{units.begin / layout_.units(), (units.end - 1) / layout_.units() + 1};
-        const float *d = n_v(p.chunk, 0, p.m + row), *w = w_h_ + j * blocks_ * each * OUT * LANES;
+        const Real *d = n_v(p.chunk, 0, p.m + row), *w = w_h_ + j * blocks_ * each * OUT * LANES;
         const long stride = p.chunk.steps() * B_ * width;
         if constexpr (R == 1) times<1, 2>(d, stride, width, panels, each, w, sums);
         else times<R>(d, stride, width, panels, each, w, sums);
@@ -526,7 +526,7 @@ class StagedBackwardRun : Staged<F> {
       if (!live) continue;
       Vec d = (LSTM ? sums[v] : sums[v] + load(d_read_ + place)) * mask + load(through_ + place);
       if (start(at(p, row))) {
-        float* fresh = p_.d_fresh_h + row * S_ + unit;
+        Real* fresh = p_.d_fresh_h + row * S_ + unit;
         store(fresh, load(fresh, n) + d, n);
         d = Vec{};
       }
@@ -538,7 +538,7 @@ class StagedBackwardRun : Staged<F> {
   void weights(const Chunk& chunk, Range blocks, Range out) const {
     const long D = n_.inputs, count = chunk.steps() * B_;
     constexpr long MOST = 128;
-    const float *x[MOST], *s[MOST], *mid[MOST];
+    const Real *x[MOST], *s[MOST], *mid[MOST];
     for (long begin = 0; begin < count; begin += MOST) {
       const long size = std::min(MOST, count - begin);
       for (long i = 0; i < size; ++i) {
@@ -549,7 +549,7 @@ class StagedBackwardRun : Staged<F> {
         mid[i] = mids_ + (begin + i) * H_;
       }
       for (long j = blocks.begin; j < blocks.end; ++j) {
-        const float *u = n_u(chunk, j, begin), *v = n_v(chunk, j, begin);
+        const Real *u = n_u(chunk, j, begin), *v = n_v(chunk, j, begin);
         one_weight<V>(x, {0, D}, size, u, V * LANES, d_w_x_ + j * V * LANES * D);
         if constexpr (VF > 0)
           one_weight<VF>(s, heads(j * layout_.units(), layout_.units()), size, v, V * LANES, d_w_h_ + j * VF * LANES * S_);
@@ -563,13 +563,13 @@ class StagedBackwardRun : Staged<F> {
   }
 
   template <int VECTORS>
-  void one_weight(const float* const* a, Range rows, long count, const float* d, long stride, float* sums) const {
+  void one_weight(const Real* const* a, Range rows, long count, const Real* d, long stride, Real* sums) const {
     tiles<ROWS<VECTORS>>(rows, [&](auto tile, long k) {
       accumulate<decltype(tile)::value, VECTORS>(a, k, count, d, stride, sums + k * VECTORS * LANES, VECTORS * LANES);
     });
   }
 
-  void bias(const float* d, long count, float* sums) const {
+  void bias(const Real* d, long count, Real* sums) const {
     Vec s[V];
     for (int v = 0; v < V; ++v) s[v] = load(sums + v * LANES);
     for (long i = 0; i < count; ++i, d += V * LANES)
@@ -586,7 +586,7 @@ class StagedBackwardRun : Staged<F> {
       times<R>(n_u(chunk, 0, m), chunk.steps() * B_ * width, width, {0, blocks_}, width,
                w_x_ + j * blocks_ * width * OUT * LANES, sums);
       for (int r = 0; r < R; ++r) {
-        float* d_x = p_.d_xs + n_.at(time(chunk.first + (m + r) / B_), (m + r) % B_) * D;
+        Real* d_x = p_.d_xs + n_.at(time(chunk.first + (m + r) / B_), (m + r) % B_) * D;
         for (int v = 0; v < OUT; ++v)
           if (const long n = inputs_.lanes(j, v)) store(d_x + inputs_.unit(j, v), sums[r][v], n);
       }
@@ -597,9 +597,9 @@ class StagedBackwardRun : Staged<F> {
   const Layout units_, inputs_;
   std::vector<int32_t> before_;
   long at_once_;
-  float *w_h_, *w_2_, *w_x_, *d_w_x_, *d_w_h_, *d_w_2_, *d_b_, *theta_, *d_theta_;
-  float *d_h_, *through_, *d_read_, *d_rest_[E > 0 ? E : 1], *d_mid_, *work_, *normal_;
-  float *d_u_, *d_v_, *n_u_, *n_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4], *along_[2];
+  Real *w_h_, *w_2_, *w_x_, *d_w_x_, *d_w_h_, *d_w_2_, *d_b_, *theta_, *d_theta_;
+  Real *d_h_, *through_, *d_read_, *d_rest_[E > 0 ? E : 1], *d_mid_, *work_, *normal_;
+  Real *d_u_, *d_v_, *n_u_, *n_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4], *along_[2];
 };
 
 // f of the family.

@@ -6,7 +6,7 @@
 #include "members.h"
 #include "problem.h"
 
-namespace jaxrnn {
+namespace jaxrnn::JAXRNN_NUMBERS {
 namespace {
 
 // What both passes are told, and read first.
@@ -14,12 +14,12 @@ struct Call {
   StagedInputs all{};
   long M = 0, first = 0, second = 0;  // members; steps and rows in the order of the arrays
   int64_t directions = 0, pattern = 1;
-  Members<const float> xs, w_x, w_h, w_2, theta, h, rest, fresh_h, fresh_rest, mask;
+  Members<const Real> xs, w_x, w_h, w_2, theta, h, rest, fresh_h, fresh_rest, mask;
   Members<const uint8_t> valid, start, stay_h, stay_rest;
 
   // `numbers`: codes of family and activations, and whether the gate that is there is i, of norm, projection, zoneout,
   // and heads; `values`: α and β of the activations, clips (0: none), and what stays of every state.
-  ffi::Error read(const Arrays& arrays, ffi::Span<const int64_t> numbers, ffi::Span<const float> values, bool batch_major,
+  ffi::Error read(const Arrays& arrays, ffi::Span<const int64_t> numbers, ffi::Span<const double> values, bool batch_major,
                   int64_t directions_, int64_t pattern_, int64_t members) {
     const auto wrong = ffi::Error::InvalidArgument("jaxrnn: unknown rule, or xs, w_x, h or c of another rank");
     long x[4], w[3], h_[3];
@@ -32,13 +32,13 @@ struct Call {
     Choice* const choices[] = {&rule.gate, &rule.candidate, &rule.output};
     for (int k = 0; k < 3; ++k) {
       if (numbers[1 + k] < 0 || numbers[1 + k] >= ACTIVATIONS) return wrong;
-      *choices[k] = {numbers[1 + k], values[2 * k], values[2 * k + 1]};
+      *choices[k] = {numbers[1 + k], static_cast<Real>(values[2 * k]), static_cast<Real>(values[2 * k + 1])};
     }
-    auto bound = [](float clip) { return clip > 0 ? clip : std::numeric_limits<float>::infinity(); };
+    auto bound = [](double clip) { return clip > 0 ? static_cast<Real>(clip) : std::numeric_limits<Real>::infinity(); };
     rule.gate_clip = bound(values[6]), rule.cell_clip = bound(values[7]);
     rule.input = numbers[4], rule.norm = numbers[5], rule.projected = numbers[6], rule.zoned = numbers[7];
     rule.heads = numbers[8];
-    for (int k = 0; k < MOST_STATES; ++k) rule.stay[k] = values[8 + k];
+    for (int k = 0; k < MOST_STATES; ++k) rule.stay[k] = static_cast<Real>(values[8 + k]);
     const long G = rule.gates(), H = w[2] / G, S = h_[2];
     const bool norm_known = rule.lstm() || rule.family == Family::kGru || rule.family == Family::kGruBefore;
     if (w[2] % G || rule.heads < 1 || H < 1 || H % rule.heads || (S != H && !rule.projected) || S < 1 ||
@@ -92,7 +92,7 @@ struct Call {
   long weights() const { return all.outputs * all.rule.first() * all.n.units; }
 };
 
-ffi::Error staged_forward(ffi::Span<const int64_t> numbers, ffi::Span<const float> values, bool batch_major,
+ffi::Error staged_forward(ffi::Span<const int64_t> numbers, ffi::Span<const double> values, bool batch_major,
                           int64_t directions, int64_t pattern, int64_t members, int64_t here, ffi::RemainingArgs arguments,
                           ffi::RemainingRets results) {
   Arrays arrays(arguments, results, members, here);
@@ -121,7 +121,7 @@ ffi::Error staged_forward(ffi::Span<const int64_t> numbers, ffi::Span<const floa
   });
 }
 
-ffi::Error staged_cotangents(ffi::Span<const int64_t> numbers, ffi::Span<const float> values, bool batch_major,
+ffi::Error staged_cotangents(ffi::Span<const int64_t> numbers, ffi::Span<const double> values, bool batch_major,
                              int64_t directions, int64_t pattern, int64_t members, int64_t here,
                              ffi::RemainingArgs arguments, ffi::RemainingRets results) {
   Arrays arrays(arguments, results, members, here);
@@ -161,7 +161,7 @@ ffi::Error staged_cotangents(ffi::Span<const int64_t> numbers, ffi::Span<const f
   if (ffi::Error error = arrays.error(); error.failure()) return error;
   if (!rows) {  // nothing is summed
     for (const auto& [array, size] : {std::pair(d_w_x, D * G), {d_w_h, S * F}, {d_w_2, H * S}, {d_theta, K * H}, {d_b, G}})
-      if (array.first) std::memset(array.first, 0, q.M * size * sizeof(float));
+      if (array.first) std::memset(array.first, 0, q.M * size * sizeof(Real));
     return ffi::Error::Success();
   }
   return each_member(q.M, q.weights(), [&](long m, int threads) {
@@ -177,12 +177,11 @@ ffi::Error staged_cotangents(ffi::Span<const int64_t> numbers, ffi::Span<const f
 }
 
 }  // namespace
-}  // namespace jaxrnn
 
 #define JAXRNN_BINDING                              \
-  xla::ffi::Ffi::Bind()                             \
-      .Attr<xla::ffi::Span<const int64_t>>("numbers") \
-      .Attr<xla::ffi::Span<const float>>("values")  \
+  ffi::Ffi::Bind()                             \
+      .Attr<ffi::Span<const int64_t>>("numbers") \
+      .Attr<ffi::Span<const double>>("values")  \
       .Attr<bool>("batch_major")                    \
       .Attr<int64_t>("directions")                  \
       .Attr<int64_t>("pattern")                     \
@@ -192,6 +191,8 @@ ffi::Error staged_cotangents(ffi::Span<const int64_t> numbers, ffi::Span<const f
       .RemainingRets()
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_staged_forward, jaxrnn::staged_forward, JAXRNN_BINDING);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrnn_staged_backward, jaxrnn::staged_cotangents, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_staged_forward), staged_forward, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_staged_backward), staged_cotangents, JAXRNN_BINDING);
 #pragma GCC visibility pop
+
+}  // namespace jaxrnn::JAXRNN_NUMBERS

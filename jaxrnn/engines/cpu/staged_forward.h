@@ -33,10 +33,10 @@ class StagedForwardRun : Staged<F> {
     mid_ = scratch.take(B_ * width_);
     a_ = scratch.take(blocks_ * B_ * VS * LANES);
     u_ = scratch.take(parts * u_size_);
-    x_rows_ = reinterpret_cast<const float**>(scratch.take(2 * parts * chunk));
+    x_rows_ = reinterpret_cast<const Real**>(scratch.take(2 * parts * chunk));
     squares_ = scratch.take(parts * LANES * std::max(chunk, B_));
     of_u_ = scratch.take(parts * chunk), scale_u_ = scratch.take(parts * chunk);
-    for (float** each : {&of_v_, &scale_v_, &of_w_, &of_c_}) *each = scratch.take(parts * B_);
+    for (Real** each : {&of_v_, &scale_v_, &of_w_, &of_c_}) *each = scratch.take(parts * B_);
   }
 
   void run() {
@@ -59,18 +59,18 @@ class StagedForwardRun : Staged<F> {
   struct Chunk {
     long first, steps;
     Range rows, blocks;
-    float* u;
-    const float** x;
-    float* at(long j, long m, long width) const { return u + ((j - blocks.begin) * steps * rows.size() + m) * width; }
-    float* at(long j, long k, long row, long width) const {
+    Real* u;
+    const Real** x;
+    Real* at(long j, long m, long width) const { return u + ((j - blocks.begin) * steps * rows.size() + m) * width; }
+    Real* at(long j, long k, long row, long width) const {
       return at(j, (k - first) * rows.size() + row - rows.begin, width);
     }
   };
 
   // The sums of a row in a block.
-  float* sums(long j, long row) const { return a_ + (j * B_ + row) * VS * LANES; }
-  float* kept(long at) const { return p_.kept ? p_.kept + at * rule_.kept(H_) : nullptr; }
-  float* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
+  Real* sums(long j, long row) const { return a_ + (j * B_ + row) * VS * LANES; }
+  Real* kept(long at) const { return p_.kept ? p_.kept + at * rule_.kept(H_) : nullptr; }
+  Real* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
 
   void prepare(const Worker& w) {
     const long D = n_.inputs, G = F::GATES * H_;
@@ -83,24 +83,24 @@ class StagedForwardRun : Staged<F> {
     }
     if (rule_.projected) pack(p_.w_2, H_, S_, out_, w.part(out_.blocks()), second_);
     if (p_.b) pack(p_.b, 1, G, layout_, blocks, bias_);
-    else std::memset(bias_ + blocks.begin * V * LANES, 0, blocks.size() * V * LANES * sizeof(float));
+    else std::memset(bias_ + blocks.begin * V * LANES, 0, blocks.size() * V * LANES * sizeof(Real));
     if (w.number == 0) this->pad_theta(theta_);
     for (long r = rows.begin; r < rows.end; ++r) {
       const bool fresh = starts(0, r);
-      const float* h = (fresh ? p_.fresh_h : p_.h) + r * S_;
+      const Real* h = (fresh ? p_.fresh_h : p_.h) + r * S_;
       for (int k = 0; k < 2; ++k)
-        for (float* to : {state_[k], read_[k]}) std::memset(to + r * s_width_, 0, s_width_ * sizeof(float));
-      std::memcpy(state_[0] + r * s_width_, h, S_ * sizeof(float));
+        for (Real* to : {state_[k], read_[k]}) std::memset(to + r * s_width_, 0, s_width_ * sizeof(Real));
+      std::memcpy(state_[0] + r * s_width_, h, S_ * sizeof(Real));
       for (long i = 0; p_.mask && i < S_; ++i) read_[0][r * s_width_ + i] = h[i] * p_.mask[r * S_ + i];
       for (int e = 0; e < E; ++e) {
-        std::memset(rest_[e] + r * width_, 0, width_ * sizeof(float));
-        std::memcpy(rest_[e] + r * width_, (fresh ? p_.fresh_rest : p_.rest) + (r * E + e) * H_, H_ * sizeof(float));
+        std::memset(rest_[e] + r * width_, 0, width_ * sizeof(Real));
+        std::memcpy(rest_[e] + r * width_, (fresh ? p_.fresh_rest : p_.rest) + (r * E + e) * H_, H_ * sizeof(Real));
       }
-      std::memset(mid_ + r * width_, 0, width_ * sizeof(float));
+      std::memset(mid_ + r * width_, 0, width_ * sizeof(Real));
     }
     // A thread that is alone takes those of all.
     const Range own = w.part(team_.threads * LANES * std::max(at_once_ * most_rows_, B_));
-    std::memset(squares_ + own.begin, 0, own.size() * sizeof(float));
+    std::memset(squares_ + own.begin, 0, own.size() * sizeof(Real));
   }
 
   // What a worker has written of the last carry.
@@ -108,43 +108,43 @@ class StagedForwardRun : Staged<F> {
     w.barrier.wait();
     const Range rows = w.part(B_);
     for (long r = rows.begin; r < rows.end; ++r) {
-      std::memcpy(p_.last_h + r * S_, state_[n_.steps & 1] + r * s_width_, S_ * sizeof(float));
+      std::memcpy(p_.last_h + r * S_, state_[n_.steps & 1] + r * s_width_, S_ * sizeof(Real));
       for (int e = 0; e < E; ++e)
-        std::memcpy(p_.last_rest + (r * E + e) * H_, rest_[e] + r * width_, H_ * sizeof(float));
+        std::memcpy(p_.last_rest + (r * E + e) * H_, rest_[e] + r * width_, H_ * sizeof(Real));
     }
   }
 
   // The squares of numbers of some rows, added up by every worker as they come; then of every row the sum over workers,
   // by `partial`, and from it 1 / √(mean + ε). Between the two all must have written theirs.
-  float* squares(const Worker& w) const { return squares_ + w.number * LANES * std::max(at_once_ * most_rows_, B_); }
+  Real* squares(const Worker& w) const { return squares_ + w.number * LANES * std::max(at_once_ * most_rows_, B_); }
   template <int N>
-  JAXRNN_INLINE static void add_squares(float* squares, const Vec (&a)[N]) {
+  JAXRNN_INLINE static void add_squares(Real* squares, const Vec (&a)[N]) {
     Vec sum = load(squares);
     for (int v = 0; v < N; ++v) sum += a[v] * a[v];
     store(squares, sum);
   }
-  void hand_in(const Worker& w, Range rows, float* partial, long stride) const {
-    float* own = squares(w);
+  void hand_in(const Worker& w, Range rows, Real* partial, long stride) const {
+    Real* own = squares(w);
     for (long m = rows.begin; m < rows.end; ++m) {
       partial[w.number * stride + m] = sum_of(load(own + m * LANES));
       store(own + m * LANES, Vec{});
     }
     wait(w);
   }
-  float together(const Worker& w, const float* partial, long stride, long m) const {
+  Real together(const Worker& w, const Real* partial, long stride, long m) const {
     if (w.by_rows) return partial[w.number * stride + m];
-    float sum = 0;
+    Real sum = 0;
     for (int k = 0; k < w.count; ++k) sum += partial[k * stride + m];
     return sum;
   }
-  float scale(const Worker& w, const float* partial, long stride, long m, long columns) const {
-    return 1.0f / __builtin_sqrtf(together(w, partial, stride, m) / static_cast<float>(columns) + EPSILON);
+  Real scale(const Worker& w, const Real* partial, long stride, long m, long columns) const {
+    return 1.0f / std::sqrt(together(w, partial, stride, m) / static_cast<Real>(columns) + EPSILON);
   }
 
   // u = x w_x + b; with a norm only x w_x, and its scale.
   void project(const Chunk& chunk, const Worker& w) {
     const long block = layout_.width(), B = chunk.rows.size(), count = chunk.steps * B;
-    const float** x = chunk.x;
+    const Real** x = chunk.x;
     for (long k = chunk.first; k < chunk.first + chunk.steps; ++k)
       for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(time(k), b) * n_.inputs;
     for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
@@ -161,7 +161,7 @@ class StagedForwardRun : Staged<F> {
       });
     if (!rule_.norm) return;
     hand_in(w, {0, count}, of_u_, at_once_ * most_rows_);
-    float* scales = scale_u_ + w.number * at_once_ * most_rows_;
+    Real* scales = scale_u_ + w.number * at_once_ * most_rows_;
     for (long m = 0; m < count; ++m) {
       scales[m] = scale(w, of_u_, at_once_ * most_rows_, m, F::GATES * H_);
       if (p_.kept && chunk.blocks.begin == 0)
@@ -178,7 +178,7 @@ class StagedForwardRun : Staged<F> {
     if (rule_.norm) {
       hand_in(w, rows, of_v_, B_);
       for (long row = rows.begin; row < rows.end; ++row) {
-        const float found = scale_v_[w.number * B_ + row] = scale(w, of_v_, B_, row, F::FIRST * H_);
+        const Real found = scale_v_[w.number * B_ + row] = scale(w, of_v_, B_, row, F::FIRST * H_);
         if (p_.kept && blocks.begin == 0) stats(n_.at(time(k), row))[1] = found;
       }
       for (long j = blocks.begin; j < blocks.end; ++j) first(chunk, k, j, w);
@@ -194,23 +194,23 @@ class StagedForwardRun : Staged<F> {
   // Sums of a block: u + s w_h, or without u where a norm is between.
   void products(const Chunk& chunk, long k, long j, const Worker& w) const {
     const long block = layout_.width();
-    const float* from = read_[k & 1];
+    const Real* from = read_[k & 1];
     const Range part = heads(j * layout_.units(), layout_.units());
     auto tile = [&](auto count, auto chains, long row) {
       constexpr int R = decltype(count)::value, W = VF > 0 ? VF : 1;
-      const float* s[R];
+      const Real* s[R];
       Vec a[R][W];
       for (int r = 0; r < R; ++r) {
         s[r] = from + (row + r) * s_width_ + part.begin;
-        const float* u = chunk.at(j, k, row + r, block);
+        const Real* u = chunk.at(j, k, row + r, block);
         for (int v = 0; v < W; ++v) a[r][v] = rule_.norm || (APART && v == 2) ? Vec{} : load(u + v * LANES);
         if (APART && !rule_.norm) a[r][W - 1] = load(theta_ + layout_.unit(j, 0));
       }
       if constexpr (VF > 0)
         multiply<R, W, decltype(chains)::value>(s, part.size(), h_ + (j * S_ + part.begin) * VF * LANES, a);
       for (int r = 0; r < R; ++r) {
-        const float* u = chunk.at(j, k, row + r, block);
-        float* to = sums(j, row + r);
+        const Real* u = chunk.at(j, k, row + r, block);
+        Real* to = sums(j, row + r);
         for (int v = 0; v < W; ++v) store(to + v * LANES, a[r][v]);
         for (int v = W; v < VS; ++v) store(to + v * LANES, load(u + (APART ? 2 : v) * LANES));
         if (rule_.norm) add_squares(squares(w) + (row + r) * LANES, a[r]);
@@ -223,18 +223,18 @@ class StagedForwardRun : Staged<F> {
   }
 
   // From a product and its scale what is kept of it, and what the gates read of it: v̂ = scale v and v̂ γ.
-  Vec normalized(float* kept, int place, int gain, Vec v, float scale, long unit, long n) const {
+  Vec normalized(Real* kept, int place, int gain, Vec v, Real scale, long unit, long n) const {
     const Vec normal = v * scale;
     if (kept) store(kept + place * H_ + unit, normal, n);
     return normal * load(theta_ + gain * width_ + unit);
   }
   // The sums of the gates [first, last) of a row, of products that are normalised.
   template <class B>
-  void normalized_sums(const Chunk& chunk, long k, long j, long row, long unit, long n, const Worker& w, float scale,
+  void normalized_sums(const Chunk& chunk, long k, long j, long row, long unit, long n, const Worker& w, Real scale,
                        B& b, int i, int first, int last) const {
-    float* to = kept(n_.at(time(k), row));
-    const float *u = chunk.at(j, k, row, layout_.width()), *v = sums(j, row);
-    const float of_u = scale_u_[w.number * at_once_ * most_rows_ + (k - chunk.first) * chunk.rows.size() + row - chunk.rows.begin];
+    Real* to = kept(n_.at(time(k), row));
+    const Real *u = chunk.at(j, k, row, layout_.width()), *v = sums(j, row);
+    const Real of_u = scale_u_[w.number * at_once_ * most_rows_ + (k - chunk.first) * chunk.rows.size() + row - chunk.rows.begin];
     for (int q = first; q < last; ++q) {
       const Vec x = normalized(to, q, this->gain_x() + q, load(u + q * LANES), of_u, unit, n) +
                     load(theta_ + (this->shift() + q) * width_ + unit);
@@ -250,9 +250,9 @@ class StagedForwardRun : Staged<F> {
     this->template batches<false>(chunk.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
       for (int i = 0; i < b.n; ++i) {
         const long row = row0 + i;
-        float* a = sums(j, row) + g * LANES;
+        Real* a = sums(j, row) + g * LANES;
         if (rule_.norm) {
-          const float scale = scale_v_[w.number * B_ + row];
+          const Real scale = scale_v_[w.number * B_ + row];
           normalized_sums(chunk, k, j, row, unit, n, w, scale, b, i, 0, F::FIRST);
         } else {
           for (int q = 0; q < F::SUMS; ++q) b.a[q][i] = load(a + q * LANES);
@@ -302,8 +302,8 @@ class StagedForwardRun : Staged<F> {
   // Mean and scale of c' over its units, and then y.
   void normalized_output(long k, const Worker& w, Range rows, Range blocks) {
     if constexpr (LSTM) {
-      const float size = static_cast<float>(H_);
-      auto of_rows = [&](float* partial, const auto& part) {
+      const Real size = static_cast<Real>(H_);
+      auto of_rows = [&](Real* partial, const auto& part) {
         for (long row = rows.begin; row < rows.end; ++row) {
           Vec sum{};
           for (long j = blocks.begin; j < blocks.end; ++j)
@@ -323,7 +323,7 @@ class StagedForwardRun : Staged<F> {
             const long row = row0 + i, at = n_.at(time(k), row);
             b.c[i] = load(sums(j, row));
             b.a[F::O][i] = load(sums(j, row) + F::O * LANES);
-            const float mean = together(w, of_w_, B_, row) / size, found = scale(w, of_c_, B_, row, H_);
+            const Real mean = together(w, of_w_, B_, row) / size, found = scale(w, of_c_, B_, row, H_);
             b.mean[i] = splat(mean), b.scale[i] = splat(found);
             if (p_.kept && j == 0) stats(at)[2] = mean, stats(at)[3] = found;
           }
@@ -339,7 +339,7 @@ class StagedForwardRun : Staged<F> {
       for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
         tiles<SUMS>(chunk.rows, [&](auto count, long row) {
           constexpr int R = decltype(count)::value;
-          const float* s[R];
+          const Real* s[R];
           Vec a[R][1];
           for (int r = 0; r < R; ++r) {
             s[r] = mid_ + (row + r) * width_;
@@ -358,7 +358,7 @@ class StagedForwardRun : Staged<F> {
             const long row = row0 + i;
             b.a[F::UPDATE][i] = load(sums(j, row) + F::UPDATE * LANES);
             if (rule_.norm) {
-              const float found = scale(w, of_w_, B_, row, H_);
+              const Real found = scale(w, of_w_, B_, row, H_);
               if (p_.kept && j == 0) stats(n_.at(time(k), row))[2] = found;
               normalized_sums(chunk, k, j, row, unit, n, w, found, b, i, N, N + 1);
             } else {
@@ -375,7 +375,7 @@ class StagedForwardRun : Staged<F> {
       for (long j = own.begin; j < own.end; ++j)
         tiles<ROWS<4>>(chunk.rows, [&](auto count, long row) {
           constexpr int R = decltype(count)::value;
-          const float* s[R];
+          const Real* s[R];
           Vec a[R][4] = {};
           for (int r = 0; r < R; ++r) s[r] = mid_ + (row + r) * width_;
           multiply<R, 4>(s, H_, second_ + j * 4 * LANES * H_, a);
@@ -407,7 +407,7 @@ class StagedForwardRun : Staged<F> {
 
   void rest_after(long k, long row, int e, long unit, long n, Vec s) const {
     const long at = n_.at(time(k), row);
-    float* state = rest_[e] + row * width_ + unit;
+    Real* state = rest_[e] + row * width_ + unit;
     if (valid(at)) {
       if (rule_.zoned) {
         const Vec z = this->rest_stays(at, e, unit, n);
@@ -423,7 +423,7 @@ class StagedForwardRun : Staged<F> {
 
   const StagedForward& p_;
   long most_rows_, at_once_, u_size_;
-  const float** x_rows_;
-  float *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *a_, *u_;
-  float *squares_, *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_;  // of every thread, of norms
+  const Real** x_rows_;
+  Real *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *a_, *u_;
+  Real *squares_, *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_;  // of every thread, of norms
 };

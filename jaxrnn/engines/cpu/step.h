@@ -42,7 +42,7 @@ class OneStep : Cell<K> {
 
   // Of a row and a part. A GRU that resets after its product keeps those of x and of h apart.
   long sums_size() const { return (AFTER ? 2 : 1) * GATES * n_.units; }
-  float* sums(long part, long row) const { return sums_ + (part * n_.rows + row) * sums_size(); }
+  Real* sums(long part, long row) const { return sums_ + (part * n_.rows + row) * sums_size(); }
 
   template <class Work>
   void in_parts(long count, const Work& work) const {
@@ -65,7 +65,7 @@ class OneStep : Cell<K> {
   void begin(long part) const {
     const long size = sums_size(), H = n_.units;
     for (long row = 0; row < n_.rows; ++row) {
-      float* a = sums(part, row);
+      Real* a = sums(part, row);
       std::fill(a, a + size, 0.0f);
       if (part == 0 && p_.b) std::copy(p_.b, p_.b + GATES * H, a);
       if (part == 0 && p_.b_hn) std::copy(p_.b_hn, p_.b_hn + H, a + size - H);
@@ -73,26 +73,26 @@ class OneStep : Cell<K> {
   }
 
   // The sums of a part, from `to` on, += x w, for rows k of w, and columns of it. x is (rows, length).
-  void add(long part, const float* x, const float* w, Range k, long length, Range columns, long to) const {
+  void add(long part, const Real* x, const Real* w, Range k, long length, Range columns, long to) const {
     constexpr long AT_ONCE = 8;
     const long stride = GATES * n_.units, whole = columns.size() / LANES, rest = columns.size() % LANES;
     for (long first = k.begin; first < k.end; first += AT_ONCE)
       for (long row = 0; row < n_.rows; ++row) {
         const long count = std::min(AT_ONCE, k.end - first);
-        const float *factors = x + row * length + first, *from = w + first * stride + columns.begin;
-        float* a = sums(part, row) + to + columns.begin;
+        const Real *factors = x + row * length + first, *from = w + first * stride + columns.begin;
+        Real* a = sums(part, row) + to + columns.begin;
         tiles<8>({0, whole}, [&](auto vectors, long v) {
           add_rows<decltype(vectors)::value>(factors, count, from + v * LANES, stride, a + v * LANES);
         });
         for (long i = 0; rest && i < count; ++i) {
-          float* last = a + whole * LANES;
+          Real* last = a + whole * LANES;
           store(last, load(last, rest) + factors[i] * load(from + i * stride + whole * LANES, rest), rest);
         }
       }
   }
 
   template <int N>
-  JAXRNN_INLINE static void add_rows(const float* x, long count, const float* w, long stride, float* sums) {
+  JAXRNN_INLINE static void add_rows(const Real* x, long count, const Real* w, long stride, Real* sums) {
     Vec s[N];
     for (int v = 0; v < N; ++v) s[v] = load(sums + v * LANES);
     for (long i = 0; i < count; ++i, w += stride) {
@@ -142,7 +142,7 @@ class OneStep : Cell<K> {
   const int threads_;
   const long each_;  // parts of a thread
   bool backwards_;
-  float *sums_, *reset_;
+  Real *sums_, *reset_;
 };
 
 template <Kind K>

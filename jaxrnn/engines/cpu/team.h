@@ -65,22 +65,22 @@ class Scratch {
   explicit Scratch(long floats) {
     thread_local std::unique_ptr<char[]> memory;
     thread_local size_t size = 0;
-    const size_t bytes = floats * sizeof(float) + 64;
+    const size_t bytes = floats * sizeof(Real) + 64;
     if (size < bytes) {
       size = 0;
       memory.reset();
       memory.reset(new char[bytes]);
       in_large_pages(memory.get(), size = bytes);
     }
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
+    next_ = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
   }
-  float* take(long floats) {
-    float* p = next_;
+  Real* take(long floats) {
+    Real* p = next_;
     next_ += rounded(floats);
     return p;
   }
   static long rounded(long floats) { return (floats + 15) / 16 * 16; }
 
  private:
-  float* next_;
+  Real* next_;
 };

@@ -10,7 +10,7 @@ constexpr int ROWS = SUMS / V;
 
 // sums[r] += Σ_k a[r][k] w[k]. CHAINS sums at once for every number, where one alone would wait for itself.
 template <int R, int V, int CHAINS = 1>
-JAXRNN_INLINE void multiply(const float* const* a, long length, const float* w, Vec (&sums)[R][V]) {
+JAXRNN_INLINE void multiply(const Real* const* a, long length, const Real* w, Vec (&sums)[R][V]) {
   if constexpr (CHAINS > 1) {
     Vec more[CHAINS][R][V] = {};
     long k = 0;
@@ -43,7 +43,7 @@ JAXRNN_INLINE void multiply(const float* const* a, long length, const float* w, 
 
 // sums[i] += Σ_n a[n][i] panel[n]: some rows of aᵀ panel, of which `stride` floats lie between two rows.
 template <int R, int V>
-JAXRNN_INLINE void accumulate(const float* const* a, long from, long count, const float* panel, long stride, float* sums,
+JAXRNN_INLINE void accumulate(const Real* const* a, long from, long count, const Real* panel, long stride, Real* sums,
                        long step) {
   Vec s[R][V];
 #pragma GCC unroll 24
@@ -51,7 +51,7 @@ JAXRNN_INLINE void accumulate(const float* const* a, long from, long count, cons
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) s[i][v] = load(sums + i * step + v * LANES);
   for (long n = 0; n < count; ++n, panel += stride) {
-    const float* row = a[n] + from;
+    const Real* row = a[n] + from;
     Vec b[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) b[v] = load(panel + v * LANES);
@@ -70,8 +70,8 @@ JAXRNN_INLINE void accumulate(const float* const* a, long from, long count, cons
 
 // Σ over panels of the vectors there, `each` numbers of rows `width` apart, times a packed transposed weight.
 template <int R, int CHAINS = 1, int V>
-inline void times(const float* d, long stride, long width, Range panels, long each, const float* w, Vec (&sums)[R][V]) {
-  const float* a[R];
+inline void times(const Real* d, long stride, long width, Range panels, long each, const Real* w, Vec (&sums)[R][V]) {
+  const Real* a[R];
   for (long j = panels.begin; j < panels.end; ++j) {
     for (int r = 0; r < R; ++r) a[r] = d + j * stride + r * width;
     multiply<R, V, CHAINS>(a, each, w + j * each * V * LANES, sums);
@@ -115,7 +115,7 @@ struct Layout {
 };
 
 // Blocks of w (rows, stride): for every row the vectors of the block, 0 beyond the units.
-inline void pack(const float* w, long rows, long stride, const Layout& layout, Range blocks, float* out) {
+inline void pack(const Real* w, long rows, long stride, const Layout& layout, Range blocks, Real* out) {
   out += blocks.begin * rows * layout.width();
   for (long j = blocks.begin; j < blocks.end; ++j)
     for (long k = 0; k < rows; ++k)
@@ -124,7 +124,7 @@ inline void pack(const float* w, long rows, long stride, const Layout& layout, R
 }
 
 // And back.
-inline void unpack(const float* in, long rows, long stride, const Layout& layout, Range blocks, float* w) {
+inline void unpack(const Real* in, long rows, long stride, const Layout& layout, Range blocks, Real* w) {
   in += blocks.begin * rows * layout.width();
   for (long j = blocks.begin; j < blocks.end; ++j)
     for (long k = 0; k < rows; ++k)
@@ -134,17 +134,17 @@ inline void unpack(const float* in, long rows, long stride, const Layout& layout
 
 // Blocks of wᵀ: its rows are the columns of w (.., stride), in the order of the vectors [first, last) of `columns`; its
 // columns, the rows of w, are those of `layout`.
-inline void pack_transposed(const float* w, long stride, const Layout& columns, long first, long last,
-                            const Layout& layout, Range blocks, float* out) {
+inline void pack_transposed(const Real* w, long stride, const Layout& columns, long first, long last,
+                            const Layout& layout, Range blocks, Real* out) {
   const long rows = columns.blocks() * (last - first) * LANES, width = layout.width();
-  std::memset(out + blocks.begin * rows * width, 0, blocks.size() * rows * width * sizeof(float));
+  std::memset(out + blocks.begin * rows * width, 0, blocks.size() * rows * width * sizeof(Real));
   for (long j = blocks.begin; j < blocks.end; ++j)
     for (long i = 0; i < width && j * width + i < layout.size; ++i) {
-      const float* row = w + (j * width + i) * stride;
-      float* to = out + j * rows * width + i;
+      const Real* row = w + (j * width + i) * stride;
+      Real* to = out + j * rows * width + i;
       for (long b = 0; b < columns.blocks(); ++b)
         for (long v = first; v < last; ++v, to += LANES * width) {
-          const float* from = row + columns.column(b, v);
+          const Real* from = row + columns.column(b, v);
           for (long lane = 0, n = columns.lanes(b, v); lane < n; ++lane) to[lane * width] = from[lane];
         }
     }

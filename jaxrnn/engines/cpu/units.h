@@ -15,7 +15,7 @@ template <int SUMS>
 struct Sums {
   Vec u[SUMS], x, theta[2];
   bool begun;
-  float bound;
+  Real bound;
 };
 
 // The cotangents of these.
@@ -102,7 +102,7 @@ struct InLogs : Unit {
     h[0] = (a < added ? added : a) + log_of_more(-absolute(a - added));
     h[1] *= this->f;
   }
-  static JAXRNN_INLINE void enter(Vec* h) { h[1] = h[0], h[0] = splat(-1e30f); }
+  static JAXRNN_INLINE void enter(Vec* h) { h[1] = h[0], h[0] = splat(static_cast<Real>(-1e30)); }
   static JAXRNN_INLINE Vec whole(const Vec* h) { return h[1] + exponential(h[0]); }
 };
 
@@ -177,7 +177,7 @@ struct RgLru : UnitKind<2, 1, 1, true> {
   JAXRNN_INLINE void back(const Sums<2>& s, const Vec* h, Vec* d, SumsBack<2>& to) const {
     Vec d_a = d[0] * h[0];
     if (s.begun) {  // the derivative of the root is at most 1000
-      const Vec least = splat(1e-6f), four = 4.0f * square;
+      const Vec least = splat(static_cast<Real>(1e-6)), four = 4.0f * square;
       d_a -= d[0] * in * 2.0f * a / root(four < least ? least : four);
     }
     const Vec d_in = d[0] * scale, d_power = d_a * a;

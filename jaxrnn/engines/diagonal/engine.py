@@ -24,7 +24,7 @@ def diagonal_recurrence(
     flags: Flags,
     walk: Walk,
 ) -> tuple[Array, Array]:
-    """Runs a recurrence of float32 over the first axis: (the last state, ys, 0 at invalid steps).
+    """Runs a recurrence of float32 or float64 over the first axis: (the last state, ys, 0 at invalid steps).
 
         selective   h' = exp(Δ a) h + Δ x bᵀ,   y = h' c,   Δ = softplus(step)
         fixed       h' = a h + b x,             y = 2 Re Σ_n c h'      complex

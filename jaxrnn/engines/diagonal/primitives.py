@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxrnn.engines.cpu import library
 from jaxrnn.engines.diagonal import programs
 from jaxrnn.engines.diagonal.programs import CHUNK, Problem, Result, steps_of
 from jaxrnn.engines.primitives import Recurrence
@@ -21,12 +24,15 @@ def _given(problem: Problem) -> list[Array]:
     return [nothing[name] if each is None else each for name, each in problem._asdict().items()]
 
 
-def _like(array: Array | None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((0,), jnp.float32) if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
+def _like(problem: Problem, array: Array | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((0,) if array is None else array.shape, problem.x.dtype)
 
 
 def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Result:
-    call = jax.ffi.ffi_call("jaxrnn_diagonal_forward", tuple(map(_like, shapes)))
+    like = functools.partial(_like, problem)
+    call = jax.ffi.ffi_call(
+        library.target("jaxrnn_diagonal_forward", problem.x.dtype), tuple(like(each) for each in shapes)
+    )
     ys, last, kept = call(*_given(problem), reverse=reverse, chunk=np.int64(CHUNK))
     return Result(ys, last, None if shapes.kept is None else kept)
 
@@ -36,13 +42,14 @@ def _native_backward(
 ) -> Problem:
     x, a, b, _, h, step, *_ = problem
     rows, channels = x.shape[1:]
-    of_rows = _like(h)  # a cotangent of each row for a weight
+    like = functools.partial(_like, problem)
+    of_rows = like(h)  # a cotangent of each row for a weight
     of_b = of_rows
     if step is not None:  # a sum of each group of channels
         groups = max(-(-channels // GROUP), min(-(-channels // LINE), -(-TASKS // rows)))
         of_b = jax.ShapeDtypeStruct((groups, *b.shape), b.dtype)
-    shapes = _like(x if "x" in wrt else None), of_rows, of_b, of_b, _like(h), _like(step), _like(problem.fresh)
-    call = jax.ffi.ffi_call("jaxrnn_diagonal_backward", shapes)
+    shapes = like(x if "x" in wrt else None), of_rows, of_b, of_b, like(h), like(step), like(problem.fresh)
+    call = jax.ffi.ffi_call(library.target("jaxrnn_diagonal_backward", x.dtype), shapes)
     found = call(*_given(problem), kept.kept, d_ys, d_last, reverse=reverse, chunk=np.int64(CHUNK))
     d_x, d_a, d_b, d_c, d_h, d_step, d_fresh = found
 

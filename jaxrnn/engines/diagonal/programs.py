@@ -23,7 +23,7 @@ CHUNK = 64  # steps of a chunk; the states between chunks are what the backward 
 
 
 class Problem(NamedTuple):
-    """What a call reads, in float32; an absent array is None.
+    """What a call reads, in float32 or float64; an absent array is None.
 
     x (T, R, D): rows R, of which each of M members has as many. a (M, N, D), at most 0; step (T, R, D);
     b, c (T, R, N). Without `step`, a, b and c (M, 2N, D), real parts before imaginary ones. h (R, N or 2N, D) is the

@@ -36,7 +36,7 @@ def elementwise_recurrence(
     flags: Flags,
     walk: Walk,
 ) -> tuple[Array, Array]:
-    """Runs a recurrence of float32 over the first axis: (the last state, ys, 0 at invalid steps).
+    """Runs a recurrence of float32 or float64 over the first axis: (the last state, ys, 0 at invalid steps).
 
     Args:
       unit: What a unit does.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxrnn.engines.cpu import library
 from jaxrnn.engines.elementwise import programs
 from jaxrnn.engines.elementwise.programs import FLAGS, STEPS, WEIGHTS, Problem, Result
 from jaxrnn.engines.primitives import Recurrence
@@ -22,20 +25,25 @@ UNITS = (
 def _given(problem: Problem) -> list[Array]:
     """The arrays of a problem, without elements where they are absent."""
     arrays = [(name, getattr(problem, name)) for name in ARRAYS]
-    return [jnp.zeros(0, bool if name in FLAGS else jnp.float32) if each is None else each for name, each in arrays]
+    return [
+        jnp.zeros(0, bool if name in FLAGS else problem.xs.dtype) if each is None else each for name, each in arrays
+    ]
 
 
 def _options(problem: Problem) -> dict[str, np.generic]:
     unit = problem.unit
-    return {"unit": np.int64(UNITS.index(unit.name)), "taps": np.int64(problem.taps), "bound": np.float32(unit.bound)}
+    return {"unit": np.int64(UNITS.index(unit.name)), "taps": np.int64(problem.taps), "bound": np.float64(unit.bound)}
 
 
-def _like(array: Array | None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((0,) if array is None else array.shape, jnp.float32)
+def _call(name: str, problem: Problem, results: Iterable[Array | None]):
+    """The call of a kernel that gives arrays like these."""
+    dtype = problem.xs.dtype
+    shapes = tuple(jax.ShapeDtypeStruct((0,) if each is None else each.shape, dtype) for each in results)
+    return jax.ffi.ffi_call(library.target(name, dtype), shapes)
 
 
 def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Result:
-    call = jax.ffi.ffi_call("jaxrnn_elementwise_forward", tuple(map(_like, shapes)))
+    call = _call("jaxrnn_elementwise_forward", problem, shapes)
     found = call(*_given(problem), reverse=reverse, **_options(problem))
     ys, last, *kept = found
     kept = [None if shape is None else each for shape, each in zip(shapes[2:], kept, strict=True)]
@@ -49,7 +57,7 @@ def _native_backward(
     to_seen = None
     if problem.taps > 1 and "xs" in wrt:
         asked["xs"], to_seen = jax.vjp(lambda xs: programs.seen(xs, problem.taps, reverse), problem.xs)
-    call = jax.ffi.ffi_call("jaxrnn_elementwise_backward", tuple(map(_like, asked.values())))
+    call = _call("jaxrnn_elementwise_backward", problem, asked.values())
     saved = [jnp.zeros(0, d_ys.dtype) if each is None else each for each in (kept.ys, kept.hs, kept.sums)]
     found = call(*_given(problem), *saved, d_ys, d_last, reverse=reverse, **_options(problem))
     whole = {name: None if asked[name] is None else each for name, each in zip(COTANGENTS, found, strict=True)}

@@ -55,7 +55,7 @@ TURN = Unit("lru", _none, turns=True)  # a complex number, h' = θ h + u
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a call reads, in float32; an absent array is None.
+    """What a call reads, in float32 or float64; an absent array is None.
 
     xs (T, R, D): rows R, of which each of M members has as many; with L taps (L − 1 + T, R, D), since a step reads its
     input and those of L − 1 steps before it. w (M, N, L D/N, S H/N) of N heads, b (M, S H): S sums of every unit.

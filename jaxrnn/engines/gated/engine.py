@@ -16,7 +16,7 @@ from jaxrnn.engines.gated.recurrence import GatedRecurrence, GatedWeights, How, 
 from jaxrnn.engines.gated.staged import primitives as staged
 from jaxrnn.engines.gated.staged.rule import Given, Rule
 from jaxrnn.engines.loop import in_chunks
-from jaxrnn.engines.walk import Walk, computes_in_single
+from jaxrnn.engines.walk import HALF, Walk, kernel_dtype, no_kernel_for
 from jaxrnn.typing import PyTree
 
 REFUSALS = {
@@ -118,8 +118,8 @@ def gated_scan_both(cell: GatedCell, weights, carry, xs, *, fresh, noise, walk: 
 
 def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     """Returns a function that runs recurrences of one cell by a compiled kernel, or None if no kernel is chosen."""
-    if computes_in_single(walk, xs.dtype):
-        weights = cast(weights, jnp.float32)
+    found = kernel_dtype(walk, xs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(carries)))
+    weights = weights if found is None else cast(weights, found)
     kernels: list[Any] = [cell.kernel(each) for each in weights]
     plain = kernels[0] is not None and all(noise.silent for noise in noises)
     rule = None if plain else cell.rule()
@@ -156,20 +156,20 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
         each = zip(weights, carry, fresh, masks, directions, strict=True)
         return staged.scan(cell, rule, list(map(staged.Layer._make, each)), xs, walk, *noises[0][1:])
 
-    def run_in_single(carry, xs, fresh, directions):
+    def run_in_one_dtype(carry, xs, fresh, directions):
         def like(new, old):
             return jax.tree.map(lambda new, old: new.astype(old.dtype), new, old)
 
-        wide, wide_xs, wide_fresh = (cast(each, jnp.float32) for each in (carry, xs, fresh))
-        found = (run if plain else run_staged)(wide, wide_xs, wide_fresh, directions)
-        return [(like(new, old), ys.astype(xs.dtype)) for (new, ys), old in zip(found, carry, strict=True)]
+        wide, wide_xs, wide_fresh = (cast(each, found) for each in (carry, xs, fresh))
+        results = (run if plain else run_staged)(wide, wide_xs, wide_fresh, directions)
+        return [(like(new, old), ys.astype(xs.dtype)) for (new, ys), old in zip(results, carry, strict=True)]
 
-    return run_in_single
+    return run_in_one_dtype
 
 
 def _short(rule: Rule | None, xs: Array) -> bool:
     """Whether the kernel would take longer to read the weights in its order and dtype than XLA to run the steps."""
-    if xs.dtype != jnp.float32:
+    if xs.dtype in HALF:
         return xs.shape[0] == 1
     if rule is None:
         return False
@@ -189,9 +189,9 @@ def _changed(kind: type) -> str | None:
 
 def _refusal(arrays, plain: bool, walk: Walk) -> str | None:
     """Returns the reason why the compiled kernels do not run a call with these arrays, or None."""
-    single = [computes_in_single(walk, array.dtype) or array.dtype == jnp.float32 for array in arrays]
-    if not all(single):
-        return f"the kernels compute in float32, not in {', '.join(sorted({array.dtype.name for array in arrays}))}"
+    dtypes = [array.dtype for array in arrays]
+    if kernel_dtype(walk, *dtypes) is None:
+        return no_kernel_for(*dtypes)
     if not all(isinstance(size, int) for size in arrays[0].shape):
         return f"the kernels take shapes of numbers, not {arrays[0].shape}"
     if not plain and walk.platform is None and jax.default_backend() != "cpu":

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines.arrays import evaluated, varying_like
+from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated import programs
 from jaxrnn.engines.gated.programs import (
@@ -93,6 +93,8 @@ def _batched(primitive):
     def rule(arrays, axes, **options):
         axis_of = functools.partial(row_axis, batch_major=options["batch_major"])
         count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        if count == 0:
+            return mapped_over_nothing(primitive, arrays, axes, **options)
         members = count_members(a.shape[1 if axis == 0 else 0] for a, axis in zip(arrays, axes, strict=True))
         by_member = (primitive is backward_p and "weights" in options["wrt"]) or any(
             axis is not None and axis_of(name) is None for axis, name in zip(axes, inputs, strict=True)
@@ -211,7 +213,7 @@ def _elsewhere(primitive):
 
 
 def _on_cpu(primitive):
-    call, by_xla = jax.ffi.ffi_lowering(primitive.name), _by_xla(primitive)
+    by_xla = _by_xla(primitive)
 
     def rule(ctx, *operands, kind, directions, batch_major, named, **options):
         # XLA does not know how to divide a kernel among devices.
@@ -223,6 +225,7 @@ def _on_cpu(primitive):
         # What has no elements is not handed over, but for the first three, which tell the sizes.
         arguments = [k for k, aval in enumerate(ctx.avals_in) if k < 3 or aval.size]
         results = [k for k, aval in enumerate(ctx.avals_out) if aval.size]
+        call = jax.ffi.ffi_lowering(library.target(primitive.name, ctx.avals_in[0].dtype))
         found = call(
             ctx.replace(avals_in=[ctx.avals_in[k] for k in arguments], avals_out=[ctx.avals_out[k] for k in results]),
             *[operands[k] for k in arguments],

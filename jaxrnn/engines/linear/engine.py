@@ -11,7 +11,7 @@ from jax import Array
 from jaxrnn.engines.arrays import accumulator, select, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.linear.primitive import ELSEWHERE, bind
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for
 from jaxrnn.typing import Bools, PyTree
 
 
@@ -42,9 +42,9 @@ def linear_scan(
         crosses the boundary.
       mask: bool like `reset`: the valid steps. An invalid step keeps the state, and its hs is 0.
       time_axis: The axis of time in b, and in `reset` and `mask`; also in a, if a has as many axes as b.
-      implementation: None for the fastest; "native" is one pass of a compiled kernel (float32, on the CPU), "xla" goes
-        step by step, "associative" takes logarithmically many parallel passes, and "chunked" does so in chunks, one
-        after another.
+      implementation: None for the fastest; "native" is one pass of a compiled kernel (float32 or float64, on the CPU),
+        "xla" goes step by step, "associative" takes logarithmically many parallel passes, and "chunked" does so in
+        chunks, one after another.
 
     Returns:
       The last state, with b's shape without time, and all states, with the shape of b.
@@ -101,9 +101,8 @@ def linear_scan(
 def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
     """Returns what runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
     refusal = library.absent()
-    if any(dtype != jnp.float32 for dtype in dtypes):
-        names = ", ".join(sorted({jnp.dtype(dtype).name for dtype in dtypes}))
-        refusal = f"the kernel computes in float32, not in {names}"
+    if not library.takes(*dtypes):
+        refusal = no_kernel_for(*dtypes)
     refusals = {} if refusal is None else {"native": refusal}
     chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
     walk.record("linear_scan", chosen, refusals, cell=owner)

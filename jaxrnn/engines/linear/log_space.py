@@ -16,7 +16,7 @@ from jaxrnn.engines.linear.primitive import CHUNK, ELSEWHERE
 from jaxrnn.engines.walk import Flags, Walk
 
 NOTHING = -1e30  # the logarithm of 0, finite, so that derivatives are
-REFUSALS = {"native": "in log space the kernel computes sequences of float32"}
+REFUSALS = {"native": "in log space the kernel computes sequences of float32 or float64"}
 
 
 def log_linear_form(walk: Walk, owner: object) -> str | None:

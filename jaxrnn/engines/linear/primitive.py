@@ -128,7 +128,7 @@ def _native(a, b, h, *cut, reverse, shifted):
         flags = jnp.broadcast_to(cut[0], (cut[0].shape[0], *inner[:axes], *sizes[axes:]))
         flags = flags.reshape(flags.shape[0], -1) if columns else jnp.zeros((0, 0), bool)
     shapes = jax.ShapeDtypeStruct((b.shape[0], columns), b.dtype), jax.ShapeDtypeStruct((columns,), h.dtype)
-    call = jax.ffi.ffi_call(linear_scan_p.name, shapes)
+    call = jax.ffi.ffi_call(library.target(linear_scan_p.name, b.dtype), shapes)
     hs, last = call(a, b.reshape(-1, columns), h.reshape(columns), flags, reverse=reverse, shifted=shifted)
     return hs.reshape(b.shape), last.reshape(inner)
 
@@ -229,7 +229,7 @@ def _on_cpu(ctx, *operands, form, **options):
     # XLA does not know how to divide a kernel among devices.
     alone = getattr(ctx.module_context.axis_context, "num_devices", 1) in (None, 1)
     sizes = all(isinstance(size, int) for size in ctx.avals_in[1].shape)
-    serves = alone and sizes and all(aval.dtype == jnp.float32 for aval in ctx.avals_in[:3])
+    serves = alone and sizes and library.takes(*(aval.dtype for aval in ctx.avals_in[:3]))
     return _RULES[form or ("native" if serves else "xla")](ctx, *operands, form=form, **options)
 
 

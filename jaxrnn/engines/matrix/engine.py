@@ -16,7 +16,7 @@ from jaxrnn.engines.arrays import accumulator, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.matrix.primitives import run
 from jaxrnn.engines.matrix.programs import Problem, chunked, loop
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, computes_in_single
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, kernel_dtype, no_kernel_for
 from jaxrnn.typing import Bools, Named
 
 ELSEWHERE = "chunked"  # what None means where there is no kernel
@@ -64,9 +64,9 @@ def matrix_scan(
       reset: bool like `mask`: True where a new sequence begins, from zeros, as in `jaxrnn.linear_scan`.
       reverse: Whether to run from the last step to the first.
       time_axis: The axis of time.
-      implementation: None for the fastest; "native" is a compiled kernel (float32, on the CPU), sequential in time,
-        with a part of S in the cache of the processor; "xla" goes step by step; "chunked" computes 32 steps as products
-        of matrices, and keeps one state of each 32 for the backward pass.
+      implementation: None for the fastest; "native" is a compiled kernel (float32 or float64, on the CPU), sequential
+        in time, with a part of S in the cache of the processor; "xla" goes step by step; "chunked" computes 32 steps as
+        products of matrices, and keeps one state of each 32 for the backward pass.
 
     Returns:
       The last state (*batch, K, V), and the outputs, with the shape of v.
@@ -158,11 +158,7 @@ def _flags(name: str, flag: Any, shape: tuple[int, ...], time_axis: int) -> Arra
 def kernel_in_single(walk: Walk, length: int, dtypes: Iterable[Any]) -> bool:
     """Whether the kernel runs `length` steps of arrays of half precision, which it takes in float32."""
     asked = walk.named("matrix_scan") in (None, "native") and length > 1
-    return (
-        asked
-        and library.absent() is None
-        and all(dtype == jnp.float32 or computes_in_single(walk, dtype) for dtype in dtypes)
-    )
+    return asked and library.absent() is None and kernel_dtype(walk, *dtypes) == jnp.float32
 
 
 def matrix_form(walk: Walk, length: int, *dtypes, owner: object = "matrix_scan") -> str | None:
@@ -171,9 +167,9 @@ def matrix_form(walk: Walk, length: int, *dtypes, owner: object = "matrix_scan")
     """
     refusals = {"associative": "the products of steps would be matrices"}
     absent = library.absent()
-    others = sorted({jnp.dtype(dtype).name for dtype in dtypes if dtype != jnp.float32})
+    others = not library.takes(*dtypes)
     if absent is not None or others:
-        refusals["native"] = absent or f"the kernel computes in float32, not in {', '.join(others)}"
+        refusals["native"] = absent or no_kernel_for(*dtypes)
     chosen, refusals = walk.choose("matrix_scan", refusals, cell=owner, elsewhere=ELSEWHERE, without_kernel=ELSEWHERE)
     if length == 1 and walk.named("matrix_scan") is None:
         chosen = "xla"  # which needs no second look at the state

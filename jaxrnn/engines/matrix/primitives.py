@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxrnn.engines.cpu import library
 from jaxrnn.engines.matrix import programs
 from jaxrnn.engines.matrix.programs import CHUNK, STEPS, Problem, Result
 from jaxrnn.engines.primitives import Recurrence
@@ -23,7 +24,8 @@ def _given(problem: Problem) -> list[Array]:
 
 def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Result:
     nothing = jax.ShapeDtypeStruct((0,), problem.v.dtype)
-    call = jax.ffi.ffi_call("jaxrnn_matrix_forward", tuple(nothing if each is None else each for each in shapes))
+    name = library.target("jaxrnn_matrix_forward", problem.v.dtype)
+    call = jax.ffi.ffi_call(name, tuple(nothing if each is None else each for each in shapes))
     ys, last, *kept = call(*_given(problem), reverse=reverse, chunk=np.int64(CHUNK))
     return Result(ys, last, *(None if shape is None else each for shape, each in zip(shapes[2:], kept, strict=True)))
 
@@ -45,7 +47,8 @@ def _native_backward(problem: Problem, kept: Result, d_ys: Array, d_last: Array,
             return None if array is None else found
         return found.sum(2, keepdims=True)
 
-    call = jax.ffi.ffi_call("jaxrnn_matrix_backward", tuple(shape(*each) for each in arrays.items()))
+    name = library.target("jaxrnn_matrix_backward", problem.v.dtype)
+    call = jax.ffi.ffi_call(name, tuple(shape(*each) for each in arrays.items()))
     saved = [jnp.zeros(0, problem.v.dtype) if each is None else each for each in kept]
     found = call(*_given(problem), *saved, d_ys, d_last, reverse=reverse, chunk=np.int64(CHUNK))
     return Problem(**{name: summed(array, each) for (name, array), each in zip(arrays.items(), found, strict=True)})

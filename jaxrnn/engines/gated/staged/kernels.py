@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from jaxrnn.engines.arrays import varying_like
+from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated.recurrence import GatedWeights
 from jaxrnn.engines.gated.staged.programs import (
     Call,
@@ -18,7 +19,6 @@ from jaxrnn.engines.gated.staged.programs import (
     Result,
     all_members,
     backward_shapes,
-    floats,
     forward_shapes,
 )
 from jaxrnn.engines.gated.staged.rule import FAMILIES, Given
@@ -56,10 +56,10 @@ def _run(name: str, call: Call, members: int, arrays, shapes) -> list[Array | No
     switches = rule.input, rule.norm, rule.projected, call.rates is not None, rule.heads
     rates = (*(call.rates or ()), 0.0, 0.0, 0.0, 0.0)[:4]
     values = [*(number for code in codes for number in code[1:]), rule.gate_clip, rule.cell_clip, *rates]
-    found = jax.ffi.ffi_call(name, [shapes[k] for k in results])(
+    found = jax.ffi.ffi_call(library.target(name, arrays[0].dtype), [shapes[k] for k in results])(
         *[arrays[k] for k in arguments],
         numbers=np.array([FAMILIES.index(rule.family), *(code.code for code in codes), *switches], np.int64),
-        values=np.array(values, np.float32),
+        values=np.array(values, np.float64),
         batch_major=call.batch_major,
         directions=np.int64(sum(reverse << k for k, reverse in enumerate(call.directions))),
         pattern=np.int64(len(call.directions)),
@@ -70,6 +70,14 @@ def _run(name: str, call: Call, members: int, arrays, shapes) -> list[Array | No
     for k, array in zip(results, found, strict=True):
         whole[k] = array
     return whole
+
+
+def _shape_beside(arrays: Sequence[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct | None:
+    """The shape of states beside each other."""
+    if not arrays:
+        return None
+    one, size = arrays[0], sum(each.shape[-1] for each in arrays)
+    return jax.ShapeDtypeStruct((*one.shape[:-1], size), one.dtype)
 
 
 def _apart(call: Call, problem: Problem, h: PyTree, rest: PyTree) -> PyTree:
@@ -89,7 +97,7 @@ def native_forward(call: Call, problem: Problem, *, save, wrt) -> Result:
     shapes, members = forward_shapes(call, problem, save=save, wrt=wrt), all_members(problem)
     given = jax.vmap(call.cell.arrange)(_even(problem.weights, all_members(problem.weights)))
     h, *rest = jax.tree.leaves(shapes.carry)
-    together = floats(*rest[0].shape[:-1], sum(each.shape[-1] for each in rest)) if rest else None
+    together = _shape_beside(rest)
     results = [shapes.ys, h, together, shapes.kept, shapes.rests]
     ys, h, rest, kept, rests = _run(
         "jaxrnn_staged_forward", call, members, [*_arrays(problem, given), given.b], results
@@ -106,10 +114,10 @@ def native_backward(call: Call, problem: Problem, kept: Result, cotangents: Resu
 
     def states(tree):
         h, *rest = jax.tree.leaves(tree) or [None]
-        return h, floats(*rest[0].shape[:-1], sum(each.shape[-1] for each in rest)) if rest else None
+        return h, _shape_beside(rest)
 
     def like(array):
-        return None if array is None or "weights" not in wrt else floats(*array.shape)
+        return None if array is None or "weights" not in wrt else jax.ShapeDtypeStruct(array.shape, array.dtype)
 
     d_h, *d_rest = jax.tree.leaves(cotangents.carry)
     moving = Given(*map(like, given))

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines.arrays import evaluated, varying_like
+from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated.primitives import FEW
 from jaxrnn.engines.gated.programs import count_members
@@ -93,6 +93,8 @@ def _batched(primitive, arrays, axes, *, tree, call, wrt, **options):
     """The new axis becomes one of members where weights differ, else of rows."""
     names, fixed = names_of(jax.tree.unflatten(tree, arrays)), _fixed(tree) or len(arrays)
     count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+    if count == 0:
+        return mapped_over_nothing(primitive, arrays, axes, tree=tree, call=call, wrt=wrt, **options)
     members = count_members(a.shape[1 if axis == 0 else 0] for a, axis in zip(arrays, axes, strict=True))
     apart = any(axis is not None and name == "weights" for axis, name in zip(axes, names, strict=True))
     by_member = apart or (primitive is backward_p and "weights" in wrt)

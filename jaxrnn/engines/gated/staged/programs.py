@@ -88,7 +88,7 @@ def only(problem: Problem, names) -> Problem:
 
 def _forward_one(call: Call, reverse: bool, problem: Problem) -> Result:
     xs, weights, carry, fresh, mask, stay, *flags = problem
-    how = How(call.cell, jnp.float32, jnp.float32, reverse, rates=call.rates)
+    how = How(call.cell, xs.dtype, xs.dtype, reverse, rates=call.rates)
     fresh = carry if fresh is None else fresh
     carry, ys = gated_recurrence(how, weights, carry, fresh, mask, xs, stay, Flags(*flags))
     return Result(ys, carry)
@@ -159,9 +159,9 @@ def backward(call: Call, problem: Problem, kept: Result, cotangents: Result, *, 
 # The shapes of results: all members of everything.
 
 
-def floats(*shape: int) -> jax.ShapeDtypeStruct:
-    """The shape of an array of float32."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _floats(problem: Problem, *shape: int) -> jax.ShapeDtypeStruct:
+    """The shape of an array in the dtype of a problem."""
+    return jax.ShapeDtypeStruct(shape, problem.xs.dtype)
 
 
 def _sizes(call: Call, problem: Problem) -> tuple[tuple[int, int], int, int]:
@@ -173,8 +173,8 @@ def _sizes(call: Call, problem: Problem) -> tuple[tuple[int, int], int, int]:
 def forward_shapes(call: Call, problem: Problem, *, save, wrt) -> Result:
     """The shapes of the results of `forward`."""
     count, (steps, units, states), rule = all_members(problem), _sizes(call, problem), call.rule
-    carry = jax.tree.map(lambda leaf: floats(count, *leaf.shape[1:]), problem.carry)
-    found = Result(floats(count, *steps, jax.tree.leaves(carry)[0].shape[-1]), carry)
+    carry = jax.tree.map(lambda leaf: _floats(problem, count, *leaf.shape[1:]), problem.carry)
+    found = Result(_floats(problem, count, *steps, jax.tree.leaves(carry)[0].shape[-1]), carry)
     if not save:
         return found
     gates = GATES[rule.family]
@@ -182,7 +182,8 @@ def forward_shapes(call: Call, problem: Problem, *, save, wrt) -> Result:
     if rule.norm:
         kept = (2 * gates + rule.family.startswith("lstm")) * units + STATS
     return found._replace(
-        kept=floats(count, *steps, kept), rests=floats(count, *steps, states * units) if states else None
+        kept=_floats(problem, count, *steps, kept),
+        rests=_floats(problem, count, *steps, states * units) if states else None,
     )
 
 
@@ -194,4 +195,4 @@ def tangent_shapes(call: Call, problem: Problem, kept: Result, moved: Problem, *
 def backward_shapes(call: Call, problem: Problem, kept: Result, cotangents: Result, *, save, wrt) -> Problem:
     """Those of `backward`."""
     count = all_members(problem, kept, cotangents)
-    return jax.tree.map(lambda leaf: floats(count, *leaf.shape[1:]), only(problem, wrt))
+    return jax.tree.map(lambda leaf: _floats(problem, count, *leaf.shape[1:]), only(problem, wrt))
