@@ -20,7 +20,6 @@ SOURCES = (  # those that take longest first
     "elementwise_binding.cc",
     "staged_binding.cc",
 )
-LESS = ("staged.cc",)  # as fast with -O2, in two thirds of the time
 
 
 NUMBERS = {"float32": [], "float64": [("JAXRNN_FLOAT64", None)]}  # which every source is compiled for
@@ -33,16 +32,9 @@ class Build(build_ext):
         compile = self.compiler.compile
 
         def one(source, numbers, options):
-            less = ["-O2"] if Path(source).name in LESS else []
-            return compile(
-                [source],
-                **options
-                | {
-                    "output_dir": os.path.join(options["output_dir"], numbers),
-                    "macros": [*options["macros"], *NUMBERS[numbers]],
-                    "extra_postargs": [*(options["extra_postargs"] or []), *less],
-                },
-            )
+            folder = os.path.join(options["output_dir"], numbers)
+            macros = [*options["macros"], *NUMBERS[numbers]]
+            return compile([source], **options | {"output_dir": folder, "macros": macros})
 
         def beside(sources, **options):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -60,7 +52,7 @@ kernels = Extension(
     depends=[str(path) for path in folder.glob("*.h")],
     include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
     define_macros=[("JAXRNN_JAXLIB", f'"{jaxlib.__version__}"')],
-    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"],
+    extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-g0"],
     language="c++",
     optional=True,
 )
