@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from jaxrnn import check
 from jaxrnn.cell import Cell, Params
 from jaxrnn.cells.activations import Activation, activation
 from jaxrnn.cells.gated import normalize
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.engines.arrays import accumulator, compute_dtype, lifted
+from jaxrnn.engines.arrays import accumulator, compute_dtype, lifted, select
 from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise, PyTree
 
@@ -138,8 +139,13 @@ class Embed(Layer[EmbedParams]):
         known = (x >= 0) & (x < self.vocabulary)
         w = jnp.asarray(params.w)
         # From a wide table, so that the cotangents of a token are summed in at least float32.
-        rows = w.astype(accumulator(w.dtype))[jnp.where(known, x, 0)].astype(w.dtype)
-        return jnp.where(known[..., None], rows, np.array(np.nan, rows.dtype))
+        wide, tokens = w.astype(accumulator(w.dtype)), jnp.where(known, x, 0)
+        sharding = jax.typeof(tokens).sharding
+        if any(axis is not None for axis in sharding.spec):
+            rows = wide.at[tokens].get(out_sharding=sharding.update(spec=PartitionSpec(*sharding.spec, None)))
+        else:
+            rows = wide[tokens]
+        return select(known, rows.astype(w.dtype), jnp.full_like(rows, jnp.nan, w.dtype))
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         return carry, walk.without_padding(self.apply(params, xs))
@@ -358,4 +364,4 @@ class Dropout(Layer[tuple[()]]):
 
         for _ in range(keys.ndim):
             draw = jax.vmap(draw)
-        return jnp.where(draw(keys), x / (1 - self.rate), jnp.zeros_like(x))
+        return select(draw(keys), x / (1 - self.rate), jnp.zeros_like(x))

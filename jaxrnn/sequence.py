@@ -158,7 +158,11 @@ def walked(
     """Runs `cell` along `walk` from `carry`, or a fresh carry for None, with noise if given a `key`; time is first."""
     length, *batch = batch_shape_of(cell, "xs", xs)
     carry, fresh = carries(cell, params, carry, xs, tuple(batch), 1, name)
-    noise = None if key is None else cell.noise(single_key(key), length, tuple(batch))
+    noise = None
+    if key is not None:
+        sequence, steps = cell.noise(single_key(key), length, tuple(batch))
+        first = jax.tree.leaves(xs)[0]
+        noise = with_rows_of(sequence, first, 1, len(batch)), with_rows_of(steps, first, 0, 1 + len(batch))
     carry = varying_like(carry, fresh, params, xs, walk, noise)
     return cell.scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 

@@ -19,6 +19,7 @@ SCRIPTS = {
     "cells": f"--cells lstm --shapes 16,3,3,4 --passes backward --contestants {OURS} torch keras flax haiku equinox",
     "cells both ways": "--cells gru --shapes 1,3,3,4 --layers 2 --bidirectional --contestants xla torch onnxruntime",
     "streaming": f"--cells lstm --units 4 --contestants {OURS} empty",
+    "dtypes": "--cells GRU S6 GLA --shape 2,3,4,16 --contestants float32 float64",
     "step": "--cells GLA S6 GRU --size 3",
     "training": f"--cells gru --shapes 2,5,16,24 --contestants {OURS} torch",
     "compile_time": f"--cells gru --shape 2,3,3,4 --contestants {OURS}",

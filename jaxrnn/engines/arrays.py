@@ -37,8 +37,8 @@ def varying_like(tree: PyTree, *others: Any) -> PyTree:
 
 
 def with_rows_of(tree: PyTree, x: Array, first: int, ndim: int) -> PyTree:
-    """Divides the `ndim` batch axes of `tree`, with leaves (*batch, ...), among devices as those of `x` from axis
-    `first` on, where their types say so.
+    """Divides the `ndim` batch axes of those leaves of `tree` that have them, (*batch, ...), among devices as those of
+    `x` from axis `first` on, where their types say so.
     """
     sharding = jax.typeof(x).sharding
     rows = sharding.spec[first : first + ndim]
@@ -46,6 +46,8 @@ def with_rows_of(tree: PyTree, x: Array, first: int, ndim: int) -> PyTree:
         return tree
 
     def divide(leaf):
+        if leaf.shape[:ndim] != x.shape[first : first + ndim]:
+            return leaf
         spec = PartitionSpec(*rows, *[None] * (leaf.ndim - ndim))
         return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
 

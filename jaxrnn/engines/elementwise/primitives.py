@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -54,15 +55,17 @@ def _native_backward(
     problem: Problem, kept: Result, d_ys: Array, d_last: Array, *, reverse: bool, wrt: tuple[str, ...]
 ) -> Problem:
     asked = {name: getattr(problem, name) if name in (*wrt, "h") else None for name in COTANGENTS}
-    to_seen = None
-    if problem.taps > 1 and "xs" in wrt:
-        asked["xs"], to_seen = jax.vjp(lambda xs: programs.seen(xs, problem.taps, reverse), problem.xs)
+    several = problem.taps > 1 and "xs" in wrt
+    seen = functools.partial(programs.seen, taps=problem.taps, reverse=reverse)
+    xs = jax.ShapeDtypeStruct(problem.xs.shape, problem.xs.dtype)
+    if several:
+        asked["xs"] = jax.eval_shape(seen, xs)
     call = _call("jaxrnn_elementwise_backward", problem, asked.values())
     saved = [jnp.zeros(0, d_ys.dtype) if each is None else each for each in (kept.ys, kept.hs, kept.sums)]
     found = call(*_given(problem), *saved, d_ys, d_last, reverse=reverse, **_options(problem))
     whole = {name: None if asked[name] is None else each for name, each in zip(COTANGENTS, found, strict=True)}
-    if to_seen is not None:
-        (whole["xs"],) = to_seen(whole["xs"])
+    if several:
+        (whole["xs"],) = jax.linear_transpose(seen, xs)(whole["xs"])
     return problem.replace(**whole, **dict.fromkeys(FLAGS))
 
 

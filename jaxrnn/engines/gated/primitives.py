@@ -73,7 +73,7 @@ def _abstract(primitive):
         def abstract(out, name):
             spec: list[PyTree] = [None] * len(out.shape)
             axis = axis_of(name)
-            if axis is not None and out.size:
+            if axis is not None and out.shape[axis]:  # also of what has no numbers
                 spec[axis] = rows
             sharding = avals[0].sharding.update(spec=PartitionSpec(*spec))
             return avals[0].update(shape=out.shape, dtype=out.dtype, weak_type=False, sharding=sharding)
@@ -301,7 +301,7 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
     def carries(trees, present=True):
         """Returns h and c, without elements where they are absent."""
         arrays = [_together(each).reshape(members, rows, size) for each in zip(*trees, strict=True)]
-        arrays += [jnp.zeros((1, rows, 0), xs.dtype)] * (2 - len(arrays))
+        arrays += [arrays[0][:1, :, :0]] * (2 - len(arrays))
         return arrays if present else [array[..., :0] for array in arrays]
 
     def sequence(arrays, *last):

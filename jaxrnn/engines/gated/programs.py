@@ -293,6 +293,9 @@ def backward(*arrays, wrt, **options):
     fixed, cotangents = Fixed(*arrays[:count]), list(arrays[count:])
     shapes = linear_shapes(fixed, count_members(array.shape[0] for array in arrays), wrt)
     run = functools.partial(tangent, *fixed, wrt=wrt, **options)
+    # What has no numbers may be divided among devices in another way than the results.
+    results = jax.eval_shape(run, *shapes)
+    cotangents = [one if one.size else jnp.zeros_like(other) for one, other in zip(cotangents, results, strict=True)]
     return list(jax.linear_transpose(run, *shapes)(cotangents))
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, varying_like
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, select, varying_like
 from jaxrnn.engines.loop import time_loop
 from jaxrnn.engines.product import dot
 from jaxrnn.engines.walk import Flags
@@ -174,7 +174,7 @@ def zoned(old: PyTree, new: PyTree, rates: Sequence[float | None], stay: PyTree 
     def zone(old, new, rate, stay):
         if rate is None:
             return new
-        return jnp.where(stay, old, new) if stay is not None else rate * old + (1 - rate) * new
+        return select(stay, old, new) if stay is not None else rate * old + (1 - rate) * new
 
     return jax.tree.unflatten(structure, map(zone, jax.tree.leaves(old), leaves, rates, flags))
 

@@ -11,7 +11,7 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.arrays import select
+from jaxrnn.engines.arrays import select, with_rows_of
 from jaxrnn.engines.linear.primitive import CHUNK, ELSEWHERE
 from jaxrnn.engines.walk import Flags, Walk
 
@@ -57,6 +57,7 @@ def log_linear_recurrence(
         log_b = select(valid, log_b, jnp.full_like(log_b, NOTHING))
     begins = jnp.zeros(log_b.shape[:1], bool) if start is None else start
     begins = jnp.broadcast_to(begins.reshape(begins.shape + (1,) * (log_b.ndim - begins.ndim)), log_b.shape)
+    begins = with_rows_of(begins, log_b, 0, log_b.ndim)
     steps = log_a, log_b, begins
     if reverse:
         steps = tuple(jnp.flip(each, 0) for each in steps)

@@ -110,7 +110,8 @@ def native_backward(call: Call, problem: Problem, kept: Result, cotangents: Resu
     members = all_members(problem, kept, cotangents)
     shapes = backward_shapes(call, problem, kept, cotangents, save=save, wrt=wrt)
     weights = _even(problem.weights, members if "weights" in wrt else all_members(problem.weights))
-    given, pull = jax.vjp(jax.vmap(call.cell.arrange), weights)
+    # Also what does not depend on the weights varies as they do.
+    given, pull = jax.vjp(lambda weights: varying_like(jax.vmap(call.cell.arrange)(weights), weights), weights)
 
     def states(tree):
         h, *rest = jax.tree.leaves(tree) or [None]
