@@ -266,7 +266,7 @@ def bars(axes: Any, labels: list[str], heights: Mapping[str, list[float]], **set
     width = 0.8 / len(shown)
     for place, (k, name, values) in enumerate(shown):
         axes.bar(np.arange(len(labels)) + place * width, values, width, label=name, color=f"C{k}")
-    crowded = sum(max(map(len, label.split("\n"))) for label in labels) > 100
+    crowded = len(labels) * max(len(line) for label in labels for line in label.split("\n")) > 110
     turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(np.arange(len(labels)) + 0.4 - width / 2, labels, fontsize=7, **turned)
     axes.set(**settings)
