@@ -215,20 +215,20 @@ def test_the_functions_are_accurate(dtype):
 
 def functions_are_accurate(dtype):
     info = np.finfo(dtype)
-    most, least, wide = -np.log(info.tiny) * 1.25, np.log10(info.smallest_subnormal), np.longdouble
-    small = np.logspace(least + 1, 1, 20_001)
+    most, least, wide = (110, -44, np.longdouble) if dtype == np.float32 else (885, -322, np.longdouble)
+    small = np.logspace(least, 1, 20_001)
     x = np.concatenate([np.linspace(-most, most, 40_001), small, -small]).astype(dtype)[None, :, None]
     one = jnp.ones((1, 1), dtype)
     elman = jaxrnn.ElmanParams(one, 0 * one, None)
     tanh = np.asarray(jaxrnn.scan(Elman(1, 1), elman, None, x, implementation="native")[1])[0, :, 0]
     normal = abs(x.ravel()) > 8 * info.tiny  # below, a result is subnormal, which may be taken for 0
     exact = np.tanh(x.ravel().astype(wide))
-    assert ulps(tanh, exact)[normal].max() < 2.01
+    assert ulps(tanh, exact)[normal].max() <= 2
     lstm = jaxrnn.LSTMParams(jnp.array([[0.0, 1.0, 0.0, 0.0]], dtype), jnp.zeros((1, 4), dtype), None)
     carry = jaxrnn.LSTMCarry(jnp.zeros((x.shape[1], 1), dtype), jnp.ones((x.shape[1], 1), dtype))
     sigma = np.asarray(jaxrnn.scan(LSTM(1, 1), lstm, carry, x, implementation="native")[0].c)[:, 0]
     exact = np.exp(-np.logaddexp(0, -x.ravel().astype(wide)))
-    assert ulps(sigma, exact)[exact > info.tiny].max() < 2.01
+    assert ulps(sigma, exact)[exact > info.tiny].max() <= 2
     special = np.array([np.inf, -np.inf, np.nan], dtype)[None, :, None]
     ends = np.asarray(jaxrnn.scan(Elman(1, 1), elman, None, special, implementation="native")[1]).ravel()
     np.testing.assert_array_equal(ends, [1, -1, np.nan])
