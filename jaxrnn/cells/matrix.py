@@ -16,9 +16,9 @@ from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, inexact
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.matrix import programs
-from jaxrnn.engines.matrix.engine import kernel_in_single, matrix_form, matrix_recurrence
+from jaxrnn.engines.matrix.engine import kernel_in_single, matrix_form, matrix_recurrence, matrix_states
 from jaxrnn.engines.product import dot
-from jaxrnn.engines.walk import Flags
+from jaxrnn.engines.walk import Flags, Walk
 from jaxrnn.typing import DTypeLike, PyTree
 
 
@@ -85,6 +85,7 @@ class MatrixCell(Cell[Params, Carry]):
     """
 
     products = 1
+    time_divides = True
 
     @property
     def output_size(self) -> int:
@@ -117,6 +118,11 @@ class MatrixCell(Cell[Params, Carry]):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
+        if walk.axis_name is not None:
+            before, after = self._states(cast(params, dtype), carry.s, fresh.s, xs, walk)
+            walk = walk.replace(axis_name=None)
+            _, ys = self.scan(params, carry._replace(s=before), xs, fresh=fresh, noise=noise, walk=walk)
+            return carry._replace(s=after), ys
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
         dtypes = [each.dtype for each in found.arrays.values()]
         single = kernel_in_single(walk, xs.shape[0], dtypes)
@@ -145,6 +151,17 @@ class MatrixCell(Cell[Params, Carry]):
             return carry._replace(s=last.reshape(carry.s.shape).astype(carry.s.dtype)), ys
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
+
+    def _states(self, params, s: Array, fresh: Array, xs: Array, walk: Walk) -> list[Array]:
+        """The state before the steps of this device, and that after those of all."""
+        given = self.inputs(params, xs)
+        arrays, flags = _micro_steps(given.arrays, walk.flags, self.products, walk.reverse)
+        dtypes = [each.dtype for each in arrays.values()]
+        wide, heads = accumulator(*dtypes, s.dtype), _Heads(given)
+        form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
+        first, fresh = (heads.grouped_state(each.astype(wide)) for each in (s, fresh))
+        found = matrix_states(heads.grouped(arrays), first, walk, flags, form, fresh)
+        return [each.reshape(s.shape).astype(s.dtype) for each in found]
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], columns: int = 0) -> Array:
         """Returns a state of zeros, in the dtype of the params, with more columns than V if asked."""

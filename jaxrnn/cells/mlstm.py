@@ -86,6 +86,8 @@ class MLSTM(MatrixCell[MLSTMParams, MLSTMCarry]):
       gate: Beck et al. 2025, Tiled flash linear attention, arXiv 2503.14376.
     """
 
+    time_divides = False  # of what the carry holds beside s
+
     input_size: int
     heads: int
     key_size: int

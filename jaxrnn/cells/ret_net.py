@@ -58,6 +58,8 @@ class RetNet(MatrixCell[RetNetParams, RetNetCarry]):
       Sun et al. 2023, Retentive network, arXiv 2307.08621; rotations: Su et al. 2021, arXiv 2104.09864.
     """
 
+    time_divides = False  # of what the carry holds beside s
+
     input_size: int
     heads: int
     key_size: int
