@@ -108,6 +108,12 @@ class MatrixCell(Cell[Params, Carry]):
         """
         return nothing_more(inputs, carry, fresh, flags, reverse)
 
+    def follow_divided(self, inputs: MatrixInputs, carry: PyTree, fresh: PyTree, walk: Walk) -> tuple[PyTree, PyTree]:
+        """Where time is divided: a carry whose fields beside s are those before the steps of this device, and one with
+        those after the steps of all.
+        """
+        return carry, carry
+
     def step(self, params, carry: PyTree, x, noise=None):
         check.params(self, params)
         return matrix_step(
@@ -119,10 +125,9 @@ class MatrixCell(Cell[Params, Carry]):
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
         if walk.axis_name is not None:
-            before, after = self._states(cast(params, dtype), carry.s, fresh.s, xs, walk)
+            before, after = self._carries(cast(params, dtype), carry, fresh, xs, walk)
             walk = walk.replace(axis_name=None)
-            _, ys = self.scan(params, carry._replace(s=before), xs, fresh=fresh, noise=noise, walk=walk)
-            return carry._replace(s=after), ys
+            return after, self.scan(params, before, xs, fresh=fresh, noise=noise, walk=walk)[1]
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
         dtypes = [each.dtype for each in found.arrays.values()]
         single = kernel_in_single(walk, xs.shape[0], dtypes)
@@ -152,16 +157,20 @@ class MatrixCell(Cell[Params, Carry]):
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
-    def _states(self, params, s: Array, fresh: Array, xs: Array, walk: Walk) -> list[Array]:
-        """The state before the steps of this device, and that after those of all."""
-        given = self.inputs(params, xs)
+    def _carries(self, params, carry: PyTree, fresh: PyTree, xs: Array, walk: Walk) -> list[PyTree]:
+        """The carry before the steps of this device, and that after those of all."""
+        given, s = self.inputs(params, xs), carry.s
+        carries = self.follow_divided(given, carry, fresh, walk)
+        given, _ = self.follow(given, carries[0], fresh, walk.flags, walk.reverse)
         arrays, flags = _micro_steps(given.arrays, walk.flags, self.products, walk.reverse)
         dtypes = [each.dtype for each in arrays.values()]
         wide, heads = accumulator(*dtypes, s.dtype), _Heads(given)
         form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
-        first, fresh = (heads.grouped_state(each.astype(wide)) for each in (s, fresh))
-        found = matrix_states(heads.grouped(arrays), first, walk, flags, form, fresh)
-        return [each.reshape(s.shape).astype(s.dtype) for each in found]
+        first, begin = (heads.grouped_state(each.astype(wide)) for each in (s, fresh.s))
+        found = matrix_states(heads.grouped(arrays), first, walk, flags, form, begin)
+        return [
+            each._replace(s=state.reshape(s.shape).astype(s.dtype)) for each, state in zip(carries, found, strict=True)
+        ]
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], columns: int = 0) -> Array:
         """Returns a state of zeros, in the dtype of the params, with more columns than V if asked."""
