@@ -109,8 +109,8 @@ class LinearCell(Cell[Params, Carry]):
         # A single step of one row, in half precision or of complex states is as fast without.
         few = math.prod(xs.shape[1:-1]) == 1 or dtype in HALF or (unit is not None and unit.turns)
         pays = not (few and xs.shape[0] == 1)
-        if unit is None or computed is None or not kernel_serves(walk, owner=self, pays=pays):
-            unit, form = None, self._form(walk, dtypes, carry.h.dtype)
+        if unit is None or computed is None or not kernel_serves(walk, xs.shape, owner=self, pays=pays):
+            unit, form = None, self._form(walk, xs.shape, dtypes, carry.h.dtype)
 
         def run(constant, carry, inputs):
             params, fresh = constant
@@ -154,10 +154,10 @@ class LinearCell(Cell[Params, Carry]):
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
-    def _form(self, walk, dtypes, dtype):
+    def _form(self, walk, shape, dtypes, dtype):
         if self.log_space:
-            return log_linear_form(walk, self)
-        return linear_form(walk, *dtypes, accumulator(dtypes[1], dtype), owner=self)
+            return log_linear_form(walk, shape, self)
+        return linear_form(walk, shape, *dtypes, accumulator(dtypes[1], dtype), owner=self)
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
         """Returns zeros (*batch_shape, size), in the dtype of the params."""

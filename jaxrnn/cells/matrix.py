@@ -119,10 +119,10 @@ class MatrixCell(Cell[Params, Carry]):
         xs = xs.astype(dtype)
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
         dtypes = [each.dtype for each in found.arrays.values()]
-        single = kernel_in_single(walk, xs.shape[0], dtypes)
+        single = kernel_in_single(walk, xs.shape, dtypes)
         dtypes = [jnp.dtype(jnp.float32)] * len(dtypes) if single else dtypes
         wide = accumulator(*dtypes, carry.s.dtype)
-        form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
+        form = matrix_form(walk, xs.shape, wide, *dtypes, owner=self)
 
         def run(constant, carry, inputs):
             params, fresh = constant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax import Array
 from jaxrnn.engines.arrays import accumulator, select, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.linear.primitive import ELSEWHERE, bind
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for, refusals_of_sizes
 from jaxrnn.typing import Bools, PyTree
 
 
@@ -86,7 +87,7 @@ def linear_scan(
     if valid is not None and reset is not None and valid.ndim != reset.ndim:
         raise ValueError(f"reset: expected as many axes as mask has, {valid.ndim}, got {reset.ndim}")
     walk = Walk(valid, reset, bool(reverse), implementation=checked(implementation))
-    form = linear_form(walk, a.dtype, b.dtype, h.dtype)
+    form = linear_form(walk, jnp.moveaxis(b, time_axis, 0).shape, a.dtype, b.dtype, h.dtype)
     last, hs = linear_recurrence(
         jnp.moveaxis(a, time_axis, 0),
         jnp.moveaxis(b, time_axis, 0),
@@ -98,24 +99,24 @@ def linear_scan(
     return last, jnp.moveaxis(walk.without_padding(hs), 0, time_axis)
 
 
-def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
-    """Returns what runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
-    refusal = library.absent()
-    if not library.takes(*dtypes):
-        refusal = no_kernel_for(*dtypes)
-    refusals = {} if refusal is None else {"native": refusal}
+def linear_form(walk: Walk, shape: Sequence[Any], *dtypes, owner: object = "linear_scan") -> str | None:
+    """Returns what runs the recurrence of `owner` on sequences of a shape (T, ...) and arrays of `dtypes`: a name, or
+    None for each platform's own.
+    """
+    refusal = library.absent() if library.takes(*dtypes) else no_kernel_for(*dtypes)
+    refusals = ({} if refusal is None else {"native": refusal}) | refusals_of_sizes(shape)
     chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
     walk.record("linear_scan", chosen, refusals, cell=owner)
-    return walk.form("linear_scan", chosen)
+    return walk.form("linear_scan", chosen, refusals)
 
 
-def kernel_serves(walk: Walk, *, owner: object, pays: bool) -> bool:
-    """Whether a kernel that computes more than the recurrence of `owner` runs it, because it pays or is named; if so,
-    that is recorded.
+def kernel_serves(walk: Walk, shape: Sequence[Any], *, owner: object, pays: bool) -> bool:
+    """Whether a kernel that computes more than the recurrence of `owner` runs it on sequences of a shape (T, ...),
+    because it pays or is named; if so, that is recorded.
     """
     named = walk.named("linear_scan")
     asked = (named == "native" or (named is None and pays)) and walk.platform in (None, "cpu")
-    if not asked or library.absent() is not None:
+    if not asked or library.absent() is not None or refusals_of_sizes(shape):
         return False
     walk.record("linear_scan", "native", {}, cell=owner)
     return True
