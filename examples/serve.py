@@ -39,7 +39,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -338,7 +337,7 @@ def picture(runs: dict[str, Run], sessions: int) -> Figure:
     for name, each in runs.items():
         axes.ecdf(1e3 * each.latencies, color=colors[name], label=name)
     axes.set(xscale="log", xlabel="latency, milliseconds", ylabel="part of the steps", title=f"{sessions} sessions")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     values = [runs[name].throughput for name in colors]
     drawn = bars.barh(["batch", "calls"], values, color=list(colors.values()), height=0.6)
     bars.bar_label(drawn, [f"{value:,.0f}" for value in values], padding=3)

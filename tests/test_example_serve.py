@@ -83,7 +83,6 @@ def test_more_sessions_than_slots_wait_and_steps_are_computed_together():
 
     async def clients(port, sessions):
         found = await asyncio.gather(*(serve.session("127.0.0.1", port, xs) for xs in given))
-        assert sessions.entered == 0
         return [each.ys for each in found], sessions.batches
 
     found, batches = with_server(clients, slots=3)
