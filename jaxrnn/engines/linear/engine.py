@@ -87,7 +87,7 @@ def linear_scan(
     if valid is not None and reset is not None and valid.ndim != reset.ndim:
         raise ValueError(f"reset: expected as many axes as mask has, {valid.ndim}, got {reset.ndim}")
     walk = Walk(valid, reset, bool(reverse), implementation=checked(implementation))
-    form = linear_form(walk, jnp.moveaxis(b, time_axis, 0).shape, a.dtype, b.dtype, h.dtype)
+    form = linear_form(walk, (b.shape[time_axis], *inner), a.dtype, b.dtype, h.dtype)
     last, hs = linear_recurrence(
         jnp.moveaxis(a, time_axis, 0),
         jnp.moveaxis(b, time_axis, 0),
