@@ -93,7 +93,7 @@ class Batched:
         for slot in range(slots):
             self.free.put_nowait(slot)
         self.waiting: dict[int, Request] = {}
-        self.first, self.every = asyncio.Event(), asyncio.Event()  # session that has sent its step
+        self.first, self.every = asyncio.Event(), asyncio.Event()  # set while one session, or every, has sent its step
         flags = np.zeros(slots, bool)
         xs = np.zeros((slots, INPUTS), np.float32)
         self.advance = jax.jit(advance, donate_argnums=1).lower(params, self.carry, xs, flags, flags).compile()
