@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxrnn import check
 from jaxrnn.engines.arrays import on_device
@@ -21,6 +22,7 @@ from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.identity import checksum, difference
 from jaxrnn.training.lock import NAME as LOCK
 from jaxrnn.training.lock import Held, Lock
+from jaxrnn.training.processes import by_first, merged, to_host
 from jaxrnn.training.step import Best, TrainState
 from jaxrnn.typing import Named, PyTree
 
@@ -59,10 +61,18 @@ class Restored(NamedTuple):
 class Saver:
     """Writes and reads the checkpoints of one run, in a directory that no other run writes to meanwhile.
 
-    `identity` describes the parts of the run, see `jaxrnn.training.identity`.
+    `identity` describes the parts of the run, see `jaxrnn.training.identity`. If `several` processes save one run
+    together, process 0 locks the directory, and each writes its parts of the arrays.
     """
 
-    def __init__(self, where: Checkpoints, *, maximize: bool = False, identity: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        where: Checkpoints,
+        *,
+        maximize: bool = False,
+        identity: Mapping[str, str] | None = None,
+        several: bool = False,
+    ):
         for name in ("every", "keep"):
             check.integer(f"checkpoints.{name}", getattr(where, name))
         import orbax.checkpoint as ocp  # here, since it takes a second
@@ -70,7 +80,11 @@ class Saver:
         self.args = ocp.args
         self.directory = Path(where.directory).absolute()
         self.identity = {} if identity is None else dict(identity)
-        self.lock = _claim(self.directory)
+        if several:
+            self.identity = merged(self.identity)
+        self.several = several
+        self.lock: Lock | None = None
+        by_first(self._lock, several=several)
         policies = ocp.checkpoint_managers.preservation_policy
         keep = policies.BestN(
             get_metric_fn=lambda metrics: metrics["value"],
@@ -87,21 +101,31 @@ class Saver:
         try:
             self.manager = ocp.CheckpointManager(self.directory, options=options)
         except BaseException:
-            self.lock.close()
+            self._unlock()
             raise
 
     def close(self) -> None:
         try:
             self.manager.close()
         finally:
+            self._unlock()
+
+    def _lock(self) -> None:
+        self.lock = _claim(self.directory)
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
             self.lock.close()
 
-    def save(self, state: TrainState, history: History, *, start: int, value: float | None) -> None:
-        """Saves the run after its last step; the best checkpoints are chosen by `value`."""
-        if self.lock.lost():
+    def _check_lock(self) -> None:
+        if self.lock is not None and self.lock.lost():
             raise CheckpointError(
                 f"{self.directory}: was deleted, moved or replaced while training saved its checkpoints there"
             )
+
+    def save(self, state: TrainState, history: History, *, start: int, value: float | None) -> None:
+        """Saves the run after its last step; the best checkpoints are chosen by `value`."""
+        by_first(self._check_lock, several=self.several)
         step = int(np.max(state.step))
         if step in self.manager.all_steps():
             return
@@ -175,12 +199,13 @@ def _read(
     check(about)
     with reading():
         leaves = [Leaf(*leaf) for leaf in about["leaves"]]
-        abstract = _abstract(leaves)
+        train, validation, epoch = (dict.fromkeys(about[name], 0) for name in ("train", "validation", "epoch"))
+    target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation, 0, epoch)
+    _check_leaves(_named(target), leaves, where)
+    with reading():
+        abstract = _abstract(_named(target), leaves)
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
         arrays = manager.restore(step, args=items)["arrays"] if abstract else {}
-        names = about["train"], about["validation"], about["epoch"]
-    train, validation, epoch = (dict.fromkeys(each, 0) for each in names)
-    target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation, 0, epoch)
     state, rows = _unpack(target, leaves, arrays, where)
     bad = tuple(BadStep(*each) for each in about["bad"])
     record = History(*rows, bad=bad, ended=about["ended"])
@@ -218,11 +243,18 @@ class Run:
 
 @contextlib.contextmanager
 def run_in(
-    checkpoints: Checkpoints | str | os.PathLike, validation: Validation, identity: Mapping[str, str]
+    checkpoints: Checkpoints | str | os.PathLike,
+    validation: Validation,
+    identity: Mapping[str, str],
+    *,
+    several: bool = False,
 ) -> Iterator[Run]:
-    """Opens the run whose checkpoints lie in a directory, and locks it against other runs meanwhile."""
+    """Opens the run whose checkpoints lie in a directory, and locks it against other runs meanwhile.
+
+    `several` says whether all processes save one run there.
+    """
     where = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
-    saver = Saver(where, maximize=validation.maximize, identity=identity)
+    saver = Saver(where, maximize=validation.maximize, identity=identity, several=several)
     try:
         yield Run(saver, where.every, validation.monitor)
     finally:
@@ -235,7 +267,8 @@ def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None 
     Args:
       directory: As in `Checkpoints`.
       like: A state of the same structure and shapes, for instance the one that training began with, or the result of
-        `jax.eval_shape` of the function that makes it.
+        `jax.eval_shape` of the function that makes it. Arrays that lie on several devices there, on however many, lie
+        on them as in `like`.
       step: The step of the checkpoint; None for the last one.
 
     Raises:
@@ -323,48 +356,79 @@ def _named(tree: PyTree) -> list[tuple[str, PyTree]]:
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _pack(tree: PyTree) -> tuple[dict[str, np.ndarray], list[Leaf]]:
-    """Returns the leaves as plain arrays, and their descriptions; empty leaves have only a description."""
+def _pack(tree: PyTree) -> tuple[dict[str, PyTree], list[Leaf]]:
+    """Returns the leaves as plain arrays, and their descriptions; empty leaves have only a description.
+
+    Those that lie on many devices stay there: each process writes its own parts.
+    """
     arrays, leaves = {}, []
     for k, (path, leaf) in enumerate(_named(tree)):
         key = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
-        array = np.asarray(jax.random.key_data(leaf) if key else leaf)
+        leaf = jax.random.key_data(leaf) if key else leaf
+        array = to_host(leaf)
         leaves.append(Leaf(path, list(array.shape), array.dtype.name, checksum(array), key))
         if array.size:
-            arrays[f"leaf{k}"] = array
+            arrays[f"leaf{k}"] = array if _divided(leaf) is None else leaf
     return arrays, leaves
 
 
-def _abstract(leaves: list[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
+def _divided(leaf: Any) -> Sharding | None:
+    """How an array, or a place for one, lies on several devices; None if it does not."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, Sharding) and sharding.num_devices > 1 else None
+
+
+def _abstract(wanted: list[tuple[str, PyTree]], leaves: list[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to read: arrays of the state on the devices on which they are wanted, rows of the history in NumPy."""
+    here = SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(path, like):
+        return (_divided(like) or here) if path.startswith("[0]") else None
+
     return {
-        f"leaf{k}": jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-        for k, leaf in enumerate(leaves)
+        f"leaf{k}": jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=place(path, like))
+        for k, ((path, like), leaf) in enumerate(zip(wanted, leaves, strict=True))
         if 0 not in leaf.shape
     }
 
 
-def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, PyTree], where: str) -> PyTree:
-    """Builds the tree with the structure of `target`; raises an error if a path, shape, dtype or checksum differs."""
+def _check_leaves(wanted: list[tuple[str, PyTree]], leaves: list[Leaf], where: str) -> None:
+    """Raises an error if a path differs, or the shape of one of the state."""
     other = f"{where} is of another model, optimizer or setting"
-    wanted = _named(target)
     for (path, _), leaf in zip(wanted, leaves, strict=False):
         if path != leaf.path:
             raise CheckpointError(f"{other}: it has {leaf.path[3:]} where {path[3:]} is expected")
     if len(wanted) != len(leaves):
         raise CheckpointError(f"{other}: it has {len(leaves)} leaves, expected {len(wanted)}")
+    for (path, like), leaf in zip(wanted, leaves, strict=True):
+        words = 0 if leaf.key is None else 1  # the last axis of a key's numbers
+        shape = tuple(leaf.shape)[: len(leaf.shape) - words]
+        dtype = leaf.dtype if leaf.key is None else f"key<{leaf.key}>"
+        if path.startswith("[0]") and (shape != like.shape or (leaf.key is None) == _is_key(like)):
+            raise CheckpointError(
+                f"{other}: {path[3:]} is {dtype}{list(shape)}, expected {like.dtype}{list(like.shape)}"
+            )
+
+
+def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, PyTree], where: str) -> PyTree:
+    """Builds the tree with the structure of `target`; raises an error if a dtype or checksum differs."""
     out = []
-    for k, ((path, like), leaf) in enumerate(zip(wanted, leaves, strict=True)):
-        array = np.asarray(arrays[f"leaf{k}"]) if 0 not in leaf.shape else np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
-        if checksum(array) != leaf.checksum:
+    for k, ((path, like), leaf) in enumerate(zip(_named(target), leaves, strict=True)):
+        array = np.zeros(leaf.shape, jnp.dtype(leaf.dtype)) if 0 in leaf.shape else arrays[f"leaf{k}"]
+        numbers = to_host(array)
+        if checksum(numbers) != leaf.checksum:
             raise CheckpointError(f"{where} is damaged: the checksum of {path[3:]} differs")
         if path.startswith("[0]"):
-            array = on_device(array)
+            array = on_device(numbers) if _divided(like) is None else jnp.asarray(array)
             array = array if leaf.key is None else jax.random.wrap_key_data(array, impl=leaf.key)
-            if (array.shape, array.dtype) != (like.shape, like.dtype):
+            if array.dtype != like.dtype:
                 raise CheckpointError(
-                    f"{other}: {path[3:]} is {array.dtype}{list(array.shape)}, expected {like.dtype}{list(like.shape)}"
+                    f"{where} is of another model, optimizer or setting: {path[3:]} is {array.dtype}"
+                    f"{list(array.shape)}, expected {like.dtype}{list(like.shape)}"
                 )
-        out.append(array)
+            out.append(array)
+        else:
+            out.append(numbers)
     return jax.tree.unflatten(jax.tree.structure(target), out)
 
 
