@@ -110,10 +110,14 @@ def test_it_is_the_training_of_one_device(name, kind, sharding):
     """Also the last batch, of 6 rows; noise; and losses that are no mean over rows."""
     mesh, model = a_mesh(kind), NOISY if name == "dropout" else MODEL
     options = {"validation": DATA, "accumulate": 2 if name == "gru" else 1}
-    expected = run(LOSSES[name], state_of(model), **options)
-    found = run(LOSSES[name], state_of(model), mesh=mesh, sharding=sharding, **options)
+    expected, given = run(LOSSES[name], state_of(model), **options), state_of(model)
+    found = run(LOSSES[name], given, mesh=mesh, sharding=sharding, **options)
     same(found, expected)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    close(given, state_of(model))
     state = found[0]
+    run(LOSSES[name], state, mesh=mesh, epochs=1)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
     specs = [PartitionSpec(None, "rows"), PartitionSpec("rows")] if sharding else [PartitionSpec()] * 2
     for params in (state.params, state.opt_state[0].mu, state.opt_state[0].nu, state.best.params):

@@ -129,7 +129,10 @@ def differs(folder):
         ),
         ({"data": [mine] * (k + 1)}, f"data: {same}batches.xs of float32[1, 18, 6, 2]"),
         ({"data": DATA._replace(xs=XS + k), "state": states}, f"data: {same}.xs float32"),
-        ({"mesh": None, "state": on_mesh}, "mesh: expected that of the params, which lie on devices of several"),
+        (
+            {"mesh": None, "state": on_mesh},
+            "mesh: expected the mesh on which params lie, since they",
+        ),
         ({"batch_size": 15}, "batch_size: expected a number that the 2 processes divide, got 15"),
         ({"mesh": three}, "mesh: expected devices of this process alone"),
     ]

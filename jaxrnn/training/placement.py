@@ -316,10 +316,20 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _copy_to(sharding: NamedSharding, leaf: Any) -> jax.Array:
-    if _is_key(leaf) and spread(leaf):  # which `device_put` refuses
-        words = jax.device_put(jax.random.key_data(leaf), sharding, may_alias=False)
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-    return jax.device_put(leaf, sharding, may_alias=False)
+    """A copy, which `device_put` makes only where it must."""
+    if not isinstance(leaf, jax.Array):
+        return jax.device_put(np.array(leaf), sharding)
+    if not _is_key(leaf):
+        return jax.device_put(_under(leaf.sharding, jnp.copy, leaf), sharding)
+    words = _under(leaf.sharding, lambda key: jnp.copy(jax.random.key_data(key)), leaf)
+    wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(leaf))
+    return _under(sharding, wrap, jax.device_put(words, sharding))
+
+
+def _under(sharding: Any, function: Callable[..., jax.Array], array: jax.Array) -> jax.Array:
+    """`function(array)` on the mesh of a sharding, whichever is set."""
+    with jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else contextlib.nullcontext():
+        return function(array)
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
