@@ -128,7 +128,7 @@ def picture(result: Result, margin: float) -> Figure:
         axes.plot(np.arange(1, len(training.losses) + 1), training.losses, label=name, **style)
     axes.set(xlabel="step", ylabel="cross-entropy", ylim=(0, None))
     axes.legend()
-    for k, (name, difference) in enumerate(result.differences().items()):
+    for k, difference in enumerate(result.differences().values()):
         marks = {"marker": "o."[k], "ms": (5, 3)[k], "mfc": ("none", None)[k], "color": f"C{k}"}
         below.plot(np.arange(1, len(difference) + 1), np.maximum(difference, 1e-9), ls="", **marks)
     below.axhline(margin, color="0.5", ls="--", lw=0.8)

@@ -101,8 +101,13 @@ def full(*values):
     ("name", "kind", "sharding"),
     [
         ("gru", "explicit", FSDP),
-        ("own", "explicit", None),
-        *full(("gru", "auto", None), ("dropout", "auto", None), ("dropout", "explicit", FSDP), ("own", "auto", FSDP)),
+        *full(
+            ("own", "explicit", None),
+            ("gru", "auto", None),
+            ("dropout", "auto", None),
+            ("dropout", "explicit", FSDP),
+            ("own", "auto", FSDP),
+        ),
         *full(("own_error", "explicit", FSDP), ("perplexity", "auto", None)),
     ],
 )
@@ -144,8 +149,8 @@ def test_what_is_trained_predicts_and_is_saved(tmp_path, under):
 
 def test_arrays_on_devices_stay_there(monkeypatch):
     """Whether they lie on the mesh, or on one device."""
-    loss, mesh = LOSSES["gru"], a_mesh()
-    expected = run(loss, state_of())
+    loss, mesh, once = LOSSES["gru"], a_mesh(), {"epochs": 1}
+    expected = run(loss, state_of(), **once)
     rows = NamedSharding(mesh, PartitionSpec("rows"))
     even = jax.tree.map(lambda leaf: leaf[:36], DATA)
     divided = jax.device_put(even, rows)
@@ -154,15 +159,15 @@ def test_arrays_on_devices_stay_there(monkeypatch):
     monkeypatch.setattr(
         np, "asarray", lambda value, *more, **how: pulled.append(value) or as_numpy(value, *more, **how)
     )
-    same(run(loss, state_of(), jax.tree.map(jnp.asarray, DATA), mesh=mesh), expected)
-    found = run(loss, state_of(), divided, mesh=mesh)
+    same(run(loss, state_of(), jax.tree.map(jnp.asarray, DATA), mesh=mesh, **once), expected)
+    found = run(loss, state_of(), divided, mesh=mesh, **once)
     batches = [jax.device_put(jax.tree.map(lambda leaf: leaf[k : k + 12], even), rows) for k in (0, 12, 24)]
-    listed = run(loss, state_of(), batches, mesh=mesh)
+    listed = run(loss, state_of(), batches, mesh=mesh, **once)
     monkeypatch.undo()
     assert pulled
     assert all(value.ndim < 3 for value in pulled if isinstance(value, jax.Array))
-    same(found, run(loss, state_of(), even))
-    same(listed, run(loss, state_of(), even, batch_size=12, shuffle=False))
+    same(found, run(loss, state_of(), even, **once))
+    same(listed, run(loss, state_of(), even, batch_size=12, shuffle=False, **once))
 
 
 @pytest.mark.full

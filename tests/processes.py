@@ -107,6 +107,16 @@ def many(folder):
     np.savez(folder / f"{jax.process_index()}.npz", **flat(results))
 
 
+class Breaks(tuple):
+    """A source of batches."""
+
+    def state(self):
+        return None
+
+    def restore(self, state):
+        pass
+
+
 def differs(folder):
     """What must be the same in all processes and is not raises in all of them, and is named."""
     k, mesh = jax.process_index(), a_mesh()
@@ -139,6 +149,13 @@ def differs(folder):
     for options, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             train(**{"mesh": mesh, **options})
+    wrong = mine._replace(targets=mine.targets + 7 * k)
+    for data in (wrong, Breaks([mine, wrong])):  # known before the first step, and as the batches come
+        for run in (train, lambda data, mesh: evaluate(LOSS, on_mesh.params, data, mesh=mesh)):
+            raised = ValueError if k else ProcessError
+            told = "targets: expected classes" if k else "process 1 raised ValueError: targets: expected classes"
+            with pytest.raises(raised, match=told):
+                run(data, mesh=mesh)
     own = Batch(mine.xs, mine.targets, mine.lengths)
     local = jax.make_mesh((2,), ("rows",), devices=jax.local_devices())
     alone = train(own, mesh=local, state=spoiled)  # on devices of this process alone, nothing needs to be the same

@@ -16,6 +16,7 @@ from jaxrnn.training.feeding import as_source, checked, placed_batches
 from jaxrnn.training.gradient import measured
 from jaxrnn.training.losses import CellLoss
 from jaxrnn.training.placement import Placement, placement_on
+from jaxrnn.training.processes import in_all
 from jaxrnn.training.step import TrainState, check_loss
 from jaxrnn.typing import DTypeLike, Named, PyTree
 
@@ -81,7 +82,8 @@ def evaluate(
         if where is not None:
             params = where.put_params(params)
             carry = jax.tree.map(lambda leaf: where.put(leaf, where.rows(leaf.shape[0])), carry)
-        run = _runner(loss, "data", data, batch_size, members=members, compute_dtype=compute_dtype, where=where)
+        with in_all(several=where is not None and where.processes > 1):
+            run = _runner(loss, "data", data, batch_size, members=members, compute_dtype=compute_dtype, where=where)
         metrics = run(params, lambda rows: carry)
     return metrics if members else {name: _number(value) for name, value in metrics.items()}
 

@@ -14,7 +14,7 @@ from jaxrnn import check
 from jaxrnn.training.batches import Arrays, Epochs, as_array, is_list
 from jaxrnn.training.losses import CellLoss
 from jaxrnn.training.placement import Placement, take_rows
-from jaxrnn.training.processes import agree, described
+from jaxrnn.training.processes import agree, described, in_all
 from jaxrnn.typing import Foreign, Named, PyTree
 
 
@@ -207,7 +207,8 @@ def _alike(groups: Iterable[Group], name: str, where: Placement) -> Iterator[Gro
     """The groups; raises if other processes have not as many, of the same shapes."""
     rest = iter(groups)
     while True:
-        group = next(rest, None)
+        with in_all(several=where.processes > 1):
+            group = next(rest, None)
         if where.processes > 1:
             agree(name, "no more batches" if group is None else _told(group, where))
         if group is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -11,27 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxrnn import check
+from jaxrnn.training.calls import make_chunk, make_compare
 from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluation import Validation, evaluator
 from jaxrnn.training.feeding import Group, as_source, checked, groups, placed
 from jaxrnn.training.history import BadStep, History, empty_history, in_order
 from jaxrnn.training.identity import run_identity
 from jaxrnn.training.placement import Placement, Rules, placement_on
-from jaxrnn.training.processes import agree, agree_on, to_host
+from jaxrnn.training.processes import agree, agree_on, in_all, to_host
 from jaxrnn.training.progress import on_screen
 from jaxrnn.training.step import (
     Best,
     TrainState,
-    better,
     check_loss,
     check_optimizer,
     check_state,
-    keep_if,
-    make_update,
 )
 from jaxrnn.training.totals import Totals, added, as_json, from_json, means
 from jaxrnn.typing import DTypeLike, Foreign, PyTree
@@ -155,6 +152,7 @@ def fit(
     _check_state(state, optimizer)
     many = jnp.ndim(state.step) == 1
     where = placement_on(mesh, sharding, state, state.params, members=many)
+    several = where is not None and where.processes > 1
     with contextlib.ExitStack() as stack:
         if where is not None:
             stack.enter_context(where.running())
@@ -163,8 +161,9 @@ def fit(
                 where, key, epochs=epochs, batch_size=batch_size, steps_per_call=steps_per_call, accumulate=accumulate
             )
             key = where.put(key, PartitionSpec()) if isinstance(key, jax.Array) else key
-        source = as_source("data", data, batch_size, key, shuffle, where)
-        take = checked(loss, source, where=where)
+        with in_all(several=several):
+            source = as_source("data", data, batch_size, key, shuffle, where)
+            take = checked(loss, source, where=where)
         state = _copied(state, where)
         start, names = _steps(state), _names(state.params)
         chunk = make_chunk(
@@ -172,34 +171,31 @@ def fit(
         )
         judge = None
         if validation is not None:
-            judge = _judge(loss, validation, batch_size, compute_dtype, nonfinite, members=many, where=where)
+            with in_all(several=several):
+                judge = _judge(loss, validation, batch_size, compute_dtype, nonfinite, members=many, where=where)
             if state.best is None:
                 state = _with_best(state, validation.maximize, where)
         history = empty_history()
         run = None
         if checkpoints is not None:
-            made_of = run_identity(
-                loss=loss,
-                optimizer=optimizer.update,
-                data=data,
-                validation=validation and validation.data,
-                params=to_host(state.params),
-                carry=to_host(state.carry),
-                noise=state.key,
-                batch_size=batch_size,
-                order=key if shuffle else None,
-                accumulate=accumulate,
-                compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
-                monitor=validation and (validation.monitor, validation.maximize),
+            made_of = _identity(
+                loss,
+                optimizer,
+                data,
+                validation,
+                state,
+                batch_size,
+                key if shuffle else None,
+                accumulate,
+                compute_dtype,
             )
-            several = where is not None and where.processes > 1
             run = stack.enter_context(run_in(checkpoints, validation or Validation(None), made_of, several=several))
             state, history, start = run.begin(state, history, start)
             state = _copied(state, where)
         epoch, totals = _go_to(source, state.data)
         length = len(source) if callable(getattr(source, "__len__", None)) else None
         size = steps_per_call if length is None else max(1, min(steps_per_call, length))
-        show = progress if where is None or where.processes == 1 or jax.process_index() == 0 else False
+        show = False if several and jax.process_index() else progress
         screen = stack.enter_context(on_screen(None if length is None else epochs * length, show))
         history = history._replace(ended=_ended(epoch, epochs, state))
         while not history.ended:
@@ -254,6 +250,24 @@ def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *
     return judge
 
 
+def _identity(loss, optimizer, data, validation, state, batch_size, order, accumulate, compute_dtype) -> dict[str, str]:
+    """What makes this run another one than the run whose checkpoints are there."""
+    return run_identity(
+        loss=loss,
+        optimizer=optimizer.update,
+        data=data,
+        validation=validation and validation.data,
+        params=to_host(state.params),
+        carry=to_host(state.carry),
+        noise=state.key,
+        batch_size=batch_size,
+        order=order,
+        accumulate=accumulate,
+        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
+        monitor=validation and (validation.monitor, validation.maximize),
+    )
+
+
 @contextlib.contextmanager
 def _handing_back(where: Placement) -> Iterator[None]:
     """The state in a `NonFiniteError` lies on the user's mesh."""
@@ -280,56 +294,6 @@ def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
             f"optimizer: expected the one that the state was made with; it keeps {expected!s:.200}, and "
             f"state.opt_state is {jax.tree.structure(state.opt_state)!s:.200}"
         )
-
-
-@functools.lru_cache(maxsize=16)  # so that a second `fit` with the same loss and optimizer does not compile again
-def make_chunk(
-    loss, optimizer, accumulate, compute_dtype, *, members: bool, halt: bool, where: Placement | None
-) -> Callable:
-    """Makes `chunk(state, batches, real) -> (state, (metrics, bad, live))`, jitted: one step per `real` batch.
-
-    A step that is not finite is not taken, and with `halt` the state is then stopped. `live` says which steps were
-    tried.
-    """
-    update = make_update(loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype, placement=where)
-
-    def one(state, batch):
-        live = ~state.stopped
-        new, metrics, bad = update(state, batch)
-        after = keep_if(live & (bad < 0), new, state)
-        if halt:
-            after = after._replace(stopped=state.stopped | (bad >= 0))
-        else:
-            after = after._replace(step=jnp.where(live, new.step, state.step))
-        values = {name: jnp.where(live, metric.value, jnp.nan) for name, metric in metrics.items()}
-        sums = jax.tree.map(lambda leaf: jnp.where(live, leaf, jnp.zeros_like(leaf)), metrics)
-        return after, (values, jnp.where(live, bad, -1), live, sums)
-
-    each = jax.vmap(one, in_axes=(0, None)) if members else one
-    if where is not None:
-        each = _kept(where.by_member(each) if members else each, where)
-
-    def chunk(state, batches, real):
-        def body(state, inputs):
-            batch, real = inputs
-            nothing = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(each, state, batch)[1]
-            )
-            return lax.cond(real, lambda state: each(state, batch), lambda state: (state, nothing), state)
-
-        return lax.scan(body, state, (batches, real))
-
-    return jax.jit(chunk if where is None else _kept(chunk, where), donate_argnums=0)
-
-
-def _kept(train: Callable, where: Placement) -> Callable:
-    """`train(state, ...) -> (state, measured)` with a state that lies as before, and numbers that all devices have."""
-
-    def run(state, *data):
-        state, measured = train(state, *data)
-        return where.keep(state), where.whole(measured)
-
-    return run
 
 
 def _train(chunk, state, group: Group, size: int, history: History, names: list[str], totals: Totals | None):
@@ -359,14 +323,6 @@ def _unknown(state: TrainState, values: np.ndarray, monitor: str) -> tuple[BadSt
         BadStep(_steps(state), int(at[0]) if len(at) else None, f"the validation {monitor}")
         for at in np.argwhere(unknown)
     )
-
-
-@functools.lru_cache(maxsize=16)
-def make_compare(maximize: bool, patience: int | None, *, members: bool, where: Placement | None) -> Callable:
-    """Makes `compare(state, value) -> state`, jitted, which is called after a validation."""
-    compare = functools.partial(better, maximize=maximize, patience=patience)
-    each = jax.vmap(compare) if members else compare
-    return jax.jit(each if where is None else lambda state, value: where.keep(each(state, value)))
 
 
 def _copied(state: TrainState, where: Placement | None) -> TrainState:

@@ -328,7 +328,8 @@ def _copy_to(sharding: NamedSharding, leaf: Any) -> jax.Array:
 
 def _under(sharding: Any, function: Callable[..., jax.Array], array: jax.Array) -> jax.Array:
     """`function(array)` on the mesh of a sharding, whichever is set."""
-    with jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else contextlib.nullcontext():
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
         return function(array)
 
 

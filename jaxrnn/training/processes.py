@@ -109,6 +109,23 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 @contextlib.contextmanager
+def in_all(*, several: bool = True) -> Iterator[None]:
+    """An exception that one of several processes raises in this block ends all of them, so that none waits for it."""
+    error = None
+    try:
+        yield
+    except Exception as raised:  # whatever it is
+        error = raised
+    if several:
+        texts = texts_of_all("" if error is None else f"{type(error).__name__}: {error}")
+        failed = next((k for k, text in enumerate(texts) if text), None)
+        if error is None and failed is not None:
+            raise ProcessError(f"process {failed} raised {texts[failed]}")
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
 def connected() -> Iterator[None]:
     """Turns the error of a connection that another process has closed into one that says so."""
     try:
