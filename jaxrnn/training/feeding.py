@@ -190,7 +190,7 @@ def placed(groups: Iterable[Group], where: Placement | None) -> Iterator[Group]:
     if where is None:
         yield from groups
         return
-    for group in _alike(groups, "data", where):
+    for group in _alike(groups, "data", where, 1):
         yield group._replace(batches=where.put_batches(group.batches, 1))
 
 
@@ -199,29 +199,32 @@ def placed_batches(batches: Iterable[PyTree], where: Placement | None, name: str
     if where is None:
         yield from batches
         return
-    for group in _alike((Group(batch, 1, None) for batch in batches), name, where):
+    for group in _alike((Group(batch, 1, None) for batch in batches), name, where, 0):
         yield where.put_batches(group.batches, 0)
 
 
-def _alike(groups: Iterable[Group], name: str, where: Placement) -> Iterator[Group]:
-    """The groups; raises if other processes have not as many, of the same shapes."""
+def _alike(groups: Iterable[Group], name: str, where: Placement, axis: int) -> Iterator[Group]:
+    """The groups, with rows along `axis`; raises if other processes have not as many, of the same shapes."""
     rest = iter(groups)
     while True:
         with in_all(several=where.processes > 1):
             group = next(rest, None)
         if where.processes > 1:
-            agree(name, "no more batches" if group is None else _told(group, where))
+            agree(name, "no more batches" if group is None else _told(group, where, axis))
         if group is None:
             return
         yield group
 
 
-def _told(group: Group, where: Placement) -> str:
-    """What must be equal in all processes: the numbers too, of batches that each device has whole."""
-    if where.members:
-        return f"{described(group.batches)}\n{group.filled} batches in one call"
-    leaves = jax.tree_util.tree_leaves_with_path(group.batches)
-    lines = [f"batches{jax.tree_util.keystr(path)} of {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
+def _told(group: Group, where: Placement, axis: int) -> str:
+    """What must be equal in all processes: the numbers too, of what each device has whole."""
+
+    def told(path, leaf):
+        if where.members or leaf.ndim <= axis:
+            return f"batches{jax.tree_util.keystr(path)} of {described(leaf)}"
+        return f"batches{jax.tree_util.keystr(path)} of {leaf.dtype}{list(leaf.shape)}"
+
+    lines = [told(*each) for each in jax.tree_util.tree_leaves_with_path(group.batches)]
     return "\n".join([*lines, f"{group.filled} batches in one call"])
 
 

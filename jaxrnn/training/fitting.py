@@ -191,7 +191,7 @@ def fit(
             )
             run = stack.enter_context(run_in(checkpoints, validation or Validation(None), made_of, several=several))
             state, history, start = run.begin(state, history, start)
-            state = _copied(state, where)
+            state = state if where is None else where.put_state(state)
         epoch, totals = _go_to(source, state.data)
         length = len(source) if callable(getattr(source, "__len__", None)) else None
         size = steps_per_call if length is None else max(1, min(steps_per_call, length))

@@ -131,6 +131,8 @@ class Placement:
         """
 
         def place(leaf):
+            if leaf.ndim <= axis:
+                return self.put(leaf, WHOLE)
             if self.processes == 1 or spread(leaf):
                 return jax.device_put(leaf, self.sharding(self._at(axis, leaf.shape[axis])))
             leaf = _narrow(np.asarray(leaf))

@@ -55,11 +55,12 @@ def described(tree: PyTree) -> str:
 
     def line(path, leaf):
         if spread(leaf):
-            return f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)} on all devices"
+            return f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)} on all devices".lstrip()
         keys = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         array = np.asarray(jax.random.key_data(leaf) if keys else leaf)
         digest = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
-        return f"{jax.tree_util.keystr(path)} {array.dtype}{list(array.shape)} with the numbers of digest {digest}"
+        text = f"{jax.tree_util.keystr(path)} {array.dtype}{list(array.shape)} with the numbers of digest {digest}"
+        return text.lstrip()
 
     return "\n".join(line(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
 
