@@ -22,6 +22,8 @@ _VERSION = ".".join(jaxlib.__version__.split(".")[:2])
 if _VERSION in _FLAGS:
     os.environ.setdefault("XLA_FLAGS", _FLAGS[_VERSION])
 
+jax.config.update("jax_num_cpu_devices", 4)  # of which programs take the first, but where a test divides them
+
 from members import MEMBERS  # noqa: E402
 
 _tests = itertools.count(1)

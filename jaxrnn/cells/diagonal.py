@@ -54,6 +54,8 @@ class DiagonalCell(LinearCell[Params, Carry]):
 
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
+        if walk.axis_name is not None:
+            return self.scan_in_parts(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         dtype = compute_dtype(xs, params)
         computed = kernel_dtype(walk, dtype, carry.h.real.dtype)
         if (

@@ -19,8 +19,9 @@ from jaxrnn.cells.matrix import (
     queries,
     side_by_side,
 )
-from jaxrnn.engines.arrays import accumulator, lifted, select
+from jaxrnn.engines.arrays import accumulator, lifted, select, zero_where_not
 from jaxrnn.engines.product import dot
+from jaxrnn.engines.sequence_parallel import part, states
 from jaxrnn.typing import DTypeLike, Noise
 
 INPUT_GATES = ("exponential", "sigmoid")
@@ -125,6 +126,20 @@ class MLSTM(MatrixCell[MLSTMParams, MLSTMCarry]):
 
     def follow(self, inputs, carry, fresh, flags, reverse):
         return (_stabilized if self._exponential else nothing_more)(inputs, carry, fresh, flags, reverse)
+
+    def follow_divided(self, inputs, carry, fresh, walk):
+        if not self._exponential:
+            return carry, carry
+        alone = carry._replace(m=jnp.full_like(carry.m, LEAST))
+        last = self.follow(inputs, alone, fresh, walk.flags, walk.reverse)[1].m
+        forgotten = zero_where_not(walk.valid, inputs.log_decay).sum(0).astype(last.dtype)
+
+        def function(forgotten, last, m):
+            return jnp.maximum(m + forgotten, last)
+
+        found = states(part(walk, forgotten, last), carry.m, function, walk, fresh.m)
+        before, after = (carry._replace(m=each) for each in found)
+        return before, after
 
     def output(self, params, ys, inputs):
         return (_normalized if self._exponential else side_by_side)(params, ys, inputs)

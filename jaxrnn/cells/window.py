@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.walk import Flags
+from jaxrnn.engines.sequence_parallel import part, states
+from jaxrnn.engines.walk import Flags, Walk
 
 
 def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
@@ -81,3 +82,18 @@ def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool)
         found[k] = jnp.where(same[k][..., None], found[k], at(first, beyond[..., None]))
     found = found[::-1]
     return [*(tap[:length].astype(xs.dtype) for tap in found), xs], jnp.stack([tap[length] for tap in found], axis=-2)
+
+
+def window_states(window: Array, fresh: Array, xs: Array, walk: Walk) -> tuple[Array, Array]:
+    """The window before the steps of this device, and that after the steps of all, where time is divided."""
+    steps, *batch, _ = xs.shape
+    last = windows(jnp.zeros_like(window), fresh, xs, walk.flags, walk.reverse)[1]
+    count = jnp.full(batch, steps) if walk.valid is None else walk.valid.sum(0)
+    size = window.shape[-2]
+
+    def function(count, last, window):
+        place = jnp.stack([count + k for k in range(size)], axis=-1)  # that inputs of the window come from
+        moved = jnp.take_along_axis(window, jnp.minimum(place, size - 1)[..., None], axis=-2)
+        return jnp.where((place < size)[..., None], moved, last)
+
+    return states(part(walk, count, last), window, function, walk, fresh)

@@ -74,6 +74,7 @@ class Walk:
       implementation: A name, or pairs of an engine and a name; None for the fastest.
       batch_major: Whether the caller's arrays have time after the batch. Engines may read and write them in this order.
       question: The question that `explain` asks, or None.
+      axis_name: The axis of the mesh that time is divided over: the steps are those of one device; None for all steps.
     """
 
     valid: Array | None = None
@@ -85,6 +86,7 @@ class Walk:
     )
     batch_major: bool = dataclasses.field(default=False, metadata={"static": True})
     question: Question | None = dataclasses.field(default=None, metadata={"static": True})
+    axis_name: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def replace(self, **changes: Any) -> Walk:
         """Returns this walk with other values in some fields."""

@@ -10,12 +10,13 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn.engines.arrays import accumulator, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.matrix.primitives import run
 from jaxrnn.engines.matrix.programs import Problem, chunked, loop
+from jaxrnn.engines.sequence_parallel import check_axis_name, part, states
 from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, kernel_dtype, no_kernel_for
 from jaxrnn.typing import Bools, Named
 
@@ -36,6 +37,7 @@ def matrix_scan(
     reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
+    axis_name: str | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]:
     """Runs a recurrence whose state is a matrix, as linear attention has it: (S_T, ys).
@@ -64,6 +66,7 @@ def matrix_scan(
       reset: bool like `mask`: True where a new sequence begins, from zeros, as in `jaxrnn.linear_scan`.
       reverse: Whether to run from the last step to the first.
       time_axis: The axis of time.
+      axis_name: Inside `jax.shard_map`, the axis of the mesh that time is divided over, as in `jaxrnn.linear_scan`.
       implementation: None for the fastest; "native" is a compiled kernel (float32 or float64, on the CPU), sequential
         in time, with a part of S in the cache of the processor; "xla" goes step by step; "chunked" computes 32 steps as
         products of matrices, and keeps one state of each 32 for the backward pass.
@@ -121,8 +124,40 @@ def matrix_scan(
             raise ValueError(f"s0: expected shape {state}, got {s.shape}")
         s = s.astype(accumulator(s.dtype, dtype))
     form = matrix_form(walk, length, s.dtype, *(each.dtype for each in arrays.values()))
+    whole = None
+    if axis_name is not None:
+        check_axis_name(axis_name)
+        s, whole = matrix_states(arrays, s, walk.replace(axis_name=axis_name), walk.flags, form)
     last, ys = matrix_recurrence(arrays, s, fresh=None, flags=walk.flags, reverse=walk.reverse, form=form)
-    return last, jnp.moveaxis(ys, 0, time_axis)
+    return last if whole is None else whole, jnp.moveaxis(ys, 0, time_axis)
+
+
+def matrix_states(
+    arrays: Named, s: Array, walk: Walk, flags: Flags, form: str | None, fresh: Array | None = None
+) -> tuple[Array, Array]:
+    """The state before the steps of this device, and that after the steps of all.
+
+    Columns of S do not meet: some begin at 0, and beside them those of the identity become the product of the steps.
+    """
+    v, size, keys = arrays["v"], s.shape[-1], s.shape[-2]
+
+    def beside(array, columns):
+        return jnp.concatenate([array, jnp.broadcast_to(columns, (*array.shape[:-1], keys)).astype(array.dtype)], -1)
+
+    both, _ = matrix_recurrence(
+        {**arrays, "v": beside(v, 0)},
+        beside(jnp.zeros_like(s), jnp.eye(keys)),
+        fresh=None if fresh is None else beside(fresh, 0),
+        flags=flags,
+        reverse=walk.reverse,
+        form=form,
+    )
+    own = part(walk, both[..., size:], both[..., :size])
+    return states(own, s, _after, walk, 0 if fresh is None else fresh)
+
+
+def _after(total: Array, last: Array, state: Array) -> Array:
+    return jnp.matmul(total, state, precision=lax.Precision.HIGHEST) + last
 
 
 def _check_shapes(arrays: Named, length: int, batch: tuple[int, ...]) -> None:
