@@ -138,7 +138,10 @@ def differs(folder):
             f"data: {same}batches.xs of float32[2, 8, 6, 2], process 1 has batches.xs of float32[2, 8, 12",
         ),
         ({"data": [mine] * (k + 1)}, f"data: {same}batches.xs of float32[1, 18, 6, 2]"),
-        ({"data": DATA._replace(xs=XS + k), "state": states}, f"data: {same}batches.xs of float32[2, 16, 6, 2] with the numbers"),
+        (
+            {"data": DATA._replace(xs=XS + k), "state": states},
+            f"data: {same}batches.xs of float32[2, 16, 6, 2] with the numbers",
+        ),
         (
             {"mesh": None, "state": on_mesh},
             "mesh: expected the mesh on which params lie, since they",
