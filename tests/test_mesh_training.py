@@ -43,6 +43,7 @@ DATA = Batch(XS, (XS[..., 0] > 0).astype(np.int32), LENGTHS)  # the rows of a de
 POOLED = DATA._replace(targets=DATA.targets[:, 0])
 MODEL = Stack(GRU(2, 8), Linear(8, 2))
 NOISY = Stack(Pool(GRU(2, 8)), Dropout(0.3), Linear(8, 2))
+NOISE = Stack(GRU(2, 8), Dropout(0.3))
 ADAM = optax.adam(0.03)
 FSDP = {"w_": PartitionSpec(None, "rows"), r"\.w$": PartitionSpec("rows")}
 
@@ -291,18 +292,22 @@ def collectives(text):
 
 
 @pytest.mark.parametrize(
-    ("cell", "sharding"), [(GRU(2, 8), FSDP), *full((MGU(2, 8), None), (MGU(2, 8), FSDP), (GRU(2, 8), None))]
+    ("cell", "sharding"),
+    [(GRU(2, 8), FSDP), *full((MGU(2, 8), None), (MGU(2, 8), FSDP), (GRU(2, 8), None), (NOISE, None), (NOISE, FSDP))],
 )
 def test_gradients_are_reduced_once_and_rows_stay_where_they_are(cell, sharding):
-    """No collective is in a loop over time. The kernels run."""
+    """No collective is in a loop over time, whether devices run the loss for their rows or, with noise, as one. The
+    kernels run."""
     model = Stack(cell, Linear(8, 2))
     loss = make_loss(model, cross_entropy)
-    text = program(loss, state=state_of(model), mesh=a_mesh(), sharding=sharding, accumulate=2)
+    parts = 1 if cell is NOISE else 2
+    text = program(loss, state=state_of(model), mesh=a_mesh(), sharding=sharding, accumulate=parts)
     found = collectives(text)
     assert not any(inside for _, inside in found)
     kinds = sorted(kind for kind, _ in found)
-    # With parts of params, also the sums for the norm of the gradient and for whether it is finite.
-    assert kinds == (["all-gather"] * 3 + ["all-reduce"] * 3 if sharding else ["all-reduce"])
+    # Of a loss as one, the loss itself; with parts of params, also the norm of the gradient and whether it is finite.
+    reductions = 1 + (cell is NOISE) + 2 * (sharding is not None)
+    assert kinds == ["all-gather"] * (3 if sharding else 0) + ["all-reduce"] * reductions
     assert absent() is not None or isinstance(cell, MGU) or "jaxrnn" in text
 
 
