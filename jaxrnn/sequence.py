@@ -371,7 +371,8 @@ def explain(
 ) -> Explanation:
     """Explains which implementation `scan` runs for each call of an engine, and why it does not run the others.
 
-    The arguments are those of `scan`; nothing is computed.
+    The arguments are those of `scan`; nothing is computed. Arrays may be `jax.ShapeDtypeStruct`, with symbols for sizes
+    as `jax.export` has them, too.
 
     Args:
       cell: As in `scan`.
@@ -400,5 +401,7 @@ def explain(
         raise ValueError(f"platform: expected 'cpu', 'gpu', 'tpu' or None, got {platform!r}")
     platform = jax.default_backend() if platform is None else platform
     question, run = Question(platform), step_asked if one_step else scan_asked
-    jax.eval_shape(lambda *arrays: run(question, cell, *arrays, **keywords), params, carry, xs)
+    shapes = {name: each for name, each in keywords.items() if isinstance(each, jax.ShapeDtypeStruct)}
+    known = {name: each for name, each in keywords.items() if name not in shapes}
+    jax.eval_shape(lambda given, *arrays: run(question, cell, *arrays, **known, **given), shapes, params, carry, xs)
     return Explanation(platform, tuple(question.calls))

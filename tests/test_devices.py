@@ -1,18 +1,15 @@
-"""Beyond one device and one process: meshes whose types say how rows are divided, programs written to files."""
+"""Beyond one device: rows, members and weights that a mesh divides."""
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import collectives, inside_loops, loops
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from members import CELLS, COMPOSITIONS, LAYERS, MEMBERS, OwnParams, Pair, draw_params, draw_x, floats
+from members import MEMBERS, draw_params, draw_x, floats
 
 import jaxrnn
 
-for _own in (OwnParams, Pair):  # as a user does
-    jax.export.register_namedtuple_serialization(_own, serialized_name=f"tests.{_own.__name__}")
 # What reads x by its own index, and what has time among its rows.
 UNDIVIDED = ["two_inputs", "repeat", "pool_repeat"]
 FEW = ["lstm", "mgu", "min_gru"]
@@ -178,43 +175,3 @@ def test_rows_of_a_shard_map(name, check_vma):
     found, expected = (jax.jit(each)(params, xs, reset, lengths) for each in (mapped, gradient))
     for a, b in zip(floats(found), floats(expected), strict=True):
         np.testing.assert_allclose(a, b, 1e-4, 1e-5)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("lstm", "bidirectional") else [pytest.mark.full])
-        for name in (*CELLS, *LAYERS, *COMPOSITIONS)
-    ],
-)
-def test_a_program_is_written_and_read(name):
-    """Params and carries of every type go through `jax.export`, without a kernel."""
-    pytest.importorskip("flatbuffers")  # in which JAX writes programs, and which it does not bring
-    cell = MEMBERS[name]
-    params, xs = drawn(cell, 3, 4, 2)
-    run = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs, implementation="xla"))
-    written = jax.export.export(run)(params, xs).serialize()
-    found = jax.export.deserialize(written).call(params, xs)
-    for a, b in zip(floats(found), floats(run(params, xs)), strict=True):
-        np.testing.assert_allclose(a, b, 1e-6, 1e-6)
-
-
-@pytest.mark.parametrize("name", ["gru", "min_gru", *full(["lstm", "elman", "mgu", "lru", "stack", "classifier"])])
-def test_a_batch_of_any_size(name):
-    """Kernels take numbers for sizes, so XLA's form runs by itself."""
-    cell = MEMBERS[name]
-    params, xs = drawn(cell, 3, 4, 3)
-    run = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs)[1])
-    (rows,) = jax.export.symbolic_shape("rows")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], rows, *x.shape[2:]), x.dtype), xs)
-    found = jax.export.export(run)(params, shapes).call(params, xs)
-    np.testing.assert_allclose(found, run(params, xs), 1e-5, 1e-6)
-
-
-def test_a_named_kernel_of_any_size_is_refused():
-    cell = MEMBERS["gru"]
-    (rows,) = jax.export.symbolic_shape("rows")
-    shapes = cell.init(jax.random.key(0)), jax.ShapeDtypeStruct((4, rows, 2), jnp.float32)
-    run = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs, implementation="native"))
-    with pytest.raises(ValueError, match="the kernels take shapes of numbers"):
-        jax.export.export(run)(*shapes)

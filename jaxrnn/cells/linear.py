@@ -113,8 +113,8 @@ class LinearCell(Cell[Params, Carry]):
         # A single step of one row, in half precision or of complex states is as fast without.
         few = math.prod(xs.shape[1:-1]) == 1 or dtype in HALF or (unit is not None and unit.turns)
         pays = not (few and xs.shape[0] == 1)
-        if unit is None or computed is None or not kernel_serves(walk, owner=self, pays=pays):
-            unit, form = None, self._form(walk, dtypes, carry.h.dtype)
+        if unit is None or computed is None or not kernel_serves(walk, xs.shape, owner=self, pays=pays):
+            unit, form = None, self._form(walk, xs.shape, dtypes, carry.h.dtype)
 
         def run(constant, carry, inputs):
             params, fresh = constant
@@ -179,15 +179,15 @@ class LinearCell(Cell[Params, Carry]):
         if start is not None:
             b = select(start, b + lifted(a, b) * lifted(fresh.h.astype(b.dtype), b), b)
         wide = carry.h.astype(accumulator(b.dtype, carry.h.dtype))
-        form = linear_form(walk, a.dtype, b.dtype, wide.dtype, owner=self)
+        form = linear_form(walk, b.shape, a.dtype, b.dtype, wide.dtype, owner=self)
         h, last = linear_states(a, b, wide, walk, form, fresh.h)
         before, after = (each._replace(h=state.astype(carry.h.dtype)) for each, state in ((before, h), (after, last)))
         return after, self.scan(params, before, xs, fresh=fresh, noise=noise, walk=whole)[1]
 
-    def _form(self, walk, dtypes, dtype):
+    def _form(self, walk, shape, dtypes, dtype):
         if self.log_space:
-            return log_linear_form(walk, self)
-        return linear_form(walk, *dtypes, accumulator(dtypes[1], dtype), owner=self)
+            return log_linear_form(walk, shape, self)
+        return linear_form(walk, shape, *dtypes, accumulator(dtypes[1], dtype), owner=self)
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
         """Returns zeros (*batch_shape, size), in the dtype of the params."""

@@ -130,10 +130,10 @@ class MatrixCell(Cell[Params, Carry]):
             return after, self.scan(params, before, xs, fresh=fresh, noise=noise, walk=walk)[1]
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
         dtypes = [each.dtype for each in found.arrays.values()]
-        single = kernel_in_single(walk, xs.shape[0], dtypes)
+        single = kernel_in_single(walk, xs.shape, dtypes)
         dtypes = [jnp.dtype(jnp.float32)] * len(dtypes) if single else dtypes
         wide = accumulator(*dtypes, carry.s.dtype)
-        form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
+        form = matrix_form(walk, xs.shape, wide, *dtypes, owner=self)
 
         def run(constant, carry, inputs):
             params, fresh = constant
@@ -165,7 +165,7 @@ class MatrixCell(Cell[Params, Carry]):
         arrays, flags = _micro_steps(given.arrays, walk.flags, self.products, walk.reverse)
         dtypes = [each.dtype for each in arrays.values()]
         wide, heads = accumulator(*dtypes, s.dtype), _Heads(given)
-        form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
+        form = matrix_form(walk, xs.shape, wide, *dtypes, owner=self)
         first, begin = (heads.grouped_state(each.astype(wide)) for each in (s, fresh.s))
         found = matrix_states(heads.grouped(arrays), first, walk, flags, form, begin)
         return [

@@ -161,7 +161,7 @@ def _turned(inputs, carry, fresh, flags, reverse):
         return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
     after = positions + 1 if flags.valid is None else positions + _over(flags.valid, positions)
-    last = after[0 if reverse else -1].astype(carry.position.dtype) if len(after) else carry.position
+    last = after[0 if reverse else -1].astype(carry.position.dtype) if after.shape[0] != 0 else carry.position
     return inputs._replace(q=turn(inputs.q), k=turn(inputs.k)), carry._replace(position=last)
 
 

@@ -28,10 +28,8 @@ def with_window(window: Array, xs: Array, reverse: bool) -> tuple[Array, Array]:
         whole, last = with_window(window, jnp.flip(xs, 0), False)
         return jnp.flip(whole, 0), last
     whole = jnp.concatenate([before.astype(xs.dtype), xs])
-    last = whole[xs.shape[0] :].astype(window.dtype)
-    # What was in the window is not rounded.
-    kept = before[xs.shape[0] :]
-    return whole, jnp.moveaxis(last.at[: len(kept)].set(kept), 0, -2)
+    last = jnp.concatenate([before, xs.astype(window.dtype)])[xs.shape[0] :]  # what was in the window is not rounded
+    return whole, jnp.moveaxis(last, 0, -2)
 
 
 def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool) -> tuple[list[Array], Array]:
@@ -81,7 +79,7 @@ def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool)
         beyond = jnp.clip(before - (k + 1 - own), 0, before - 1)
         found[k] = jnp.where(same[k][..., None], found[k], at(first, beyond[..., None]))
     found = found[::-1]
-    return [*(tap[:length].astype(xs.dtype) for tap in found), xs], jnp.stack([tap[length] for tap in found], axis=-2)
+    return [*(tap[:length].astype(xs.dtype) for tap in found), xs], jnp.stack([tap[-1] for tap in found], axis=-2)
 
 
 def window_states(window: Array, fresh: Array, xs: Array, walk: Walk) -> tuple[Array, Array]:

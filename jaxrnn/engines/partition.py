@@ -64,12 +64,14 @@ def lowering(
     Args:
       primitive: The primitive; `bind` inside of one device is lowered by `alone`.
       alone: Its lowering rule on one device.
-      undivided: Its lowering rule where nobody knows the devices or their mesh, as in an export.
+      undivided: Its lowering rule where nobody knows the devices or their mesh, or a size is a symbol, as in an export.
       factors: `factors(arguments, results, options)`, of abstract arrays.
     """
     _on_known_devices.add(primitive)
 
     def rule(ctx, *operands, **options):
+        if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
+            return undivided(ctx, *operands, **options)
         context = ctx.module_context.axis_context
         if getattr(context, "num_devices", 1) in (None, 1):
             return alone(ctx, *operands, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxrnn.engines.arrays import accumulator, select, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.linear.primitive import ELSEWHERE, bind
 from jaxrnn.engines.sequence_parallel import added, check_axis_name, part, states
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for, refusals_of_sizes
 from jaxrnn.typing import Bools, PyTree
 
 
@@ -92,7 +93,7 @@ def linear_scan(
     if valid is not None and reset is not None and valid.ndim != reset.ndim:
         raise ValueError(f"reset: expected as many axes as mask has, {valid.ndim}, got {reset.ndim}")
     walk = Walk(valid, reset, bool(reverse), implementation=checked(implementation))
-    form = linear_form(walk, a.dtype, b.dtype, h.dtype)
+    form = linear_form(walk, (b.shape[time_axis], *inner), a.dtype, b.dtype, h.dtype)
     a, b, whole = jnp.moveaxis(a, time_axis, 0), jnp.moveaxis(b, time_axis, 0), None
     if axis_name is not None:
         check_axis_name(axis_name)
@@ -108,24 +109,24 @@ def linear_states(a: Array, b: Array, h: Array, walk: Walk, form: str | None, fr
     return states(part(walk, total, last), h, added, walk, fresh)
 
 
-def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
-    """Returns what runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
-    refusal = library.absent()
-    if not library.takes(*dtypes):
-        refusal = no_kernel_for(*dtypes)
-    refusals = {} if refusal is None else {"native": refusal}
+def linear_form(walk: Walk, shape: Sequence[Any], *dtypes, owner: object = "linear_scan") -> str | None:
+    """Returns what runs the recurrence of `owner` on sequences of a shape (T, ...) and arrays of `dtypes`: a name, or
+    None for each platform's own.
+    """
+    refusal = library.absent() if library.takes(*dtypes) else no_kernel_for(*dtypes)
+    refusals = ({} if refusal is None else {"native": refusal}) | refusals_of_sizes(shape)
     chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
     walk.record("linear_scan", chosen, refusals, cell=owner)
-    return walk.form("linear_scan", chosen)
+    return walk.form("linear_scan", chosen, refusals)
 
 
-def kernel_serves(walk: Walk, *, owner: object, pays: bool) -> bool:
-    """Whether a kernel that computes more than the recurrence of `owner` runs it, because it pays or is named; if so,
-    that is recorded.
+def kernel_serves(walk: Walk, shape: Sequence[Any], *, owner: object, pays: bool) -> bool:
+    """Whether a kernel that computes more than the recurrence of `owner` runs it on sequences of a shape (T, ...),
+    because it pays or is named; if so, that is recorded.
     """
     named = walk.named("linear_scan")
     asked = (named == "native" or (named is None and pays)) and walk.platform in (None, "cpu")
-    if not asked or library.absent() is not None:
+    if not asked or library.absent() is not None or refusals_of_sizes(shape):
         return False
     walk.record("linear_scan", "native", {}, cell=owner)
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxrnn.engines.cpu import library
 from jaxrnn.engines.matrix.primitives import run
 from jaxrnn.engines.matrix.programs import Problem, chunked, loop
 from jaxrnn.engines.sequence_parallel import check_axis_name, part, states
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, kernel_dtype, no_kernel_for
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, kernel_dtype, no_kernel_for, refusals_of_sizes
 from jaxrnn.typing import Bools, Named
 
 ELSEWHERE = "chunked"  # what None means where there is no kernel
@@ -123,7 +123,7 @@ def matrix_scan(
         if s.shape != state:
             raise ValueError(f"s0: expected shape {state}, got {s.shape}")
         s = s.astype(accumulator(s.dtype, dtype))
-    form = matrix_form(walk, length, s.dtype, *(each.dtype for each in arrays.values()))
+    form = matrix_form(walk, arrays["v"].shape, s.dtype, *(each.dtype for each in arrays.values()))
     whole = None
     if axis_name is not None:
         check_axis_name(axis_name)
@@ -190,28 +190,27 @@ def _flags(name: str, flag: Any, shape: tuple[int, ...], time_axis: int) -> Arra
     return jnp.moveaxis(flag, time_axis, 0)
 
 
-def kernel_in_single(walk: Walk, length: int, dtypes: Iterable[Any]) -> bool:
-    """Whether the kernel runs `length` steps of arrays of half precision, which it takes in float32."""
-    asked = walk.named("matrix_scan") in (None, "native") and length > 1
+def kernel_in_single(walk: Walk, shape: Sequence[Any], dtypes: Iterable[Any]) -> bool:
+    """Whether the kernel runs sequences of a shape (T, ...) of half precision, which it takes in float32."""
+    asked = walk.named("matrix_scan") in (None, "native") and not refusals_of_sizes(shape) and shape[0] > 1
     return asked and library.absent() is None and kernel_dtype(walk, *dtypes) == jnp.float32
 
 
-def matrix_form(walk: Walk, length: int, *dtypes, owner: object = "matrix_scan") -> str | None:
-    """Returns what runs the recurrence of `owner` on `length` steps of arrays of `dtypes`: a name, or None for each
-    platform's own.
+def matrix_form(walk: Walk, shape: Sequence[Any], *dtypes, owner: object = "matrix_scan") -> str | None:
+    """Returns what runs the recurrence of `owner` on sequences of a shape (T, ...) and arrays of `dtypes`: a name, or
+    None for each platform's own.
     """
-    refusals = {"associative": "the products of steps would be matrices"}
     absent = library.absent()
     others = not library.takes(*dtypes)
-    if absent is not None or others:
-        refusals["native"] = absent or no_kernel_for(*dtypes)
+    refusals = {"native": absent or no_kernel_for(*dtypes)} if absent is not None or others else {}
+    refusals |= refusals_of_sizes(shape) | {"associative": "the products of steps would be matrices"}
     chosen, refusals = walk.choose("matrix_scan", refusals, cell=owner, elsewhere=ELSEWHERE, without_kernel=ELSEWHERE)
-    if length == 1 and walk.named("matrix_scan") is None:
+    if shape[0] == 1 and walk.named("matrix_scan") is None:
         chosen = "xla"  # which needs no second look at the state
     walk.record("matrix_scan", chosen, refusals, cell=owner)
-    if length == 1:
+    if shape[0] == 1:
         return chosen
-    return ELSEWHERE if others and chosen == ELSEWHERE else walk.form("matrix_scan", chosen)
+    return ELSEWHERE if others and chosen == ELSEWHERE else walk.form("matrix_scan", chosen, refusals)
 
 
 def matrix_recurrence(
