@@ -116,7 +116,7 @@ def full(*values):
 def test_it_is_the_training_of_one_device(name, kind, sharding):
     """Also the last batch, of 6 rows; noise; and losses that are no mean over rows."""
     mesh, model = a_mesh(kind), NOISY if name == "dropout" else MODEL
-    options = {"validation": DATA, "accumulate": 2 if name == "gru" else 1}
+    options = {"validation": DATA, "accumulate": 2 if name in ("gru", "dropout") else 1}
     if name == "dropout":
         options |= {"data": POOLED, "validation": POOLED}
     expected, given = run(LOSSES[name], state_of(model), **options), state_of(model)
@@ -173,6 +173,18 @@ def test_arrays_on_devices_stay_there(monkeypatch):
     assert all(value.ndim < 3 for value in pulled if isinstance(value, jax.Array))
     same(found, run(loss, state_of(), even, **once))
     same(listed, run(loss, state_of(), even, batch_size=12, shuffle=False, **once))
+
+
+@pytest.mark.full
+def test_batches_with_numbers_that_belong_to_no_row():
+    """Every device has them whole."""
+
+    def loss(params, batch, key):
+        return batch["scale"] * (batch["xs"] @ params["w"]).mean() ** 2, {}
+
+    batches = [{"xs": XS[k : k + 12, 0], "scale": np.float32(k + 1)} for k in (0, 12, 24)]
+    state = train_state({"w": jnp.ones(2)}, ADAM, jax.random.key(1))
+    same(run(loss, state, batches, validation=batches, mesh=a_mesh()), run(loss, state, batches, validation=batches))
 
 
 @pytest.mark.full

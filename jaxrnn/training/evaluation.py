@@ -113,7 +113,7 @@ def _runner(loss, name, data, batch_size, *, members, compute_dtype, where):
         total = carry = None
         for batch in placed_batches(map(take, source), where, name):
             if total is None:
-                carry = begin(jax.tree.leaves(batch)[0].shape[0])
+                carry = begin(next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim), 0))
             carry, metrics = step(params, carry, batch)
             total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
         if total is None:

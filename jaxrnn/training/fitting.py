@@ -144,10 +144,7 @@ def fit(
     if nonfinite not in ("raise", "skip", "stop"):
         raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'stop', got {nonfinite!r}")
     epochs, steps_per_call = check.integer("epochs", epochs, least=0), check.integer("steps_per_call", steps_per_call)
-    if validation is not None and not isinstance(validation, Validation):
-        validation = Validation(validation)
-    if validation is not None and validation.patience is not None:
-        check.integer("validation.patience", validation.patience)
+    validation = _validation(validation)
     check_loss(loss)
     _check_state(state, optimizer)
     many = jnp.ndim(state.step) == 1
@@ -178,17 +175,8 @@ def fit(
         history = empty_history()
         run = None
         if checkpoints is not None:
-            made_of = _identity(
-                loss,
-                optimizer,
-                data,
-                validation,
-                state,
-                batch_size,
-                key if shuffle else None,
-                accumulate,
-                compute_dtype,
-            )
+            order = key if shuffle else None
+            made_of = _identity(loss, optimizer, data, validation, state, batch_size, order, accumulate, compute_dtype)
             run = stack.enter_context(run_in(checkpoints, validation or Validation(None), made_of, several=several))
             state, history, start = run.begin(state, history, start)
             state = state if where is None else where.put_state(state)
@@ -225,6 +213,16 @@ def fit(
             run.save(state, history)
         state = state._replace(data=None)
         return state if where is None else where.handed_back(state), history
+
+
+def _validation(given: Any) -> Validation | None:
+    """The held-out data with the rule for the best params."""
+    if given is None:
+        return None
+    validation = given if isinstance(given, Validation) else Validation(given)
+    if validation.patience is not None:
+        check.integer("validation.patience", validation.patience)
+    return validation
 
 
 def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *, members, where) -> Callable:
