@@ -245,3 +245,10 @@ def test_an_editable_install_is_a_path_that_type_checkers_read(tmp_path, checker
     )
     assert "LSTMParams" in run.stdout, run.stdout
     assert none_found in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("file", ["CHANGELOG.md", "CITATION.cff"])
+def test_a_version_is_named_everywhere(file):
+    """In the changelog it is the newest that has a date."""
+    pattern = {"CHANGELOG.md": r"^## (\S+), \d{4}-\d\d-\d\d$", "CITATION.cff": r"^version: (\S+)$"}[file]
+    assert re.findall(pattern, (ROOT / file).read_text(), re.M)[0] == jaxrnn.__version__
