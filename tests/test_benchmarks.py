@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 from jaxrnn.engines.cpu import library as native
 
 pytest.importorskip("matplotlib")
+if sys.platform != "linux":
+    pytest.skip("the benchmarks are for Linux", allow_module_level=True)
 
 PROMOTION = "standard"  # Optax divides floats by integers
 FOLDER = Path(__file__).parents[1] / "benchmarks"
