@@ -4,6 +4,7 @@ import ctypes
 import gc
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -36,8 +37,7 @@ collect_ignore = ["data", "typed.py"]  # which needs what makes the files, and w
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
     gc.set_threshold(200_000, 50, 100)  # what JAX keeps is never garbage, and looking through it takes long
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_PERTURB, 1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import jax
@@ -45,12 +44,11 @@ def targets() -> list[str]:
 @functools.cache
 def absent() -> str | None:
     """Returns the reason why the kernels cannot be called; or None, and then they are registered."""
-    folder = Path(__file__).parent
-    files = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_kernels{suffix}").is_file()]
-    if not files:
+    file = Path(__file__).with_name("_kernels.so")
+    if not file.is_file():
         return "the package was installed without compiled kernels: it found no C++ compiler, or the build failed"
     try:
-        library = ctypes.CDLL(str(files[0]))
+        library = ctypes.CDLL(str(file))
         library.jaxrnn_jaxlib.restype = ctypes.c_char_p
         refusal = newer(library.jaxrnn_jaxlib().decode())
         capsules = {name: jax.ffi.pycapsule(getattr(library, name)) for name in targets()}
