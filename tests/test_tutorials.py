@@ -16,6 +16,7 @@ EXPECTED = {
     "next_word": (6, -1.9),
     "multivariate_forecast": (5, -1.0),
     "sensors": (3, 0.75),
+    "sequence_to_sequence": (5, 0.05),
 }
 
 

@@ -1,0 +1,69 @@
+"""Docstrings for autodoc: their Markdown becomes reStructuredText, before napoleon divides it into sections."""
+
+import re
+
+NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
+ENTRY = re.compile(r"(\s+\*{0,2}\w+: )(.*)")
+
+
+def escaped(text):
+    """A line of text, with code between backticks and bold words, in reStructuredText."""
+    parts = re.split(r"(`[^`]+`|\*\*[^*\s][^*]*\*\*)", text)
+    parts[1::2] = [part if part[:2] == "**" else _code(part) for part in parts[1::2]]
+    parts[::2] = [_plain(part) for part in parts[::2]]
+    return "".join(
+        ("\\ " if re.match(r"\w", part) and before[-1:] in ("`", "*") else "") + part
+        for before, part in zip(["", *parts[:-1]], parts, strict=True)
+    )
+
+
+def _code(part):
+    name = part.strip("`")
+    return part if NAME.fullmatch(name) else f"``{name}``"
+
+
+def _plain(part):
+    return re.sub(r"([*|]|(?<=\w)_(?!\w)|\\)", r"\\\1", part)
+
+
+def converted(lines):
+    """Blocks that are indented after an empty line become literal, everything else is escaped."""
+    found, block, depth, doctest, before = [], None, 0, False, ""
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if not line.strip():
+            doctest = False
+            found.append("")
+            continue
+        doctest = doctest or line.lstrip().startswith(">>>")
+        if block is not None and indent < block:
+            block = None
+        if block is None and not doctest and found and not found[-1] and indent > depth and before.strip():
+            block = indent
+            found += [" " * depth + ".. code-block:: text", ""]
+        if block is not None:
+            found.append(line)
+            continue
+        before, depth = line, indent
+        if doctest:
+            found.append(line)
+        elif entry := ENTRY.fullmatch(line):
+            found.append(entry[1] + escaped(entry[2]))
+        else:
+            found.append(escaped(line))
+    return found
+
+
+def process(app, what, name, thing, options, lines):
+    lines[:] = converted(lines)
+
+
+def skip(app, what, name, thing, skipped, options):
+    """The fields of a named tuple, which its docstring tells of."""
+    return True if (getattr(thing, "__doc__", None) or "").startswith("Alias for field") else None
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-skip-member", skip)
+    return {"parallel_read_safe": True}
