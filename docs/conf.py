@@ -35,6 +35,8 @@ myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False  # else every cell repeats what Cell says of its methods
 autodoc_typehints_format = "short"
+_aliases = [*jaxrnn.typing.__all__, "Activation", "ArrayLike", "Error", "Implementation", "Metrics"]
+autodoc_type_aliases = {name: name for name in _aliases}
 python_maximum_signature_line_length = 80
 napoleon_use_rtype = False
 
@@ -55,6 +57,7 @@ html_theme_options = {
     "check_switcher": False,
     "navbar_end": ["version-switcher", "theme-switcher"],
     "navbar_align": "left",
+    "navbar_persistent": ["search-button"],
     "header_links_before_dropdown": 7,
     "show_toc_level": 2,
     "navigation_with_keys": False,
@@ -63,4 +66,4 @@ html_theme_options = {
     "footer_end": [],
 }
 html_context = {"default_mode": "auto"}
-html_sidebars = {"changelog": [], "gallery": []}
+html_sidebars = {name: [] for name in ("cells", "changelog", "development", "gallery", "internals")}

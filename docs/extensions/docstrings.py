@@ -58,6 +58,11 @@ def process(app, what, name, thing, options, lines):
     lines[:] = converted(lines)
 
 
+def signature(app, what, name, thing, options, arguments, returned):
+    """Aliases of types by their names, also in unions."""
+    return tuple(each and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", each) for each in (arguments, returned))
+
+
 def skip(app, what, name, thing, skipped, options):
     """The fields of a named tuple, which its docstring tells of."""
     return True if (getattr(thing, "__doc__", None) or "").startswith("Alias for field") else None
@@ -65,5 +70,6 @@ def skip(app, what, name, thing, skipped, options):
 
 def setup(app):
     app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True}

@@ -22,7 +22,7 @@ def encode(texts: list[str]) -> np.ndarray:
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
-    """All sums of two numbers below 100, in a random order: questions (N, 5), and answers (N, 3), with spaces before."""
+    """All sums of two numbers below 100, in random order: questions (N, 5) and answers (N, 3), with spaces before."""
     pairs = np.random.default_rng(0).permutation([(a, b) for a in range(100) for b in range(100)])
     return encode([f"{a}+{b}".rjust(5) for a, b in pairs]), encode([f"{a + b:3d}" for a, b in pairs])
 
