@@ -10,12 +10,11 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_package import ROOT, python
+from test_package import README, ROOT, python
 
 import jaxrnn
 
 DOCS = ROOT / "docs"
-README = ROOT / "README.md"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (README, *sorted(DOCS.rglob("*.md")))}
 # Pages that train for longer or import other frameworks are in the full tier, but for these.
 FAST = ("README.md", "docs/index.md", "docs/getting-started/functional.md", "docs/own/cell.md")
@@ -26,14 +25,22 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 NEED = re.compile(r'`pip install "?([\w-][^-`"][^`"]*)"?`')
 
 WITHOUT = """
-import sys
+import re, sys
 
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+FINDERS = sys.meta_path[:]
 
-sys.meta_path.insert(0, Nothing())
+class Present:
+    def find_spec(self, name, *where):
+        if name.partition(".")[0] not in ABSENT:
+            return next((spec for finder in FINDERS if (spec := finder.find_spec(name, *where))), None)
+
+    def find_distributions(self, *of):
+        for finder in FINDERS:
+            for each in getattr(finder, "find_distributions", lambda *_: ())(*of):
+                if re.sub("[-_.]+", "-", each.name).lower() in THERE:
+                    yield each
+
+sys.meta_path[:] = [Present()]
 """
 RUN = """
 import linecache, time
@@ -103,7 +110,8 @@ def test_the_code_of_pages_runs_after_their_own_commands(needs, pages):
     owners = metadata.packages_distributions().items()
     absent = {name for name, of in owners if not there & {canonicalize_name(each) for each in of}} - {"jaxrnn"}
     assert absent >= {"pytest", "sklearn"}
-    run = python("-W", "error", "-c", f"ABSENT = {absent!r}\nPAGES = {pages!r}\n{WITHOUT}\n{RUN}", timeout=1200)
+    given = f"ABSENT, THERE, PAGES = {absent!r}, {there | {'jaxrnn'}!r}, {pages!r}"
+    run = python("-W", "error", "-c", f"{given}\n{WITHOUT}\n{RUN}", timeout=1200)
     print(run.stdout)
     assert run.returncode == 0, run.stderr
 
@@ -136,10 +144,10 @@ def test_every_cell_is_in_the_table_of_cells():
             assert f"`{name}" in text, name
 
 
-def test_every_example_is_in_the_gallery():
-    text = (DOCS / "gallery.md").read_text() + (DOCS / "getting-started" / "tutorials.md").read_text()
+def test_every_example_is_on_a_page():
+    text = "\n".join(path.read_text() for path in PAGES.values())
     for path in (ROOT / "examples").rglob("*.py"):
-        assert f"{path.relative_to(ROOT)}\n:language: python" in text, path
+        assert path.relative_to(ROOT).as_posix() in text, path
 
 
 def test_the_readme_is_short_and_has_its_commands_and_the_words_that_are_searched_for():
@@ -156,6 +164,7 @@ def test_the_readme_is_short_and_has_its_commands_and_the_words_that_are_searche
 def test_the_links_of_a_page_lead_to_files(name):
     """As they are read in the repository; the builder of the site checks its own."""
     path = PAGES[name]
+    assert "[](" not in path.read_text()
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", BLOCK.sub("", path.read_text())):
         if "://" not in target and "_drawings/" not in target:
             assert (path.parent / target).exists(), target

@@ -14,6 +14,7 @@ import pytest
 import jaxrnn
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def python(*arguments, timeout=300):

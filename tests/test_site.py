@@ -97,7 +97,6 @@ def page(browser, address):
     opened, opened.wrong = browser.new_page(viewport=DESK), []
     opened.on("pageerror", lambda error: opened.wrong.append(str(error)))
     opened.on("console", lambda said: opened.wrong.append(said.text) if said.type in ("error", "warning") else None)
-    opened.on("requestfailed", lambda request: opened.wrong.append(f"{request.url}: {request.failure}"))
     opened.on("request", lambda request: request.url.startswith((address, "data:")) or opened.wrong.append(request.url))
     yield opened
     opened.close()

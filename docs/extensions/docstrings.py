@@ -26,6 +26,21 @@ def _plain(part):
     return re.sub(r"([*|]|(?<=\w)_(?!\w)|\\)", r"\\\1", part)
 
 
+def joined(lines):
+    """The lines, where code between backticks that goes on in the next line begins there."""
+    found, rest = [], ""
+    for line in lines:
+        text = line.lstrip()
+        if rest:
+            line, rest = line[: len(line) - len(text)] + f"{rest} {text}", ""
+        if line.count("`") % 2 and ">>>" not in line:
+            line, _, rest = line.rpartition("`")
+            rest = "`" + rest
+        if line.strip() or not rest:
+            found.append(line.rstrip())
+    return [*found, rest] if rest else found
+
+
 def converted(lines):
     """Blocks that are indented after an empty line become literal, everything else is escaped."""
     found, block, depth, doctest, before = [], None, 0, False, ""
@@ -55,7 +70,7 @@ def converted(lines):
 
 
 def process(app, what, name, thing, options, lines):
-    lines[:] = converted(lines)
+    lines[:] = converted(joined(lines))
 
 
 def signature(app, what, name, thing, options, arguments, returned):
