@@ -22,11 +22,12 @@ extensions = [
     "sphinx_design",
     "extensions.docstrings",
     "extensions.drawn",
+    "extensions.linked",
     "extensions.mathml",
 ]
 exclude_patterns = ["extensions", "drawings", "_drawings"]
 default_role = "py:obj"
-smartquotes = False
+smartquotes_action = "D"  # dashes alone
 html_math_renderer = "mathml"
 
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]

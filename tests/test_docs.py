@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import json
 import re
 import tomllib
 from importlib import metadata
@@ -134,6 +135,10 @@ def test_every_public_name_is_on_a_page_of_the_reference_once():
     assert len(documented()) == len(set(documented()))
     text = (DOCS / "reference" / "typing.md").read_text()
     assert all(f"`{name}`" in text for name in importlib.import_module("jaxrnn.typing").__all__)
+
+
+def test_the_version_is_among_those_that_the_site_offers():
+    assert jaxrnn.__version__ in {each["version"] for each in json.loads((DOCS / "versions.json").read_text())}
 
 
 def test_every_cell_is_in_the_table_of_cells():

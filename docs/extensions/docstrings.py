@@ -2,7 +2,10 @@
 
 import re
 
+import jaxrnn
+
 NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
+SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Examples|References):")
 ENTRY = re.compile(r"(\s+\*{0,2}\w+: )(.*)")
 
 
@@ -19,6 +22,8 @@ def escaped(text):
 
 def _code(part):
     name = part.strip("`")
+    if name in jaxrnn.__all__:
+        return f":py:obj:`{name} <jaxrnn.{name}>`"
     return part if NAME.fullmatch(name) else f"``{name}``"
 
 
@@ -42,8 +47,8 @@ def joined(lines):
 
 
 def converted(lines):
-    """Blocks that are indented after an empty line become literal, everything else is escaped."""
-    found, block, depth, doctest, before = [], None, 0, False, ""
+    """Indented blocks after an empty line become literal, in sections only after a colon; all else is escaped."""
+    found, block, depth, doctest, before, section = [], None, 0, False, "", False
     for line in lines:
         indent = len(line) - len(line.lstrip())
         if not line.strip():
@@ -53,7 +58,9 @@ def converted(lines):
         doctest = doctest or line.lstrip().startswith(">>>")
         if block is not None and indent < block:
             block = None
-        if block is None and not doctest and found and not found[-1] and indent > depth and before.strip():
+        section = section or bool(SECTION.fullmatch(line))
+        begins = bool(found) and not found[-1] and indent > depth and (before.endswith(":") or not section)
+        if block is None and not doctest and before and begins:
             block = indent
             found += [" " * depth + ".. code-block:: text", ""]
         if block is not None:
