@@ -4,7 +4,7 @@ In Keras:
 
     model = Sequential([Input((50, 3)), Bidirectional(GRU(16, return_sequences=True)), Dropout(0.2),
                         Bidirectional(GRU(16)), Dense(3)])
-    model.compile("adam", SparseCategoricalCrossentropy(from_logits=True), ["accuracy"])
+    model.compile("adam", SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     model.fit(xs, kinds, epochs=20, validation_data=held_out, callbacks=[EarlyStopping(patience=3)])
 """
 

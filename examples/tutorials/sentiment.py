@@ -3,7 +3,7 @@
 In Keras:
 
     model = Sequential([Input((None,)), Embedding(len(WORDS), 16, mask_zero=True), LSTM(16), Dense(1)])
-    model.compile("adam", BinaryCrossentropy(from_logits=True), ["accuracy"])
+    model.compile("adam", BinaryCrossentropy(from_logits=True), metrics=["accuracy"])
     model.fit(pad_sequences(reviews, padding="post"), labels, epochs=10, batch_size=32)
 """
 

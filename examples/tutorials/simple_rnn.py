@@ -3,7 +3,7 @@
 In Keras:
 
     model = Sequential([Input((20, 1)), SimpleRNN(16), Dense(2)])
-    model.compile("adam", SparseCategoricalCrossentropy(from_logits=True), ["accuracy"])
+    model.compile("adam", SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     model.fit(xs, kinds, epochs=20, batch_size=32)
 """
 

@@ -1,0 +1,1 @@
+"""The drawings of the pages, each made by one function."""
