@@ -33,6 +33,7 @@ import argparse
 import asyncio
 import contextlib
 import sys
+import textwrap
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -335,11 +336,10 @@ def picture(runs: dict[str, Run], sessions: int) -> Figure:
     axes, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     colors = {BATCH: "C0", CALLS: "0.6"}
     for name, each in runs.items():
-        axes.ecdf(1e3 * each.latencies, color=colors[name], label=name)
+        axes.ecdf(1e3 * each.latencies, color=colors[name])
     axes.set(xscale="log", xlabel="latency, milliseconds", ylabel="part of the steps", title=f"{sessions} sessions")
-    axes.legend(loc="upper left")
     values = [runs[name].throughput for name in colors]
-    drawn = bars.barh(["batch", "calls"], values, color=list(colors.values()), height=0.6)
+    drawn = bars.barh([textwrap.fill(name, 14) for name in colors], values, color=list(colors.values()), height=0.6)
     bars.bar_label(drawn, [f"{value:,.0f}" for value in values], padding=3)
     bars.invert_yaxis()
     bars.margins(x=0.2)
