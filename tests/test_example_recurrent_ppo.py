@@ -33,18 +33,17 @@ def rolled_out(name, *, longest=None):
     model = ppo.network(config.cell, environments)
     setting = ppo.Setting(config, environments, model, optax.sgd(0.0))
 
-    @jax.jit
-    def run(key):
-        k_init, k_begin, k_steps = jax.random.split(key, 3)
-        params = ppo.Params(model.init(k_init), jnp.full(environments.numbers, 0.3))
-        actors = ppo.begin(setting, params, k_begin)
-        act = functools.partial(ppo.act, setting, params)
-        actors, _ = jax.lax.scan(act, actors, jax.random.split(k_begin, 7))
-        after, transitions = jax.lax.scan(act, actors, jax.random.split(k_steps, STEPS))
-        gains = jax.random.normal(key, (STEPS, ROWS))
-        return params, ppo.Rollout(actors.carry, transitions, gains), after
+    k_init, k_begin, *keys = jax.random.split(jax.random.key(0), 4)
+    params = ppo.Params(model.init(k_init), jnp.full(environments.numbers, 0.3))
 
-    return setting, *run(jax.random.key(0))
+    @jax.jit
+    def run(actors, key):
+        return jax.lax.scan(functools.partial(ppo.act, setting, params), actors, jax.random.split(key, STEPS))
+
+    actors, _ = run(ppo.begin(setting, params, k_begin), keys[0])
+    after, transitions = run(actors, keys[1])
+    gains = jax.random.normal(k_init, (STEPS, ROWS))
+    return setting, params, ppo.Rollout(actors.carry, transitions, gains), after
 
 
 @pytest.fixture(scope="module")
