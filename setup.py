@@ -1,12 +1,14 @@
 """Builds the compiled kernels. Where that fails the package works without them."""
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
 import jaxlib
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = (  # those that take longest first
@@ -28,6 +30,10 @@ NUMBERS = {"float32": [], "float64": [("JAXRNN_FLOAT64", None)]}  # which every 
 class Build(build_ext):
     """Compiles the sources beside each other, for each kind of numbers into a folder of its own."""
 
+    def get_ext_filename(self, fullname):
+        """The name of a plain library: XLA calls the kernels, no Python imports them."""
+        return f"{fullname.replace('.', os.sep)}.so"
+
     def build_extensions(self):
         compile = self.compiler.compile
 
@@ -45,6 +51,17 @@ class Build(build_ext):
         super().build_extensions()
 
 
+class Wheel(bdist_wheel):
+    """One wheel for all Pythons of a platform, also where it holds no kernels."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 folder = Path("jaxrnn/engines/cpu")
 kernels = Extension(
     "jaxrnn.engines.cpu._kernels",
@@ -56,4 +73,5 @@ kernels = Extension(
     language="c++",
     optional=True,
 )
-setup(ext_modules=[kernels], cmdclass={"build_ext": Build})
+on_windows = sys.platform == "win32"  # whose compiler has no vectors, and which has no pthreads
+setup(ext_modules=[] if on_windows else [kernels], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

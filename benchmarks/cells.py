@@ -157,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
                 row = {
                     "cell": name,
                     "shape": shape,
+                    "layers": args.layers,
+                    "bidirectional": args.bidirectional,
                     "pass": "forward + backward" if backward else "forward",
                     "ms": {name: 1e3 * value for name, value in times.items()},
                     "lead": contest.lead(times, names[0]),

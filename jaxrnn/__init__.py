@@ -88,7 +88,7 @@ from jaxrnn.compose.wrap import Backward, EmitCarry, Emitted, LearnedCarry, Lear
 from jaxrnn.engines.gated.recurrence import GatedWeights
 from jaxrnn.engines.linear.engine import linear_scan
 from jaxrnn.engines.matrix.engine import matrix_scan
-from jaxrnn.exporting import name_types as _name_types
+from jaxrnn.exporting import prepare as _prepare
 from jaxrnn.layers import (
     Apply,
     Dropout,
@@ -333,10 +333,11 @@ __all__ = [
     "token_shift_step",
 ]
 
-_name_types(list(vars().values()))
+_prepare(list(vars().values()))
 if _TYPE_CHECKING:
     from jaxrnn import analysis as analysis
     from jaxrnn import convert as convert
+    from jaxrnn import exporting as exporting
     from jaxrnn import linen as linen
     from jaxrnn import nnx as nnx
     from jaxrnn import training as training

@@ -13,6 +13,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.engines.arrays import accumulator, inexact, with_rows_of
+from jaxrnn.engines.sequence_parallel import check_axis_name
 from jaxrnn.typing import PyTree
 
 
@@ -115,6 +116,16 @@ class Names(NamedTuple):
 
 
 NAMES = Names()
+
+
+def check_divided(cell: Cell, axis_name: str) -> None:
+    """Raises an error where time cannot be divided over the axis of a mesh."""
+    if not cell.time_divides:
+        raise ValueError(
+            "axis_name: expected a cell that is linear in its state, so that devices can run parts of the steps at "
+            f"once, got {cell!r}"
+        )
+    check_axis_name(axis_name)
 
 
 def valid_steps(

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from jaxrnn.foreign_names import module_hint
 from jaxrnn.typing import Foreign
 
-# Modules that import Flax or Optax, and so are imported when they are used.
-MODULES = ("analysis", "convert", "linen", "nnx", "training", "typing")
+# Public modules. Those that import Flax or Optax are imported when they are used.
+MODULES = ("analysis", "convert", "exporting", "linen", "nnx", "training", "typing")
 # Types of params and carries, and free functions: importable, and many.
 _HIDDEN = ("Params", "Gates", "Norm", "Pair", "Row", "Emitted", "GatedWeights", "_init", "_step")
 _SHOWN = ("chrono_init", "irnn_init", "EmitCarry", "LayerNorm", "LearnedCarry")

@@ -123,6 +123,8 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
     ends_time: ClassVar[bool] = False
     # Whether it runs step by step, each y of the steps so far alone.
     causal: ClassVar[bool] = True
+    # Whether devices can run parts of the steps at once, because the recurrence is linear.
+    time_divides: ClassVar[bool] = False
     # Whether its carry holds those of its parts, whatever they are, and hands them on as they come.
     transparent: ClassVar[bool] = False
 

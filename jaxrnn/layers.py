@@ -30,6 +30,8 @@ class Layer(Cell[Params, tuple[()]]):
     It accepts every implementation name.
     """
 
+    time_divides = True
+
     @abstractmethod
     def apply(self, params: PyTree, x: Array, noise: Noise = None) -> Array:
         """Computes the output of one step."""

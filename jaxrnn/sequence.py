@@ -17,6 +17,7 @@ from jaxrnn.arguments import (
     Names,
     batch_shape_of,
     carries,
+    check_divided,
     check_feedback,
     flags_of,
     single_flags,
@@ -44,6 +45,7 @@ def scan(
     time_axis: int = 0,
     key: Array | None = None,
     remat_every: int | None = None,
+    axis_name: str | None = None,
     implementation: Implementation = None,
 ) -> tuple[Carry, PyTree]:
     """Runs `cell` over a sequence, or a batch of sequences: `lax.scan` for cells.
@@ -80,6 +82,10 @@ def scan(
       key: A PRNG key from which noise (dropout, zoneout) is drawn; with None, the run is deterministic.
       remat_every: Gradient checkpointing: keep the carry only every `remat_every` steps and recompute the steps between
         during the backward pass, in every layer.
+      axis_name: Inside `jax.shard_map`, the axis of the mesh that time is divided over, for cells that are linear in
+        their state and what is made of them: each device gives its part of the steps of xs, mask and reset, and the
+        same of all else; `lengths` are of the whole sequences, and so is the final carry. Devices exchange states,
+        never steps.
       implementation: None for the fastest correct one; a name for exactly that one; or a mapping from engine to name.
 
     Returns:
@@ -112,6 +118,7 @@ def scan(
         time_axis=time_axis,
         key=key,
         remat_every=remat_every,
+        axis_name=axis_name,
         implementation=implementation,
     )
 
@@ -130,6 +137,7 @@ def scan_asked(
     time_axis: int = 0,
     key: Array | None = None,
     remat_every: int | None = None,
+    axis_name: str | None = None,
     implementation: Implementation = None,
     names: Names = NAMES,
 ) -> tuple[PyTree, PyTree]:
@@ -140,12 +148,17 @@ def scan_asked(
     named = checked(implementation)
     params = to_jax(params)
     xs, length, batch_shape, time_axis = time_first(cell, xs, time_axis)
+    if axis_name is not None:
+        check_divided(cell, axis_name)
+        if lengths is not None:
+            lengths = jnp.asarray(lengths)
+            lengths = lengths - (lax.axis_index(axis_name) * length).astype(lengths.dtype)
     valid = valid_steps(lengths, mask, length, batch_shape, time_axis, names.lengths)
     if reset is not None:
         reset = flags_of("reset", reset, length, batch_shape, time_axis)
     valid, boundaries = with_rows_of((valid, reset), jax.tree.leaves(xs)[0], 0, 1 + len(batch_shape))
     batch_major = 0 < time_axis == len(batch_shape)
-    walk = Walk(valid, boundaries, bool(reverse), remat_every, named, batch_major, question)
+    walk = Walk(valid, boundaries, bool(reverse), remat_every, named, batch_major, question, axis_name)
     carry, ys = walked(cell, params, carry, zero_where_not(valid, xs), key, walk, names.carry)
     if time_axis and not cell.ends_time:
         ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)
@@ -161,6 +174,9 @@ def walked(
     noise = None
     if key is not None:
         sequence, steps = cell.noise(single_key(key), length, tuple(batch))
+        if walk.axis_name is not None:  # steps of other devices have other noise
+            own = jax.random.fold_in(key, lax.axis_index(walk.axis_name))
+            steps = cell.noise(own, length, tuple(batch))[1]
         first = jax.tree.leaves(xs)[0]
         noise = with_rows_of(sequence, first, 1, len(batch)), with_rows_of(steps, first, 0, 1 + len(batch))
     carry = varying_like(carry, fresh, params, xs, walk, noise)
@@ -355,7 +371,8 @@ def explain(
 ) -> Explanation:
     """Explains which implementation `scan` runs for each call of an engine, and why it does not run the others.
 
-    The arguments are those of `scan`; nothing is computed.
+    The arguments are those of `scan`; nothing is computed. Arrays may be `jax.ShapeDtypeStruct`, with symbols for sizes
+    as `jax.export` has them, too.
 
     Args:
       cell: As in `scan`.
@@ -384,5 +401,7 @@ def explain(
         raise ValueError(f"platform: expected 'cpu', 'gpu', 'tpu' or None, got {platform!r}")
     platform = jax.default_backend() if platform is None else platform
     question, run = Question(platform), step_asked if one_step else scan_asked
-    jax.eval_shape(lambda *arrays: run(question, cell, *arrays, **keywords), params, carry, xs)
+    shapes = {name: each for name, each in keywords.items() if isinstance(each, jax.ShapeDtypeStruct)}
+    known = {name: each for name, each in keywords.items() if name not in shapes}
+    jax.eval_shape(lambda given, *arrays: run(question, cell, *arrays, **known, **given), shapes, params, carry, xs)
     return Explanation(platform, tuple(question.calls))

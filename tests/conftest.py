@@ -4,6 +4,7 @@ import ctypes
 import gc
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -22,6 +23,8 @@ _VERSION = ".".join(jaxlib.__version__.split(".")[:2])
 if _VERSION in _FLAGS:
     os.environ.setdefault("XLA_FLAGS", _FLAGS[_VERSION])
 
+jax.config.update("jax_num_cpu_devices", 4)  # of which programs take the first, but where a test divides them
+
 from members import MEMBERS  # noqa: E402
 
 _tests = itertools.count(1)
@@ -34,8 +37,7 @@ collect_ignore = ["data", "typed.py"]  # which needs what makes the files, and w
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
     gc.set_threshold(200_000, 50, 100)  # what JAX keeps is never garbage, and looking through it takes long
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_PERTURB, 1)
 
 

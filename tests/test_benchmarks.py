@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 from jaxrnn.engines.cpu import library as native
 
 pytest.importorskip("matplotlib")
+if sys.platform != "linux":
+    pytest.skip("the benchmarks are for Linux", allow_module_level=True)
 
 PROMOTION = "standard"  # Optax divides floats by integers
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -137,3 +140,54 @@ def test_exponents(load):
     exponent = load("scaling").exponent
     assert [exponent([1, 2, 8], [3.0, 6.0, 384.0], k) for k in range(3)] == [None, 1.0, 3.0]
     assert exponent([1, 2], [None, 1.0], 1) is None
+
+
+def shares(folder, name, rows):
+    """A file of a benchmark, with these shares of cells."""
+    row = {"shape": [2, 3, 4, 5], "layers": 1, "bidirectional": False, "pass": "forward", "ms": {"native": 1.0}}
+    found = [{"cell": cell} | row | {"share": share} for cell, share in rows.items()]
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"command": f"python {name}.py", "machine": name, "absent": {}, "rows": found}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("lstm", "flags", "status"),
+    [(0.73, "", 0), (0.71, "", 1), (1.2, "", 0), (0.71, "--most 0.2", 0), (float("nan"), "", 1)],
+)
+def test_a_share_may_not_fall_by_more_than_a_tenth(load, tmp_path, capsys, lstm, flags, status):
+    old = shares(tmp_path, "old", {"lstm": 0.8, "gru": 0.5, "elman": 0.5})
+    new = shares(tmp_path, "new", {"gru": 0.5, "lstm": lstm, "mgu": 0.1})
+    assert load("compare").main([old, new, *flags.split()]) == status
+    printed = capsys.readouterr().out
+    assert f"{status} of 2 shares fell" in printed
+    assert "1 were not measured again" in printed
+    assert f"| lstm 2,3,4,5 layers=1 bidirectional=False forward | 80.0% | {lstm:.1%} |" in printed
+
+
+def test_layers_and_directions_are_not_confused(load, tmp_path):
+    old = Path(shares(tmp_path, "old", {"lstm": 0.8}))
+    new = Path(shares(tmp_path, "new", {"lstm": 0.1}))
+    new.write_text(new.read_text().replace('"layers": 1', '"layers": 2'))
+    with pytest.raises(SystemExit) as stopped:
+        load("compare").main([str(old), str(new)])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"command": "", "machine": "", "rows": [{"ms": 1}]}'])
+def test_what_is_no_result_is_refused(load, tmp_path, capsys, text):
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        load("compare").main([str(path), str(path)])
+    assert stopped.value.code == 2
+    assert "odd.json: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("releases/*/*.json")), ids=lambda path: f"{path.parent.name}, {path.name}"
+)
+def test_a_release_has_lost_nothing_to_itself(load, capsys, path):
+    data = json.loads(path.read_text())
+    assert load("compare").main([str(path), str(path)]) == 0
+    assert f"0 of {len(data['rows'])} shares fell" in capsys.readouterr().out

@@ -21,8 +21,9 @@ from tiers import in_full
 import jaxrnn
 from jaxrnn import GRU
 from jaxrnn.training import Buckets, Validation, fit, lock, make_loss, squared_error, train_state
-from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Saver, _pack, _unpack, restore
+from jaxrnn.training.checkpoint import CheckpointError, Checkpoints, Saver, restore
 from jaxrnn.training.history import empty_history
+from jaxrnn.training.leaves import pack, unpack
 
 PROMOTION = "standard"  # Adam of Optax mixes dtypes
 SCRIPT = Path(__file__).parent / "interrupted.py"
@@ -219,10 +220,10 @@ def test_one_flipped_bit_is_found(finished, tmp_path):
 
 def test_other_numbers_than_were_saved_are_found():
     """As files may be read without an error and yet not be what was written."""
-    arrays, leaves = _pack(({"w": jnp.arange(3.0)},))
-    same(_unpack(({"w": jnp.zeros(3)},), leaves, arrays, "there"), ({"w": np.arange(3.0, dtype=np.float32)},))
+    arrays, leaves = pack(({"w": jnp.arange(3.0)},))
+    same(unpack(({"w": jnp.zeros(3)},), leaves, arrays, "there"), ({"w": np.arange(3.0, dtype=np.float32)},))
     with pytest.raises(CheckpointError, match="there is damaged: the checksum"):
-        _unpack(({"w": jnp.zeros(3)},), leaves, {name: array + 1 for name, array in arrays.items()}, "there")
+        unpack(({"w": jnp.zeros(3)},), leaves, {name: array + 1 for name, array in arrays.items()}, "there")
 
 
 def test_a_checkpoint_of_another_model_says_so(finished):

@@ -1,19 +1,18 @@
-"""Beyond one device and one process: meshes whose types say how rows are divided, programs written to files."""
+"""Beyond one device: rows, members and weights that a mesh divides."""
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-from members import CELLS, COMPOSITIONS, LAYERS, MEMBERS, OwnParams, Pair, draw_params, draw_x, floats
+from compiled import collectives, inside_loops, loops
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from members import MEMBERS, draw_params, draw_x, floats
 
 import jaxrnn
 
-for _own in (OwnParams, Pair):  # as a user does
-    jax.export.register_namedtuple_serialization(_own, serialized_name=f"tests.{_own.__name__}")
 # What reads x by its own index, and what has time among its rows.
 UNDIVIDED = ["two_inputs", "repeat", "pool_repeat"]
+FEW = ["lstm", "mgu", "min_gru"]
 SOME = ["gru", "min_gru", "mlstm", "stack", "zoneout"]
 
 
@@ -21,12 +20,112 @@ def full(names):
     return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
+# Whose loops, of any function of a step, add up gradients of weights among devices at every step.
+SUMMED_IN_LOOPS = ["conv_lstm_1d", "conv_lstm_2d", "conv_lstm_3d", "own", "two_inputs", "bidirectional_callable"]
+SUMMED_IN_LOOPS += ["emit_carry", "zoneout_own", "zoneout_stack", "recurrent_dropout_conv", "pool_conv"]
+
+
+def mesh_of(axes, kind=AxisType.Auto):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+
+
+def put(tree, mesh, *spec):
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec))), tree)
+
+
+def drawn(cell, *sizes):
+    return (
+        jax.tree.map(jnp.asarray, each)
+        for each in (draw_params(cell, dtype=np.float32), draw_x(cell, *sizes, dtype=np.float32))
+    )
+
+
+def compared(function, arrays, divided):
+    """The text of the compiled programs of one device and of several, whose results agree."""
+    one, several = (jax.jit(function).lower(*each).compile() for each in (arrays, divided))
+    for a, b in zip(floats(several(*divided)), floats(one(*arrays)), strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+    return one.as_text(), several.as_text()
+
+
+@pytest.mark.parametrize("name", [*FEW, *full(name for name in MEMBERS if name not in FEW)])
+def test_rows_divided_by_jit(name):
+    """The kernels run on every device, which then add up the gradients of weights once."""
+    cell = MEMBERS[name]
+    params, xs = drawn(cell, 3, 5, 4)
+    reset, lengths = jnp.zeros((5, 4), bool).at[2, 0].set(True), jnp.arange(4) + 2
+
+    def run(params, xs, reset, lengths):
+        whole = jaxrnn.scan(cell, params, None, xs, reset=reset, key=jax.random.key(0))[1]
+        parts = jaxrnn.scan(cell, params, None, xs, lengths=lengths, reverse=cell.causal)[1]
+        return sum((jnp.sin(y) ** 2).sum() for y in jax.tree.leaves((whole, parts)))
+
+    mesh = mesh_of({"rows": 2})
+    divided = (
+        put(params, mesh), put(xs, mesh, None, "rows"), put(reset, mesh, None, "rows"), put(lengths, mesh, "rows")
+    )  # fmt: skip
+    gradient = jax.value_and_grad(run, allow_int=True)
+    one, several = compared(gradient, (params, xs, reset, lengths), divided)
+    assert loops(several) == loops(one)
+    assert sum(collectives(several).values()) <= 3 or "repeat" in name
+    if name not in SUMMED_IN_LOOPS:
+        assert not any(collectives(inside_loops(several)).values())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "name", ["bidirectional", "s4d", *full(["lstm", "mgu", "slstm", "min_gru", "lru", "s6", "kda"])]
+)
+def test_members_divided_by_jit(name, shared):
+    """Each device trains its own models, and none waits for another one."""
+    cell, count = MEMBERS[name], 4
+    params, xs = drawn(cell, 5, 8, 3)
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf * (1 + k / 8) for k in range(count)]), params)
+    xs = xs if shared else jnp.stack([xs * (1 + k / 8) for k in range(count)])
+
+    def run(params, xs):
+        reset = jnp.zeros((8, 3), bool).at[2, 0].set(True)
+        return (jnp.sin(jaxrnn.scan(cell, params, None, xs, reset=reset)[1]) ** 2).sum()
+
+    mesh = mesh_of({"members": 2})
+    gradients = jax.vmap(jax.value_and_grad(run, (0, 1)), (0, None if shared else 0))
+    divided = put(params, mesh, "members"), put(xs, mesh, *[] if shared else ["members"])
+    _, several = compared(gradients, (params, xs), divided)
+    assert loops(several) == 0
+    assert not any(collectives(several).values())
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, *full([AxisType.Explicit])])
+@pytest.mark.parametrize("name", ["gru", *full(["lstm", "bidirectional", "mgu", "min_gru", "s6", "gated_delta_net"])])
+@pytest.mark.parametrize("implementation", [None, "native"])
+def test_weights_divided_by_jit(name, kind, implementation):
+    """Weights in parts on two devices, rows on two: weights are gathered, xs is not."""
+    cell = MEMBERS[name]
+    params, xs = drawn(cell, 3, 5, 4)
+
+    def run(params, xs):
+        return (jnp.sin(jaxrnn.scan(cell, params, None, xs, implementation=implementation)[1]) ** 2).sum()
+
+    def of(leaf):
+        at = next((k for k, size in enumerate(leaf.shape) if size % 2 == 0), None)
+        return () if at is None or kind is AxisType.Explicit else (*[None] * at, "units")
+
+    mesh = mesh_of({"rows": 2, "units": 2}, kind)
+    with jax.set_mesh(mesh):  # also for what is on one device: every device then computes all of it
+        divided = jax.tree.map(lambda leaf: put(leaf, mesh, *of(leaf)), params), put(xs, mesh, None, "rows")
+        one, several = compared(jax.value_and_grad(run), (params, xs), divided)
+    assert loops(one) == loops(several) == 0
+    assert f"f32[{','.join(map(str, xs.shape))}]" not in "".join(
+        line for line in several.splitlines() if "all-gather(" in line
+    )
+
+
 @pytest.mark.parametrize("name", [*SOME, *full(name for name in MEMBERS if name not in (*SOME, *UNDIVIDED))])
-def test_rows_of_an_explicit_mesh(name):
+@pytest.mark.parametrize("devices", [2, *full([1])])
+def test_rows_of_an_explicit_mesh(name, devices):
     """`jax.make_mesh` as it comes: fresh carries, noise and what the engines put out have the rows' sharding."""
     cell = MEMBERS[name]
-    params = jax.tree.map(jnp.asarray, draw_params(cell, dtype=np.float32))
-    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, 4, 2, dtype=np.float32))
+    params, xs = drawn(cell, 3, 4, 2)
     key = jax.random.key(0)
 
     def run(params, xs):
@@ -37,10 +136,9 @@ def test_rows_of_an_explicit_mesh(name):
 
     both = jax.jit(jax.value_and_grad(run, (0, 1), allow_int=True))
     expected = both(params, xs)
-    mesh = jax.make_mesh((1,), ("rows",))
+    mesh = mesh_of({"rows": devices}, AxisType.Explicit)
     with jax.set_mesh(mesh):
-        divided = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "rows"))), xs)
-        whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        whole, divided = put(params, mesh), put(xs, mesh, None, "rows")
         found = both(whole, divided)
         ys = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs)[1])(whole, divided)
     at = 0 if cell.ends_time else 1
@@ -54,8 +152,7 @@ def test_rows_of_an_explicit_mesh(name):
 def test_rows_of_a_shard_map(name, check_vma):
     """Every device runs its rows; gradients of params are summed over devices."""
     cell = MEMBERS[name]
-    params = jax.tree.map(jnp.asarray, draw_params(cell, dtype=np.float32))
-    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, 4, 2, dtype=np.float32))
+    params, xs = drawn(cell, 3, 4, 2)
     reset, lengths = jnp.zeros((4, 2), bool).at[2, 0].set(True), jnp.array([4, 3])
 
     def run(params, xs, reset, lengths):
@@ -71,52 +168,10 @@ def test_rows_of_a_shard_map(name, check_vma):
 
         return jax.tree.map(summed, gradient(*arrays))
 
-    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of({"rows": 2})
     rows = PartitionSpec(None, "rows")
     specs = PartitionSpec(), rows, rows, PartitionSpec("rows")
     mapped = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check_vma)
     found, expected = (jax.jit(each)(params, xs, reset, lengths) for each in (mapped, gradient))
     for a, b in zip(floats(found), floats(expected), strict=True):
         np.testing.assert_allclose(a, b, 1e-4, 1e-5)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("lstm", "bidirectional") else [pytest.mark.full])
-        for name in (*CELLS, *LAYERS, *COMPOSITIONS)
-    ],
-)
-def test_a_program_is_written_and_read(name):
-    """Params and carries of every type go through `jax.export`, without a kernel."""
-    pytest.importorskip("flatbuffers")  # in which JAX writes programs, and which it does not bring
-    cell = MEMBERS[name]
-    params = jax.tree.map(jnp.asarray, draw_params(cell, dtype=np.float32))
-    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, 4, 2, dtype=np.float32))
-    run = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs, implementation="xla"))
-    written = jax.export.export(run)(params, xs).serialize()
-    found = jax.export.deserialize(written).call(params, xs)
-    for a, b in zip(floats(found), floats(run(params, xs)), strict=True):
-        np.testing.assert_allclose(a, b, 1e-6, 1e-6)
-
-
-@pytest.mark.parametrize("name", ["gru", "min_gru", *full(["lstm", "elman", "mgu", "lru", "stack", "classifier"])])
-def test_a_batch_of_any_size(name):
-    """Kernels take numbers for sizes, so XLA's form runs by itself."""
-    cell = MEMBERS[name]
-    params = jax.tree.map(jnp.asarray, draw_params(cell, dtype=np.float32))
-    xs = jax.tree.map(jnp.asarray, draw_x(cell, 3, 4, 3, dtype=np.float32))
-    run = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs)[1])
-    (rows,) = jax.export.symbolic_shape("rows")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], rows, *x.shape[2:]), x.dtype), xs)
-    found = jax.export.export(run)(params, shapes).call(params, xs)
-    np.testing.assert_allclose(found, run(params, xs), 1e-5, 1e-6)
-
-
-def test_a_named_kernel_of_any_size_is_refused():
-    cell = MEMBERS["gru"]
-    (rows,) = jax.export.symbolic_shape("rows")
-    shapes = cell.init(jax.random.key(0)), jax.ShapeDtypeStruct((4, rows, 2), jnp.float32)
-    run = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs, implementation="native"))
-    with pytest.raises(ValueError, match="the kernels take shapes of numbers"):
-        jax.export.export(run)(*shapes)

@@ -217,7 +217,9 @@ def functions_are_accurate(dtype):
     info = np.finfo(dtype)
     most, least, wide = (110, -44, np.longdouble) if dtype == np.float32 else (885, -322, np.longdouble)
     small = np.logspace(least, 1, 20_001)
-    x = np.concatenate([np.linspace(-most, most, 40_001), small, -small]).astype(dtype)[None, :, None]
+    somewhere = np.exp2(np.random.default_rng(0).uniform(-8, 5, 200_000))  # where grids miss what rounds worst
+    points = np.linspace(-most, most, 40_001), small, -small, somewhere, -somewhere
+    x = np.concatenate(points).astype(dtype)[None, :, None]
     one = jnp.ones((1, 1), dtype)
     elman = jaxrnn.ElmanParams(one, 0 * one, None)
     tanh = np.asarray(jaxrnn.scan(Elman(1, 1), elman, None, x, implementation="native")[1])[0, :, 0]
@@ -617,10 +619,9 @@ def test_kernels_for_a_newer_jaxlib_are_not_registered():
     assert native.newer("0.4.30") is None
     assert "compiled for jaxlib 99.1.0, newer than" in native.newer("99.1.0")
     code = """
-import jax, jax.numpy as jnp, jaxrnn
-from jaxrnn.engines.cpu import library as native
-older = native.newer
-native.newer = lambda version: older("99.1.0")
+import jax, jax.numpy as jnp, jaxlib.version
+jaxlib.version.__version__ = "0.4.30"
+import jaxrnn
 cell = jaxrnn.GRU(3, 4)
 params = cell.init(jax.random.key(0))
 print(jaxrnn.explain(cell, params, None, jnp.ones((7, 3))))
@@ -635,7 +636,7 @@ print(float(jaxrnn.scan(cell, params, None, jnp.ones((7, 3)))[1].sum()))
 @needed
 @pytest.mark.parametrize("limit", ["all", "0", "-3", "2x", ""])
 def test_a_number_of_threads_that_is_none_is_told_and_not_obeyed(limit):
-    library = next((Path(native.__file__).parent).glob("_kernels*.so"))
+    library = Path(native.__file__).with_name("_kernels.so")
     code = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).jaxrnn_threads())"
     run, most = (
         subprocess.run(

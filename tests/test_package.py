@@ -15,6 +15,7 @@ import jaxrnn
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PACKAGE = Path(jaxrnn.__file__).parent
 
 
 def python(*arguments, timeout=300):
@@ -76,8 +77,8 @@ LAYERS = [
 def imports():
     """Of every module, the modules of the package that it imports when it is imported itself."""
     files = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in (ROOT / "jaxrnn").rglob("*.py")
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
     }
     found = {}
     for name, path in files.items():
@@ -118,7 +119,7 @@ def test_no_imports_go_round():
 
 
 def test_no_file_shares_its_name_with_a_function_of_its_package():
-    for folder in {path.parent for path in (ROOT / "jaxrnn").rglob("*.py")}:
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         functions = {
             node.name
             for path in folder.glob("*.py")
@@ -128,6 +129,7 @@ def test_no_file_shares_its_name_with_a_function_of_its_package():
         assert not functions & {path.stem for path in folder.glob("*.py")}, folder
 
 
+@pytest.mark.skipif(PACKAGE.parent != ROOT, reason="the package is not that of this tree")
 @pytest.mark.parametrize("checker", ["pyright", pytest.param("mypy", marks=pytest.mark.full)])
 def test_an_editable_install_is_a_path_that_type_checkers_read(tmp_path, checker):
     """The hook that `pip install -e .` calls writes a plain path, so they find every name without running it."""
@@ -168,3 +170,10 @@ def test_an_editable_install_is_a_path_that_type_checkers_read(tmp_path, checker
     )
     assert "LSTMParams" in run.stdout, run.stdout
     assert none_found in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("file", ["CHANGELOG.md", "CITATION.cff"])
+def test_a_version_is_named_everywhere(file):
+    """In the changelog it is the newest that has a date."""
+    pattern = {"CHANGELOG.md": r"^## (\S+), \d{4}-\d\d-\d\d$", "CITATION.cff": r"^version: (\S+)$"}[file]
+    assert re.findall(pattern, (ROOT / file).read_text(), re.M)[0] == jaxrnn.__version__

@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.cells.window import step_window, windows
+from jaxrnn.cells.window import step_window, window_states, windows
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.typing import DTypeLike, Noise
@@ -53,6 +53,8 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
       In front of a recurrence: Gu & Dao 2023, Mamba, arXiv 2312.00752; De et al. 2024, Griffin, arXiv 2402.19427.
     """
 
+    time_divides = True
+
     input_size: int
     window: int
     bias: bool = True
@@ -78,6 +80,11 @@ class CausalConv(Cell[CausalConvParams, CausalConvCarry]):
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
+        if walk.axis_name is not None:
+            before, after = window_states(carry.window, fresh.window, xs.astype(dtype), walk)
+            walk = walk.replace(axis_name=None)
+            _, ys = self.scan(params, CausalConvCarry(before), xs, fresh=fresh, noise=noise, walk=walk)
+            return CausalConvCarry(after), ys
 
         def run(constant, carry, inputs):
             params, fresh = constant

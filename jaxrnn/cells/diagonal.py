@@ -54,14 +54,17 @@ class DiagonalCell(LinearCell[Params, Carry]):
 
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
+        if walk.axis_name is not None:
+            return self.scan_in_parts(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         dtype = compute_dtype(xs, params)
         computed = kernel_dtype(walk, dtype, carry.h.real.dtype)
         if (
             computed is None
             or not self.by_kernel
-            or not kernel_serves(walk, owner=self, pays=math.prod(xs.shape[:-1]) != 1)
+            or not kernel_serves(walk, xs.shape, owner=self, pays=math.prod(xs.shape[:-1]) != 1)
         ):
-            if walk.remat_every is None and self.chunk is not None and xs.shape[0] > self.chunk:
+            fits = self.chunk is None or (isinstance(xs.shape[0], int) and xs.shape[0] <= self.chunk)
+            if walk.remat_every is None and not fits:
                 walk = walk.replace(remat_every=self.chunk)
             return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
 

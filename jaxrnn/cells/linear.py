@@ -13,14 +13,15 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
-from jaxrnn.cells.window import step_window, windows, with_window
+from jaxrnn.cells.window import step_window, window_states, windows, with_window
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted, select, zero_where_not
 from jaxrnn.engines.elementwise.engine import UnitWeights, elementwise_recurrence
 from jaxrnn.engines.elementwise.programs import Unit
-from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recurrence
+from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recurrence, linear_states
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.product import dot
+from jaxrnn.engines.sequence_parallel import part, states
 from jaxrnn.engines.walk import HALF, Flags, kernel_dtype
 from jaxrnn.typing import PyTree
 
@@ -58,6 +59,7 @@ class LinearCell(Cell[Params, Carry]):
     # Whether the first step of a sequence is another one than the rest: then the carry has a field `started`, bool
     # (*batch,), and `begin` says what (a, b) are there.
     begins_apart = False
+    time_divides = True
     # Whether sequences run in log space, on `log_coefficients`.
     log_space = False
 
@@ -101,6 +103,8 @@ class LinearCell(Cell[Params, Carry]):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
+        if walk.axis_name is not None:
+            return self.scan_in_parts(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         widths = carry.window.shape[-2] + 1 if self.sees_window else 1
         seen = jax.ShapeDtypeStruct((*xs.shape[:-1], widths * xs.shape[-1]), dtype)
         dtypes = [array.dtype for array in jax.eval_shape(self.coefficients, cast(params, dtype), seen)]
@@ -109,8 +113,8 @@ class LinearCell(Cell[Params, Carry]):
         # A single step of one row, in half precision or of complex states is as fast without.
         few = math.prod(xs.shape[1:-1]) == 1 or dtype in HALF or (unit is not None and unit.turns)
         pays = not (few and xs.shape[0] == 1)
-        if unit is None or computed is None or not kernel_serves(walk, owner=self, pays=pays):
-            unit, form = None, self._form(walk, dtypes, carry.h.dtype)
+        if unit is None or computed is None or not kernel_serves(walk, xs.shape, owner=self, pays=pays):
+            unit, form = None, self._form(walk, xs.shape, dtypes, carry.h.dtype)
 
         def run(constant, carry, inputs):
             params, fresh = constant
@@ -154,10 +158,36 @@ class LinearCell(Cell[Params, Carry]):
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
 
-    def _form(self, walk, dtypes, dtype):
+    def scan_in_parts(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
+        """Runs the steps of this device from the carry that those of the others lead to."""
+        valid, whole = walk.valid, walk.replace(axis_name=None)
+        before, after, own, seen = carry, carry, cast(params, xs.dtype), xs
+        if self.sees_window:
+            window, last = window_states(carry.window, fresh.window, xs, walk)
+            before, after = before._replace(window=window), after._replace(window=last)
+            seen = jnp.concatenate(windows(window, fresh.window, xs, walk.flags, walk.reverse)[0], axis=-1)
+        a, b = self.coefficients(own, seen)
+        if self.begins_apart:
+            some = jnp.full_like(carry.started, xs.shape[0] > 0) if valid is None else valid.any(0)
+            own_part = part(walk, (), some)
+            started, last = states(
+                own_part, carry.started, lambda _, *either: either[0] | either[1], walk, fresh.started
+            )
+            before, after = before._replace(started=started), after._replace(started=last)
+            a, b = self.begin(a, b, _started(started, fresh.started, walk.flags, walk.reverse, xs.shape[0]))
+        start = walk.flags.start
+        if start is not None:
+            b = select(start, b + lifted(a, b) * lifted(fresh.h.astype(b.dtype), b), b)
+        wide = carry.h.astype(accumulator(b.dtype, carry.h.dtype))
+        form = linear_form(walk, b.shape, a.dtype, b.dtype, wide.dtype, owner=self)
+        h, last = linear_states(a, b, wide, walk, form, fresh.h)
+        before, after = (each._replace(h=state.astype(carry.h.dtype)) for each, state in ((before, h), (after, last)))
+        return after, self.scan(params, before, xs, fresh=fresh, noise=noise, walk=whole)[1]
+
+    def _form(self, walk, shape, dtypes, dtype):
         if self.log_space:
-            return log_linear_form(walk, self)
-        return linear_form(walk, *dtypes, accumulator(dtypes[1], dtype), owner=self)
+            return log_linear_form(walk, shape, self)
+        return linear_form(walk, shape, *dtypes, accumulator(dtypes[1], dtype), owner=self)
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], size: int) -> Array:
         """Returns zeros (*batch_shape, size), in the dtype of the params."""

@@ -16,9 +16,9 @@ from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, inexact
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.matrix import programs
-from jaxrnn.engines.matrix.engine import kernel_in_single, matrix_form, matrix_recurrence
+from jaxrnn.engines.matrix.engine import kernel_in_single, matrix_form, matrix_recurrence, matrix_states
 from jaxrnn.engines.product import dot
-from jaxrnn.engines.walk import Flags
+from jaxrnn.engines.walk import Flags, Walk
 from jaxrnn.typing import DTypeLike, PyTree
 
 
@@ -85,6 +85,7 @@ class MatrixCell(Cell[Params, Carry]):
     """
 
     products = 1
+    time_divides = True
 
     @property
     def output_size(self) -> int:
@@ -107,6 +108,12 @@ class MatrixCell(Cell[Params, Carry]):
         """
         return nothing_more(inputs, carry, fresh, flags, reverse)
 
+    def follow_divided(self, inputs: MatrixInputs, carry: PyTree, fresh: PyTree, walk: Walk) -> tuple[PyTree, PyTree]:
+        """Where time is divided: a carry whose fields beside s are those before the steps of this device, and one with
+        those after the steps of all.
+        """
+        return carry, carry
+
     def step(self, params, carry: PyTree, x, noise=None):
         check.params(self, params)
         return matrix_step(
@@ -117,12 +124,16 @@ class MatrixCell(Cell[Params, Carry]):
         check.params(self, params)
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
+        if walk.axis_name is not None:
+            before, after = self._carries(cast(params, dtype), carry, fresh, xs, walk)
+            walk = walk.replace(axis_name=None)
+            return after, self.scan(params, before, xs, fresh=fresh, noise=noise, walk=walk)[1]
         found = jax.eval_shape(self.inputs, cast(params, dtype), jax.ShapeDtypeStruct(xs.shape, dtype))
         dtypes = [each.dtype for each in found.arrays.values()]
-        single = kernel_in_single(walk, xs.shape[0], dtypes)
+        single = kernel_in_single(walk, xs.shape, dtypes)
         dtypes = [jnp.dtype(jnp.float32)] * len(dtypes) if single else dtypes
         wide = accumulator(*dtypes, carry.s.dtype)
-        form = matrix_form(walk, xs.shape[0], wide, *dtypes, owner=self)
+        form = matrix_form(walk, xs.shape, wide, *dtypes, owner=self)
 
         def run(constant, carry, inputs):
             params, fresh = constant
@@ -145,6 +156,21 @@ class MatrixCell(Cell[Params, Carry]):
             return carry._replace(s=last.reshape(carry.s.shape).astype(carry.s.dtype)), ys
 
         return in_chunks(run, (params, fresh), carry, (xs, walk.flags), walk)
+
+    def _carries(self, params, carry: PyTree, fresh: PyTree, xs: Array, walk: Walk) -> list[PyTree]:
+        """The carry before the steps of this device, and that after those of all."""
+        given, s = self.inputs(params, xs), carry.s
+        carries = self.follow_divided(given, carry, fresh, walk)
+        given, _ = self.follow(given, carries[0], fresh, walk.flags, walk.reverse)
+        arrays, flags = _micro_steps(given.arrays, walk.flags, self.products, walk.reverse)
+        dtypes = [each.dtype for each in arrays.values()]
+        wide, heads = accumulator(*dtypes, s.dtype), _Heads(given)
+        form = matrix_form(walk, xs.shape, wide, *dtypes, owner=self)
+        first, begin = (heads.grouped_state(each.astype(wide)) for each in (s, fresh.s))
+        found = matrix_states(heads.grouped(arrays), first, walk, flags, form, begin)
+        return [
+            each._replace(s=state.reshape(s.shape).astype(s.dtype)) for each, state in zip(carries, found, strict=True)
+        ]
 
     def zeros(self, params: PyTree, batch_shape: tuple[int, ...], columns: int = 0) -> Array:
         """Returns a state of zeros, in the dtype of the params, with more columns than V if asked."""

@@ -19,8 +19,9 @@ from jaxrnn.cells.matrix import (
     queries,
     side_by_side,
 )
-from jaxrnn.engines.arrays import accumulator, lifted, select
+from jaxrnn.engines.arrays import accumulator, lifted, select, zero_where_not
 from jaxrnn.engines.product import dot
+from jaxrnn.engines.sequence_parallel import part, states
 from jaxrnn.typing import DTypeLike, Noise
 
 INPUT_GATES = ("exponential", "sigmoid")
@@ -126,6 +127,20 @@ class MLSTM(MatrixCell[MLSTMParams, MLSTMCarry]):
     def follow(self, inputs, carry, fresh, flags, reverse):
         return (_stabilized if self._exponential else nothing_more)(inputs, carry, fresh, flags, reverse)
 
+    def follow_divided(self, inputs, carry, fresh, walk):
+        if not self._exponential:
+            return carry, carry
+        alone = carry._replace(m=jnp.full_like(carry.m, LEAST))
+        last = self.follow(inputs, alone, fresh, walk.flags, walk.reverse)[1].m
+        forgotten = zero_where_not(walk.valid, inputs.log_decay).sum(0).astype(last.dtype)
+
+        def function(forgotten, last, m):
+            return jnp.maximum(m + forgotten, last)
+
+        found = states(part(walk, forgotten, last), carry.m, function, walk, fresh.m)
+        before, after = (carry._replace(m=each) for each in found)
+        return before, after
+
     def output(self, params, ys, inputs):
         return (_normalized if self._exponential else side_by_side)(params, ys, inputs)
 
@@ -217,7 +232,7 @@ def _stabilized(inputs, carry, fresh, flags, reverse):
     log_f, log_i = inputs.log_decay, inputs.aside
     wide = accumulator(log_f.dtype, carry.m.dtype)
     log_f, log_i, first, fresh = (each.astype(wide) for each in (log_f, log_i, carry.m, fresh.m))
-    if not len(log_f):
+    if log_f.shape[0] == 0:
         return inputs._replace(aside=log_i), carry
     valid, start = flags
     if valid is not None:
@@ -238,11 +253,24 @@ def _stabilized(inputs, carry, fresh, flags, reverse):
         m = jnp.where(begins, next_m, jnp.maximum(m + next_f, next_m))
         return begun | begins, jnp.where(begins, next_f, f + next_f), m
 
-    m = lax.associative_scan(joined, (begins, log_f, known), reverse=reverse)[2]
+    m = _joins(joined, (begins, log_f, known), reverse)[2]
     before = jnp.where(begins, given, jnp.roll(m, -1 if reverse else 1, axis=0))
     log_decay = jnp.minimum(log_f + before - m, 0)
     k = jnp.exp(log_i - m)[..., None].astype(inputs.k.dtype) * inputs.k
     return inputs._replace(k=k, log_decay=log_decay, aside=m), carry._replace(m=m[last].astype(carry.m.dtype))
+
+
+def _joins(joined, steps, reverse):
+    """Every step joined with all before it; one by one where their number is a symbol."""
+    if isinstance(steps[0].shape[0], int):
+        return lax.associative_scan(joined, steps, reverse=reverse)
+
+    def body(state, step):
+        new = joined(state, step)
+        return new, new
+
+    # The first step begins, and so does not look at what is before it.
+    return lax.scan(body, jax.tree.map(lambda x: jnp.zeros_like(x[0]), steps), steps, reverse=reverse)[1]
 
 
 def _normalized(params, ys, inputs):

@@ -14,6 +14,7 @@ from jaxrnn.cells.initializers import lecun_normal
 from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, matrix_step, nothing_more, queries
 from jaxrnn.engines.arrays import lifted
 from jaxrnn.engines.product import dot
+from jaxrnn.engines.sequence_parallel import part, states
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -86,6 +87,15 @@ class RetNet(MatrixCell[RetNetParams, RetNetCarry]):
     def follow(self, inputs, carry, fresh, flags, reverse):
         return (_turned if self.rotary else nothing_more)(inputs, carry, fresh, flags, reverse)
 
+    def follow_divided(self, inputs, carry, fresh, walk):
+        if not self.rotary:
+            return carry, carry
+        alone = carry._replace(position=jnp.zeros_like(carry.position))
+        steps = part(walk, (), self.follow(inputs, alone, fresh, walk.flags, walk.reverse)[1].position)
+        found = states(steps, carry.position, lambda _, steps, position: position + steps, walk, fresh.position)
+        before, after = (carry._replace(position=each) for each in found)
+        return before, after
+
 
 def ret_net_init(
     key: Array, input_size: int, heads: int, key_size: int, value_size: int, *, dtype: DTypeLike = jnp.float32
@@ -151,7 +161,7 @@ def _turned(inputs, carry, fresh, flags, reverse):
         return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
     after = positions + 1 if flags.valid is None else positions + _over(flags.valid, positions)
-    last = after[0 if reverse else -1].astype(carry.position.dtype) if len(after) else carry.position
+    last = after[0 if reverse else -1].astype(carry.position.dtype) if after.shape[0] != 0 else carry.position
     return inputs._replace(q=turn(inputs.q), k=turn(inputs.k)), carry._replace(position=last)
 
 

@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.cells.window import windows
+from jaxrnn.cells.window import window_states, windows
 from jaxrnn.engines.arrays import accumulator, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.loop import in_chunks
 from jaxrnn.typing import DTypeLike, Noise
@@ -50,6 +50,8 @@ class TokenShift(Cell[TokenShiftParams, TokenShiftCarry]):
       Peng et al. 2023, RWKV, arXiv 2305.13048, section 3.1.1.
     """
 
+    time_divides = True
+
     input_size: int
     power: float = 1.0
 
@@ -75,6 +77,11 @@ class TokenShift(Cell[TokenShiftParams, TokenShiftCarry]):
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         check.params(self, params)
         xs = xs.astype(compute_dtype(xs, params))
+        if walk.axis_name is not None:
+            before, after = window_states(carry.x[..., None, :], fresh.x[..., None, :], xs, walk)
+            walk = walk.replace(axis_name=None)
+            _, ys = self.scan(params, TokenShiftCarry(before[..., 0, :]), xs, fresh=fresh, noise=noise, walk=walk)
+            return TokenShiftCarry(after[..., 0, :]), ys
 
         def run(constant, carry, inputs):
             params, fresh = constant

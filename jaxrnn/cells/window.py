@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.engines.walk import Flags
+from jaxrnn.engines.sequence_parallel import part, states
+from jaxrnn.engines.walk import Flags, Walk
 
 
 def step_window(window: Array, x: Array) -> tuple[list[Array], Array]:
@@ -27,10 +28,8 @@ def with_window(window: Array, xs: Array, reverse: bool) -> tuple[Array, Array]:
         whole, last = with_window(window, jnp.flip(xs, 0), False)
         return jnp.flip(whole, 0), last
     whole = jnp.concatenate([before.astype(xs.dtype), xs])
-    last = whole[xs.shape[0] :].astype(window.dtype)
-    # What was in the window is not rounded.
-    kept = before[xs.shape[0] :]
-    return whole, jnp.moveaxis(last.at[: len(kept)].set(kept), 0, -2)
+    last = jnp.concatenate([before, xs.astype(window.dtype)])[xs.shape[0] :]  # what was in the window is not rounded
+    return whole, jnp.moveaxis(last, 0, -2)
 
 
 def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool) -> tuple[list[Array], Array]:
@@ -80,4 +79,19 @@ def windows(window: Array, fresh: Array, xs: Array, flags: Flags, reverse: bool)
         beyond = jnp.clip(before - (k + 1 - own), 0, before - 1)
         found[k] = jnp.where(same[k][..., None], found[k], at(first, beyond[..., None]))
     found = found[::-1]
-    return [*(tap[:length].astype(xs.dtype) for tap in found), xs], jnp.stack([tap[length] for tap in found], axis=-2)
+    return [*(tap[:length].astype(xs.dtype) for tap in found), xs], jnp.stack([tap[-1] for tap in found], axis=-2)
+
+
+def window_states(window: Array, fresh: Array, xs: Array, walk: Walk) -> tuple[Array, Array]:
+    """The window before the steps of this device, and that after the steps of all, where time is divided."""
+    steps, *batch, _ = xs.shape
+    last = windows(jnp.zeros_like(window), fresh, xs, walk.flags, walk.reverse)[1]
+    count = jnp.full(batch, steps) if walk.valid is None else walk.valid.sum(0)
+    size = window.shape[-2]
+
+    def function(count, last, window):
+        place = jnp.stack([count + k for k in range(size)], axis=-1)  # that inputs of the window come from
+        moved = jnp.take_along_axis(window, jnp.minimum(place, size - 1)[..., None], axis=-2)
+        return jnp.where((place < size)[..., None], moved, last)
+
+    return states(part(walk, count, last), window, function, walk, fresh)

@@ -194,6 +194,10 @@ class Bidirectional(Cell[BidirectionalPair, BidirectionalPair]):
     def ends_time(self) -> bool:
         return self.forward.ends_time
 
+    @property
+    def time_divides(self) -> bool:
+        return self.forward.time_divides and self.backward.time_divides
+
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> BidirectionalPair:
         forward, backward = jax.random.split(key)
         return BidirectionalPair(self.forward.init(forward, dtype), self.backward.init(backward, dtype))

@@ -50,6 +50,10 @@ class Several(Cell[tuple, tuple]):
     def causal(self) -> bool:
         return all(cell.causal for cell in self.cells)
 
+    @property
+    def time_divides(self) -> bool:
+        return all(cell.time_divides for cell in self.cells)
+
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> tuple:
         keys = jax.random.split(key, len(self.cells))
         return tuple(cell.init(each, dtype) for cell, each in zip(self.cells, keys, strict=True))

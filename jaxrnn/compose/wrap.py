@@ -91,6 +91,10 @@ class Residual(Wrapper[Params, Carry]):
     transparent = True
 
     @property
+    def time_divides(self) -> bool:
+        return self.cell.time_divides
+
+    @property
     def recurrent_state(self) -> str | None:
         return None
 
@@ -131,6 +135,10 @@ class Backward(Wrapper[Params, Carry]):
     """
 
     transparent = True
+
+    @property
+    def time_divides(self) -> bool:
+        return self.cell.time_divides
 
     @property
     def causal(self) -> bool:
@@ -177,6 +185,10 @@ class LearnedCarry(Wrapper[LearnedCarryParams, Carry]):
     """
 
     cell: Cell[PyTree, Carry]
+
+    @property
+    def time_divides(self) -> bool:
+        return self.cell.time_divides
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> LearnedCarryParams:
         """Returns the params of the cell, and the carry from which the cell starts by itself."""

@@ -75,6 +75,7 @@ def in_chunks(
         return scan(constant, carry, xs)
     wide, back = widened(constant)
     length = jax.tree.leaves(xs)[0].shape[0]
+    every = every if isinstance(length, int) else 1  # which alone divides a symbol
     whole = length - length % every
     chunks = jax.tree.map(lambda x: x[:whole].reshape(whole // every, every, *x.shape[1:]), xs)
     rest = jax.tree.map(lambda x: x[whole:], xs)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
 from jaxrnn.engines.cpu import library
+from jaxrnn.engines.partition import MEMBERS, ROWS, Factors, axes, lowering
 from jaxrnn.typing import PyTree
 
 
@@ -87,7 +88,7 @@ class Recurrence:
             batching.primitive_batchers[primitive] = functools.partial(self._batched, primitive)
             if primitive in kernels:
                 mlir.register_lowering(primitive, _elsewhere(_flat(program)))
-                library.register(primitive, _on_cpu(_flat(kernels[primitive]), _flat(program)))
+                library.register(primitive, self._on_cpu(primitive, _flat(kernels[primitive]), _flat(program)))
             else:
                 mlir.register_lowering(primitive, mlir.lower_fun(_flat(program), multiple_results=True))
         ad.primitive_jvps[self.forward] = self._forward_jvp
@@ -123,6 +124,35 @@ class Recurrence:
             return x.update(shape=out.shape, dtype=out.dtype, weak_type=False, sharding=sharding)
 
         return [abstract(out, name) for out, name in zip(jax.tree.leaves(found), _names(found), strict=True)]
+
+    def _factors(self, primitive, avals_in, avals_out, options) -> Factors:
+        """Rows, of which members have as many each."""
+        shapes = jax.tree.unflatten(options["tree"], avals_in)
+        timed, rows = self.timed(shapes[0]), avals_in[0].shape[1]
+        results = self._results(primitive, avals_in, **options)
+
+        def place(name):
+            return int(name in timed)
+
+        arrays = list(zip(avals_in, map(place, _names(shapes)), strict=True))
+        members = next((aval.shape[at] for aval, at in arrays if aval.shape[at] not in (0, 1, rows)), 1)
+        sizes = {MEMBERS: members, ROWS: rows // members}
+
+        def named(aval, at):
+            own = (MEMBERS, ROWS) if aval.shape[at] == rows else (MEMBERS,)
+            return axes(aval.shape, {at: own}, sizes)
+
+        made = zip(avals_out, map(place, _names(results)), strict=True)
+        return Factors([named(*each) for each in arrays], [named(*each) for each in made], sizes)
+
+    def _on_cpu(self, primitive, kernel, program):
+        native, by_xla = (mlir.lower_fun(each, multiple_results=True) for each in (kernel, program))
+
+        def alone(ctx, *operands, **options):
+            known = all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape)
+            return (native if known or options["named"] else by_xla)(ctx, *operands, **options)
+
+        return lowering(primitive, alone, by_xla, functools.partial(self._factors, primitive))
 
     def _batched(self, primitive, arrays, axes, *, tree, **options):
         """The new axis becomes one of rows; and of members, where weights or their cotangents differ."""
@@ -251,17 +281,5 @@ def _elsewhere(program):
             platforms = ", ".join(ctx.module_context.platforms)
             raise ValueError(f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}")
         return by_xla(ctx, *operands, **options)
-
-    return rule
-
-
-def _on_cpu(kernel, program):
-    native, by_xla = (mlir.lower_fun(each, multiple_results=True) for each in (kernel, program))
-
-    def rule(ctx, *operands, **options):
-        # XLA does not know how to divide a kernel among devices.
-        devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-        alone = devices in (None, 1) and all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape)
-        return (native if alone or options["named"] else by_xla)(ctx, *operands, **options)
 
     return rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,7 @@ class Walk:
       implementation: A name, or pairs of an engine and a name; None for the fastest.
       batch_major: Whether the caller's arrays have time after the batch. Engines may read and write them in this order.
       question: The question that `explain` asks, or None.
+      axis_name: The axis of the mesh that time is divided over: the steps are those of one device; None for all steps.
     """
 
     valid: Array | None = None
@@ -85,6 +86,7 @@ class Walk:
     )
     batch_major: bool = dataclasses.field(default=False, metadata={"static": True})
     question: Question | None = dataclasses.field(default=None, metadata={"static": True})
+    axis_name: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def replace(self, **changes: Any) -> Walk:
         """Returns this walk with other values in some fields."""
@@ -156,11 +158,12 @@ class Walk:
                 f"supported here: {supported}"
             )
         fastest = elsewhere if not on_cpu else without_kernel if "native" in refusals else None
-        return name or fastest or supported[0], refusals
+        return name or (fastest if fastest in supported else supported[0]), refusals
 
-    def form(self, engine: str, chosen: str) -> str | None:
-        """Returns `chosen` where it is known, or None where each platform takes its own."""
-        return None if self.platform is None and self.named(engine) is None else chosen
+    def form(self, engine: str, chosen: str, refusals: Mapping[str, str]) -> str | None:
+        """Returns `chosen` where it is known or no other can run, or None where each platform takes its own."""
+        only = set(IMPLEMENTATIONS) - set(refusals) == {chosen}
+        return None if self.platform is None and self.named(engine) is None and not only else chosen
 
     def record(
         self,
@@ -208,6 +211,18 @@ def no_kernel_for(*dtypes: Any) -> str:
     """Says why `kernel_dtype` is None."""
     names = " and ".join(sorted({jnp.dtype(dtype).name for dtype in dtypes}))
     return f"the kernels compute in float32 or in float64, not in {names}"
+
+
+def refusals_of_sizes(shape: Sequence[Any]) -> dict[str, str]:
+    """The implementations that cannot run a sequence (T, ...) of this shape because `jax.export` was given symbols for
+    sizes, and why.
+    """
+    refusals = {}
+    if not all(isinstance(size, int) for size in shape):
+        refusals["native"] = f"the kernels take shapes of numbers, not {tuple(shape)}"
+    if not isinstance(shape[0], int):
+        refusals |= dict.fromkeys(("associative", "chunked"), f"it takes a number of steps, not {shape[0]}")
+    return refusals
 
 
 def by_platform(

@@ -21,6 +21,7 @@ from jaxrnn.arguments import Names
 from jaxrnn.cell import Cell, input_size
 from jaxrnn.cells.lstm import LSTMCarry
 from jaxrnn.engines.arrays import accumulator, cast_like, inexact
+from jaxrnn.exporting import name_types
 from jaxrnn.foreign_names import NAMES
 from jaxrnn.sequence import scan_asked
 from jaxrnn.typing import Foreign, Named, PyTree, Size
@@ -200,6 +201,9 @@ class FlaxCarry(NamedTuple):
     """The carry of a Flax cell whose carry is one array, h."""
 
     h: Array
+
+
+name_types([FlaxCarry])
 
 
 class FlaxCell(Cell):

@@ -22,6 +22,7 @@ from jaxrnn.training.fitting import NonFiniteError, fit
 from jaxrnn.training.history import BadStep, History
 from jaxrnn.training.losses import make_loss, make_truncated_loss
 from jaxrnn.training.prediction import predict
+from jaxrnn.training.processes import ProcessError
 from jaxrnn.training.ragged import Bucketed, Buckets, bucket, pad, unpad
 from jaxrnn.training.saving import load, save
 from jaxrnn.training.series import Scaler, windows
@@ -43,6 +44,7 @@ __all__ = [
     "Mean",
     "NonFiniteError",
     "Perplexity",
+    "ProcessError",
     "Restored",
     "Scaler",
     "Source",

@@ -11,25 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import check
-from jaxrnn.engines.arrays import on_device
 from jaxrnn.training.evaluation import Validation
 from jaxrnn.training.history import BadStep, History
-from jaxrnn.training.identity import checksum, difference
+from jaxrnn.training.identity import difference
+from jaxrnn.training.leaves import CheckpointError, Leaf, abstract, check_leaves, named, pack, unpack
 from jaxrnn.training.lock import NAME as LOCK
 from jaxrnn.training.lock import Held, Lock
+from jaxrnn.training.processes import by_first, merged
 from jaxrnn.training.step import Best, TrainState
-from jaxrnn.typing import Named, PyTree
+from jaxrnn.typing import Named
 
 MARK = "jaxrnn-run.json"
 FORMAT = 3
-
-
-class CheckpointError(ValueError):
-    """A directory or checkpoint cannot be used; nothing in it was changed."""
 
 
 class Checkpoints(NamedTuple):
@@ -59,10 +55,18 @@ class Restored(NamedTuple):
 class Saver:
     """Writes and reads the checkpoints of one run, in a directory that no other run writes to meanwhile.
 
-    `identity` describes the parts of the run, see `jaxrnn.training.identity`.
+    `identity` describes the parts of the run, see `jaxrnn.training.identity`. If `several` processes save one run
+    together, process 0 locks the directory, and each writes its parts of the arrays.
     """
 
-    def __init__(self, where: Checkpoints, *, maximize: bool = False, identity: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        where: Checkpoints,
+        *,
+        maximize: bool = False,
+        identity: Mapping[str, str] | None = None,
+        several: bool = False,
+    ):
         for name in ("every", "keep"):
             check.integer(f"checkpoints.{name}", getattr(where, name))
         import orbax.checkpoint as ocp  # here, since it takes a second
@@ -70,7 +74,11 @@ class Saver:
         self.args = ocp.args
         self.directory = Path(where.directory).absolute()
         self.identity = {} if identity is None else dict(identity)
-        self.lock = _claim(self.directory)
+        if several:
+            self.identity = merged(self.identity)
+        self.several = several
+        self.lock: Lock | None = None
+        by_first(self._lock, several=several)
         policies = ocp.checkpoint_managers.preservation_policy
         keep = policies.BestN(
             get_metric_fn=lambda metrics: metrics["value"],
@@ -87,25 +95,35 @@ class Saver:
         try:
             self.manager = ocp.CheckpointManager(self.directory, options=options)
         except BaseException:
-            self.lock.close()
+            self._unlock()
             raise
 
     def close(self) -> None:
         try:
             self.manager.close()
         finally:
+            self._unlock()
+
+    def _lock(self) -> None:
+        self.lock = _claim(self.directory)
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
             self.lock.close()
 
-    def save(self, state: TrainState, history: History, *, start: int, value: float | None) -> None:
-        """Saves the run after its last step; the best checkpoints are chosen by `value`."""
-        if self.lock.lost():
+    def _check_lock(self) -> None:
+        if self.lock is not None and self.lock.lost():
             raise CheckpointError(
                 f"{self.directory}: was deleted, moved or replaced while training saved its checkpoints there"
             )
+
+    def save(self, state: TrainState, history: History, *, start: int, value: float | None) -> None:
+        """Saves the run after its last step; the best checkpoints are chosen by `value`."""
+        by_first(self._check_lock, several=self.several)
         step = int(np.max(state.step))
         if step in self.manager.all_steps():
             return
-        arrays, leaves = _pack((state._replace(data=None), _arrays_of(history)))
+        arrays, leaves = pack((state._replace(data=None), _arrays_of(history)))
         about = {
             "format": FORMAT,
             "start": start,
@@ -175,13 +193,14 @@ def _read(
     check(about)
     with reading():
         leaves = [Leaf(*leaf) for leaf in about["leaves"]]
-        abstract = _abstract(leaves)
-        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
-        arrays = manager.restore(step, args=items)["arrays"] if abstract else {}
-        names = about["train"], about["validation"], about["epoch"]
-    train, validation, epoch = (dict.fromkeys(each, 0) for each in names)
+        train, validation, epoch = (dict.fromkeys(about[name], 0) for name in ("train", "validation", "epoch"))
     target = _with_best(like._replace(data=None), leaves), (0, train, 0, validation, 0, epoch)
-    state, rows = _unpack(target, leaves, arrays, where)
+    check_leaves(named(target), leaves, where)
+    with reading():
+        wanted = abstract(named(target), leaves)
+        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
+        arrays = manager.restore(step, args=items)["arrays"] if wanted else {}
+    state, rows = unpack(target, leaves, arrays, where)
     bad = tuple(BadStep(*each) for each in about["bad"])
     record = History(*rows, bad=bad, ended=about["ended"])
     return Restored(state._replace(data=about["data"]), record, about["start"])
@@ -218,11 +237,18 @@ class Run:
 
 @contextlib.contextmanager
 def run_in(
-    checkpoints: Checkpoints | str | os.PathLike, validation: Validation, identity: Mapping[str, str]
+    checkpoints: Checkpoints | str | os.PathLike,
+    validation: Validation,
+    identity: Mapping[str, str],
+    *,
+    several: bool = False,
 ) -> Iterator[Run]:
-    """Opens the run whose checkpoints lie in a directory, and locks it against other runs meanwhile."""
+    """Opens the run whose checkpoints lie in a directory, and locks it against other runs meanwhile.
+
+    `several` says whether all processes save one run there.
+    """
     where = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
-    saver = Saver(where, maximize=validation.maximize, identity=identity)
+    saver = Saver(where, maximize=validation.maximize, identity=identity, several=several)
     try:
         yield Run(saver, where.every, validation.monitor)
     finally:
@@ -235,7 +261,8 @@ def restore(directory: str | os.PathLike, like: TrainState, *, step: int | None 
     Args:
       directory: As in `Checkpoints`.
       like: A state of the same structure and shapes, for instance the one that training began with, or the result of
-        `jax.eval_shape` of the function that makes it.
+        `jax.eval_shape` of the function that makes it. Arrays that lie on several devices there, on however many, lie
+        on them as in `like`.
       step: The step of the checkpoint; None for the last one.
 
     Raises:
@@ -300,72 +327,6 @@ def _claim(directory: Path) -> Lock:
 
 def _arrays_of(history: History):
     return history[:6]
-
-
-class Leaf(NamedTuple):
-    """The saved description of one leaf: its path, its shape and dtype, and the checksum of its numbers.
-
-    `key` is the implementation of a PRNG key, whose numbers are its words; it is None for other arrays.
-    """
-
-    path: str
-    shape: list[int]
-    dtype: str
-    checksum: int
-    key: str | None
-
-
-def _is_key(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _named(tree: PyTree) -> list[tuple[str, PyTree]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _pack(tree: PyTree) -> tuple[dict[str, np.ndarray], list[Leaf]]:
-    """Returns the leaves as plain arrays, and their descriptions; empty leaves have only a description."""
-    arrays, leaves = {}, []
-    for k, (path, leaf) in enumerate(_named(tree)):
-        key = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
-        array = np.asarray(jax.random.key_data(leaf) if key else leaf)
-        leaves.append(Leaf(path, list(array.shape), array.dtype.name, checksum(array), key))
-        if array.size:
-            arrays[f"leaf{k}"] = array
-    return arrays, leaves
-
-
-def _abstract(leaves: list[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        f"leaf{k}": jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-        for k, leaf in enumerate(leaves)
-        if 0 not in leaf.shape
-    }
-
-
-def _unpack(target: Any, leaves: list[Leaf], arrays: Mapping[str, PyTree], where: str) -> PyTree:
-    """Builds the tree with the structure of `target`; raises an error if a path, shape, dtype or checksum differs."""
-    other = f"{where} is of another model, optimizer or setting"
-    wanted = _named(target)
-    for (path, _), leaf in zip(wanted, leaves, strict=False):
-        if path != leaf.path:
-            raise CheckpointError(f"{other}: it has {leaf.path[3:]} where {path[3:]} is expected")
-    if len(wanted) != len(leaves):
-        raise CheckpointError(f"{other}: it has {len(leaves)} leaves, expected {len(wanted)}")
-    out = []
-    for k, ((path, like), leaf) in enumerate(zip(wanted, leaves, strict=True)):
-        array = np.asarray(arrays[f"leaf{k}"]) if 0 not in leaf.shape else np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
-        if checksum(array) != leaf.checksum:
-            raise CheckpointError(f"{where} is damaged: the checksum of {path[3:]} differs")
-        if path.startswith("[0]"):
-            array = on_device(array)
-            array = array if leaf.key is None else jax.random.wrap_key_data(array, impl=leaf.key)
-            if (array.shape, array.dtype) != (like.shape, like.dtype):
-                raise CheckpointError(
-                    f"{other}: {path[3:]} is {array.dtype}{list(array.shape)}, expected {like.dtype}{list(like.shape)}"
-                )
-        out.append(array)
-    return jax.tree.unflatten(jax.tree.structure(target), out)
 
 
 def _with_best(like: TrainState, leaves: list[Leaf]) -> TrainState:

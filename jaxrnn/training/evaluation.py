@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.training.feeding import as_source, checked
+from jaxrnn.training.feeding import as_source, checked, placed_batches
+from jaxrnn.training.gradient import measured
 from jaxrnn.training.losses import CellLoss
-from jaxrnn.training.step import TrainState, check_loss, make_eval
+from jaxrnn.training.placement import Placement, placement_on
+from jaxrnn.training.processes import in_all
+from jaxrnn.training.step import TrainState, check_loss
 from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
@@ -40,6 +44,7 @@ def evaluate(
     carry: PyTree = None,
     compute_dtype: DTypeLike | None = None,
     members: bool = False,
+    mesh: Any = None,
 ) -> Named:
     """Computes the metrics of `loss` over all of `data`, without noise; every batch counts by its weight.
 
@@ -51,6 +56,7 @@ def evaluate(
       carry: For a loss that takes a carry, the one that the first window starts from.
       compute_dtype: As in `make_step`.
       members: Whether params and carry have a leading axis of members, as `fit` returns them for many models.
+      mesh: As in `fit`: the devices that divide the rows of every batch among them, or the members.
 
     Returns:
       Every metric as a float; with `members` as an array (members,).
@@ -71,8 +77,14 @@ def evaluate(
     check_params(params)
     if members:
         check_members(params)
-    run = _runner(loss, "data", data, batch_size, members=members, compute_dtype=compute_dtype)
-    metrics = run(params, lambda rows: carry)
+    where = placement_on(mesh, None, params, params, members=members)
+    with contextlib.nullcontext() if where is None else where.running():
+        if where is not None:
+            params = where.put_params(params)
+            carry = jax.tree.map(lambda leaf: where.put(leaf, where.rows(leaf.shape[0])), carry)
+        with in_all(several=where is not None and where.processes > 1):
+            run = _runner(loss, "data", data, batch_size, members=members, compute_dtype=compute_dtype, where=where)
+        metrics = run(params, lambda rows: carry)
     return metrics if members else {name: _number(value) for name, value in metrics.items()}
 
 
@@ -80,28 +92,28 @@ def _number(value):
     return value if isinstance(value, jax.core.Tracer) else float(value)
 
 
-def evaluator(loss, data, batch_size, *, members: bool, compute_dtype):
+def evaluator(loss, data, batch_size, *, members: bool, compute_dtype, where: Placement | None):
     """Makes `(params, carry) -> metrics` with arrays as metrics, over data that can be iterated over repeatedly.
 
     Each call begins anew, with a fresh carry like the given one.
     """
     if iter_once(data):
         raise TypeError("validation: expected data that can be gone through after every epoch, got an iterator")
-    run = _runner(loss, "validation", data, batch_size, members=members, compute_dtype=compute_dtype)
+    run = _runner(loss, "validation", data, batch_size, members=members, compute_dtype=compute_dtype, where=where)
     return lambda params, carry: run(params, lambda rows: _begin(loss, params, carry, rows, members))
 
 
-def _runner(loss, name, data, batch_size, *, members, compute_dtype):
+def _runner(loss, name, data, batch_size, *, members, compute_dtype, where):
     """Makes `(params, begin) -> metrics`, where `begin(rows)` is the carry of the first window."""
-    step = _step(loss, compute_dtype, members=members)
-    source = as_source(name, data, batch_size, None, shuffle=False)
-    take = checked(loss, source, "targets" if name == "data" else f"{name}.targets")
+    step = _step(loss, compute_dtype, members=members, where=where)
+    source = as_source(name, data, batch_size, None, shuffle=False, where=where)
+    take = checked(loss, source, "targets" if name == "data" else f"{name}.targets", where)
 
     def run(params, begin):
         total = carry = None
-        for batch in map(take, source):
+        for batch in placed_batches(map(take, source), where, name):
             if total is None:
-                carry = begin(jax.tree.leaves(batch)[0].shape[0])
+                carry = begin(next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim), 0))
             carry, metrics = step(params, carry, batch)
             total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
         if total is None:
@@ -112,9 +124,20 @@ def _runner(loss, name, data, batch_size, *, members, compute_dtype):
 
 
 @functools.lru_cache(maxsize=16)  # so that the same loss is compiled once
-def _step(loss, compute_dtype, *, members: bool):
-    step = make_eval(loss, compute_dtype=compute_dtype)
-    return jax.jit(jax.vmap(step, in_axes=(0, 0, None)) if members else step)
+def _step(loss, compute_dtype, *, members: bool, where: Placement | None):
+    def step(params, carry, batch):
+        return measured(loss, params, carry, batch, compute_dtype, where)
+
+    each: Callable[..., Any] = jax.vmap(step, in_axes=(0, 0, None)) if members else step
+    if where is None:
+        return jax.jit(each)
+
+    def placed(params, carry, batch):
+        run = where.by_member(lambda own, batch: each(*own, batch))
+        carry, metrics = run((params, carry), batch) if members else each(params, carry, batch)
+        return carry, where.whole(metrics)
+
+    return jax.jit(placed)
 
 
 def check_params(params: PyTree) -> None:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
+from jax.sharding import PartitionSpec
 
 from jaxrnn import check
+from jaxrnn.training.calls import make_chunk, make_compare
 from jaxrnn.training.checkpoint import run_in
 from jaxrnn.training.evaluation import Validation, evaluator
-from jaxrnn.training.feeding import Group, as_source, checked, groups
+from jaxrnn.training.feeding import Group, as_source, checked, groups, placed
 from jaxrnn.training.history import BadStep, History, empty_history, in_order
 from jaxrnn.training.identity import run_identity
+from jaxrnn.training.placement import Placement, Rules, placement_on
+from jaxrnn.training.processes import agree, agree_on, in_all, to_host
 from jaxrnn.training.progress import on_screen
 from jaxrnn.training.step import (
     Best,
     TrainState,
-    better,
     check_loss,
     check_optimizer,
     check_state,
-    keep_if,
-    make_update,
 )
 from jaxrnn.training.totals import Totals, added, as_json, from_json, means
 from jaxrnn.typing import DTypeLike, Foreign, PyTree
@@ -65,6 +65,8 @@ def fit(
     steps_per_call: int = 16,
     checkpoints: Any = None,
     progress: Any = None,
+    mesh: Any = None,
+    sharding: Rules | None = None,
 ) -> tuple[TrainState, History]:
     """Trains for `epochs` passes over `data`, and returns (state, history).
 
@@ -99,14 +101,26 @@ def fit(
         and the metric of `validation` must be the same. `epochs` and everything else may differ. So may the values in
         `optax.inject_hyperparams`, which the checkpoint holds.
       progress: None or True for a line after every epoch, and a bar on a terminal; False for nothing; or a
-        `rich.console.Console` to draw on.
+        `rich.console.Console` to draw on. Of several processes, process 0 draws.
+      mesh: A `jax.sharding.Mesh`, whose devices divide the rows of every batch among them. The result is that of one
+        device, to rounding. Rows that they cannot divide evenly, as often in the last batch, each of them has whole.
+        Data in JAX arrays stay on devices, and their values are not checked. Of many models, the devices divide the
+        members instead. **Several processes:** the mesh has the devices of all of them, and each process gives its own
+        part of the rows in NumPy arrays, as many as the others; `batch_size` is of all processes together. Everything
+        else must be the same in all of them.
+      sharding: How params lie on the mesh: regular expressions, searched for in their paths (`[0].w_x`), and
+        `PartitionSpec`s. The first that is found decides; a param without one is whole on every device. What the
+        optimizer and the best validation keep lies as the params do. Each step gathers the params, and every device
+        updates its part. None leaves params that are on the mesh as they lie. Members are not divided further.
 
     Returns:
       The last state (the best params are `state.best.params`), and the `History`.
 
     Raises:
       ValueError: If an error function of `make_loss` is not defined for the targets, for instance because a class does
-        not exist. For arrays and lists of batches it is raised before the first step, else as the batches come.
+        not exist. For arrays and lists of batches it is raised before the first step, else as the batches come. Also if
+        processes differ in what must be the same.
+      ProcessError: If another process has failed or ended.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxrnn, optax
@@ -130,51 +144,50 @@ def fit(
     if nonfinite not in ("raise", "skip", "stop"):
         raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'stop', got {nonfinite!r}")
     epochs, steps_per_call = check.integer("epochs", epochs, least=0), check.integer("steps_per_call", steps_per_call)
-    if validation is not None and not isinstance(validation, Validation):
-        validation = Validation(validation)
-    if validation is not None and validation.patience is not None:
-        check.integer("validation.patience", validation.patience)
+    validation = _validation(validation)
     check_loss(loss)
     _check_state(state, optimizer)
-    source = as_source("data", data, batch_size, key, shuffle)
-    take = checked(loss, source)
     many = jnp.ndim(state.step) == 1
-    start = int(np.max(state.step))
-    state = jax.tree.map(jnp.copy, state._replace(data=None))._replace(data=state.data)
-    names = _names(state.params)
-    chunk = make_chunk(loss, optimizer, accumulate, compute_dtype, members=many, halt=nonfinite != "skip")
-    judge = None
-    if validation is not None:
-        judge = _judge(loss, validation, batch_size, compute_dtype, nonfinite, members=many)
-        if state.best is None:
-            state = state._replace(best=_no_best(state, validation.maximize))
-    history = empty_history()
+    where = placement_on(mesh, sharding, state, state.params, members=many)
+    several = where is not None and where.processes > 1
     with contextlib.ExitStack() as stack:
+        if where is not None:
+            stack.enter_context(where.running())
+            stack.enter_context(_handing_back(where))
+            _agree(
+                where, key, epochs=epochs, batch_size=batch_size, steps_per_call=steps_per_call, accumulate=accumulate
+            )
+            key = where.put(key, PartitionSpec()) if isinstance(key, jax.Array) else key
+        with in_all(several=several):
+            source = as_source("data", data, batch_size, key, shuffle, where)
+            take = checked(loss, source, where=where)
+        state = _copied(state, where)
+        start, names = _steps(state), _names(state.params)
+        chunk = make_chunk(
+            loss, optimizer, accumulate, compute_dtype, members=many, halt=nonfinite != "skip", where=where
+        )
+        judge = None
+        if validation is not None:
+            with in_all(several=several):
+                judge = _judge(loss, validation, batch_size, compute_dtype, nonfinite, members=many, where=where)
+            if state.best is None:
+                state = _with_best(state, validation.maximize, where)
+        history = empty_history()
         run = None
         if checkpoints is not None:
-            made_of = run_identity(
-                loss=loss,
-                optimizer=optimizer.update,
-                data=data,
-                validation=validation and validation.data,
-                params=state.params,
-                carry=state.carry,
-                noise=state.key,
-                batch_size=batch_size,
-                order=key if shuffle else None,
-                accumulate=accumulate,
-                compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
-                monitor=validation and (validation.monitor, validation.maximize),
-            )
-            run = stack.enter_context(run_in(checkpoints, validation or Validation(None), made_of))
+            order = key if shuffle else None
+            made_of = _identity(loss, optimizer, data, validation, state, batch_size, order, accumulate, compute_dtype)
+            run = stack.enter_context(run_in(checkpoints, validation or Validation(None), made_of, several=several))
             state, history, start = run.begin(state, history, start)
+            state = state if where is None else where.put_state(state)
         epoch, totals = _go_to(source, state.data)
         length = len(source) if callable(getattr(source, "__len__", None)) else None
         size = steps_per_call if length is None else max(1, min(steps_per_call, length))
-        screen = stack.enter_context(on_screen(None if length is None else epochs * length, progress))
+        show = False if several and jax.process_index() else progress
+        screen = stack.enter_context(on_screen(None if length is None else epochs * length, show))
         history = history._replace(ended=_ended(epoch, epochs, state))
         while not history.ended:
-            for group in groups(source, size, take):
+            for group in placed(groups(source, size, take), where):
                 if run and run.due(state):  # not after the last group, which belongs together with the validation
                     run.save(state, history)
                 before = np.array(state.stopped)  # a copy, since the call takes the memory
@@ -182,7 +195,8 @@ def fit(
                 state = state._replace(data={"epoch": epoch, "source": group.position, "totals": as_json(totals)})
                 screen.steps(f"epoch {epoch + 1}/{epochs}", _steps(state) - start, _latest(history))
                 if bad and nonfinite == "raise":
-                    raise NonFiniteError(bad[0], state._replace(data=None, stopped=jnp.asarray(before)), history)
+                    stopped = jax.device_put(before, state.stopped.sharding)
+                    raise NonFiniteError(bad[0], state._replace(data=None, stopped=stopped), history)
                 if np.all(state.stopped):
                     break
             epoch += 1
@@ -197,14 +211,25 @@ def fit(
                 run.save(state, history)
         if run:
             run.save(state, history)
-    return state._replace(data=None), history
+        state = state._replace(data=None)
+        return state if where is None else where.handed_back(state), history
 
 
-def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *, members: bool) -> Callable:
+def _validation(given: Any) -> Validation | None:
+    """The held-out data with the rule for the best params."""
+    if given is None:
+        return None
+    validation = given if isinstance(given, Validation) else Validation(given)
+    if validation.patience is not None:
+        check.integer("validation.patience", validation.patience)
+    return validation
+
+
+def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *, members, where) -> Callable:
     """Makes `judge(state, history) -> (state, history)`, which validates, updates the best params and handles NaN."""
     monitor = validation.monitor
-    validate = evaluator(loss, validation.data, batch_size, members=members, compute_dtype=compute_dtype)
-    compare = make_compare(validation.maximize, validation.patience, members=members)
+    validate = evaluator(loss, validation.data, batch_size, members=members, compute_dtype=compute_dtype, where=where)
+    compare = make_compare(validation.maximize, validation.patience, members=members, where=where)
 
     def judge(state, history):
         metrics = validate(state.params, state.carry)
@@ -217,10 +242,45 @@ def _judge(loss, validation: Validation, batch_size, compute_dtype, nonfinite, *
         if bad and nonfinite == "raise":
             raise NonFiniteError(bad[0], state, history)
         if nonfinite == "stop":
-            state = state._replace(stopped=state.stopped | jnp.isnan(metrics[monitor]))
+            state = state._replace(stopped=state.stopped | np.isnan(metrics[monitor]))
         return state, history
 
     return judge
+
+
+def _identity(loss, optimizer, data, validation, state, batch_size, order, accumulate, compute_dtype) -> dict[str, str]:
+    """What makes this run another one than the run whose checkpoints are there."""
+    return run_identity(
+        loss=loss,
+        optimizer=optimizer.update,
+        data=data,
+        validation=validation and validation.data,
+        params=to_host(state.params),
+        carry=to_host(state.carry),
+        noise=state.key,
+        batch_size=batch_size,
+        order=order,
+        accumulate=accumulate,
+        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
+        monitor=validation and (validation.monitor, validation.maximize),
+    )
+
+
+@contextlib.contextmanager
+def _handing_back(where: Placement) -> Iterator[None]:
+    """The state in a `NonFiniteError` lies on the user's mesh."""
+    try:
+        yield
+    except NonFiniteError as error:
+        error.state = where.handed_back(error.state)
+        raise
+
+
+def _agree(where: Placement, key: Array | None, **settings: Any) -> None:
+    """The settings that all processes must share are the same in all of them."""
+    if where.processes > 1:
+        agree("fit", "\n".join(f"{name}={value}" for name, value in settings.items()))
+        agree_on("key", key)
 
 
 def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
@@ -232,42 +292,6 @@ def _check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
             f"optimizer: expected the one that the state was made with; it keeps {expected!s:.200}, and "
             f"state.opt_state is {jax.tree.structure(state.opt_state)!s:.200}"
         )
-
-
-@functools.lru_cache(maxsize=16)  # so that a second `fit` with the same loss and optimizer does not compile again
-def make_chunk(loss, optimizer, accumulate, compute_dtype, *, members: bool, halt: bool) -> Callable:
-    """Makes `chunk(state, batches, real) -> (state, (metrics, bad, live))`, jitted: one step per `real` batch.
-
-    A step that is not finite is not taken, and with `halt` the state is then stopped. `live` says which steps were
-    tried.
-    """
-    update = make_update(loss, optimizer, accumulate=accumulate, compute_dtype=compute_dtype)
-
-    def one(state, batch):
-        live = ~state.stopped
-        new, metrics, bad = update(state, batch)
-        after = keep_if(live & (bad < 0), new, state)
-        if halt:
-            after = after._replace(stopped=state.stopped | (bad >= 0))
-        else:
-            after = after._replace(step=jnp.where(live, new.step, state.step))
-        values = {name: jnp.where(live, metric.value, jnp.nan) for name, metric in metrics.items()}
-        sums = jax.tree.map(lambda leaf: jnp.where(live, leaf, jnp.zeros_like(leaf)), metrics)
-        return after, (values, jnp.where(live, bad, -1), live, sums)
-
-    each = jax.vmap(one, in_axes=(0, None)) if members else one
-
-    def chunk(state, batches, real):
-        def body(state, inputs):
-            batch, real = inputs
-            nothing = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(each, state, batch)[1]
-            )
-            return lax.cond(real, lambda state: each(state, batch), lambda state: (state, nothing), state)
-
-        return lax.scan(body, state, (batches, real))
-
-    return jax.jit(chunk, donate_argnums=0)
 
 
 def _train(chunk, state, group: Group, size: int, history: History, names: list[str], totals: Totals | None):
@@ -299,16 +323,19 @@ def _unknown(state: TrainState, values: np.ndarray, monitor: str) -> tuple[BadSt
     )
 
 
-@functools.lru_cache(maxsize=16)
-def make_compare(maximize: bool, patience: int | None, *, members: bool) -> Callable:
-    """Makes `compare(state, value) -> state`, jitted, which is called after a validation."""
-    compare = functools.partial(better, maximize=maximize, patience=patience)
-    return jax.jit(jax.vmap(compare) if members else compare)
+def _copied(state: TrainState, where: Placement | None) -> TrainState:
+    """A copy, whose memory the steps take, where it belongs."""
+    if where is not None:
+        return where.put_state(state)
+    return jax.tree.map(jnp.copy, state._replace(data=None))._replace(data=state.data)
 
 
-def _no_best(state: TrainState, maximize: bool) -> Best:
+def _with_best(state: TrainState, maximize: bool, where: Placement | None) -> TrainState:
+    """The state with a place for the best validation."""
     worst = jnp.full(state.step.shape, -jnp.inf if maximize else jnp.inf)
-    return Best(jax.tree.map(jnp.copy, state.params), worst, jnp.copy(state.step), jnp.zeros_like(state.step))
+    best = Best(jax.tree.map(jnp.copy, state.params), worst, jnp.copy(state.step), jnp.zeros_like(state.step))
+    new = state._replace(best=best)
+    return new if where is None else new._replace(best=jax.tree.map(where.put, best, where.specs(new).best))
 
 
 def _go_to(source: Foreign, position: Any) -> tuple[int, Totals | None]:
@@ -332,7 +359,7 @@ def _ended(epoch: int, epochs: int, state: TrainState) -> str:
 
 
 def _steps(state: TrainState) -> int:
-    return int(np.max(state.step))
+    return int(np.asarray(state.step).max())
 
 
 def _names(params: PyTree) -> list[str]:

@@ -176,6 +176,20 @@ class CellLoss:
                         f"{wrong}; the metric needs functools.partial({function.__name__}, ignore={ignore}), too"
                     ) from None
 
+    def of_rows(self, batch: PyTree, *, noise: bool) -> bool:
+        """Whether it is known to be a mean over rows to which every row gives its part, whatever the others are.
+
+        Noise is drawn for all rows at once.
+        """
+        known = [_unbound(error)[0] for error in self.errors]
+        if known[0] is perplexity or not all(error in CHECKS for error in known):
+            return False
+        if not noise:
+            return True
+        rows, steps = jax.tree.leaves(_as_batch(self.cell, batch).xs)[0].shape[:2]
+        drawn = jax.eval_shape(lambda key: self.cell.noise(key, steps, (rows,)), check.shape_of_key())
+        return not jax.tree.leaves(drawn)
+
 
 def _unbound(error: Callable) -> tuple[Callable, Named]:
     """An error and the options that `functools.partial` gave it."""

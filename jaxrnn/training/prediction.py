@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.core
@@ -15,6 +16,7 @@ from jaxrnn.sequence import scan
 from jaxrnn.training.batches import check_valid, host
 from jaxrnn.training.evaluation import check_members, check_params, to_host
 from jaxrnn.training.losses import check_axes
+from jaxrnn.training.placement import placement_on
 from jaxrnn.training.ragged import Bucketed, bucket, pad
 from jaxrnn.typing import Bools, Integers, PyTree
 
@@ -28,6 +30,7 @@ def predict(
     mask: Bools | None = None,
     batch_size: int = 128,
     members: bool = False,
+    mesh: Any = None,
 ) -> PyTree:
     """Computes the outputs of `cell` for every row of `xs`, without noise.
 
@@ -41,6 +44,8 @@ def predict(
       batch_size: The number of rows per jitted call. The last call is filled up. Data that fit into a single call have
         their rows and steps rounded up by at most a quarter, so that few compiled programs serve requests of any size.
       members: Whether the params have a leading axis of members, as `fit` returns them for many models.
+      mesh: As in `fit`: the devices that divide the rows of every call among them, or the members. Of several
+        processes, each predicts the rows that it has, on its own devices.
 
     Returns:
       NumPy arrays (N, T, ...), or (N, ...) for a cell that gives one output per sequence (`ends_time`); for a list and
@@ -66,7 +71,17 @@ def predict(
             raise TypeError(f"{name}: expected arrays whose numbers are known, got traced ones; use jaxrnn.scan there")
     if members:
         check_members(params)
-    run = functools.partial(_run, cell, params, members=members)
+    where = placement_on(mesh, None, params, params, members=members)
+    if where is None:
+        return _predict(cell, params, xs, lengths, mask, batch_size, members, None)
+    with where.running():
+        where, params = where.on_own_devices(params)
+        params = where.put_params(params)
+        return _predict(cell, params, xs, lengths, mask, batch_size, members, where)
+
+
+def _predict(cell, params, xs, lengths, mask, batch_size, members, where):
+    run = functools.partial(_run, cell, params, members=members, where=where)
     if isinstance(xs, list):
         for name, value in (("lengths", lengths), ("mask", mask)):
             if value is not None:
@@ -85,22 +100,31 @@ def predict(
     return _joined(parts, members)
 
 
-@functools.partial(jax.jit, static_argnames="members")
-def _outputs(cell, params, xs, lengths, mask, *, members):
-    def run(params):
+@functools.partial(jax.jit, static_argnames=("members", "where"))
+def _outputs(cell, params, xs, lengths, mask, *, members, where):
+    def run(params, inputs):
+        xs, lengths, mask = inputs
         return scan(cell, params, None, xs, lengths=lengths, mask=mask, time_axis=1)[1]
 
-    return jax.vmap(run)(params) if members else run(params)
+    each = jax.vmap(run, in_axes=(0, None)) if members else run
+    if where is None:
+        return each(params, (xs, lengths, mask))
+    if members:
+        return where.by_member(each)(params, (xs, lengths, mask))
+    by_rows = where.by_rows(lambda params, _, inputs: ((), each(params, inputs)))
+    return by_rows(where.whole(params), None, (xs, lengths, mask))[1]
 
 
-def _run(cell, params, xs, lengths, mask, *, shape, members):
+def _run(cell, params, xs, lengths, mask, *, shape, members, where):
     """Runs one call, with rows and steps filled up to `shape`; the added entries are cut off its outputs."""
+    if where is not None and not members:
+        shape = -(-shape[0] // where.mesh.size) * where.mesh.size, shape[1]
     rows, steps = jax.tree.leaves(xs)[0].shape[:2]
     if lengths is None and mask is None and shape[1] > steps:
         lengths = np.full(rows, steps, np.int32)
     xs, mask = jax.tree.map(lambda leaf: _filled(leaf, shape[1] - steps, axis=1), (xs, mask))
     filled = jax.tree.map(lambda leaf: _filled(leaf, shape[0] - rows, axis=0), (xs, lengths, mask))
-    ys = _outputs(cell, params, *filled, members=members)
+    ys = _outputs(cell, params, *filled, members=members, where=where)
     kept = (slice(rows),) if cell.ends_time else (slice(rows), slice(steps))
     return jax.tree.map(lambda leaf: to_host(leaf)[(slice(None),) * members + kept], ys)
 

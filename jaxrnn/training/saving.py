@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -25,6 +26,7 @@ import jaxrnn
 from jaxrnn import check
 from jaxrnn.cell import Cell
 from jaxrnn.engines.arrays import on_device
+from jaxrnn.training.processes import by_first, spread, to_host
 from jaxrnn.typing import Foreign, Named, PyTree, WithParams
 
 FORMAT, VERSION = "jaxrnn", 1
@@ -47,7 +49,8 @@ def save(path: str | os.PathLike, cell: Cell, params: PyTree) -> None:
 
     The directory holds `cell.json`, with the fields of the cell and the index of the params, and one file with the
     bytes of the params, which `cell.json` names by its SHA-256. `cell.json` is written last, in one atomic step, so an
-    interrupted call leaves the model that was there before, or none.
+    interrupted call leaves the model that was there before, or none. If the params lie on devices of several processes,
+    all of them call it, and process 0 writes.
 
     Args:
       path: A directory that does not exist yet or is empty, or one that `save` wrote, whose model is replaced.
@@ -78,7 +81,11 @@ def save(path: str | os.PathLike, cell: Cell, params: PyTree) -> None:
     path = os.path.abspath(os.fspath(path))
     check.a_cell("cell", cell)
     index = {"format": FORMAT, "version": VERSION, "cell": _encode(cell, type(cell).__name__)}
-    arrays = [None if leaf is None else _to_host(leaf, name) for name, _, leaf in _matched(cell, _shapes(cell), params)]
+    arrays = [None if leaf is None else _native(to_host(leaf)) for _, _, leaf in _matched(cell, _shapes(cell), params)]
+    by_first(functools.partial(_write, path, index, arrays), several=spread(params))
+
+
+def _write(path: str, index: Named, arrays: list[np.ndarray | None]) -> None:
     index["params"] = [None if a is None else {"dtype": a.dtype.name, "shape": list(a.shape)} for a in arrays]
 
     # Written into a directory of its own where there is none yet, so that `path` appears complete or not at all.
@@ -268,10 +275,7 @@ def _check_leaf(name: str, members: tuple[int, ...], want: Any, have: Any) -> No
         raise ValueError(f"{name}: expected a dtype of the kind of {want.dtype}, got {have.dtype}")
 
 
-def _to_host(leaf: PyTree, name: str) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise ValueError(f"{name}: expected an array that this process can read, got one spread over several")
-    array = np.asarray(leaf)
+def _native(array: np.ndarray) -> np.ndarray:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 

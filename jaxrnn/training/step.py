@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
 from jaxrnn import check
 from jaxrnn.cell import Cell
-from jaxrnn.engines.arrays import accumulator, cast, inexact, select
-from jaxrnn.training.batches import Batch
+from jaxrnn.engines.arrays import select
 from jaxrnn.training.errors import Mean
+from jaxrnn.training.gradient import make_gradient, measured
+from jaxrnn.training.placement import Placement
 from jaxrnn.typing import DTypeLike, Named, PyTree
 
 
@@ -175,14 +176,12 @@ def make_eval(
     """
 
     def evaluate(params, carry, batch):
-        params, batch = _narrow(params, batch, compute_dtype)
-        _, carry, metrics = _call(loss, params, carry, batch, None)
-        return carry, metrics
+        return measured(loss, params, carry, batch, compute_dtype, None)
 
     return evaluate
 
 
-def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None):
+def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None, placement: Placement | None = None):
     """Makes `(state, batch) -> (state, metrics, bad)`: `make_step` with the place of the first leaf that is not finite.
 
     `bad` is −1 if all is finite, 0 for the loss itself, and 1 + k for the gradient of leaf k of the params.
@@ -192,41 +191,11 @@ def make_update(loss, optimizer, *, accumulate=1, compute_dtype=None):
     check_optimizer(optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def value_and_gradient(params, carry, batch, key):
-        def run(params):
-            narrow, inputs = _narrow(params, batch, compute_dtype)
-            value, after, metrics = _call(loss, narrow, carry, inputs, key)
-            return value, (after, metrics)
-
-        (value, (after, metrics)), gradient = jax.value_and_grad(run, has_aux=True)(params)
-        return value, gradient, after, metrics
-
-    def accumulated(params, carry, batch, key):
-        parts = jax.tree.map(lambda leaf: _split(leaf, accumulate), (carry, batch))
-
-        def part(k, carry, batch):
-            value, gradient, after, metrics = value_and_gradient(params, carry, batch, jax.random.fold_in(key, k))
-            weight = _weight(metrics)
-            scaled = jax.tree.map(lambda g: g * weight.astype(g.dtype), gradient)
-            return (value * weight.astype(value.dtype), scaled, metrics, weight), after
-
-        def add(total, inputs):
-            new, after = part(*inputs)
-            return jax.tree.map(jnp.add, total, new), after
-
-        index = jnp.arange(accumulate)
-        first = jax.tree.map(lambda leaf: leaf[0], (index, *parts))
-        shapes = jax.eval_shape(part, *first)[0]
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (value, gradient, metrics, weight), after = lax.scan(add, zeros, (index, *parts))
-        weight = jnp.where(weight == 0, jnp.ones_like(weight), weight)
-        value, gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), (value, gradient))
-        return value, gradient, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), after), metrics
+    gradient_of = make_gradient(loss, accumulate, compute_dtype, placement)
 
     def update(state, batch):
         key = jax.random.fold_in(state.key, state.step)
-        run = value_and_gradient if accumulate == 1 else accumulated
-        value, gradient, carry, metrics = run(state.params, state.carry, batch, key)
+        value, gradient, carry, metrics = gradient_of(state.params, state.carry, batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=value)
         params = optax.apply_updates(state.params, updates)
         metrics["gradient_norm"] = Mean(optax.tree.norm(gradient), jnp.ones((), value.dtype))
@@ -265,57 +234,3 @@ def better(state: TrainState, value: Array, *, maximize: bool, patience: int | N
     best = Best(params, jnp.where(improved, value, best.value), jnp.where(improved, state.step, best.step), stale)
     stopped = state.stopped if patience is None else state.stopped | (stale >= patience)
     return state._replace(best=best, stopped=stopped)
-
-
-def _narrow(params, batch, dtype):
-    if dtype is None:
-        return params, batch
-    if isinstance(batch, Batch):
-        return cast(params, dtype), batch._replace(xs=_cast_arrays(batch.xs, dtype))
-    return cast(params, dtype), _cast_arrays(batch, dtype)
-
-
-def _cast_arrays(tree, dtype):
-    return cast(jax.tree.map(jnp.asarray, tree), dtype)
-
-
-def _call(loss, params, carry, batch, key) -> tuple[Array, PyTree, Named]:
-    """Calls a loss of either kind: (scalar, carry, metrics)."""
-    result = loss(params, batch, key) if carry is None else loss(params, carry, batch, key)
-    match result:
-        case (value, dict(metrics)) if carry is None:
-            pass
-        case (value, (carry, dict(metrics))) if carry is not None:
-            pass
-        case _:
-            wanted = "(scalar, metrics)" if carry is None else "(scalar, (carry, metrics)), since the state has a carry"
-            raise TypeError(f"loss: expected it to return {wanted}, metrics a dict; got {jax.tree.structure(result)}")
-    value = jnp.asarray(value)
-    if value.ndim or not inexact(value):
-        raise TypeError(f"loss: expected a floating scalar, got {value.dtype}{list(value.shape)}")
-    return value, carry, _metrics(value, metrics)
-
-
-def _metrics(value: Array, metrics: Named) -> Named:
-    """Returns the metrics with scalars as `Mean`s, and the loss among them."""
-    metrics = {"loss": value, **metrics}
-
-    def as_metric(metric):
-        if isinstance(metric, tuple):
-            return metric
-        metric = jnp.asarray(metric)
-        metric = metric.astype(accumulator(metric.dtype) if inexact(metric) else accumulator())
-        return Mean(metric, jnp.ones_like(metric))
-
-    return {name: as_metric(metric) for name, metric in metrics.items()}
-
-
-def _weight(metrics):
-    return jnp.asarray(metrics["loss"].weight)
-
-
-def _split(leaf, parts):
-    leaf = jnp.asarray(leaf)
-    if leaf.ndim == 0 or leaf.shape[0] % parts:
-        raise ValueError(f"accumulate: {parts} parts do not divide a batch of shape {leaf.shape}")
-    return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])

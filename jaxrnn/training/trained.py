@@ -131,7 +131,8 @@ def train(
       batch_size: The number of rows in a batch, for arrays.
       seed: Of all that is random: params, the order of the data, noise.
       params: The params to begin with; None draws them.
-      options: More of `fit`: `checkpoints`, `progress`, `accumulate`, `compute_dtype`, `nonfinite`, `shuffle`, ...
+      options: More of `fit`: `checkpoints`, `progress`, `accumulate`, `compute_dtype`, `nonfinite`, `shuffle`,
+        `mesh`, ...
 
     Examples:
       >>> import numpy as np, jaxrnn

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import jax
@@ -37,24 +36,27 @@ def target(name: str, dtype: DTypeLike) -> str:
     return f"{name}_float64" if dtype == jnp.float64 else name
 
 
+def targets() -> list[str]:
+    """The names of all kernels."""
+    return [target(primitive.name, dtype) for primitive in _lowerings for dtype in NUMBERS]
+
+
 @functools.cache
 def absent() -> str | None:
     """Returns the reason why the kernels cannot be called; or None, and then they are registered."""
-    folder = Path(__file__).parent
-    files = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_kernels{suffix}").is_file()]
-    if not files:
+    file = Path(__file__).with_name("_kernels.so")
+    if not file.is_file():
         return "the package was installed without compiled kernels: it found no C++ compiler, or the build failed"
     try:
-        library = ctypes.CDLL(str(files[0]))
+        library = ctypes.CDLL(str(file))
         library.jaxrnn_jaxlib.restype = ctypes.c_char_p
         refusal = newer(library.jaxrnn_jaxlib().decode())
-        names = [target(primitive.name, dtype) for primitive in _lowerings for dtype in NUMBERS]
-        targets = {name: jax.ffi.pycapsule(getattr(library, name)) for name in names}
+        capsules = {name: jax.ffi.pycapsule(getattr(library, name)) for name in targets()}
     except (OSError, AttributeError) as error:
         return f"the compiled kernels could not be loaded: {error}"
     if refusal is not None:
         return refusal
-    for name, capsule in targets.items():
+    for name, capsule in capsules.items():
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     for primitive, lowering in _lowerings.items():
         mlir.register_lowering(primitive, lowering, platform="cpu")

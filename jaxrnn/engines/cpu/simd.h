@@ -96,15 +96,34 @@ JAXRNN_INLINE Vec absolute(Vec x) { return (Vec)((Int)x & WITHOUT_SIGN); }
 
 JAXRNN_INLINE Vec with_sign_of(Vec x, Vec sign) { return (Vec)((Int)x | ((Int)sign & ~WITHOUT_SIGN)); }
 
+// 1 / b for 1 ≤ b < 2^120.
+JAXRNN_INLINE Vec inverse(Vec b) {
+#if JAXRNN_WIDTH == 64 && !defined(JAXRNN_FLOAT64)
+  const Vec y = _mm512_maskz_rcp14_ps(0xffff, b);
+  return y + y * (1.0f - b * y);
+#else
+  return 1.0f / b;
+#endif
+}
+
 // a / b for 1 ≤ b < 2^120.
 JAXRNN_INLINE Vec divide(Vec a, Vec b) {
 #if JAXRNN_WIDTH == 64 && !defined(JAXRNN_FLOAT64)
-  Vec y = _mm512_maskz_rcp14_ps(0xffff, b);
-  y = y + y * (1.0f - b * y);
-  Vec q = a * y;
+  const Vec y = inverse(b), q = a * y;
   return q + y * (a - b * q);
 #else
   return a / b;
+#endif
+}
+
+// The same of sums whose second terms are what the first lost to rounding.
+JAXRNN_INLINE Vec divide(Vec a, Vec a_low, Vec b, Vec b_low) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const Vec y = inverse(b), q = a * y;
+  return q + y * ((a - b * q) + (a_low - b_low * q));
+#else
+  const Vec q = a / b;
+  return q + (a_low - b_low * q) / b;
 #endif
 }
 
@@ -120,8 +139,8 @@ constexpr Real LOG_2_HIGH = DOUBLE ? 6.93147180369123816490e-01 : 0.693359375;
 constexpr Real LOG_2_LOW = DOUBLE ? 1.90821492927058770002e-10 : -2.12194440e-4;
 constexpr Real LOG2_E = static_cast<Real>(1.44269504088896341), LN_2 = static_cast<Real>(0.693147180559945309);
 
-// e^r - 1 for |r| ≤ ln 2 / 2: Taylor's series, or the polynomial of Cephes' expf.
-JAXRNN_INLINE Vec small_exponential_less_one(Vec r) {
+// (e^r - 1 - r) / r² for |r| ≤ ln 2 / 2: Taylor's series, or the polynomial of Cephes' expf.
+JAXRNN_INLINE Vec exponential_beyond_line(Vec r) {
   Vec q;
   if constexpr (DOUBLE) {
     constexpr Real INVERSE[] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
@@ -137,16 +156,20 @@ JAXRNN_INLINE Vec small_exponential_less_one(Vec r) {
     q = q * r + 1.6666665459e-1f;
     q = q * r + 5.0000001201e-1f;
   }
-  return q * (r * r) + r;
+  return q;
 }
 
-// e^x - 1 = 2^n (p + 1) - 1, where p = e^r - 1.
+JAXRNN_INLINE Vec small_exponential_less_one(Vec r) { return exponential_beyond_line(r) * (r * r) + r; }
+
+// e^x - 1 = 2^n (p + 1) - 1, where p = e^r - 1 loses `low` to rounding.
 struct Exponential {
-  Vec shifted, p;
+  Vec shifted, p, low;
   JAXRNN_INLINE explicit Exponential(Vec x) {
     shifted = x * LOG2_E + NEAREST;
-    const Vec n = shifted - NEAREST;
-    p = small_exponential_less_one((x - n * LOG_2_HIGH) - n * LOG_2_LOW);
+    const Vec n = shifted - NEAREST, r = (x - n * LOG_2_HIGH) - n * LOG_2_LOW;
+    const Vec beyond = exponential_beyond_line(r), square = r * r;
+    p = beyond * square + r;
+    low = beyond * square + (r - p);
   }
   static JAXRNN_INLINE Vec power(Int n) { return (Vec)((n + BIAS) << FRACTION); }
   // n, which is in the lowest bits.
@@ -158,17 +181,19 @@ JAXRNN_INLINE Vec logistic(Vec x) {
   Vec a = absolute(x);
   Exponential power(-(a > -LEAST_LOG ? splat(-LEAST_LOG) : a));
   Int n = power.whole(), half = n >> 1;
-  Vec e = (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
-  return divide(x < 0.0f ? e : splat(1.0f), 1.0f + e);
+  const Vec sum = power.p + 1.0f, scale = Exponential::power(half), rest = Exponential::power(n - half);
+  const Vec e = sum * scale * rest, e_low = (power.p - (sum - 1.0f) + power.low) * scale * rest, d = 1.0f + e;
+  return divide(x < 0.0f ? e : splat(1.0f), x < 0.0f ? e_low : Vec{}, d, (e - (d - 1.0f)) + e_low);
 }
 
 // (e^2|x| - 1) / (e^2|x| + 1).
 JAXRNN_INLINE Vec tangent(Vec x) {
   Vec a = absolute(x);
   Exponential power(2.0f * (a > FLAT ? splat(FLAT) : a));
-  Vec scale = Exponential::power(power.whole());
-  Vec e = scale * power.p + (scale - 1.0f);
-  return with_sign_of(divide(e, e + 2.0f), x);
+  const Vec scale = Exponential::power(power.whole());
+  const Vec less = scale - 1.0f, more = scale + 1.0f, e = scale * power.p + less, b = scale * power.p + more;
+  const Vec low = scale * power.low;
+  return with_sign_of(divide(e, scale * power.p + (less - e) + low, b, scale * power.p + (more - b) + low), x);
 }
 
 // exp(x) for x ≤ 0; 0 where there is no normal number for it.

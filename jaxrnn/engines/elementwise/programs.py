@@ -147,7 +147,8 @@ def _sums(problem: Problem, reverse: bool, xs: Array, w: Array, b: Array | None)
 def _are_kept(problem: Problem) -> bool:
     """Whether sums are kept for the backward pass, and not computed again."""
     _, heads, size, columns = problem.w.shape
-    return size >= WIDE or problem.steps * problem.h.shape[0] * heads * columns <= FEW
+    sums = problem.steps * problem.h.shape[0] * heads * columns
+    return size >= WIDE or (isinstance(sums, int) and sums <= FEW)
 
 
 def _complex(parts: Array) -> Array:

@@ -16,7 +16,7 @@ from jaxrnn.engines.gated.recurrence import GatedRecurrence, GatedWeights, How, 
 from jaxrnn.engines.gated.staged import primitives as staged
 from jaxrnn.engines.gated.staged.rule import Given, Rule
 from jaxrnn.engines.loop import in_chunks
-from jaxrnn.engines.walk import HALF, Walk, kernel_dtype, no_kernel_for
+from jaxrnn.engines.walk import HALF, Walk, kernel_dtype, no_kernel_for, refusals_of_sizes
 from jaxrnn.typing import PyTree
 
 REFUSALS = {
@@ -192,8 +192,8 @@ def _refusal(arrays, plain: bool, walk: Walk) -> str | None:
     dtypes = [array.dtype for array in arrays]
     if kernel_dtype(walk, *dtypes) is None:
         return no_kernel_for(*dtypes)
-    if not all(isinstance(size, int) for size in arrays[0].shape):
-        return f"the kernels take shapes of numbers, not {arrays[0].shape}"
+    if refusal := refusals_of_sizes(arrays[0].shape).get("native"):
+        return refusal
     if not plain and walk.platform is None and jax.default_backend() != "cpu":
         return "the kernels are compiled for the CPU"  # elsewhere the loop's own derivatives are faster
     return library.absent()

@@ -35,6 +35,7 @@ from jaxrnn.engines.gated.programs import (
     zeros,
 )
 from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.partition import MEMBERS, ROWS, Factors, axes, lowering
 from jaxrnn.engines.walk import Walk, starts
 from jaxrnn.typing import PyTree
 
@@ -212,16 +213,27 @@ def _elsewhere(primitive):
     return rule
 
 
+def _factors(primitive, avals_in, avals_out, options) -> Factors:
+    """Members, of which a device takes both directions, and rows."""
+    inputs, outputs = _names(primitive)
+    xs = row_axis("xs", options["batch_major"])
+    sizes = {MEMBERS: count_members(aval.shape[0] for aval in avals_in), ROWS: avals_in[0].shape[xs]}
+
+    def named(aval, name):
+        at = row_axis(name, options["batch_major"])
+        return axes(aval.shape, {0: (MEMBERS,)} | ({} if at is None else {at: (ROWS,)}), sizes)
+
+    arguments, results = (
+        [named(*each) for each in zip(avals, names, strict=True)]
+        for avals, names in ((avals_in, inputs), (avals_out, outputs))
+    )
+    return Factors(arguments, results, sizes, {MEMBERS: len(options["directions"])})
+
+
 def _on_cpu(primitive):
     by_xla = _by_xla(primitive)
 
-    def rule(ctx, *operands, kind, directions, batch_major, named, **options):
-        # XLA does not know how to divide a kernel among devices.
-        devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-        if devices not in (None, 1) and not named:
-            return by_xla(
-                ctx, *operands, kind=kind, directions=directions, batch_major=batch_major, named=named, **options
-            )
+    def alone(ctx, *operands, kind, directions, batch_major, named, **options):
         # What has no elements is not handed over, but for the first three, which tell the sizes.
         arguments = [k for k, aval in enumerate(ctx.avals_in) if k < 3 or aval.size]
         results = [k for k, aval in enumerate(ctx.avals_out) if aval.size]
@@ -243,7 +255,7 @@ def _on_cpu(primitive):
             whole[k] = value
         return whole
 
-    return rule
+    return lowering(primitive, alone, by_xla, functools.partial(_factors, primitive))
 
 
 for _primitive in _REFERENCE:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ from jax import Array
 from jaxrnn.engines.arrays import accumulator, select, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.linear.primitive import ELSEWHERE, bind
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for
+from jaxrnn.engines.sequence_parallel import added, check_axis_name, part, states
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for, refusals_of_sizes
 from jaxrnn.typing import Bools, PyTree
 
 
@@ -24,6 +27,7 @@ def linear_scan(
     reset: Bools | None = None,
     mask: Bools | None = None,
     time_axis: int = 0,
+    axis_name: str | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]:
     """Runs the linear recurrence h_t = a_t h_{t-1} + b_t, elementwise: (h_T, hs).
@@ -42,6 +46,9 @@ def linear_scan(
         crosses the boundary.
       mask: bool like `reset`: the valid steps. An invalid step keeps the state, and its hs is 0.
       time_axis: The axis of time in b, and in `reset` and `mask`; also in a, if a has as many axes as b.
+      axis_name: Inside `jax.shard_map`, the axis of the mesh that time is divided over: each device gives its part of
+        the steps, and the same h0. States and products of coefficients are exchanged, (devices, ...), never steps; the
+        last state is that of the whole.
       implementation: None for the fastest; "native" is one pass of a compiled kernel (float32 or float64, on the CPU),
         "xla" goes step by step, "associative" takes logarithmically many parallel passes, and "chunked" does so in
         chunks, one after another.
@@ -86,36 +93,40 @@ def linear_scan(
     if valid is not None and reset is not None and valid.ndim != reset.ndim:
         raise ValueError(f"reset: expected as many axes as mask has, {valid.ndim}, got {reset.ndim}")
     walk = Walk(valid, reset, bool(reverse), implementation=checked(implementation))
-    form = linear_form(walk, a.dtype, b.dtype, h.dtype)
-    last, hs = linear_recurrence(
-        jnp.moveaxis(a, time_axis, 0),
-        jnp.moveaxis(b, time_axis, 0),
-        h,
-        flags=walk.flags,
-        reverse=walk.reverse,
-        form=form,
-    )
-    return last, jnp.moveaxis(walk.without_padding(hs), 0, time_axis)
+    form = linear_form(walk, (b.shape[time_axis], *inner), a.dtype, b.dtype, h.dtype)
+    a, b, whole = jnp.moveaxis(a, time_axis, 0), jnp.moveaxis(b, time_axis, 0), None
+    if axis_name is not None:
+        check_axis_name(axis_name)
+        h, whole = linear_states(a, b, h, walk.replace(axis_name=axis_name), form)
+    last, hs = linear_recurrence(a, b, h, flags=walk.flags, reverse=walk.reverse, form=form)
+    return last if whole is None else whole, jnp.moveaxis(walk.without_padding(hs), 0, time_axis)
 
 
-def linear_form(walk: Walk, *dtypes, owner: object = "linear_scan") -> str | None:
-    """Returns what runs the recurrence of `owner` on arrays of `dtypes`: a name, or None for each platform's own."""
-    refusal = library.absent()
-    if not library.takes(*dtypes):
-        refusal = no_kernel_for(*dtypes)
-    refusals = {} if refusal is None else {"native": refusal}
+def linear_states(a: Array, b: Array, h: Array, walk: Walk, form: str | None, fresh: PyTree = 0) -> tuple[Array, Array]:
+    """The state before the steps of this device, and that after the steps of all."""
+    run = functools.partial(linear_recurrence, flags=walk.flags, reverse=walk.reverse, form=form)
+    (last, _), (total, _) = run(a, b, jnp.zeros_like(h)), run(a, jnp.zeros_like(b), jnp.ones_like(h))
+    return states(part(walk, total, last), h, added, walk, fresh)
+
+
+def linear_form(walk: Walk, shape: Sequence[Any], *dtypes, owner: object = "linear_scan") -> str | None:
+    """Returns what runs the recurrence of `owner` on sequences of a shape (T, ...) and arrays of `dtypes`: a name, or
+    None for each platform's own.
+    """
+    refusal = library.absent() if library.takes(*dtypes) else no_kernel_for(*dtypes)
+    refusals = ({} if refusal is None else {"native": refusal}) | refusals_of_sizes(shape)
     chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
     walk.record("linear_scan", chosen, refusals, cell=owner)
-    return walk.form("linear_scan", chosen)
+    return walk.form("linear_scan", chosen, refusals)
 
 
-def kernel_serves(walk: Walk, *, owner: object, pays: bool) -> bool:
-    """Whether a kernel that computes more than the recurrence of `owner` runs it, because it pays or is named; if so,
-    that is recorded.
+def kernel_serves(walk: Walk, shape: Sequence[Any], *, owner: object, pays: bool) -> bool:
+    """Whether a kernel that computes more than the recurrence of `owner` runs it on sequences of a shape (T, ...),
+    because it pays or is named; if so, that is recorded.
     """
     named = walk.named("linear_scan")
     asked = (named == "native" or (named is None and pays)) and walk.platform in (None, "cpu")
-    if not asked or library.absent() is not None:
+    if not asked or library.absent() is not None or refusals_of_sizes(shape):
         return False
     walk.record("linear_scan", "native", {}, cell=owner)
     return True

@@ -7,23 +7,25 @@ since the difference of two long sums of logarithms would have lost its digits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import select, with_rows_of
 from jaxrnn.engines.linear.primitive import CHUNK, ELSEWHERE
-from jaxrnn.engines.walk import Flags, Walk
+from jaxrnn.engines.walk import Flags, Walk, refusals_of_sizes
 
 NOTHING = -1e30  # the logarithm of 0, finite, so that derivatives are
 REFUSALS = {"native": "in log space the kernel computes sequences of float32 or float64"}
 
 
-def log_linear_form(walk: Walk, owner: object) -> str | None:
+def log_linear_form(walk: Walk, shape: Sequence[Any], owner: object) -> str | None:
     """Does the same as `linear_form`, in log space."""
-    chosen, refusals = walk.choose("linear_scan", REFUSALS, cell=owner, elsewhere=ELSEWHERE)
+    chosen, refusals = walk.choose("linear_scan", REFUSALS | refusals_of_sizes(shape), cell=owner, elsewhere=ELSEWHERE)
     walk.record("linear_scan", chosen, refusals, cell=owner)
-    return walk.form("linear_scan", chosen)
+    return walk.form("linear_scan", chosen, refusals)
 
 
 def log_linear_recurrence(

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrnn.engines.arrays import evaluated, varying_like
 from jaxrnn.engines.cpu import library
+from jaxrnn.engines.partition import Factors, axes, lowering
 
 ELSEWHERE = "associative"  # what None means on accelerators
 CHUNK = 128  # steps that "chunked" computes at once
@@ -225,13 +226,30 @@ def _elsewhere(ctx, *operands, form, **options):
     return _RULES[form or default](ctx, *operands, form=form, **options)
 
 
-def _on_cpu(ctx, *operands, form, **options):
-    # XLA does not know how to divide a kernel among devices.
-    alone = getattr(ctx.module_context.axis_context, "num_devices", 1) in (None, 1)
-    sizes = all(isinstance(size, int) for size in ctx.avals_in[1].shape)
-    serves = alone and sizes and library.takes(*(aval.dtype for aval in ctx.avals_in[:3]))
-    return _RULES[form or ("native" if serves else "xla")](ctx, *operands, form=form, **options)
+def _factors(avals_in, avals_out, options) -> Factors:
+    """All axes but time."""
+    inner = avals_in[1].shape[1:]
+    names = [f"i{k}" for k in range(len(inner))]
+    sizes = dict(zip(names, inner, strict=True))
 
+    def named(aval, first):
+        return axes(aval.shape, {k + first: (name,) for k, name in enumerate(names)}, sizes)
+
+    return Factors(
+        [named(aval, int(k != 2)) for k, aval in enumerate(avals_in)],
+        [named(aval, int(k == 0)) for k, aval in enumerate(avals_out)],
+        sizes,
+    )
+
+
+def _on_cpu(ctx, *operands, form, **options):
+    sizes = all(isinstance(size, int) for size in ctx.avals_in[1].shape)
+    if form in (None, "native") and sizes and library.takes(*(aval.dtype for aval in ctx.avals_in[:3])):
+        return _by_kernel(ctx, *operands, form=form, **options)
+    return _RULES[form or "xla"](ctx, *operands, form=form, **options)
+
+
+_by_kernel = lowering(linear_scan_p, _RULES["native"], _RULES["xla"], _factors)
 
 linear_scan_p.multiple_results = True
 linear_scan_p.def_impl(evaluated(linear_scan_p, ("reverse", "shifted", "form")))

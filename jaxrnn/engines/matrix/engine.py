@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn.engines.arrays import accumulator, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.matrix.primitives import run
 from jaxrnn.engines.matrix.programs import Problem, chunked, loop
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, kernel_dtype, no_kernel_for
+from jaxrnn.engines.sequence_parallel import check_axis_name, part, states
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, kernel_dtype, no_kernel_for, refusals_of_sizes
 from jaxrnn.typing import Bools, Named
 
 ELSEWHERE = "chunked"  # what None means where there is no kernel
@@ -36,6 +37,7 @@ def matrix_scan(
     reset: Bools | None = None,
     reverse: bool = False,
     time_axis: int = 0,
+    axis_name: str | None = None,
     implementation: Implementation = None,
 ) -> tuple[Array, Array]:
     """Runs a recurrence whose state is a matrix, as linear attention has it: (S_T, ys).
@@ -64,6 +66,7 @@ def matrix_scan(
       reset: bool like `mask`: True where a new sequence begins, from zeros, as in `jaxrnn.linear_scan`.
       reverse: Whether to run from the last step to the first.
       time_axis: The axis of time.
+      axis_name: Inside `jax.shard_map`, the axis of the mesh that time is divided over, as in `jaxrnn.linear_scan`.
       implementation: None for the fastest; "native" is a compiled kernel (float32 or float64, on the CPU), sequential
         in time, with a part of S in the cache of the processor; "xla" goes step by step; "chunked" computes 32 steps as
         products of matrices, and keeps one state of each 32 for the backward pass.
@@ -120,9 +123,41 @@ def matrix_scan(
         if s.shape != state:
             raise ValueError(f"s0: expected shape {state}, got {s.shape}")
         s = s.astype(accumulator(s.dtype, dtype))
-    form = matrix_form(walk, length, s.dtype, *(each.dtype for each in arrays.values()))
+    form = matrix_form(walk, arrays["v"].shape, s.dtype, *(each.dtype for each in arrays.values()))
+    whole = None
+    if axis_name is not None:
+        check_axis_name(axis_name)
+        s, whole = matrix_states(arrays, s, walk.replace(axis_name=axis_name), walk.flags, form)
     last, ys = matrix_recurrence(arrays, s, fresh=None, flags=walk.flags, reverse=walk.reverse, form=form)
-    return last, jnp.moveaxis(ys, 0, time_axis)
+    return last if whole is None else whole, jnp.moveaxis(ys, 0, time_axis)
+
+
+def matrix_states(
+    arrays: Named, s: Array, walk: Walk, flags: Flags, form: str | None, fresh: Array | None = None
+) -> tuple[Array, Array]:
+    """The state before the steps of this device, and that after the steps of all.
+
+    Columns of S do not meet: some begin at 0, and beside them those of the identity become the product of the steps.
+    """
+    v, size, keys = arrays["v"], s.shape[-1], s.shape[-2]
+
+    def beside(array, columns):
+        return jnp.concatenate([array, jnp.broadcast_to(columns, (*array.shape[:-1], keys)).astype(array.dtype)], -1)
+
+    both, _ = matrix_recurrence(
+        {**arrays, "v": beside(v, 0)},
+        beside(jnp.zeros_like(s), jnp.eye(keys)),
+        fresh=None if fresh is None else beside(fresh, 0),
+        flags=flags,
+        reverse=walk.reverse,
+        form=form,
+    )
+    own = part(walk, both[..., size:], both[..., :size])
+    return states(own, s, _after, walk, 0 if fresh is None else fresh)
+
+
+def _after(total: Array, last: Array, state: Array) -> Array:
+    return jnp.matmul(total, state, precision=lax.Precision.HIGHEST) + last
 
 
 def _check_shapes(arrays: Named, length: int, batch: tuple[int, ...]) -> None:
@@ -155,28 +190,27 @@ def _flags(name: str, flag: Any, shape: tuple[int, ...], time_axis: int) -> Arra
     return jnp.moveaxis(flag, time_axis, 0)
 
 
-def kernel_in_single(walk: Walk, length: int, dtypes: Iterable[Any]) -> bool:
-    """Whether the kernel runs `length` steps of arrays of half precision, which it takes in float32."""
-    asked = walk.named("matrix_scan") in (None, "native") and length > 1
+def kernel_in_single(walk: Walk, shape: Sequence[Any], dtypes: Iterable[Any]) -> bool:
+    """Whether the kernel runs sequences of a shape (T, ...) of half precision, which it takes in float32."""
+    asked = walk.named("matrix_scan") in (None, "native") and not refusals_of_sizes(shape) and shape[0] > 1
     return asked and library.absent() is None and kernel_dtype(walk, *dtypes) == jnp.float32
 
 
-def matrix_form(walk: Walk, length: int, *dtypes, owner: object = "matrix_scan") -> str | None:
-    """Returns what runs the recurrence of `owner` on `length` steps of arrays of `dtypes`: a name, or None for each
-    platform's own.
+def matrix_form(walk: Walk, shape: Sequence[Any], *dtypes, owner: object = "matrix_scan") -> str | None:
+    """Returns what runs the recurrence of `owner` on sequences of a shape (T, ...) and arrays of `dtypes`: a name, or
+    None for each platform's own.
     """
-    refusals = {"associative": "the products of steps would be matrices"}
     absent = library.absent()
     others = not library.takes(*dtypes)
-    if absent is not None or others:
-        refusals["native"] = absent or no_kernel_for(*dtypes)
+    refusals = {"native": absent or no_kernel_for(*dtypes)} if absent is not None or others else {}
+    refusals |= refusals_of_sizes(shape) | {"associative": "the products of steps would be matrices"}
     chosen, refusals = walk.choose("matrix_scan", refusals, cell=owner, elsewhere=ELSEWHERE, without_kernel=ELSEWHERE)
-    if length == 1 and walk.named("matrix_scan") is None:
+    if shape[0] == 1 and walk.named("matrix_scan") is None:
         chosen = "xla"  # which needs no second look at the state
     walk.record("matrix_scan", chosen, refusals, cell=owner)
-    if length == 1:
+    if shape[0] == 1:
         return chosen
-    return ELSEWHERE if others and chosen == ELSEWHERE else walk.form("matrix_scan", chosen)
+    return ELSEWHERE if others and chosen == ELSEWHERE else walk.form("matrix_scan", chosen, refusals)
 
 
 def matrix_recurrence(

@@ -37,6 +37,7 @@ from jaxrnn.engines.gated.staged.programs import (
 )
 from jaxrnn.engines.gated.staged.rule import Rule
 from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.partition import MEMBERS, ROWS, Factors, axes, lowering
 from jaxrnn.engines.walk import Walk, starts
 from jaxrnn.typing import PyTree
 
@@ -219,15 +220,26 @@ def _elsewhere(program):
     return rule
 
 
-def _on_cpu(kernel, program):
+def _factors(primitive, avals_in, avals_out, options) -> Factors:
+    """Members, of which a device takes both directions, and rows."""
+    call, trees = options["call"], jax.tree.unflatten(options["tree"], avals_in)
+    results = _outputs(primitive, avals_in, **options)
+    sizes = {MEMBERS: count_members(aval.shape[0] for aval in avals_in), ROWS: trees[0].xs.shape[row_axis("xs", call)]}
+
+    def named(aval, name):
+        at = row_axis(name, call)
+        return axes(aval.shape, {0: (MEMBERS,)} | ({} if at is None else {at: (ROWS,)}), sizes)
+
+    arguments, made = (
+        [named(*each) for each in zip(avals, names_of(tree), strict=True)]
+        for avals, tree in ((avals_in, trees), (avals_out, results))
+    )
+    return Factors(arguments, made, sizes, {MEMBERS: len(call.directions)})
+
+
+def _on_cpu(primitive, kernel, program):
     native, by_xla = (mlir.lower_fun(each, multiple_results=True) for each in (kernel, program))
-
-    def rule(ctx, *operands, call, **options):
-        # XLA does not know how to divide a kernel among devices.
-        devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-        return (native if devices in (None, 1) or call.named else by_xla)(ctx, *operands, call=call, **options)
-
-    return rule
+    return lowering(primitive, native, by_xla, functools.partial(_factors, primitive))
 
 
 for _primitive, _program in _PROGRAMS.items():
@@ -237,7 +249,7 @@ for _primitive, _program in _PROGRAMS.items():
     batching.primitive_batchers[_primitive] = functools.partial(_batched, _primitive)
     if _primitive in _KERNELS:
         mlir.register_lowering(_primitive, _elsewhere(_flat(_program)))
-        library.register(_primitive, _on_cpu(_flat(_KERNELS[_primitive]), _flat(_program)))
+        library.register(_primitive, _on_cpu(_primitive, _flat(_KERNELS[_primitive]), _flat(_program)))
     else:
         mlir.register_lowering(_primitive, mlir.lower_fun(_flat(_program), multiple_results=True))
 ad.primitive_jvps[forward_p] = _forward_jvp
