@@ -19,7 +19,15 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (README, *sorted(DOCS.rglob("*.md")))}
 # Pages that train for longer or import other frameworks are in the full tier, but for these.
 FAST = ("README.md", "docs/index.md", "docs/getting-started/functional.md", "docs/own/cell.md")
-MODULES = ("jaxrnn", "jaxrnn.linen", "jaxrnn.nnx", "jaxrnn.training", "jaxrnn.convert", "jaxrnn.analysis", "jaxrnn.exporting")
+MODULES = (
+    "jaxrnn",
+    "jaxrnn.linen",
+    "jaxrnn.nnx",
+    "jaxrnn.training",
+    "jaxrnn.convert",
+    "jaxrnn.analysis",
+    "jaxrnn.exporting",
+)
 IMPORTED = {"dm-haiku": "haiku"}  # distributions whose module has another name
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
