@@ -87,9 +87,9 @@ def test_rounding_adds_at_most_a_quarter():
 def test_many_rows_and_steps_run_by_one_program():
     params = HEAD.init(KEY)
     xs = RNG.normal(size=(9, 9, 2)).astype(np.float32)
-    _outputs.clear_cache()  # of other tests
+    before = _outputs._cache_size()
     parts = predict(HEAD, params, xs, batch_size=4)
-    assert _outputs._cache_size() == 1
+    assert _outputs._cache_size() - before <= 1  # other tests may have compiled it
     np.testing.assert_allclose(parts, predict(HEAD, params, xs), atol=1e-6)
 
 
