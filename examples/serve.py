@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import sys
 import textwrap
 import time
@@ -191,11 +192,32 @@ async def read(reader: asyncio.StreamReader, size: int) -> np.ndarray | None:
         return None
 
 
+async def close(writer: asyncio.StreamWriter) -> None:
+    """Ends a connection, also one that the other side has ended."""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
 @contextlib.asynccontextmanager
 async def serving(sessions: Sessions, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
     """Serves `sessions`; the value is the port."""
 
+    handling: set[asyncio.Task] = set()
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        handling.add(task)
+        try:
+            await answer(reader, writer)
+        except Exception:  # which ends this session and no other
+            logging.exception("a session ended with an error")
+        finally:
+            await close(writer)
+            handling.discard(task)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         session = await sessions.enter()
         try:
             while (x := await read(reader, INPUTS)) is not None:
@@ -205,14 +227,16 @@ async def serving(sessions: Sessions, host: str = "127.0.0.1", port: int = 0) ->
             pass  # the client left without waiting for its answer
         finally:
             sessions.leave(session)
-            writer.close()
 
     server, worker = await asyncio.start_server(handle, host, port), asyncio.create_task(sessions.work())
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
-        worker.cancel()
         server.close()
+        rest = [worker, *handling]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
 
 
 class Answers(NamedTuple):
@@ -236,7 +260,7 @@ async def session(host: str, port: int, xs: np.ndarray) -> Answers:
             seconds.append(time.perf_counter() - begun)
             ys.append(y)
     finally:
-        writer.close()
+        await close(writer)
     return Answers(np.stack(ys), np.array(seconds))
 
 

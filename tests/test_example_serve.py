@@ -102,7 +102,7 @@ def test_a_session_that_is_silent_keeps_its_carry_and_holds_up_nobody():
             ys.append(await serve.read(reader, serve.OUTPUTS))
             if k == 1:
                 other = await serve.session("127.0.0.1", port, others)
-        writer.close()
+        await serve.close(writer)
         return np.stack(ys), other.ys
 
     for ys, xs in zip(with_server(clients, patience=0.01), (mine, others), strict=True):
@@ -117,7 +117,7 @@ def test_a_client_that_leaves_without_a_word_frees_its_slot(sent):
         for _ in range(3):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(sent)
-            writer.close()
+            await serve.close(writer)
         return (await serve.session("127.0.0.1", port, xs)).ys
 
     np.testing.assert_allclose(with_server(clients, slots=1), whole(xs), 1e-4, 1e-5)
