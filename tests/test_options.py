@@ -125,7 +125,7 @@ def test_values_and_gradients_are_those_of_the_loop(name, shape):
         close(run(layer, arrays, NATIVE, options), wanted, 1e-10)
 
 
-@some
+@pytest.mark.parametrize("name", mostly_in_full(list(CELLS), "mgu"))
 def test_higher_derivatives_and_members(name):
     layer, arrays = draw(name, (5, 3, 4, 6))
     options = {"key": jax.random.key(1), "reset": np.arange(15).reshape(5, 3) % 4 == 0}

@@ -182,7 +182,7 @@ JAXRNN_INLINE Vec logistic(Vec x) {
   Exponential power(-(a > -LEAST_LOG ? splat(-LEAST_LOG) : a));
   Int n = power.whole(), half = n >> 1;
   const Vec sum = power.p + 1.0f, scale = Exponential::power(half), rest = Exponential::power(n - half);
-  const Vec e = sum * scale * rest, e_low = (power.p - (sum - 1.0f) + power.low) * scale * rest, d = 1.0f + e;
+  const Vec e = sum * scale * rest, e_low = (power.p - (sum - 1.0f)) * scale * rest, d = 1.0f + e;
   return divide(x < 0.0f ? e : splat(1.0f), x < 0.0f ? e_low : Vec{}, d, (e - (d - 1.0f)) + e_low);
 }
 
