@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +77,11 @@ def lowering(
         if getattr(context, "num_devices", 1) in (None, 1):
             return alone(ctx, *operands, **options)
         mesh = context.abstract_mesh or jax.sharding.get_abstract_mesh()
-        if context.device_assignment is None or mesh.size != context.num_devices:
+        if (
+            context.device_assignment is None
+            or mesh.size != context.num_devices
+            or _x64_elsewhere() != jax.config.jax_enable_x64
+        ):
             return undivided(ctx, *operands, **options)
         context = dataclasses.replace(context, abstract_mesh=mesh)
         ctx = ctx.replace(module_context=ctx.module_context.replace(axis_context=context))
@@ -85,6 +90,12 @@ def lowering(
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
     return rule
+
+
+def _x64_elsewhere() -> bool:
+    """Whether x64 is on in the thread in which XLA divides a call, which knows nothing of `jax.enable_x64` here."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: bool(jax.config.jax_enable_x64)).result()
 
 
 def _divided(call, avals_in, avals_out, factors: Factors):
@@ -133,7 +144,7 @@ def _divided(call, avals_in, avals_out, factors: Factors):
     divided.def_partition(partition, sharding_rule=lambda *_: _rule(of_given, of_made, factors.sizes))
 
     def outer(*arrays):
-        found = iter(divided(*(arrays[k] for k in given)))
+        found = iter(divided(*(arrays[k] for k in given)) if made else ())
         return [next(found) if aval.size else jnp.zeros(aval.shape, aval.dtype) for aval in avals_out]
 
     return outer

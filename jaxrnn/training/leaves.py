@@ -38,6 +38,7 @@ def _is_key(leaf) -> bool:
 
 
 def named(tree: PyTree) -> list[tuple[str, PyTree]]:
+    """The leaves, each with its path as text."""
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
