@@ -92,10 +92,14 @@ def lowering(
     return rule
 
 
+def _x64() -> bool:
+    return jax.dtypes.canonicalize_dtype(float) == jnp.float64
+
+
 def _x64_elsewhere() -> bool:
     """Whether x64 is on in the thread in which XLA divides a call, which knows nothing of `jax.enable_x64` here."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: bool(jax.config.jax_enable_x64)).result()
+        return pool.submit(_x64).result()
 
 
 def _divided(call, avals_in, avals_out, factors: Factors):
