@@ -93,7 +93,7 @@ def lowering(
 
 
 def _x64() -> bool:
-    return jax.dtypes.canonicalize_dtype(float) == jnp.float64
+    return jnp.result_type(float) == jnp.float64
 
 
 def _x64_elsewhere() -> bool:
