@@ -80,7 +80,7 @@ def lowering(
         if (
             context.device_assignment is None
             or mesh.size != context.num_devices
-            or _x64_elsewhere() != jax.config.jax_enable_x64
+            or _x64_elsewhere() != _x64()
         ):
             return undivided(ctx, *operands, **options)
         context = dataclasses.replace(context, abstract_mesh=mesh)
