@@ -77,11 +77,7 @@ def lowering(
         if getattr(context, "num_devices", 1) in (None, 1):
             return alone(ctx, *operands, **options)
         mesh = context.abstract_mesh or jax.sharding.get_abstract_mesh()
-        if (
-            context.device_assignment is None
-            or mesh.size != context.num_devices
-            or _x64_elsewhere() != _x64()
-        ):
+        if context.device_assignment is None or mesh.size != context.num_devices or _x64_elsewhere() != _x64():
             return undivided(ctx, *operands, **options)
         context = dataclasses.replace(context, abstract_mesh=mesh)
         ctx = ctx.replace(module_context=ctx.module_context.replace(axis_context=context))
