@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "cell_steps.h"
 #include "problem.h"
 #include "threads.h"
 
@@ -361,6 +362,60 @@ struct StagedCase : Drawn {
   }
 };
 
+// One step of a cell.
+struct StepCase : Drawn {
+  DeltaStep delta{};
+  Rwkv7Step rwkv7{};
+  S4dStep s4d{};
+  long of_state = 0, of_ys = 0;
+
+  explicit StepCase(unsigned seed) : Drawn(seed) {
+    const long R = draw(1, 4), Q = draw(1, 3), G = Q * draw(1, 2), K = draw(1, 40), V = draw(1, 150);
+    switch (draw(0, 2)) {
+      case 0: {
+        DeltaStep& p = delta;
+        p.rows = R, p.heads = G, p.key_heads = Q, p.keys = K, p.values = V, p.products = draw(1, 3);
+        p.gates = draw(0, 2) * G, p.gates = p.gates > G ? G * K : p.gates;
+        p.strength = 2, p.bound = draw(0, 1) ? -5 : 0;
+        p.gate = p.gates && draw(0, 1) ? array(R * p.gates) : nullptr;
+        p.features = (1 + p.products) * Q * K + p.products * G * (V + 1) + (p.gate ? draw(0, 9) : p.gates);
+        p.x = array(R * p.features), p.b_gate = array(p.gates), p.log_decay = array(G), p.s = array(R * G * K * V);
+        of_state = R * G * K * V, of_ys = R * G * V;
+        break;
+      }
+      case 1: {
+        Rwkv7Step& p = rwkv7;
+        p.rows = R, p.heads = G, p.keys = K, p.values = V, p.slowest = 0.6f, p.smallest = 1e-12f, p.epsilon = 1e-5f;
+        const bool apart = draw(0, 1);
+        p.decay = apart ? array(R * G * K) : nullptr, p.rate = apart ? array(R * G * K) : nullptr;
+        p.features = G * (2 * K + V) + (apart ? draw(0, 9) : 2 * G * K), p.x = array(R * p.features);
+        p.b_decay = array(G * K), p.b_rate = array(G * K), p.removal = array(G * K), p.replacement = array(G * K);
+        p.bonus = array(G * K), p.scale = array(G * V), p.offset = array(G * V), p.s = array(R * G * K * V);
+        of_state = R * G * K * V, of_ys = R * G * V;
+        break;
+      }
+      default: {
+        S4dStep& p = s4d;
+        const long D = p.channels = draw(1, 70), N = p.states = draw(1, 40);
+        p.rows = R, p.bilinear = draw(0, 1), p.x = array(R * D), p.time = draw(0, 1) ? array(R) : nullptr;
+        p.log_decay = array(D * N), p.frequency = array(D * N), p.log_step = array(D), p.c = array(2 * D * N);
+        p.d = array(D), p.h = array(2 * R * D * N);
+        of_state = 2 * R * D * N, of_ys = R * D;
+      }
+    }
+  }
+
+  std::vector<std::vector<Real>> run(int threads) const {
+    Results out(threads);
+    Real *last = out(of_state), *ys = out(of_ys);
+    auto with_results = [&](auto p) { return p.last = last, p.ys = ys, p; };
+    if (delta.rows) delta_step(with_results(delta), threads);
+    if (rwkv7.rows) rwkv7_step(with_results(rwkv7), threads);
+    if (s4d.rows) s4d_step(with_results(s4d), threads);
+    return out.found;
+  }
+};
+
 int main(int count, char** values) {
   const unsigned cases = count > 1 ? std::atoi(values[1]) : 200;
   std::atomic<int> wrong{0};
@@ -380,7 +435,7 @@ int main(int count, char** values) {
         for (int threads : {2, 4}) compare(seed, one.run(threads), expected);
       };
       alike(Case(seed)), alike(MatrixCase(seed)), alike(DiagonalCase(seed)), alike(ElementwiseCase(seed));
-      alike(StagedCase(seed));
+      alike(StagedCase(seed)), alike(StepCase(seed));
       const LinearCase other(seed);
       for (int threads : {1, 2, 4}) compare(seed, other.run(threads), other.expected());
     }

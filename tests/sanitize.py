@@ -26,7 +26,8 @@ def run(sanitizer: str, cases: int, compiler: str, instructions: str | None = No
         program = Path(folder) / "sanitize"
         flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
         flags += ["-DJAXRNN_FLOAT64"] if double else []
-        sources = [KERNELS / "kernels.cc", KERNELS / "staged.cc", KERNELS / "elementwise.cc", HERE / "sanitize.cc"]
+        kernels = [KERNELS / f"{name}.cc" for name in ("kernels", "staged", "elementwise", "cell_steps")]
+        sources = [*kernels, HERE / "sanitize.cc"]
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         compiled = [
             subprocess.Popen([compiler, *flags, f"-I{KERNELS}", "-c", str(source), "-o", str(each)])

@@ -9,33 +9,28 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.matrix import by_head, pieces, unit
+from jaxrnn.cells.matrix import MatrixInputs, advance, by_head, kernel_step, pieces, side_by_side, unit
+from jaxrnn.engines.arrays import lifted
+from jaxrnn.engines.step import Arrays, Step
+from jaxrnn.typing import PyTree
 
 
-class Sizes(NamedTuple):
-    """The numbers that say how a step's features are cut."""
+class Rule(NamedTuple):
+    """How the features of a step are cut, and the bounds of what they become."""
 
     heads: int
     key_size: int
     value_size: int
     key_heads: int
     products: int = 1
+    negative_eigenvalues: bool = False
+    bound: float | None = None
 
     @property
     def columns(self) -> tuple[int, int, int, int]:
         """The features of q, of k, of v and of β."""
         keys, values = self.key_heads * self.key_size, self.heads * self.value_size
         return keys, self.products * keys, self.products * values, self.products * self.heads
-
-
-class Written(NamedTuple):
-    """q, k, v and β of a step, and the rest of its features."""
-
-    q: Array
-    k: Array
-    v: Array
-    beta: Array
-    rest: list[Array]
 
 
 def check_products(cell: Any) -> None:
@@ -51,20 +46,56 @@ def strength(beta: Array, negative_eigenvalues: bool) -> Array:
     return jax.nn.sigmoid(beta) * (2 if negative_eigenvalues else 1)
 
 
-def written(features: Array, sizes: Sizes, negative_eigenvalues: bool, *rest: int) -> Written:
-    """Cuts features into q, k, v, β, and what is left of sizes `rest`.
+def log_decay(rule: Rule, gate: Array, bias: Array, log_rate: Array) -> Array:
+    """The logarithm of what is kept, of a head or of each of its rows.
 
-    With several products, k, v and β have an axis of them before that of the heads.
+    −exp(log_rate) softplus(gate + bias), or with a bound c  c σ(exp(log_rate) (gate + bias)).
     """
-    q, k, v, beta, *left = pieces(features, *sizes.columns, *rest)
+    gate, rate = gate + lifted(bias.astype(gate.dtype), gate), jnp.exp(log_rate.astype(gate.dtype))
+    if gate.shape[-1] != rule.heads:
+        gate, rate = by_head(gate, rule.heads), rate[:, None]
+    rate = lifted(rate, gate)
+    return -rate * jax.nn.softplus(gate) if rule.bound is None else rule.bound * jax.nn.sigmoid(rate * gate)
+
+
+def delta_inputs(rule: Rule, arrays: Arrays, weights: Arrays) -> MatrixInputs:
+    """What the recurrence reads, of a step's features.
+
+    Args:
+      rule: How they are cut.
+      arrays: The features, and the gate of the decay (..., heads) or (..., heads K); None where it is the last of them.
+      weights: Its bias, and the logarithm of the rate (heads,); None where nothing decays.
+    """
+    (features, gate), (bias, log_rate) = arrays, weights
+    rest = features.shape[-1] - sum(rule.columns) if gate is not None else 0 if bias is None else bias.shape[0]
+    q, k, v, beta, left = pieces(features, *rule.columns, rest)
     # Both at once, so that a single step is fewer operations.
-    heads = (1 + sizes.products) * sizes.key_heads
-    q, k = jnp.split(unit(by_head(jnp.concatenate([q, k], axis=-1), heads)), [sizes.key_heads], axis=-2)
-    v, beta = by_head(v, sizes.products * sizes.heads), strength(beta, negative_eigenvalues)
-    if sizes.products > 1:
-        before, n = features.shape[:-1], sizes.products
+    heads = (1 + rule.products) * rule.key_heads
+    q, k = jnp.split(unit(by_head(jnp.concatenate([q, k], axis=-1), heads)), [rule.key_heads], axis=-2)
+    v, beta = by_head(v, rule.products * rule.heads), strength(beta, rule.negative_eigenvalues)
+    if rule.products > 1:  # an axis of them before that of the heads
+        before, n = features.shape[:-1], rule.products
         k, v, beta = (
             each.reshape(*before, n, each.shape[len(before)] // n, *each.shape[len(before) + 1 :])
             for each in (k, v, beta)
         )
-    return Written(q * sizes.key_size**-0.5, k, v, beta, left)
+    decay = None if bias is None else log_decay(rule, left if gate is None else gate, bias, log_rate)
+    return MatrixInputs(q * rule.key_size**-0.5, k, v, decay, beta)
+
+
+def _program(arrays, weights, s, *, products, key_heads, strength, bound):
+    heads, key_size, value_size = s.shape[-3:]
+    rule = Rule(heads, key_size, value_size, key_heads, products, strength == 2, bound or None)
+    given = delta_inputs(rule, tuple(each if each is None else each[None] for each in arrays), weights)
+    s, ys = advance(s, given, products)
+    return s, side_by_side(None, ys, given)[0]
+
+
+_kernel = Step("delta", _program)
+
+
+def delta_step(rule: Rule, params: PyTree, carry: PyTree, x: Array, parts: Any) -> tuple[PyTree, Array]:
+    """One step of a cell whose arrays and weights, as in `delta_inputs`, are `parts(params, x)`."""
+    options = {"products": rule.products, "key_heads": rule.key_heads}
+    bounds = {"strength": 2.0 if rule.negative_eigenvalues else 1.0, "bound": rule.bound or 0.0}
+    return kernel_step(params, carry, x, _kernel, parts, **options, **bounds)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.delta import Sizes, check_products, strength, written
+from jaxrnn.cells.delta import Rule, check_products, delta_inputs, delta_step, strength
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, matrix_step, projected
+from jaxrnn.cells.matrix import MatrixCell, projected
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -69,6 +68,8 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
       2502.10297.
     """
 
+    step_by_kernel = True
+
     input_size: int
     heads: int
     key_size: int
@@ -83,8 +84,9 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
         check_products(self)
 
     @property
-    def _sizes(self) -> Sizes:
-        return Sizes(self.heads, self.key_size, self.value_size, self.key_heads or self.heads, self.products)
+    def _rule(self) -> Rule:
+        sizes = self.heads, self.key_size, self.value_size, self.key_heads or self.heads
+        return Rule(*sizes, self.products, self.negative_eigenvalues)
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> DeltaNetParams:
         return delta_net_init(
@@ -121,7 +123,7 @@ class DeltaNet(MatrixCell[DeltaNetParams, DeltaNetCarry]):
         )
 
     def inputs(self, params, x):
-        return _inputs(params, x, self._sizes, self.negative_eigenvalues)
+        return delta_inputs(self._rule, *_parts(params, x))
 
 
 def delta_net_init(
@@ -143,7 +145,7 @@ def delta_net_init(
       >>> jaxrnn.delta_net_init(jax.random.key(0), 8, 2, 4, 6).w_x.shape
       (8, 30)
     """
-    columns = sum(Sizes(heads, key_size, value_size, key_heads or heads, products).columns)
+    columns = sum(Rule(heads, key_size, value_size, key_heads or heads, products).columns)
     return DeltaNetParams(lecun_normal(key, input_size, columns, 1, dtype) if project else None)
 
 
@@ -189,11 +191,9 @@ def delta_net_step(
     options = {"products": products, "key_heads": key_heads, "project": params.w_x is not None}
     check.drawn(params, delta_net_init, size, *carry.s.shape[-3:], **options)
     heads, key_size, value_size = carry.s.shape[-3:]
-    sizes = Sizes(heads, key_size, value_size, key_heads or heads, products)
-    inputs = functools.partial(_inputs, sizes=sizes, negative_eigenvalues=negative_eigenvalues)
-    return matrix_step(params, carry, x, inputs, products=products)
+    rule = Rule(heads, key_size, value_size, key_heads or heads, products, negative_eigenvalues)
+    return delta_step(rule, params, carry, x, _parts)
 
 
-def _inputs(params, x, sizes, negative_eigenvalues) -> MatrixInputs:
-    q, k, v, beta, _ = written(projected(params, x), sizes, negative_eigenvalues)
-    return MatrixInputs(q, k, v, beta=beta)
+def _parts(params, x):
+    return (projected(params, x), None), (None, None)

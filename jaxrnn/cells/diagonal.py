@@ -16,6 +16,7 @@ from jaxrnn.engines.arrays import cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.diagonal.engine import diagonal_recurrence
 from jaxrnn.engines.linear.engine import kernel_serves
 from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.step import step_serves
 from jaxrnn.engines.walk import kernel_dtype
 from jaxrnn.typing import PyTree
 
@@ -42,6 +43,7 @@ class DiagonalCell(LinearCell[Params, Carry]):
 
     # Where no kernel runs: the number of steps whose states (steps, ..., D, N) are in memory at once, None for all.
     chunk = None
+    step_by_kernel = False  # whether `step` is one kernel
 
     @abstractmethod
     def diagonal(self, params: PyTree, x: Array) -> Diagonal:
@@ -54,6 +56,11 @@ class DiagonalCell(LinearCell[Params, Carry]):
 
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
+        if step_serves(
+            walk, xs.shape, "linear_scan", owner=self, unlike=("step", "coefficients", "output", "diagonal")
+        ):
+            carry, y = self.step(params, carry, xs[0])
+            return carry, y[None]
         if walk.axis_name is not None:
             return self.scan_in_parts(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         dtype = compute_dtype(xs, params)

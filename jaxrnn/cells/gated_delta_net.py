@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.delta import Sizes, check_products, strength, written
+from jaxrnn.cells.delta import Rule, check_products, delta_inputs, delta_step, log_decay, strength
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, draw_step_bias, matrix_step, projected
-from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.cells.matrix import MatrixCell, draw_step_bias, projected
+from jaxrnn.engines.arrays import accumulator
 from jaxrnn.typing import DTypeLike, Noise
 
 
@@ -80,6 +79,7 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
     """
 
     slow_weights = ("log_decay", "b_step")
+    step_by_kernel = True
 
     input_size: int
     heads: int
@@ -98,8 +98,9 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
         check.steps(self)
 
     @property
-    def _sizes(self) -> Sizes:
-        return Sizes(self.heads, self.key_size, self.value_size, self.key_heads or self.heads, self.products)
+    def _rule(self) -> Rule:
+        sizes = self.heads, self.key_size, self.value_size, self.key_heads or self.heads
+        return Rule(*sizes, self.products, self.negative_eigenvalues)
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> GatedDeltaNetParams:
         return gated_delta_net_init(
@@ -126,7 +127,8 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
         check.params(self, params)
         features, betas = projected(params, x), self.products * self.heads
         beta, step = features[..., -betas - self.heads : -self.heads], features[..., -self.heads :]
-        return GatedDeltaNetGates(strength(beta, self.negative_eigenvalues), jnp.exp(_log_decay(params, step)))
+        decay = log_decay(self._rule, step, params.b_step, params.log_decay)
+        return GatedDeltaNetGates(strength(beta, self.negative_eigenvalues), jnp.exp(decay))
 
     def step(self, params, carry, x, noise=None):
         check.params(self, params)
@@ -141,7 +143,7 @@ class GatedDeltaNet(MatrixCell[GatedDeltaNetParams, GatedDeltaNetCarry]):
         )
 
     def inputs(self, params, x):
-        return _inputs(params, x, self._sizes, self.negative_eigenvalues)
+        return delta_inputs(self._rule, *_parts(params, x))
 
 
 def gated_delta_net_init(
@@ -168,7 +170,7 @@ def gated_delta_net_init(
     """
     wide = accumulator(dtype)
     k_x, k_step, k_decay = jax.random.split(key, 3)
-    columns = sum(Sizes(heads, key_size, value_size, key_heads or heads, products).columns) + heads
+    columns = sum(Rule(heads, key_size, value_size, key_heads or heads, products).columns) + heads
     params = GatedDeltaNetParams(
         w_x=lecun_normal(k_x, input_size, columns, 1, wide) if project else None,
         b_step=draw_step_bias(k_step, heads, step_min, step_max, wide),
@@ -219,17 +221,9 @@ def gated_delta_net_step(
     options = {"products": products, "key_heads": key_heads, "project": params.w_x is not None}
     check.drawn(params, gated_delta_net_init, size, *carry.s.shape[-3:], **options)
     heads, key_size, value_size = carry.s.shape[-3:]
-    sizes = Sizes(heads, key_size, value_size, key_heads or heads, products)
-    inputs = functools.partial(_inputs, sizes=sizes, negative_eigenvalues=negative_eigenvalues)
-    return matrix_step(params, carry, x, inputs, products=products)
+    rule = Rule(heads, key_size, value_size, key_heads or heads, products, negative_eigenvalues)
+    return delta_step(rule, params, carry, x, _parts)
 
 
-def _log_decay(params, step) -> Array:
-    step = jax.nn.softplus(step + lifted(params.b_step.astype(step.dtype), step))
-    return -lifted(jnp.exp(params.log_decay.astype(step.dtype)), step) * step
-
-
-def _inputs(params, x, sizes, negative_eigenvalues) -> MatrixInputs:
-    features = projected(params, x)
-    q, k, v, beta, (step,) = written(features, sizes, negative_eigenvalues, sizes.heads)
-    return MatrixInputs(q, k, v, _log_decay(params, step), beta)
+def _parts(params, x):
+    return (projected(params, x), None), (params.b_step, params.log_decay)

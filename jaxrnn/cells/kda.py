@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import check
-from jaxrnn.cells.delta import Sizes, written
+from jaxrnn.cells.delta import Rule, delta_inputs, delta_step
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, draw_step_bias, matrix_step, projected
-from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.cells.matrix import MatrixCell, draw_step_bias, projected
+from jaxrnn.engines.arrays import accumulator
 from jaxrnn.engines.product import dot
 from jaxrnn.typing import DTypeLike, Noise
 
@@ -79,6 +78,7 @@ class KDA(MatrixCell[KDAParams, KDACarry]):
     """
 
     slow_weights = ("log_decay", "b_gate")
+    step_by_kernel = True
 
     input_size: int
     heads: int
@@ -127,8 +127,8 @@ class KDA(MatrixCell[KDAParams, KDACarry]):
         return kda_step(params, carry, x, noise, **options)
 
     def inputs(self, params, x):
-        sizes = Sizes(self.heads, self.key_size, self.value_size, self.heads)
-        return _inputs(params, x, sizes, self.bound, self.negative_eigenvalues)
+        rule = _rule(self.heads, self.key_size, self.value_size, self.negative_eigenvalues, self.bound)
+        return delta_inputs(rule, *_parts(params, x))
 
 
 def kda_init(
@@ -155,7 +155,7 @@ def kda_init(
     wide = accumulator(dtype)
     k_x, k_gate, k_step, k_decay = jax.random.split(key, 4)
     rank = value_size if rank is None else rank
-    columns = sum(Sizes(heads, key_size, value_size, heads).columns) + rank
+    columns = sum(Rule(heads, key_size, value_size, heads).columns) + rank
     params = KDAParams(
         w_x=lecun_normal(k_x, input_size, columns, 1, wide) if project else None,
         w_gate=lecun_normal(k_gate, rank, heads * key_size, 1, wide) if project else None,
@@ -205,23 +205,17 @@ def kda_step(
     size = x.shape[-1] if params.w_x is None else params.w_x.shape[0]
     options = {"rank": None if params.w_gate is None else params.w_gate.shape[0], "project": params.w_x is not None}
     check.drawn(params, kda_init, size, *carry.s.shape[-3:], **options)
-    heads, key_size, value_size = carry.s.shape[-3:]
-    sizes = Sizes(heads, key_size, value_size, heads)
-    inputs = functools.partial(_inputs, sizes=sizes, bound=bound, negative_eigenvalues=negative_eigenvalues)
-    return matrix_step(params, carry, x, inputs)
+    rule = _rule(*carry.s.shape[-3:], negative_eigenvalues, bound)
+    return delta_step(rule, params, carry, x, _parts)
 
 
-def _log_decay(params, gate, heads, bound):
-    gate = by_head(gate + lifted(params.b_gate.astype(gate.dtype), gate), heads)
-    rate = jnp.exp(params.log_decay.astype(gate.dtype))[:, None]
-    if bound is not None:
-        return bound * jax.nn.sigmoid(lifted(rate, gate) * gate)
-    return -lifted(rate, gate) * jax.nn.softplus(gate)
+def _rule(heads, key_size, value_size, negative_eigenvalues, bound) -> Rule:
+    return Rule(heads, key_size, value_size, heads, negative_eigenvalues=negative_eigenvalues, bound=bound)
 
 
-def _inputs(params, x, sizes, bound, negative_eigenvalues) -> MatrixInputs:
-    rest = sizes.heads * sizes.key_size if params.w_gate is None else params.w_gate.shape[0]
-    q, k, v, beta, (gate,) = written(projected(params, x), sizes, negative_eigenvalues, rest)
+def _parts(params, x):
+    features, gate = projected(params, x), None
     if params.w_gate is not None:
+        gate = features[..., features.shape[-1] - params.w_gate.shape[0] :]
         gate = dot(gate, params.w_gate.astype(gate.dtype))
-    return MatrixInputs(q, k, v, _log_decay(params, gate, sizes.heads, bound), beta)
+    return (features, gate), (params.b_gate, params.log_decay)

@@ -18,6 +18,7 @@ from jaxrnn.engines.loop import in_chunks
 from jaxrnn.engines.matrix import programs
 from jaxrnn.engines.matrix.engine import kernel_in_single, matrix_form, matrix_recurrence, matrix_states
 from jaxrnn.engines.product import dot
+from jaxrnn.engines.step import Arrays, Step, step_serves
 from jaxrnn.engines.walk import Flags, Walk
 from jaxrnn.typing import DTypeLike, PyTree
 
@@ -86,6 +87,7 @@ class MatrixCell(Cell[Params, Carry]):
 
     products = 1
     time_divides = True
+    step_by_kernel = False  # whether `step` is one kernel
 
     @property
     def output_size(self) -> int:
@@ -122,6 +124,9 @@ class MatrixCell(Cell[Params, Carry]):
 
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
+        if step_serves(walk, xs.shape, "matrix_scan", owner=self, unlike=("step", "inputs", "output", "follow")):
+            carry, y = self.step(params, carry, xs[0])
+            return carry, y[None]
         dtype = compute_dtype(xs, params)
         xs = xs.astype(dtype)
         if walk.axis_name is not None:
@@ -216,15 +221,41 @@ def matrix_step(
     dtype = compute_dtype(x, params)
     params, x = cast(params, dtype), x.astype(dtype)
     given, carry = follow(inputs(params, x[None]), carry, carry, Flags(None, None), False)
+    s, ys = advance(carry.s, given, products)
+    ys = output(params, ys, given)[0]
+    return carry._replace(s=s.astype(carry.s.dtype)), ys.astype(dtype)
+
+
+def advance(s: Array, given: MatrixInputs, products: int = 1) -> tuple[Array, Array]:
+    """The state after one step, and what is read of it (1, ..., heads, V), of what one step (1, ...) reads."""
     arrays, _ = _micro_steps(given.arrays, Flags(None, None), products, False)
-    wide = accumulator(*(each.dtype for each in arrays.values()), carry.s.dtype)
+    wide = accumulator(*(each.dtype for each in arrays.values()), s.dtype)
     heads = _Heads(given)
     arrays = {name: each.astype(wide) for name, each in heads.grouped(arrays).items()}
-    s, ys = programs.step(heads.grouped_state(carry.s.astype(wide)), **{name: each[0] for name, each in arrays.items()})
+    new, ys = programs.step(heads.grouped_state(s.astype(wide)), **{name: each[0] for name, each in arrays.items()})
     for n in range(1, products):
-        s, ys = programs.step(s, **{name: each[n] for name, each in arrays.items()})
-    ys = output(params, ys.reshape(1, *x.shape[:-1], heads.count, ys.shape[-1]), given)[0]
-    return carry._replace(s=s.reshape(carry.s.shape).astype(carry.s.dtype)), ys.astype(dtype)
+        new, ys = programs.step(new, **{name: each[n] for name, each in arrays.items()})
+    return new.reshape(s.shape), ys.reshape(1, *s.shape[:-3], heads.count, ys.shape[-1])
+
+
+def kernel_step(
+    params: PyTree, carry: PyTree, x: Array, kernel: Step, parts: Callable[..., tuple[Arrays, Arrays]], **options: Any
+) -> tuple[PyTree, Array]:
+    """One step by a kernel of the whole: the state after it, and y.
+
+    Args:
+      params: The params of the cell.
+      carry: A carry that holds s alone.
+      x: The input of one step.
+      kernel: The step.
+      parts: `parts(params, x)`, the arrays and the weights that it reads.
+      **options: Those of the kernel.
+    """
+    dtype = compute_dtype(x, params)
+    arrays, weights = parts(cast(params, dtype), x.astype(dtype))
+    wide = accumulator(*(each.dtype for each in jax.tree.leaves(arrays)), carry.s.dtype)
+    s, y = kernel(*cast((arrays, weights, carry.s), wide), **options)
+    return carry._replace(s=s.astype(carry.s.dtype)), y.astype(dtype)
 
 
 class _Heads:

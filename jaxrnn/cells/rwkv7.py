@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -12,9 +11,19 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cells.initializers import lecun_normal
-from jaxrnn.cells.matrix import MatrixCell, MatrixInputs, by_head, matrix_step, pieces, projected, side_by_side
+from jaxrnn.cells.matrix import (
+    MatrixCell,
+    MatrixInputs,
+    advance,
+    by_head,
+    kernel_step,
+    pieces,
+    projected,
+    side_by_side,
+)
 from jaxrnn.engines.arrays import accumulator, lifted
 from jaxrnn.engines.product import dot
+from jaxrnn.engines.step import Step
 from jaxrnn.typing import DTypeLike, Noise
 
 SLOWEST = math.exp(-0.5)  # the largest −log a
@@ -87,6 +96,7 @@ class RWKV7(MatrixCell[RWKV7Params, RWKV7Carry]):
     """
 
     slow_weights = ("b_decay", "b_rate")
+    step_by_kernel = True
 
     input_size: int
     heads: int
@@ -108,7 +118,7 @@ class RWKV7(MatrixCell[RWKV7Params, RWKV7Carry]):
     def gates(self, params: RWKV7Params, carry: RWKV7Carry, x: Array, noise: Noise = None) -> RWKV7Gates:
         """The share of each row that is kept and the strength of removing of one step."""
         check.params(self, params)
-        *_, decay, rate = _features(params, x, self.heads, self.key_size, self.value_size)
+        *_, decay, rate = self._heads_of(params, x)
         return RWKV7Gates(jnp.exp(_log_decay(decay)), jax.nn.sigmoid(rate))
 
     def step(self, params, carry, x, noise=None):
@@ -116,7 +126,11 @@ class RWKV7(MatrixCell[RWKV7Params, RWKV7Carry]):
         return rwkv7_step(params, carry, x, noise)
 
     def inputs(self, params, x):
-        return _inputs(params, x, self.heads, self.key_size, self.value_size)
+        return _inputs(params, *self._heads_of(params, x))
+
+    def _heads_of(self, params, x):
+        arrays, _ = _parts(params, x)
+        return _heads(params, *arrays, self.heads, self.key_size, self.value_size)
 
     def output(self, params, ys, inputs):
         return _output(params, ys, inputs)
@@ -190,20 +204,40 @@ def rwkv7_step(params: RWKV7Params, carry: RWKV7Carry, x: Array, noise: Noise = 
     rank = 1 if params.w_decay is None else params.w_decay.shape[0]
     heads, key_size, value_size = carry.s.shape[-3:]
     check.drawn(params, rwkv7_init, size, heads, key_size, value_size, rank=rank, project=params.w_x is not None)
-    inputs = functools.partial(_inputs, heads=heads, key_size=key_size, value_size=value_size)
-    return matrix_step(params, carry, x, inputs, output=_output)
+    return kernel_step(params, carry, x, _kernel, _parts, slowest=SLOWEST, smallest=SMALLEST, epsilon=EPSILON)
 
 
-def _features(params, x, heads, key_size, value_size):
-    """r, k, v, and what enters the decay and the rate, by head."""
-    keys, low = heads * key_size, params.w_decay is not None
-    rest = params.w_decay.shape[0] if low else keys
-    r, k, v, decay, rate = pieces(projected(params, x), keys, keys, heads * value_size, rest, rest)
-    if low:
+def _parts(params, x):
+    """What a step reads: features, decay and rate, of which the last two are the last of the features or apart."""
+    features, decay, rate = projected(params, x), None, None
+    if params.w_decay is not None:
+        size = params.w_decay.shape[0]
+        *_, decay, rate = pieces(features, features.shape[-1] - 2 * size, size, size)
         decay = dot(jnp.tanh(decay), params.w_decay.astype(decay.dtype))
         rate = dot(rate, params.w_rate.astype(rate.dtype))
+    return (features, decay, rate), tuple(params[3:])
+
+
+def _program(arrays, weights, s, **_):
+    params = RWKV7Params(None, None, None, *weights)
+    arrays = (each if each is None else each[None] for each in arrays)
+    given = _inputs(params, *_heads(params, *arrays, *s.shape[-3:]))
+    s, ys = advance(s, given)
+    return s, _output(params, ys, given)[0]
+
+
+_kernel = Step("rwkv7", _program)
+
+
+def _heads(params, features, decay, rate, heads, key_size, value_size):
+    """r, k, v, and what enters the decay and the rate, by head."""
+    keys, values = heads * key_size, heads * value_size
+    apart = decay is not None
+    rest = (features.shape[-1] - 2 * keys - values) // 2 if apart else keys
+    r, k, v, *ends = pieces(features, keys, keys, values, rest, rest)
     decay, rate = (
-        each + lifted(bias.astype(each.dtype), each) for each, bias in ((decay, params.b_decay), (rate, params.b_rate))
+        each + lifted(bias.astype(each.dtype), each)
+        for each, bias in zip((decay, rate) if apart else ends, (params.b_decay, params.b_rate), strict=True)
     )
     return tuple(by_head(each, heads) for each in (r, k, v, decay, rate))
 
@@ -212,8 +246,8 @@ def _log_decay(decay):
     return -SLOWEST * jax.nn.sigmoid(decay)
 
 
-def _inputs(params, x, heads, key_size, value_size) -> MatrixInputs:
-    r, k, v, decay, rate = _features(params, x, heads, key_size, value_size)
+def _inputs(params, r, k, v, decay, rate) -> MatrixInputs:
+    heads = k.shape[-2]
     removal, replacement = (
         lifted(by_head(each.astype(k.dtype), heads), k) for each in (params.removal, params.replacement)
     )

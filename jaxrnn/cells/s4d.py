@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from jax import Array, lax
 
 from jaxrnn import check
 from jaxrnn.cells.diagonal import Diagonal, DiagonalCell
-from jaxrnn.cells.linear import linear_step
-from jaxrnn.cells.state_space import check_state_space, discretize, draw_log_step, elapsed, hippo
-from jaxrnn.engines.arrays import accumulator, lifted
+from jaxrnn.cells.state_space import DISCRETIZATIONS, check_state_space, discretize, draw_log_step, elapsed, hippo
+from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, lifted
+from jaxrnn.engines.step import Step
 from jaxrnn.typing import DTypeLike, Noise
 
 SPECTRA = ("linear", "inverse", "hippo")
@@ -70,6 +69,7 @@ class S4D(DiagonalCell[S4DParams, S4DCarry]):
     """
 
     slow_weights = ("log_decay", "frequency", "log_step")
+    step_by_kernel = True
 
     input_size: int
     states: int
@@ -109,10 +109,10 @@ class S4D(DiagonalCell[S4DParams, S4DCarry]):
         return s4d_step(params, carry, x, noise, discretization=self.discretization, timed=self.timed)
 
     def coefficients(self, params, x):
-        return _coefficients(params, x, self.discretization, self.timed)
+        return _coefficients(params, *elapsed(x, self.timed), self.discretization)
 
     def output(self, params, h, x):
-        return _output(params, h, x, self.timed)
+        return _output(params, h, elapsed(x, self.timed)[0])
 
     @property
     def by_kernel(self):
@@ -203,14 +203,37 @@ def s4d_step(
     """
     check.kind(params, S4DParams)
     check.drawn(params, s4d_init, *params.frequency.shape)
-    coefficients = functools.partial(_coefficients, discretization=discretization, timed=timed)
-    return linear_step(params, carry, x, coefficients, output=functools.partial(_output, timed=timed))
+    if discretization not in DISCRETIZATIONS:
+        raise ValueError(f"discretization: expected one of {DISCRETIZATIONS}, got {discretization!r}")
+    dtype = compute_dtype(x, params)
+    x, time = elapsed(x.astype(dtype), timed)
+    wide = accumulator(dtype, carry.h.real.dtype)
+    arrays, weights = cast(((x, time), tuple(cast(params, dtype))), wide)
+    h, y = _kernel(
+        arrays, weights, carry.h.astype(accumulator(wide, jnp.complex64)), bilinear=_bilinear(discretization)
+    )
+    return carry._replace(h=h.astype(carry.h.dtype)), y.astype(dtype)
 
 
-def _coefficients(params, x, discretization, timed):
+def _bilinear(discretization: str) -> bool:
+    if discretization not in DISCRETIZATIONS:
+        raise ValueError(f"discretization: expected one of {DISCRETIZATIONS}, got {discretization!r}")
+    return discretization == "bilinear"
+
+
+def _program(arrays, weights, h, *, bilinear):
+    (x, time), params = arrays, S4DParams(*weights)
+    a, b = _coefficients(params, x, time, "bilinear" if bilinear else "zoh")
+    h = lifted(a, b) * h + b
+    return h, _output(params, h, x)
+
+
+_kernel = Step("s4d", _program)
+
+
+def _coefficients(params, x, time, discretization):
     wide = accumulator(params.d.dtype)
     log_decay, frequency, log_step = (each.astype(wide) for each in params[:3])
-    x, time = elapsed(x, timed)
     step = jnp.exp(log_step)[:, None]
     if time is not None:
         time = time[..., None, None].astype(wide)
@@ -220,7 +243,7 @@ def _coefficients(params, x, discretization, timed):
     return a, lifted(scale, x) * x
 
 
-def _output(params, h, x, timed):
+def _output(params, h, x):
     re, im = (lifted(each, h) for each in params.c.astype(h.real.dtype))
     y = 2 * jnp.sum(re * h.real - im * h.imag, axis=-1)
-    return y + lifted(params.d.astype(y.dtype), y) * elapsed(x, timed)[0].astype(y.dtype)
+    return y + lifted(params.d.astype(y.dtype), y) * x.astype(y.dtype)

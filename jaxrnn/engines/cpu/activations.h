@@ -20,14 +20,6 @@ JAXRNN_INLINE Dual chain(Dual x, Vec y, Vec slope) { return {y, x.d * slope}; }
 JAXRNN_INLINE Vec choose(Int where, Vec on, Vec off) { return where ? on : off; }
 JAXRNN_INLINE Dual choose(Int where, Dual on, Dual off) { return {where ? on.x : off.x, where ? on.d : off.d}; }
 
-// e^x − 1 for x ≤ 0.
-JAXRNN_INLINE Vec exponential_less_one(Vec x) {
-  const Exponential power(x < LEAST_LOG ? splat(LEAST_LOG) : x);
-  const Int n = power.whole();
-  const Vec scale = Exponential::power(n < 1 - BIAS ? Int{} + (1 - BIAS) : n);
-  return scale * power.p + (scale - 1.0f);
-}
-
 // The distribution function of the standard normal distribution: ½ erfc(z), z = −x / √2, where erfc(z) =
 // t exp(P(t) − z²), t = 1 / (1 + z / 2) for z ≥ 0, by a fit of Chebyshev polynomials of relative error 1.2e-7 (Press et
 // al., Numerical Recipes, section 6.2).

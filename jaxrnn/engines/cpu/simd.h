@@ -246,6 +246,14 @@ JAXRNN_INLINE Vec exponential(Vec x) {
   return (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
 }
 
+// e^x − 1, −1 from `LEAST_LOG` on, infinite from `MOST_LOG` on.
+JAXRNN_INLINE Vec exponential_less_one(Vec x) {
+  const Exponential power(x < LEAST_LOG ? splat(LEAST_LOG) : x > MOST_LOG ? splat(MOST_LOG) : x);
+  const Int n = power.whole();
+  const Vec scale = Exponential::power(n < 1 - BIAS ? Int{} + (1 - BIAS) : n);
+  return scale * power.p + (scale - 1.0f);
+}
+
 JAXRNN_INLINE Vec root(Vec x) {
 #if JAXRNN_WIDTH == 64
   return square_root(x);
