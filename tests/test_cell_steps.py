@@ -209,6 +209,28 @@ def test_large_angles():
         np.testing.assert_allclose(a, b, 2e-3, 2e-3)
 
 
+class Silent(GatedDeltaNet):
+    """With inputs of its own, which no kernel may leave out."""
+
+    input_size: int
+    heads: int
+    key_size: int
+    value_size: int
+
+    def inputs(self, params, x):
+        found = super().inputs(params, x)
+        return found._replace(v=0 * found.v)
+
+
+def test_a_class_with_inputs_of_its_own_takes_them():
+    cell = Silent(5, 2, 3, 4)
+    params, carry, x = arguments(cell)
+    assert calls(step_of(cell), params, carry, x) == 0
+    empty = cell.initial_carry(params)
+    assert not np.any(step_of(cell)(params, empty, x)[1])
+    assert np.any(step_of(GatedDeltaNet(5, 2, 3, 4))(params, empty, x)[1])
+
+
 PROGRAM = """
 import jax, numpy as np, jaxrnn, test_cell_steps as tests
 found = [jax.jit(tests.step_of(cell))(*tests.arguments(cell, (3,))) for cell in tests.SOME]

@@ -11,7 +11,7 @@ import pytest
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "jaxrnn"
 
-OF_KERNELS = "test_native.py", "test_options.py", "test_elementwise_cells.py"
+OF_KERNELS = "test_native.py", "test_options.py", "test_elementwise_cells.py", "test_cell_steps.py"
 
 # name: (file, the line, the mistake, the test that sees it)
 TRAPS = {
@@ -237,6 +237,24 @@ TRAPS = {
         "state = jnp.where(cut[0], jnp.zeros_like(state), state)",
         "pass",
         "test_linear_scan.py::test_nothing_crosses_a_boundary[False-associative]",
+    ),
+    "a kernel of a step that leaves out what a class changes": (
+        "engines/step.py",
+        'if any(depth(name) < depth("step_by_kernel") for name in unlike):',
+        "if False:",
+        "test_cell_steps.py::test_a_class_with_inputs_of_its_own_takes_them",
+    ),
+    "members that step with the weights of the first": (
+        "engines/step.py",
+        "if any(axis is not None and not rows for axis, rows in zip(axes, of_rows, strict=True)):",
+        "leaves = [x if own or k is None else x.take(0, k) for x, k, own in zip(leaves, axes, of_rows)]\n        if 0:",
+        "test_cell_steps.py::test_members_and_rows[GatedDeltaNet]",
+    ),
+    "β of twice its strength in the program of a step": (
+        "cells/delta.py",
+        "strength == 2",
+        "True",
+        "test_cell_steps.py::test_values[DeltaNet-(3,)]",
     ),
 }
 

@@ -11,7 +11,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.matrix import MatrixInputs, advance, by_head, kernel_step, pieces, side_by_side, unit
 from jaxrnn.engines.arrays import lifted
-from jaxrnn.engines.step import Arrays, Step
+from jaxrnn.engines.step import Step
 from jaxrnn.typing import PyTree
 
 
@@ -58,7 +58,9 @@ def log_decay(rule: Rule, gate: Array, bias: Array, log_rate: Array) -> Array:
     return -rate * jax.nn.softplus(gate) if rule.bound is None else rule.bound * jax.nn.sigmoid(rate * gate)
 
 
-def delta_inputs(rule: Rule, arrays: Arrays, weights: Arrays) -> MatrixInputs:
+def delta_inputs(
+    rule: Rule, arrays: tuple[Array, Array | None], weights: tuple[Array | None, Array | None]
+) -> MatrixInputs:
     """What the recurrence reads, of a step's features.
 
     Args:
@@ -79,14 +81,17 @@ def delta_inputs(rule: Rule, arrays: Arrays, weights: Arrays) -> MatrixInputs:
             each.reshape(*before, n, each.shape[len(before)] // n, *each.shape[len(before) + 1 :])
             for each in (k, v, beta)
         )
-    decay = None if bias is None else log_decay(rule, left if gate is None else gate, bias, log_rate)
+    decay = None
+    if bias is not None and log_rate is not None:
+        decay = log_decay(rule, left if gate is None else gate, bias, log_rate)
     return MatrixInputs(q * rule.key_size**-0.5, k, v, decay, beta)
 
 
 def _program(arrays, weights, s, *, products, key_heads, strength, bound):
     heads, key_size, value_size = s.shape[-3:]
     rule = Rule(heads, key_size, value_size, key_heads, products, strength == 2, bound or None)
-    given = delta_inputs(rule, tuple(each if each is None else each[None] for each in arrays), weights)
+    features, gate = (each if each is None else each[None] for each in arrays)
+    given = delta_inputs(rule, (features, gate), weights)
     s, ys = advance(s, given, products)
     return s, side_by_side(None, ys, given)[0]
 

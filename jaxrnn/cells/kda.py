@@ -205,7 +205,8 @@ def kda_step(
     size = x.shape[-1] if params.w_x is None else params.w_x.shape[0]
     options = {"rank": None if params.w_gate is None else params.w_gate.shape[0], "project": params.w_x is not None}
     check.drawn(params, kda_init, size, *carry.s.shape[-3:], **options)
-    rule = _rule(*carry.s.shape[-3:], negative_eigenvalues, bound)
+    heads, key_size, value_size = carry.s.shape[-3:]
+    rule = _rule(heads, key_size, value_size, negative_eigenvalues, bound)
     return delta_step(rule, params, carry, x, _parts)
 
 
