@@ -5,11 +5,12 @@
 
 A step is a jitted `jaxrnn.step` of one sequence with 32 inputs: matrices of 4 heads with K = V = 64, other cells with
 64 units; RGLRU has 64 inputs, S6 and S4D 64 channels of 16 states. Beside it stand jitted functions of the same arrays:
-`empty` returns the input, `state` also multiplies the state by a number, and `read` also multiplies the input by every
-weight matrix, as a step must. With `--synchronous` JAX computes in the thread that calls, which `jaxrnn.step`
-recommends for streams; otherwise it hands every program of more than 1000 operations to another thread.
+`empty` returns the input, `state` also multiplies the state by a number, `both` also returns an array as long as y, and
+`read` also multiplies the input by every weight matrix, as a step must. With `--synchronous` JAX computes in the thread
+that calls, which `jaxrnn.step` recommends for streams; otherwise it hands every program of more than 1000 operations to
+another thread.
 
-Printed are microseconds, and what a step takes beyond `state` and beyond `read`.
+Printed are microseconds, and what a step takes beyond the last three.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MATRIX = ("LinearAttention", "RetNet", "GLA", "HGRN2", "Mamba2", "MLSTM", "Delta
 CHANNELS = {"S6": (STATES,), "S4D": (STATES,), "RGLRU": ()}
 UNITS = ("Elman", "GRU", "LSTM", "MinGRU", "MinLSTM", "HGRN", "SRU", "QRNN", "LRU", "S5")
 CELLS = *MATRIX, *CHANNELS, *UNITS
-CALLS = ("step", "empty", "state", "read")
+CALLS = ("step", "empty", "state", "both", "read")
 
 
 def make(name: str, size: int) -> Any:
@@ -46,13 +47,17 @@ def calls(cell: Any) -> dict[str, Callable[..., Any]]:
     def state(params, carry, x):
         return jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf * 1.5, carry)
 
+    def both(params, carry, x):
+        new = state(params, carry, x)
+        return new, jnp.resize(jax.tree.leaves(carry)[0].real, cell.output_size) + x[0]
+
     def read(params, carry, x):
         weights = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
         products = [(x if len(w) == len(x) else jnp.full(len(w), x[0])) @ w for w in weights]
         return state(params, carry, x), products
 
     step, empty = (lambda *args: jaxrnn.step(cell, *args)), (lambda params, carry, x: x)
-    return dict(zip(CALLS, (step, empty, state, read), strict=True))
+    return dict(zip(CALLS, (step, empty, state, both, read), strict=True))
 
 
 def run(function: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = contest.parse(parser, argv)
     if args.synchronous:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    rows, table = [], Table("cell, µs", *args.contestants, "step − state", "step − read")
+    rows, table = [], Table("cell, µs", *args.contestants, "step − state", "step − both", "step − read")
     for name in args.cells:
         cell = make(name, args.size)
         params, x = cell.init(jax.random.key(0)), jnp.ones(cell.input_size)
@@ -76,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = {each: run(calls(cell)[each], params, carry, x) for each in args.contestants}
         times = contest.medians(contest.interleaved(runs, args.repeats))
         us = {each: 1e6 * value for each, value in times.items()}
-        beyond = [us["step"] - us[each] if {"step", each} <= us.keys() else None for each in ("state", "read")]
+        beyond = [us["step"] - us[each] if {"step", each} <= us.keys() else None for each in ("state", "both", "read")]
         rows.append({"cell": name, "us": us})
         table.add(name, *us.values(), *beyond)
 

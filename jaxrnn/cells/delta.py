@@ -90,8 +90,8 @@ def delta_inputs(
 def _program(arrays, weights, s, *, products, key_heads, strength, bound):
     heads, key_size, value_size = s.shape[-3:]
     rule = Rule(heads, key_size, value_size, key_heads, products, strength == 2, bound or None)
-    features, gate = (each if each is None else each[None] for each in arrays)
-    given = delta_inputs(rule, (features, gate), weights)
+    features, gate = arrays
+    given = delta_inputs(rule, (features[None], None if gate is None else gate[None]), weights)
     s, ys = advance(s, given, products)
     return s, side_by_side(None, ys, given)[0]
 
