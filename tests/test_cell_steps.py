@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from members import weighted_sum
 
@@ -187,6 +187,17 @@ def test_rows_over_devices(cell):
     assert text.count('custom_call_target="jaxrnn_') == 1
     assert not any(f" {word}(" in text for word in ("all-gather", "all-reduce", "all-to-all"))
     close(compiled(*given), jax.jit(step_of(cell))(params, carry, x), 1e-6)
+
+
+@some
+def test_rows_of_an_explicit_mesh(cell):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    params, carry, x = arguments(cell, (4,))
+    with jax.set_mesh(mesh):
+        rows = PartitionSpec("data")
+        found = jax.jit(step_of(cell))(params, jax.device_put(carry, rows), jax.device_put(x, rows))
+        assert jax.typeof(found[1]).sharding.spec == PartitionSpec("data", None)
+    close(found, jax.jit(step_of(cell))(params, carry, x), 2e-5)
 
 
 @needed

@@ -235,7 +235,7 @@ def advance(s: Array, given: MatrixInputs, products: int = 1) -> tuple[Array, Ar
     new, ys = programs.step(heads.grouped_state(s.astype(wide)), **{name: each[0] for name, each in arrays.items()})
     for n in range(1, products):
         new, ys = programs.step(new, **{name: each[n] for name, each in arrays.items()})
-    return new.reshape(s.shape), ys.reshape(1, *s.shape[:-3], heads.count, ys.shape[-1])
+    return new.reshape(s.shape), ys.reshape(*s.shape[:-3], heads.count, ys.shape[-1])[None]
 
 
 def kernel_step(
