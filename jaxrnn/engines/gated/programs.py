@@ -83,13 +83,66 @@ def _forward_one(xs, w_x, w_h, h, c, fresh_h, fresh_c, valid, start, b, b_hn, *,
 
 def _before(first, fresh, states, valid, start, reverse):
     """Returns the carry before every step, from the carries after every step, the first one and the fresh one."""
+    length = states[0].shape[0]
 
-    def body(state, inputs):
-        new, valid, start = inputs
-        before = state if start is None else _choose(start, fresh, state)
-        return _choose(valid, new, state), before
+    def shifted(first, states):
+        first = first[None]
+        return jnp.concatenate([states[1:], first] if reverse else [first, states[:-1]])
 
-    return lax.scan(body, first, (states, valid, start), reverse=reverse)[1]
+    if valid is None:
+        before = jax.tree.map(shifted, first, states)
+    else:
+        # The last valid step before each, by its place in [first, *states]: no loop.
+        steps = jnp.arange(length, 0, -1) if reverse else jnp.arange(1, length + 1)
+        seen = lax.cummax(jnp.where(valid, steps[:, None], 0), reverse=reverse)
+        last = shifted(jnp.zeros_like(seen[0]), seen)
+
+        def picked(first, states):
+            whole = jnp.concatenate([first[None], jnp.flip(states, 0) if reverse else states])
+            return jnp.take_along_axis(whole, last[..., None], axis=0)
+
+        before = jax.tree.map(picked, first, states)
+    return before if start is None else _choose(start, jax.tree.map(lifted, fresh, before), before)
+
+
+def _coefficients(kind: str, kept, s, c_before, y, c):
+    """What the tangent of every step multiplies, before the loop over them."""
+    size = y.shape[-1]
+    match kind:
+        case "lstm":
+            i, f, g, o = _split(kept, 4)
+            squashed = jnp.tanh(c)
+            of_c = jnp.concatenate([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], -1)
+            return of_c, f, squashed * o * (1 - o), o * (1 - squashed * squashed)
+        case "gru" | "gru_before":
+            r, z, n = _split(kept[..., : 3 * size], 3)
+            second = kept[..., 3 * size :] if kind == "gru" else s
+            return r * (1 - r) * second, r, (1 - z) * (1 - n * n), (s - n) * z * (1 - z), z
+        case "elman_tanh":
+            return (1 - y * y,)
+    return ((y > 0).astype(y.dtype),)
+
+
+def _moved(kind: str, w_h, d_u, d_v, coefficients, d_s, d_c):
+    """The tangents of one step: (y, c')."""
+    size = w_h.shape[0]
+    match kind:
+        case "lstm":
+            of_c, f, of_o, of_y = coefficients
+            a = d_u + dot(d_s, w_h)
+            d_c = f * d_c + sum(_split(of_c * a[..., : 3 * size], 3))
+            return of_o * a[..., 3 * size :] + of_y * d_c, d_c
+        case "gru" | "gru_before":
+            of_r, r, of_n, of_z, z = coefficients
+            v = dot(d_s, w_h) + d_v if kind == "gru" else dot(d_s, w_h[:, : 2 * size])
+            a_r, a_z = _split(d_u[..., : 2 * size] + v[..., : 2 * size], 2)
+            if kind == "gru_before":
+                d_n = dot(of_r * a_r + r * d_s, w_h[:, 2 * size :])
+            else:
+                d_n = of_r * a_r + r * v[..., 2 * size :]
+            return of_n * (d_u[..., 2 * size :] + d_n) + of_z * a_z + z * d_s, d_c
+    (slope,) = coefficients
+    return slope * (d_u + dot(d_s, w_h)), d_c
 
 
 def _tangent_one(
@@ -120,33 +173,15 @@ def _tangent_one(
     if d_b_hn.size:
         d_v = d_v + lifted(jnp.pad(d_b_hn, (2 * size, 0)), d_v)
 
-    def body(state, inputs):
-        d_u, d_v, kept, s, c_before, y, c, (valid, start) = inputs
-        d_s, d_c = state if start is None else _choose(start, (d_fresh_h, d_fresh_c), state)
-        match kind:
-            case "lstm":
-                i, f, g, o = _split(kept, 4)
-                a_i, a_f, a_g, a_o = _split(d_u + dot(d_s, w_h), 4)
-                squashed = jnp.tanh(c)
-                d_c = f * d_c + c_before * f * (1 - f) * a_f + g * i * (1 - i) * a_i + i * (1 - g * g) * a_g
-                d_y = squashed * o * (1 - o) * a_o + o * (1 - squashed * squashed) * d_c
-            case "gru" | "gru_before":
-                r, z, n = _split(kept[..., : 3 * size], 3)
-                v = dot(d_s, w_h) + d_v if after else dot(d_s, w_h[:, : 2 * size])
-                a_r, a_z = _split(d_u[..., : 2 * size] + v[..., : 2 * size], 2)
-                d_r, d_z = r * (1 - r) * a_r, z * (1 - z) * a_z
-                if after:
-                    a_n = d_r * kept[..., 3 * size :] + r * v[..., 2 * size :]
-                else:
-                    a_n = dot(d_r * s + r * d_s, w_h[:, 2 * size :])
-                d_n = (1 - n * n) * (d_u[..., 2 * size :] + a_n)
-                d_y = (1 - z) * d_n + (s - n) * d_z + z * d_s
-            case _:
-                a = d_u + dot(d_s, w_h)
-                d_y = (1 - y * y) * a if kind == "elman_tanh" else jnp.where(y > 0, a, jnp.zeros_like(a))
-        return _choose(valid, (d_y, d_c), state), _choose(valid, d_y, jnp.zeros_like(d_y))
+    coefficients = _coefficients(kind, kept, s, c_before, ys, cs)
 
-    state, d_ys = lax.scan(body, (d_h, d_c), (d_u, d_v, kept, s, c_before, ys, cs, flags), reverse=reverse)
+    def body(state, inputs):
+        d_u, d_v, coefficients, (valid, start) = inputs
+        d_s, d_c = state if start is None else _choose(start, (d_fresh_h, d_fresh_c), state)
+        moved = _moved(kind, w_h, d_u, d_v, coefficients, d_s, d_c)
+        return _choose(valid, moved, state), _choose(valid, moved[0], jnp.zeros_like(moved[0]))
+
+    state, d_ys = lax.scan(body, (d_h, d_c), (d_u, d_v, coefficients, flags), reverse=reverse)
     return d_ys, *state
 
 
