@@ -36,6 +36,7 @@ collect_ignore = ["data", "typed.py"]  # which needs what makes the files, and w
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: the big products, run by `pytest -m full`")
+    config.addinivalue_line("markers", "accelerator: compiled for GPUs and TPUs, run by `pytest -m accelerator`")
     gc.set_threshold(200_000, 50, 100)  # what JAX keeps is never garbage, and looking through it takes long
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_PERTURB, 1)
@@ -80,9 +81,11 @@ def _settings(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The full tier runs only when `-m` names it."""
-    if "full" in (config.option.markexpr or ""):
-        return
-    kept = [item for item in items if "full" not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
-    items[:] = kept
+    """The full tier and that of accelerators run only when `-m` names them."""
+    unasked = {tier for tier in ("full", "accelerator") if tier not in (config.option.markexpr or "")}
+
+    def waits(item):
+        return any(tier in item.keywords for tier in unasked)
+
+    config.hook.pytest_deselected(items=[item for item in items if waits(item)])
+    items[:] = [item for item in items if not waits(item)]

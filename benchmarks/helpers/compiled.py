@@ -31,3 +31,17 @@ def inside_loops(text: str) -> str:
             reached.add(name)
             waiting += [each for each in re.findall(r"%([\w.-]+)", bodies[name]) if each in bodies]
     return "\n".join(bodies[name] for name in sorted(reached))
+
+
+NO_WORK = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "partition-id"}
+
+
+def kernels_in_loops(text: str) -> list[int]:
+    """For every loop, the number of instructions of its body that a device runs, loops inside it not counted."""
+    bodies = computations(text)
+    instruction = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)(?:\{.*?\})?|\S+) ([\w-]+)\(", re.MULTILINE)
+
+    def count(name):
+        return sum(each not in NO_WORK for each in instruction.findall(bodies[name]))
+
+    return [count(name) for name in re.findall(r"\bbody=%?([\w.-]+)", text)]

@@ -1,0 +1,87 @@
+"""Programs for a GPU and a TPU that are not here, by their compilers: what a step runs, and what devices exchange."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled import collectives, inside_loops, kernels_in_loops, loops
+from members import MEMBERS, draw_params, draw_x
+from targets import absent, compiled
+
+import jaxrnn
+from jaxrnn import GRU, LRU, LSTM, MGU, S4D, S6, SLSTM, Elman, GatedDeltaNet, MinGRU
+
+pytestmark = pytest.mark.accelerator
+T, B = 24, 8
+
+# Of a training step of one layer: its loops, and the most instructions in the bodies of all of them that an H100 and a
+# TPU v5e run at every step.
+PINS = {
+    "Elman": (Elman(16, 16), 2, 9, 12),
+    "LSTM": (LSTM(16, 16), 2, 12, 15),
+    "GRU": (GRU(16, 16), 2, 11, 15),
+    "GRU before": (GRU(16, 16, reset_after=False), 2, 19, 19),
+}
+
+# Cells, and the most sums: one of all gradients, and one of complex states.
+DIVIDED = [(LSTM(16, 16), 1), (MGU(16, 16), 1), (MinGRU(16, 16), 1), (LRU(16, 16), 2), (GatedDeltaNet(16, 2, 8, 8), 1)]
+
+
+def needs(target):
+    why = absent(target)
+    if why is not None:
+        pytest.skip(why)
+
+
+def training(cell, **options):
+    def loss(params, xs):
+        ys = jaxrnn.scan(cell, params, None, xs, **options)[1]
+        return sum((jnp.sin(y) ** 2).sum() for y in jax.tree.leaves(ys))
+
+    return jax.grad(loss, allow_int=True)
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+@pytest.mark.parametrize("name", PINS)
+def test_a_gated_cell_trains_in_two_loops(name, target):
+    needs(target)
+    cell, expected, *most = PINS[name]
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((T, B, 16), jnp.float32)
+    text = compiled(target, training(cell), params, (xs, 1)).as_text()
+    assert loops(text) == expected
+    found, bound = sum(kernels_in_loops(text)), dict(zip(("h100", "v5e"), most, strict=True))[target]
+    assert found <= bound
+
+
+@pytest.mark.parametrize("target", ["4 h100", "4 v5e"])
+@pytest.mark.parametrize(("cell", "sums"), DIVIDED, ids=str)
+def test_devices_exchange_gradients_once(cell, sums, target):
+    """Rows are divided: gradients are added up after the loops, and nothing is gathered."""
+    needs(target)
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((T, B, 16), jnp.float32)
+    text = compiled(target, training(cell), params, (xs, 1)).as_text()
+    assert not any(collectives(inside_loops(text)).values())
+    found = collectives(text)
+    assert found.pop("all-reduce") <= sums
+    assert not any(found.values())
+
+
+@pytest.mark.parametrize("cell", [S6(16, 4), S4D(16, 4), SLSTM(16, 16, heads=2)], ids=str)
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+def test_other_cells_compile(cell, target):
+    needs(target)
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((T, B, 16), jnp.float32)
+    assert "jaxrnn_" not in compiled(target, training(cell), params, (xs, 1)).as_text()
+
+
+@pytest.mark.parametrize("target", ["h100", "4 h100", "v5e"])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_member_compiles(name, target):
+    """Forward with its training step, without a kernel of the CPU."""
+    needs(target)
+    cell = MEMBERS[name]
+    params, xs = draw_params(cell), draw_x(cell, 3, 6, 4)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, xs))
+    assert 'custom_call_target="jaxrnn_' not in compiled(target, training(cell), shapes[0], (shapes[1], 1)).as_text()
