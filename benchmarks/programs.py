@@ -79,13 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = contest.parse(parser, argv)
     steps, rows, inputs, units = map(int, args.shape.split(","))
-    lacking = [why for name in args.targets if (why := absent(name)) is not None]
-    if lacking:
-        print("\n".join(lacking))
-        return 0
+    reasons = {name: absent(name) for name in args.targets}
+    print(*filter(None, reasons.values()), sep="\n")
+    targets = [name for name, why in reasons.items() if why is None]
     columns = "loops", "kernels in loops", "collectives", "collectives in loops", "temporary, MB"
     table, found = Table("target", "cell", "implementation", "pass", *columns), []
-    for target in args.targets:
+    for target in targets:
         for name in args.cells:
             cell = CELLS[name](inputs, units)
             params = jax.eval_shape(lambda key, cell=cell: cell.init(key, jnp.dtype(args.dtype)), jax.random.key(0))
@@ -103,9 +102,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def draw(figure):
         axes = figure.subplots()
-        heights = {target: [row["kernels"] for row in found if row["target"] == target] for target in args.targets}
-        labels = [f"{row['cell']} {row['pass']}" for row in found if row["target"] == args.targets[0]]
-        contest.bars(axes, labels, heights, ylabel="kernels in loops")
+        heights = {target: [row["kernels"] for row in found if row["target"] == target] for target in targets}
+        labels = [f"{row['cell']} {row['pass']}" for row in found if row["target"] in targets[:1]]
+        if found:
+            contest.bars(axes, labels, heights, ylabel="kernels in loops")
 
     contest.write(args, [table], {"rows": found}, draw)
     return 0
