@@ -32,7 +32,7 @@ SCRIPTS = {
     "matrix": f"--shapes 1,9,2,3,4 --kinds delta --contestants {OURS} chunked onnxruntime",
     "options": f"--options zoneout layer_norm MGU --shapes 3,5,4,6 --contestants {OURS} xla",
     "mamba": "--shapes 1,5,8 --contestants xla transformers",
-    "programs": "--targets v5e --cells Elman --shape 3,2,3,4 --contestants forward",
+    "programs": "--targets cpu v5e --cells Elman --shape 3,2,3,4 --contestants forward",
     "scaling": f"--base 2,3,3,4 --points 2 --axes B --contestants {OURS} torch",
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers

@@ -1,6 +1,6 @@
-"""Accelerators that are not here, for which programs can be compiled all the same.
+"""Devices that programs can be compiled for, also accelerators that are not here.
 
-A TPU needs `libtpu`; a GPU `jax-cuda12-plugin`, `jax-cuda12-pjrt` and `nvidia-cuda-nvcc-cu12`. Nothing can run.
+A TPU needs `libtpu`; a GPU `jax-cuda12-plugin`, `jax-cuda12-pjrt` and `nvidia-cuda-nvcc-cu12`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Target(NamedTuple):
 # Without measuring, which needs a device.
 _GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 TARGETS = {
+    "cpu": Target("cpu", "", 1, {}),  # that of this machine
     "h100": Target("cuda", "1x1x1", 1, _GPU),
     "4 h100": Target("cuda", "1x1x4", 4, _GPU),
     "v5e": Target("tpu", "v5e:2x2", 1, {}),
@@ -67,7 +68,7 @@ TARGETS = {
 
 def absent(name: str) -> str | None:
     """The packages that are needed to compile for a target and are not here, or None."""
-    needed = {"tpu": ["libtpu"], "cuda": ["jax_cuda12_plugin", "nvidia.cuda_nvcc"]}[TARGETS[name].platform]
+    needed = {"cpu": [], "tpu": ["libtpu"], "cuda": ["jax_cuda12_plugin", "nvidia.cuda_nvcc"]}[TARGETS[name].platform]
 
     def missing(module):
         try:
@@ -81,8 +82,10 @@ def absent(name: str) -> str | None:
 
 @functools.cache
 def devices(name: str) -> list[Any]:
-    """The devices of a target, which nothing can run on."""
+    """The devices of a target; nothing can run on those that are not here."""
     target = TARGETS[name]
+    if target.platform == "cpu":
+        return jax.devices("cpu")[: target.devices]
     if target.platform == "tpu":
         # So that it does not look for the machine of a TPU.
         for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}.items():
