@@ -111,6 +111,22 @@ def test_values_and_gradients_in_float64(kind):
         close(*both_ways(gradients(cell, *wide)), 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 2, 5), (4, 0, 3, 2), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tangents_of_nothing_and_of_one_step(kind, shape):
+    """Those of the program that runs where there is no kernel."""
+    cell, *arrays = problem(kind, shape)
+    ways = flags(*shape[:2]).values()
+
+    def tangents(name):
+        def run(*arrays):
+            return [jaxrnn.scan(cell, *arrays, implementation=name, **options) for options in ways]
+
+        return jax.jvp(run, arrays, arrays)
+
+    close(tangents(None), tangents("xla"))
+
+
 @needed
 @pytest.mark.parametrize("shape", [(0, 3, 2, 5), (4, 0, 3, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", *full(["elman", "relu", "gru", "gru_before"])])

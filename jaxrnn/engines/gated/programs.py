@@ -87,7 +87,7 @@ def _before(first, fresh, states, valid, start, reverse):
 
     def shifted(first, states):
         first = first[None]
-        return jnp.concatenate([states[1:], first] if reverse else [first, states[:-1]])
+        return jnp.concatenate([states, first])[1:] if reverse else jnp.concatenate([first, states])[:-1]
 
     if valid is None:
         before = jax.tree.map(shifted, first, states)
