@@ -179,6 +179,39 @@ def test_a_gated_cell_of_ones_own(mode):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-4, 2e-5), found, expected)
 
 
+@jax.custom_vjp
+def spike(x):
+    return (x > 0).astype(x.dtype)
+
+
+spike.defvjp(lambda x: (spike(x), x), lambda x, d: (d / (1 + jnp.abs(x)) ** 2,))
+
+
+class Spiking(Plain):
+    """A unit that fires, with a surrogate for the derivative that it does not have."""
+
+    def update(self, theta, carry, u, v, w):
+        h = 0.9 * carry.h + 0.1 * spike(u + v)
+        return jaxrnn.ElmanCarry(h), h
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_an_update_with_a_derivative_of_its_own(batch):
+    cell = Spiking(3, 4)
+    params, xs = redraw(cell.init(jax.random.key(0)), 4), redraw(jnp.zeros((5, *batch, 3)), 5)
+
+    def by_steps(params):
+        carry, total = cell.initial_carry(params, batch), 0.0
+        for x in xs:
+            carry, y = cell.step(params, carry, x)
+            total = total + jnp.sin(y).sum()
+        return total
+
+    found = jax.grad(lambda params: jnp.sin(jaxrnn.scan(cell, params, None, xs)[1]).sum())(params)
+    assert jnp.abs(found.w_h).max() > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), found, jax.grad(by_steps)(params))
+
+
 def test_a_gradient_of_weights_is_one_product_after_the_loop():
     """Nothing of the size of a weight is carried from step to step in the backward pass."""
     # The weights of the recurrent products, of this size, are read there; no sum of their cotangents is.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -55,6 +56,7 @@ class Target(NamedTuple):
     options: dict[str, Any]
 
 
+BACKENDS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # as JAX names them
 # Without measuring, which needs a device.
 _GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 TARGETS = {
@@ -101,8 +103,8 @@ def devices(name: str) -> list[Any]:
 
 
 def compiled(name: str, function: Callable[..., Any], params: Any, *rows: tuple[Any, int]) -> Any:
-    """`function(params, *arrays)` compiled for a target. Params are whole on every device; each of `rows` is a tree of
-    shapes and its axis of rows, which is divided.
+    """`function(params, *arrays)` compiled for a target, and traced as where its platform is the default. Params are
+    whole on every device; each of `rows` is a tree of shapes and its axis of rows, which is divided.
     """
     mesh = Mesh(np.array(devices(name)), ("devices",))
 
@@ -112,5 +114,6 @@ def compiled(name: str, function: Callable[..., Any], params: Any, *rows: tuple[
 
     divided = (placed(tree, PartitionSpec(*[None] * axis, "devices")) for tree, axis in rows)
     target = TARGETS[name]
-    lowered = jax.jit(function).trace(placed(params, PartitionSpec()), *divided)
-    return lowered.lower(lowering_platforms=(target.platform,)).compile(compiler_options=target.options)
+    with mock.patch.object(jax, "default_backend", return_value=BACKENDS[target.platform]):
+        traced = jax.jit(function).trace(placed(params, PartitionSpec()), *divided)
+    return traced.lower(lowering_platforms=(target.platform,)).compile(compiler_options=target.options)

@@ -39,17 +39,16 @@ def time_loop(
     def scan(carry, inputs, ahead=None, within=None):
         def body(carry, inputs):
             params, fresh = back(wide)
-            x, (valid, start) = inputs
+            x, valid, follows = inputs
             x = x if within is None else within(params, x)
-            keep = valid if start is None else ~start if valid is None else valid & ~start
-            new, y = step(params, carry if keep is None else select(keep, carry, fresh), x)
+            new, y = step(params, carry if follows is None else select(follows, carry, fresh), x)
             if valid is not None:
                 new, y = select(valid, new, carry), zero_where_not(valid, y)
             return new, y
 
         xs, flags = inputs
         xs = xs if ahead is None else ahead(params, xs)
-        return lax.scan(body, carry, (xs, flags), reverse=reverse)
+        return lax.scan(body, carry, (xs, flags.valid, flags.follows), reverse=reverse)
 
     inputs = xs, flags
     if prepare is None:

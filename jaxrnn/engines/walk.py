@@ -21,22 +21,15 @@ Implementation = str | Mapping[str, str] | None
 
 
 class EngineCall(NamedTuple):
-    """One call of an engine: the implementation that runs it, and the reasons why the others do not.
-
-    `program` says which of several programs it is, where XLA has more than one. "loop" is the loop over the cell's own
-    update, which the name "xla" asks for; "primitives" is the kernels' form with derivatives written by hand, which
-    accelerators run.
-    """
+    """One call of an engine: the implementation that runs it, and the reasons why the others do not."""
 
     engine: str
     cell: str
     implementation: str
     refused: dict[str, str]
-    program: str | None = None
 
     def __str__(self):
-        program = "" if self.program is None else f" ({self.program})"
-        lines = [f"{self.engine}: {self.implementation}{program}  for {self.cell}"]
+        lines = [f"{self.engine}: {self.implementation}  for {self.cell}"]
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.refused.items()])
 
 
@@ -57,6 +50,13 @@ class Flags(NamedTuple):
 
     valid: Array | None
     start: Array | None
+
+    @property
+    def follows(self) -> Array | None:
+        """Whether each step follows the one before: it is valid, and does not start fresh; None for all."""
+        if self.start is None:
+            return self.valid
+        return ~self.start if self.valid is None else self.valid & ~self.start
 
 
 @jax.tree_util.register_dataclass
@@ -172,11 +172,10 @@ class Walk:
         refusals: Mapping[str, str],
         *,
         cell: object,
-        program: str | None = None,
     ) -> None:
         """Records a call for `explain`."""
         if self.question is not None:
-            self.question.calls.append(EngineCall(engine, repr(cell), implementation, dict(refusals), program))
+            self.question.calls.append(EngineCall(engine, repr(cell), implementation, dict(refusals)))
 
 
 def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:

@@ -12,7 +12,8 @@ from jax import Array
 from jaxrnn.engines.arrays import cast
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated import primitives
-from jaxrnn.engines.gated.recurrence import GatedRecurrence, GatedWeights, How, dtypes, gated_recurrence
+from jaxrnn.engines.gated.derivative import gated_recurrence
+from jaxrnn.engines.gated.recurrence import GatedRecurrence, GatedWeights, How, Problem, dtypes
 from jaxrnn.engines.gated.staged import primitives as staged
 from jaxrnn.engines.gated.staged.rule import Given, Rule
 from jaxrnn.engines.loop import in_chunks
@@ -100,7 +101,8 @@ def gated_scan(
 
     def scan(constant, carry, inputs):
         weights, fresh, mask = constant
-        return gated_recurrence(how, weights, carry, fresh, mask, *inputs)
+        xs, stay, flags = inputs
+        return gated_recurrence(how, Problem(xs, weights, carry, fresh, mask, stay, *flags))
 
     return in_chunks(scan, (weights, fresh, noise.mask), carry, (xs, noise.stay, walk.flags), walk)
 
@@ -131,10 +133,8 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
     if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
-        by_primitives = plain and refusal is None and walk.named("gated_scan") is None
-        program = None if chosen == "native" else "primitives" if by_primitives else "loop"
         for _ in weights:
-            walk.record("gated_scan", chosen, refusals, cell=cell, program=program)
+            walk.record("gated_scan", chosen, refusals, cell=cell)
     if chosen != "native":
         return None
 

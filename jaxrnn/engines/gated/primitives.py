@@ -153,7 +153,7 @@ def _forward_jvp(primals, tangents, *, save, **options):
     wrt = () if type(moving.xs) is ad.Zero else ("xs",)
     if any(type(tangent) is not ad.Zero for tangent in (moving.w_x, moving.w_h, moving.b, moving.b_hn)):
         wrt += ("weights", *(name for name in ("b", "b_hn") if getattr(read, name).size))
-    fixed = Fixed(*read[:-2], out.ys, out.kept, out.cs)
+    fixed = Fixed(*read, out.ys, out.kept, out.cs)
     shapes = linear_shapes(fixed, out.h.shape[0], wrt)
 
     def whole(tangent, shape):
@@ -234,8 +234,11 @@ def _on_cpu(primitive):
     by_xla = _by_xla(primitive)
 
     def alone(ctx, *operands, kind, directions, batch_major, named, **options):
+        names, _ = _names(primitive)
+        taken = [k for k, name in enumerate(names) if primitive is forward_p or name not in ("b", "b_hn")]
         # What has no elements is not handed over, but for the first three, which tell the sizes.
-        arguments = [k for k, aval in enumerate(ctx.avals_in) if k < 3 or aval.size]
+        arguments = [k for k in taken if k < 3 or ctx.avals_in[k].size]
+        places = {k: place for place, k in enumerate(taken)}
         results = [k for k, aval in enumerate(ctx.avals_out) if aval.size]
         call = jax.ffi.ffi_lowering(library.target(primitive.name, ctx.avals_in[0].dtype))
         found = call(
@@ -246,7 +249,7 @@ def _on_cpu(primitive):
             directions=np.int64(sum(reverse << k for k, reverse in enumerate(directions))),
             pattern=np.int64(len(directions)),
             members=np.int64(count_members(aval.shape[0] for aval in ctx.avals_in)),
-            here=np.int64(sum(1 << k for k in arguments) + sum(1 << 32 + k for k in results)),
+            here=np.int64(sum(1 << places[k] for k in arguments) + sum(1 << 32 + k for k in results)),
         )
         whole: list[PyTree] = [
             None if aval.size else mlir.ir_constant(np.zeros(aval.shape, aval.dtype)) for aval in ctx.avals_out

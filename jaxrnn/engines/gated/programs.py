@@ -1,8 +1,8 @@
 """The gated recurrences that compiled kernels compute, in JAX. They run where there is no kernel, and for higher
 derivatives.
 
-forward: the recurrence, and the values that are kept of it. tangent: its derivative, linear in the tangents. backward:
-the transpose of that derivative.
+forward: the recurrence, and what is kept of it. tangent: its derivative, linear in the tangents. backward: the
+transpose of that derivative. The gates, which kernels keep, the programs neither write nor read.
 
 Every array has an axis of members M in front: weights (M, ...), rows (M, B, ...), sequences (M, T, B, ...), or
 (M, B, T, ...) if they are batch-major. Inputs may have one member for all. An absent array has a last axis of 0.
@@ -17,42 +17,49 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from jaxrnn.engines.arrays import lifted, select
-from jaxrnn.engines.product import dot
+from jaxrnn.engines.arrays import lifted
+from jaxrnn.engines.gated import derivative
+from jaxrnn.engines.gated.recurrence import GatedWeights, How, Problem, Recurrence, time_steps
 from jaxrnn.typing import PyTree
 
 
-def _split(array: Array, parts: int) -> list[Array]:
-    return jnp.split(array, parts, axis=-1)
+class _Carry(NamedTuple):
+    h: Array
+    c: Array | None
 
 
-def _step(kind: str, u, w_h, b_hn, h, c):
-    """Runs one step of one member from u = x w_x + b: (h', c', the values that are kept)."""
-    size = w_h.shape[0]
-    match kind:
-        case "lstm":
-            i, f, g, o = _split(u + dot(h, w_h), 4)
-            i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
-            c = f * c + i * g
-            return o * jnp.tanh(c), c, jnp.concatenate([i, f, g, o], -1)
-        case "gru":
-            v = dot(h, w_h)
-            q = v[..., 2 * size :] + lifted(b_hn, v) if b_hn.size else v[..., 2 * size :]
-            r, z = _split(jax.nn.sigmoid(u[..., : 2 * size] + v[..., : 2 * size]), 2)
-            n = jnp.tanh(u[..., 2 * size :] + r * q)
-            return (1 - z) * n + z * h, c, jnp.concatenate([r, z, n, q], -1)
-        case "gru_before":
-            r, z = _split(jax.nn.sigmoid(u[..., : 2 * size] + dot(h, w_h[:, : 2 * size])), 2)
-            n = jnp.tanh(u[..., 2 * size :] + dot(r * h, w_h[:, 2 * size :]))
-            return (1 - z) * n + z * h, c, jnp.concatenate([r, z, n], -1)
-    a = u + dot(h, w_h)
-    return jnp.tanh(a) if kind == "elman_tanh" else jax.nn.relu(a), c, h[..., :0]
+def _recurrence(kind: str) -> Recurrence:
+    """What a kind does after its products; θ is b_hn, or ()."""
 
+    def lstm(theta, carry, u, v, w):
+        i, f, g, o = jnp.split(u + v, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * carry.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return _Carry(h, c), h
 
-def _choose(flag: Array | None, on, off):
-    return on if flag is None else select(flag, on, off)
+    def elman(theta, carry, u, v, w):
+        h = jnp.tanh(u + v) if kind == "elman_tanh" else jax.nn.relu(u + v)
+        return _Carry(h, None), h
+
+    def gates(u, v):
+        size = u.shape[-1] // 3
+        return jnp.split(jax.nn.sigmoid(u[..., : 2 * size] + v[..., : 2 * size]), 2, axis=-1)
+
+    def gru(theta, carry, u, v, w):
+        r, z = gates(u, v)
+        if kind == "gru":
+            q = v[..., 2 * z.shape[-1] :]
+            w = r * (q + lifted(theta, q) if len(theta) else q)
+        h = (1 - z) * jnp.tanh(u[..., 2 * z.shape[-1] :] + w) + z * carry.h
+        return _Carry(h, None), h
+
+    def reset(theta, carry, s, u, v):
+        return gates(u, v)[0] * s
+
+    update = {"lstm": lstm, "elman_tanh": elman, "elman_relu": elman}.get(kind, gru)
+    return Recurrence(update, reset)
 
 
 def zeros(tree):
@@ -60,129 +67,52 @@ def zeros(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _present(*flags):
-    return tuple(flag if flag.size else None for flag in flags)
+def _there(array: Array | None) -> Any:
+    return array if array is not None and array.shape[-1] else None
 
 
-def _forward_one(xs, w_x, w_h, h, c, fresh_h, fresh_c, valid, start, b, b_hn, *, kind, reverse, save):
-    flags = valid, start = _present(valid, start)
-    us = dot(xs, w_x)
-    us = us + lifted(b, us) if b.size else us
-
-    def body(state, inputs):
-        u, (valid, start) = inputs
-        h, c = state if start is None else _choose(start, (fresh_h, fresh_c), state)
-        results = _step(kind, u, w_h, b_hn, h, c)
-        state = _choose(valid, results[:2], state)
-        y, cs, kept = _choose(valid, results, zeros(results))
-        return state, (y, *((kept, cs) if save else ()))
-
-    (h, c), (ys, *kept) = lax.scan(body, (h, c), (us, flags), reverse=reverse)
-    return ys, h, c, *(kept or (ys[..., :0], ys[..., :0]))
+def _weights(kind: str, arrays: Read | Moving) -> GatedWeights:
+    """The weights of a kind, or their tangents; those that have no columns are None."""
+    w_x, w_h, b, b_hn = map(_there, (arrays.w_x, arrays.w_h, arrays.b, arrays.b_hn))
+    first, second = w_h, None
+    if kind == "gru_before" and w_h is not None:
+        first, second = jnp.split(w_h, [2 * w_h.shape[0]], axis=1)
+    return GatedWeights(w_x, b, first, second, b_hn)
 
 
-def _before(first, fresh, states, valid, start, reverse):
-    """Returns the carry before every step, from the carries after every step, the first one and the fresh one."""
-    length = states[0].shape[0]
-
-    def shifted(first, states):
-        first = first[None]
-        return jnp.concatenate([states, first])[1:] if reverse else jnp.concatenate([first, states])[:-1]
-
-    if valid is None:
-        before = jax.tree.map(shifted, first, states)
-    else:
-        # The last valid step before each, by its place in [first, *states]: no loop.
-        steps = jnp.arange(length, 0, -1) if reverse else jnp.arange(1, length + 1)
-        seen = lax.cummax(jnp.where(valid, steps[:, None], 0), reverse=reverse)
-        last = shifted(jnp.zeros_like(seen[0]), seen)
-
-        def picked(first, states):
-            whole = jnp.concatenate([first[None], jnp.flip(states, 0) if reverse else states])
-            return jnp.take_along_axis(whole, last[..., None], axis=0)
-
-        before = jax.tree.map(picked, first, states)
-    return before if start is None else _choose(start, jax.tree.map(lifted, fresh, before), before)
+def _problem(kind: str, read: Read) -> Problem:
+    weights, flags = _weights(kind, read), (flag if flag.size else None for flag in (read.valid, read.start))
+    carry = _Carry(read.h, _there(read.c))
+    fresh = _Carry(read.fresh_h, _there(read.fresh_c)) if read.fresh_h.shape[-1] else carry
+    weights = weights if weights.theta is not None else weights._replace(theta=())
+    return Problem(read.xs, weights, carry, fresh, None, None, *flags)
 
 
-def _coefficients(kind: str, kept, s, c_before, y, c):
-    """What the tangent of every step multiplies, before the loop over them."""
-    size = y.shape[-1]
-    match kind:
-        case "lstm":
-            i, f, g, o = _split(kept, 4)
-            squashed = jnp.tanh(c)
-            of_c = jnp.concatenate([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], -1)
-            return of_c, f, squashed * o * (1 - o), o * (1 - squashed * squashed)
-        case "gru" | "gru_before":
-            r, z, n = _split(kept[..., : 3 * size], 3)
-            second = kept[..., 3 * size :] if kind == "gru" else s
-            return r * (1 - r) * second, r, (1 - z) * (1 - n * n), (s - n) * z * (1 - z), z
-        case "elman_tanh":
-            return (1 - y * y,)
-    return ((y > 0).astype(y.dtype),)
+def _how(kind: str, read: Read, reverse: bool) -> How:
+    return How(_recurrence(kind), read.xs.dtype, read.xs.dtype, reverse)
 
 
-def _moved(kind: str, w_h, d_u, d_v, coefficients, d_s, d_c):
-    """The tangents of one step: (y, c')."""
-    size = w_h.shape[0]
-    match kind:
-        case "lstm":
-            of_c, f, of_o, of_y = coefficients
-            a = d_u + dot(d_s, w_h)
-            d_c = f * d_c + sum(_split(of_c * a[..., : 3 * size], 3))
-            return of_o * a[..., 3 * size :] + of_y * d_c, d_c
-        case "gru" | "gru_before":
-            of_r, r, of_n, of_z, z = coefficients
-            v = dot(d_s, w_h) + d_v if kind == "gru" else dot(d_s, w_h[:, : 2 * size])
-            a_r, a_z = _split(d_u[..., : 2 * size] + v[..., : 2 * size], 2)
-            if kind == "gru_before":
-                d_n = dot(of_r * a_r + r * d_s, w_h[:, 2 * size :])
-            else:
-                d_n = of_r * a_r + r * v[..., 2 * size :]
-            return of_n * (d_u[..., 2 * size :] + d_n) + of_z * a_z + z * d_s, d_c
-    (slope,) = coefficients
-    return slope * (d_u + dot(d_s, w_h)), d_c
+def _forward_one(*arrays, kind, reverse, save):
+    read = Read(*arrays)
+    carry, ys, states = time_steps(_how(kind, read, reverse), _problem(kind, read), save)
+    nothing = ys[..., :0]
+    if not save:
+        return ys, carry.h, read.c if carry.c is None else carry.c, nothing, nothing
+    gates = {"lstm": 4, "gru": 4, "gru_before": 3}.get(kind, 0)
+    kept = jnp.full((*ys.shape[:-1], gates * ys.shape[-1]), jnp.nan, ys.dtype)  # so that nobody reads it unseen
+    return ys, carry.h, read.c if carry.c is None else carry.c, kept, nothing if states.c is None else states.c
 
 
-def _tangent_one(
-    xs, w_x, w_h, h, c, fresh_h, fresh_c, valid, start, ys, kept, cs,
-    d_xs, d_w_x, d_w_h, d_h, d_c, d_fresh_h, d_fresh_c, d_b, d_b_hn,
-    *, kind, reverse,
-):  # fmt: skip
+def _tangent_one(*arrays, kind, reverse):
     """Computes the tangents of ys, h', c'."""
-    size, after = w_h.shape[0], kind == "gru"
-    flags = valid, start = _present(valid, start)
-    s, c_before = _before((h, c), (fresh_h, fresh_c), (ys, cs), valid, start, reverse)
-    d_u = jnp.zeros((*xs.shape[:2], w_h.shape[1]), xs.dtype)
-    d_v = d_u if after else d_u[..., :0]
-    if d_xs.size:
-        d_u = d_u + dot(d_xs, w_x)
-    if d_w_x.size:
-        d_u = d_u + dot(xs, d_w_x)
-    if d_b.size:
-        d_u = d_u + lifted(d_b, d_u)
-    if d_w_h.size:
-        if after:
-            d_v = d_v + dot(s, d_w_h)
-        elif kind == "gru_before":
-            second = dot(kept[..., :size] * s, d_w_h[:, 2 * size :])
-            d_u = d_u + jnp.concatenate([dot(s, d_w_h[:, : 2 * size]), second], -1)
-        else:
-            d_u = d_u + dot(s, d_w_h)
-    if d_b_hn.size:
-        d_v = d_v + lifted(jnp.pad(d_b_hn, (2 * size, 0)), d_v)
-
-    coefficients = _coefficients(kind, kept, s, c_before, ys, cs)
-
-    def body(state, inputs):
-        d_u, d_v, coefficients, (valid, start) = inputs
-        d_s, d_c = state if start is None else _choose(start, (d_fresh_h, d_fresh_c), state)
-        moved = _moved(kind, w_h, d_u, d_v, coefficients, d_s, d_c)
-        return _choose(valid, moved, state), _choose(valid, moved[0], jnp.zeros_like(moved[0]))
-
-    state, d_ys = lax.scan(body, (d_h, d_c), (d_u, d_v, coefficients, flags), reverse=reverse)
-    return d_ys, *state
+    count = len(Fixed._fields)
+    fixed, moving = Fixed(*arrays[:count]), Moving(*arrays[count:])
+    read = Read(*fixed[: len(Read._fields)])
+    carry, fresh = _Carry(moving.h, _there(moving.c)), _Carry(moving.fresh_h, _there(moving.fresh_c))
+    moved = Problem(_there(moving.xs), _weights(kind, moving), carry, fresh if moving.fresh_h.shape[-1] else None)
+    states = _Carry(fixed.ys, _there(fixed.cs))
+    new, ys = derivative.tangent(_how(kind, read, reverse), _problem(kind, read), states, moved)
+    return ys, new.h, moving.c if new.c is None else new.c
 
 
 class Read(NamedTuple):
@@ -212,7 +142,7 @@ class Written(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """The inputs of `tangent` and `backward` in which they are not linear."""
+    """The inputs of `tangent` and `backward` in which they are not linear: those of `Read`, and what is kept."""
 
     xs: PyTree
     w_x: PyTree
@@ -223,6 +153,8 @@ class Fixed(NamedTuple):
     fresh_c: PyTree
     valid: PyTree
     start: PyTree
+    b: PyTree
+    b_hn: PyTree
     ys: PyTree
     kept: Any
     cs: Any
@@ -339,7 +271,8 @@ def linear_shapes(fixed: Fixed, members: int, wrt: tuple[str, ...]) -> Moving:
 
     def like(array, present=True):
         last = array.shape[-1] if present else 0
-        return jax.ShapeDtypeStruct((members, *array.shape[1:-1], last), fixed.xs.dtype)
+        rows = jax.typeof(array).sharding  # the tangents of rows are divided as they are
+        return jax.ShapeDtypeStruct((members, *array.shape[1:-1], last), fixed.xs.dtype, sharding=rows)
 
     def bias(name, size):
         return jax.ShapeDtypeStruct((members, size if name in wrt else 0), fixed.xs.dtype)

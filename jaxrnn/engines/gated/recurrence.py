@@ -1,4 +1,4 @@
-"""A gated recurrence by XLA: its steps, and the time loop whose gradients of weights are summed after it.
+"""A gated recurrence by XLA: its steps and the time loop; see `derivative` for its gradients.
 
 u = x w_x + b
 v = (m s) w_h             s the recurrent part of the carry, m a noise mask
@@ -8,16 +8,14 @@ carry', y = update(θ, carry, u, v, w)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, select, varying_like
+from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, select
 from jaxrnn.engines.loop import time_loop
 from jaxrnn.engines.product import dot
 from jaxrnn.engines.walk import Flags
@@ -62,55 +60,34 @@ def recurrent_product(s: Array, w_h: Array) -> Array:
     return v.reshape(*v.shape[:-2], blocks * columns)
 
 
-def _input_product(weights: GatedWeights, x, dtype, wide):
+def input_product(weights: GatedWeights, x: Array, dtype: DTypeLike, wide: DTypeLike) -> Array:
     """Computes u in the wide dtype, for one step or many."""
     u = dot(x.astype(dtype), weights.w_x).astype(wide)
     return u if weights.b is None else u + lifted(weights.b.astype(wide), u)
-
-
-class Added(NamedTuple):
-    """The arrays that are added to u, v and w of every step: zeros, whose cotangents are those of the products."""
-
-    u: Array
-    v: Array
-    w: Array  # without columns where there is no second product
-
-
-@jax.custom_jvp
-def _moved(x: Array, added: Array) -> Array:
-    """Returns x + added. Since `added` is zero, only its tangent is added, so that it is not read before it has a
-    tangent.
-    """
-    return x
-
-
-@_moved.defjvp
-def _moved_jvp(primals, tangents):
-    return _moved(*primals), tangents[0] + tangents[1]
 
 
 class Read(NamedTuple):
     """The inputs of the two products on the carry at a step, in the dtype of the products."""
 
     s: Array
-    mid: Array | None
+    mid: Any
 
 
-def products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, added: Added | None = None):
+def products(cell, weights: GatedWeights, carry, u, mask, dtype, wide):
     """Returns the arguments of `update`, in the wide dtype, and the inputs of the products; `weights` have `dtype`."""
     carry, theta = cast(carry, wide), cast(weights.theta, wide)
-    s = getattr(carry, cell.recurrent_state)
-    if mask is not None:
-        s = s * mask.astype(wide)
+    s = masked(getattr(carry, cell.recurrent_state), mask)
     narrow = s.astype(dtype)
     v = recurrent_product(narrow, weights.w_h).astype(wide)
-    if added is not None:
-        u, v = _moved(u, added.u), _moved(v, added.v)
     if weights.w_2 is None:
         return (theta, carry, u, v, None), Read(narrow, None)
     mid = cell.second_input(theta, carry, s, u, v).astype(dtype)
-    w = dot(mid, weights.w_2).astype(wide)
-    return (theta, carry, u, v, w if added is None else _moved(w, added.w)), Read(narrow, mid)
+    return (theta, carry, u, v, dot(mid, weights.w_2).astype(wide)), Read(narrow, mid)
+
+
+def masked(s: Array, mask: Array | None) -> Array:
+    """Returns what the recurrent product reads, at one step or at many."""
+    return s if mask is None else s * lifted(mask.astype(s.dtype), s)
 
 
 def dtypes(weights, carry, x):
@@ -133,7 +110,7 @@ def gated_products(
     """Returns the arguments of `update` at one step, (θ, carry, u, v, w), in the dtype that gates compute in."""
     dtype, wide = dtypes(weights, carry, x)
     weights = cast(weights, dtype)
-    return products(recurrence, weights, carry, _input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
+    return products(recurrence, weights, carry, input_product(weights, x, dtype, wide), mask, dtype, wide)[0]
 
 
 def gated_step(
@@ -158,7 +135,7 @@ class How(NamedTuple):
     in expectation, or None where all is new.
     """
 
-    cell: GatedRecurrence
+    cell: GatedRecurrence | Recurrence
     dtype: DTypeLike
     wide: Any
     reverse: bool
@@ -179,121 +156,64 @@ def zoned(old: PyTree, new: PyTree, rates: Sequence[float | None], stay: PyTree 
     return jax.tree.unflatten(structure, map(zone, jax.tree.leaves(old), leaves, rates, flags))
 
 
-def _loop(how: How, weights, carry, fresh, mask, xs, stay, flags: Flags, added: Added | None = None):
-    """Runs the time loop: (carry, (ys, the inputs of the products)); with `added`, θ has the axes of a row in front."""
-    cell, dtype, wide, reverse, platform, rates = how
+class Problem(NamedTuple):
+    """The arrays of a recurrence, absent ones None.
+
+    xs: the inputs (T, *batch, D); carry: the one before the first step; fresh: the one that a reset starts from;
+    mask (*batch, S): what multiplies the recurrent part of the carry; stay: for every leaf of the carry, which entries
+    keep their value at a step; valid, start: see `Flags`.
+    """
+
+    xs: PyTree
+    weights: PyTree
+    carry: PyTree
+    fresh: PyTree
+    mask: PyTree = None
+    stay: PyTree = None
+    valid: PyTree = None
+    start: PyTree = None
+
+    @property
+    def flags(self) -> Flags:
+        """The flags of every step."""
+        return Flags(self.valid, self.start)
+
+
+def updated(how: How, theta, carry, u, v, w, stay) -> tuple[PyTree, Array]:
+    """Returns (carry', y), where some entries of the carry stay."""
+    new, y = how.cell.update(theta, carry, u, v, w)
+    if how.rates is None:
+        return new, y
+    new = zoned(carry, new, how.rates, stay)
+    return new, getattr(new, how.cell.recurrent_state)
+
+
+def time_steps(how: How, problem: Problem, keep: bool = False) -> tuple[PyTree, Array, PyTree]:
+    """Runs the time loop: (carry, ys, with `keep` the carry after every valid step)."""
+    dtype, wide = how.dtype, how.wide
 
     def prepare(constant, inputs):
         weights, _ = constant
-        x, added, stay = inputs
-        return _input_product(weights, x, dtype, wide), added, stay
+        x, stay = inputs
+        return input_product(weights, x, dtype, wide), stay
 
     def step(constant, carry, inputs):
         weights, mask = constant
-        u, added, stay = inputs
-        each = cell if added is None else _ByRow(cell, xs.ndim - 2)
-        reads, read = products(each, weights, carry, u, mask, dtype, wide, added)
-        new, y = each.update(*reads)
-        if rates is not None:
-            new = zoned(reads[1], new, rates, stay)
-            y = getattr(new, cell.recurrent_state)
-        return cast_like(new, carry, owner=type(cell).__name__), (y.astype(dtype), None if added is None else read)
+        u, stay = inputs
+        reads, _ = products(how.cell, weights, carry, u, mask, dtype, wide)
+        new, y = updated(how, *reads, stay)
+        new = cast_like(new, carry, owner=type(how.cell).__name__)
+        return new, (y.astype(dtype), new if keep else None)
 
-    return time_loop(
+    carry, (ys, states) = time_loop(
         step,
-        (weights, mask),
-        carry,
-        (xs, added, stay),
-        fresh=fresh,
-        flags=flags,
-        reverse=reverse,
-        platform=platform,
+        (problem.weights, problem.mask),
+        problem.carry,
+        (problem.xs, problem.stay),
+        fresh=problem.fresh,
+        flags=problem.flags,
+        reverse=how.reverse,
+        platform=how.platform,
         prepare=prepare,
     )
-
-
-class _ByRow:
-    """A cell whose θ has the axes of a row in front, like all other arguments of its `update` and `second_input`."""
-
-    def __init__(self, cell: GatedRecurrence, ndim: int):
-        self.recurrent_state = cell.recurrent_state
-        self.update, self.second_input = cell.update, cell.second_input
-        for _ in range(ndim):
-            self.update, self.second_input = jax.vmap(self.update), jax.vmap(self.second_input)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def gated_recurrence(how: How, weights, carry, fresh, mask, xs, stay, flags):
-    """The time loop, differentiated so that every gradient of a weight is one product over all steps, after the loop.
-
-    The tangents of u, v and w of a step come from x, from the carry, and from the arrays added to them. So the products
-    with tangents of weights are computed for all steps at once, before the loop of tangents, and added there. The
-    transpose multiplies all cotangents after its loop, summed in at least float32. There is one θ for each row, and the
-    rows are summed at the end.
-    """
-    carry, (ys, _) = _loop(how, weights, carry, fresh, mask, xs, stay, flags)
-    return carry, ys
-
-
-def _recurrence_jvp(how: How, primals, tangents):
-    weights, carry, fresh, mask, xs, stay, flags = primals
-    dtype, wide = how.dtype, how.wide
-    s = getattr(carry, how.cell.recurrent_state)
-    # Zeros made of arrays that are there have their sharding, and vary over the same axes of a mesh.
-    step, row = jnp.zeros_like(xs[..., :1], wide), jnp.zeros_like(s[..., 0], wide)
-
-    def zeros(columns):
-        return jnp.broadcast_to(step, (*xs.shape[:-1], columns))
-
-    def by_row(leaf):
-        rows = row.reshape(row.shape + (1,) * leaf.ndim)
-        return lifted(leaf, rows) + rows
-
-    v = jax.eval_shape(recurrent_product, s.astype(dtype), weights.w_h)
-    columns = weights.w_x.shape[1], v.shape[-1], 0 if weights.w_2 is None else weights.w_2.shape[1]
-    added = Added(*map(zeros, columns))
-    theta = jax.tree.map(by_row, cast(weights.theta, wide))
-    added, theta = varying_like((added, theta), carry, fresh, mask, weights, xs)
-
-    d_weights, d_carry, d_fresh, d_mask, d_xs, *_ = tangents
-    rows = {"carry": (carry, d_carry), "fresh": (fresh, d_fresh), "mask": (mask, d_mask)}
-    rows = {name: pair for name, pair in rows.items() if _moves(pair[1])}
-
-    def run(theta, moving, added):
-        given = {"carry": carry, "fresh": fresh, "mask": mask} | moving
-        return _loop(how, weights._replace(theta=theta), xs=xs, stay=stay, flags=flags, added=added, **given)
-
-    moving = {name: value for name, (value, _) in rows.items()}
-    (new, (ys, read)), tangent = jax.linearize(run, theta, moving, added)
-
-    def product(tangent, multiply):
-        return [multiply(tangent).astype(wide)] if _moves(tangent) else []
-
-    u = product(d_xs, lambda d: dot(d, weights.w_x)) + product(d_weights.w_x, lambda d: dot(xs, d))
-    u += product(d_weights.b, lambda d: jnp.broadcast_to(lifted(d.astype(wide), added.u), added.u.shape))
-    v = product(d_weights.w_h, lambda d: recurrent_product(read.s, d))
-    w = product(d_weights.w_2, lambda d: dot(read.mid, d))
-    pairs = zip((u, v, w), added, strict=True)
-    d_added = Added(*(functools.reduce(jnp.add, terms) if terms else zero for terms, zero in pairs))
-    d_theta = jax.tree.map(by_row, cast(_instantiated(d_weights.theta), wide))
-    d_rows = {name: _instantiated(d_value) for name, (_, d_value) in rows.items()}
-    d_new, (d_ys, _) = tangent(d_theta, d_rows, d_added)
-    return (new, ys), (d_new, d_ys)
-
-
-gated_recurrence.defjvp(_recurrence_jvp, symbolic_zeros=True)
-
-
-def _moves(tangent: PyTree) -> bool:
-    """Whether part of a tangent is not known to be zero."""
-    return not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangent))
-
-
-def _instantiated(tangent: PyTree) -> PyTree:
-    def instantiate(leaf):
-        if not isinstance(leaf, SymbolicZero):
-            return leaf
-        aval: Any = leaf.aval
-        return jnp.zeros(aval.shape, aval.dtype)
-
-    return jax.tree.map(instantiate, tangent)
+    return carry, ys, states

@@ -14,28 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrnn.engines.gated import derivative
 from jaxrnn.engines.gated.programs import count_members
-from jaxrnn.engines.gated.recurrence import How, gated_recurrence
+from jaxrnn.engines.gated.recurrence import How, Problem, time_steps
 from jaxrnn.engines.gated.staged.rule import FAMILIES, Rule
-from jaxrnn.engines.walk import Flags
 from jaxrnn.typing import PyTree
 
 
-class Problem(NamedTuple):
-    """The arrays of a call, absent ones None. stay: for every leaf of the carry, which entries keep their value."""
-
-    xs: PyTree
-    weights: PyTree
-    carry: PyTree
-    fresh: PyTree
-    mask: PyTree = None
-    stay: PyTree = None
-    valid: PyTree = None
-    start: PyTree = None
-
-
 class Result(NamedTuple):
-    """The results of `forward`; with `save` also what its kernel keeps for `backward`."""
+    """The results of `forward`; with `save` also every state other than h, and what its kernel keeps for `backward`."""
 
     ys: PyTree
     carry: PyTree
@@ -83,31 +70,37 @@ def only(problem: Problem, names) -> Problem:
     return Problem(*(each if name in names else None for name, each in zip(Problem._fields, problem, strict=True)))
 
 
-# The programs, of one member whose sequences are time-major. What a kernel keeps they neither write nor read.
+# The programs, of one member whose sequences are time-major. What a kernel keeps they neither write nor read, but for
+# the states of every step.
 
 
-def _forward_one(call: Call, reverse: bool, problem: Problem) -> Result:
-    xs, weights, carry, fresh, mask, stay, *flags = problem
-    how = How(call.cell, xs.dtype, xs.dtype, reverse, rates=call.rates)
-    fresh = carry if fresh is None else fresh
-    carry, ys = gated_recurrence(how, weights, carry, fresh, mask, xs, stay, Flags(*flags))
+def _how(call: Call, reverse: bool, problem: Problem) -> How:
+    return How(call.cell, problem.xs.dtype, problem.xs.dtype, reverse, rates=call.rates)
+
+
+def _with_fresh(problem: Problem) -> Problem:
+    return problem if problem.fresh is not None else problem._replace(fresh=problem.carry)
+
+
+def _forward_one(call: Call, reverse: bool, problem: Problem, *, save: bool) -> Result:
+    carry, ys, states = time_steps(_how(call, reverse, problem), _with_fresh(problem), save)
+    _, *rests = jax.tree.leaves(states) or [None]
+    return Result(ys, carry, rests=jnp.concatenate(rests, -1) if rests else None)
+
+
+def _tangent_one(call: Call, reverse: bool, problem: Problem, kept: Result, moved: Problem) -> Result:
+    leaves, structure = jax.tree.flatten(problem.carry)
+    rests = [] if kept.rests is None else jnp.split(kept.rests, len(leaves) - 1, axis=-1)
+    states = jax.tree.unflatten(structure, [kept.ys, *rests])
+    carry, ys = derivative.tangent(_how(call, reverse, problem), _with_fresh(problem), states, moved)
     return Result(ys, carry)
 
 
-def _put(problem: Problem, moving: Problem) -> Problem:
-    return Problem(*(old if new is None else new for old, new in zip(problem, moving, strict=True)))
-
-
-def _tangent_one(call, reverse, problem, kept, moved) -> Result:
-    moving = only(problem, [name for name, each in zip(Problem._fields, moved, strict=True) if each is not None])
-    return jax.jvp(lambda moving: _forward_one(call, reverse, _put(problem, moving)), (moving,), (moved,))[1]
-
-
 def _backward_one(call, reverse, problem, kept, cotangents, *, wrt) -> Problem:
-    def run(moving):
-        return _forward_one(call, reverse, _put(problem, moving))
+    def run(moved):
+        return _tangent_one(call, reverse, problem, kept, moved)
 
-    return jax.vjp(run, only(problem, wrt))[1](cotangents)[0]
+    return jax.linear_transpose(run, only(problem, wrt))(cotangents)[0]
 
 
 def _members(one, call: Call, *trees, **options) -> PyTree:
@@ -138,12 +131,11 @@ def _members(one, call: Call, *trees, **options) -> PyTree:
 
 def forward(call: Call, problem: Problem, *, save, wrt) -> Result:
     """Runs the recurrence; with `save`, NaN stands for what the kernel keeps, so that nobody reads it unseen."""
-    found = _members(_forward_one, call, problem)
+    found = _members(_forward_one, call, problem, save=save)
     if not save:
         return found
-    shapes = forward_shapes(call, problem, save=True, wrt=wrt)
-    nothing = [None if each is None else jnp.full(each.shape, jnp.nan, each.dtype) for each in shapes[2:]]
-    return Result(found.ys, found.carry, *nothing)
+    kept = forward_shapes(call, problem, save=True, wrt=wrt).kept
+    return found._replace(kept=jnp.full(kept.shape, jnp.nan, kept.dtype))
 
 
 def tangent(call: Call, problem: Problem, kept: Result, moved: Problem, *, save, wrt) -> Result:

@@ -1,0 +1,173 @@
+"""The derivative of a gated recurrence, whose gradients of weights are one product over all steps, after the loop.
+
+The forward pass keeps the carries only. What the derivative of a step reads besides (u, v and w) are products over all
+steps at once, and the loop of tangents computes the gates from them once more: so no loop is without a recurrence, and
+little is stored. The tangents of u, v and w come from x and the weights, for all steps before that loop, and from the
+carry. The transpose multiplies all cotangents after its loop, summed in at least float32. There is one θ for each row,
+and the rows are summed at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxrnn.engines.arrays import cast, lifted, select, varying_like
+from jaxrnn.engines.gated.recurrence import (
+    GatedWeights,
+    How,
+    Problem,
+    Recurrence,
+    input_product,
+    masked,
+    products,
+    recurrent_product,
+    time_steps,
+    updated,
+)
+from jaxrnn.engines.loop import time_loop
+from jaxrnn.engines.product import dot
+from jaxrnn.typing import PyTree
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def gated_recurrence(how: How, problem: Problem) -> tuple[PyTree, Array]:
+    """Runs the time loop: (carry, ys)."""
+    return time_steps(how, problem)[:2]
+
+
+def _recurrence_jvp(how: How, primals, tangents):
+    (problem,), (moved,) = primals, tangents
+    carry, ys, states = time_steps(how, problem, keep=True)
+    weights = GatedWeights(*map(_present, problem.weights, moved.weights))
+    moved = Problem(*map(_present, problem, moved))._replace(weights=weights)
+    return (carry, ys), tangent(how, problem, states, moved)
+
+
+gated_recurrence.defjvp(_recurrence_jvp, symbolic_zeros=True)
+
+
+def _present(primal: PyTree, tangent: PyTree) -> PyTree:
+    """Returns a tangent, or None where all of it is known to be zero."""
+
+    def present(primal, tangent):
+        return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+
+    if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangent)):
+        return None
+    return jax.tree.map(present, primal, tangent)
+
+
+def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple[PyTree, Array]:
+    """Computes the tangents of (carry, ys), linear in those of the problem's arrays.
+
+    Args:
+      how: See `How`.
+      problem: The arrays of the recurrence.
+      states: The carry after every valid step.
+      moved: The tangents of the arrays, also those of the weights one by one; None where they do not move.
+    """
+    cell, dtype, wide, weights, mask = how.cell, how.dtype, how.wide, problem.weights, problem.mask
+    d_weights = GatedWeights._make([None] * 5) if moved.weights is None else moved.weights
+    every = Recurrence(cell.update, _over_rows(cell.second_input, 1, (None, 0, 0, 0, 0)), cell.recurrent_state)
+    before = carries_before(problem, states, how.reverse)
+    u = input_product(weights, problem.xs, dtype, wide)
+    (theta, *reads), (all_s, all_mid) = products(every, weights, before, u, mask, dtype, wide)
+    _, _, v, w = reads
+
+    def total(like, *terms):
+        """The sum of the terms whose tangents are there; None like what is not there."""
+        found = [multiply(each).astype(wide) for each, multiply in terms if each is not None]
+        return functools.reduce(jnp.add, found) if found else jax.tree.map(jnp.zeros_like, like)
+
+    d_u = total(
+        u,
+        (moved.xs, lambda d: dot(d, weights.w_x)),
+        (d_weights.w_x, lambda d: dot(problem.xs, d)),
+        (d_weights.b, lambda d: lifted(d.astype(wide), u)),
+    )
+    d_v = total(v, (d_weights.w_h, lambda d: recurrent_product(all_s, d)))
+    d_w = total(w, (d_weights.w_2, lambda d: dot(all_mid, d)))
+
+    state = getattr(problem.carry, cell.recurrent_state)
+    ndim = state.ndim - 1
+
+    def by_row(leaf):
+        rows = state[..., 0]
+        return lifted(leaf, rows.reshape(rows.shape + (1,) * leaf.ndim))
+
+    # Computed again in the backward pass, else its part that moves nothing were a loop of its own.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(d_constant, d_carry, inputs):
+        d_theta, d_mask = d_constant
+        (carry, u, v, w), stay, (d_u, d_v, d_w) = inputs
+        old, d_carry = d_carry, cast(d_carry, wide)
+        s, d_s = (masked(getattr(each, cell.recurrent_state), mask) for each in (carry, d_carry))
+        if d_mask is not None:
+            d_s = d_s + getattr(carry, cell.recurrent_state) * d_mask.astype(wide)
+        d_v = d_v + recurrent_product(d_s.astype(dtype), weights.w_h).astype(wide)
+        rows = jax.tree.map(by_row, theta)
+        if w is not None:
+            second_input = _over_rows(cell.second_input, ndim)
+            _, d_mid = jax.jvp(second_input, (rows, carry, s, u, v), (d_theta, d_carry, d_s, d_u, d_v))
+            d_w = d_w + dot(d_mid.astype(dtype), weights.w_2).astype(wide)
+        update = functools.partial(_over_rows(functools.partial(updated, how), ndim), stay=stay)
+        _, (d_new, d_y) = jax.jvp(update, (rows, carry, u, v, w), (d_theta, d_carry, d_u, d_v, d_w))
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), d_new, old), d_y.astype(dtype)
+
+    def whole(each, like):
+        return jax.tree.map(jnp.zeros_like, like) if each is None else each
+
+    d_theta = jax.tree.map(by_row, cast(whole(d_weights.theta, theta), wide))
+    d_carry, d_fresh = whole(moved.carry, problem.carry), whole(moved.fresh, problem.fresh)
+    # Else devices that divide the rows would add up their cotangents at every step.
+    d_theta, d_carry, d_fresh, d_mask = varying_like((d_theta, d_carry, d_fresh, moved.mask), u)
+    return time_loop(
+        step,
+        (d_theta, d_mask),
+        d_carry,
+        (tuple(reads), problem.stay, (d_u, d_v, d_w)),
+        fresh=d_fresh,
+        flags=problem.flags,
+        reverse=how.reverse,
+        platform=how.platform,
+    )
+
+
+def _over_rows(function: Any, ndim: int, axes: Any = 0) -> Callable[..., PyTree]:
+    for _ in range(ndim):
+        function = jax.vmap(function, axes)
+    return function
+
+
+def carries_before(problem: Problem, states: PyTree, reverse: bool) -> PyTree:
+    """Returns the carry that every step reads, from the carries after every valid step."""
+    valid, follows = problem.valid, problem.flags.follows
+
+    def shifted(first, states):
+        first = first[None]
+        return jnp.concatenate([states, first])[1:] if reverse else jnp.concatenate([first, states])[:-1]
+
+    if valid is None or valid.shape[0] == 0:
+        before = jax.tree.map(shifted, problem.carry, states)
+    else:
+        # The last valid step before each, by its place in [first, *states]: no loop.
+        length = valid.shape[0]
+        steps = jnp.arange(length, 0, -1) if reverse else jnp.arange(1, length + 1)
+        seen = lax.cummax(jnp.where(valid, steps.reshape(length, *[1] * (valid.ndim - 1)), 0), reverse=reverse)
+        last = shifted(jnp.zeros_like(seen[0]), seen)
+
+        def picked(first, states):
+            whole = jnp.concatenate([first[None], jnp.flip(states, 0) if reverse else states])
+            return jnp.take_along_axis(whole, last.reshape(last.shape + (1,) * (whole.ndim - last.ndim)), axis=0)
+
+        before = jax.tree.map(picked, problem.carry, states)
+    if follows is None:
+        return before
+    return select(follows, before, jax.tree.map(lifted, problem.fresh, before))
