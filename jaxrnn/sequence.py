@@ -392,7 +392,7 @@ def explain(
       'xla'
       >>> print(jaxrnn.explain(cell, params, None, jnp.ones(3), platform="gpu", one_step=True))
       on gpu:
-      gated_scan: xla (loop)  for MGU(input_size=3, hidden_size=4)
+      gated_scan: xla  for MGU(input_size=3, hidden_size=4)
         not native: the kernels are compiled for the CPU
         not associative: the recurrence is not linear
         not chunked: the recurrence is not linear

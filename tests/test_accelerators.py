@@ -70,6 +70,22 @@ def test_devices_exchange_gradients_once(cell, sums, target):
     assert not any(found.values())
 
 
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+@pytest.mark.parametrize("shape", [(128, 4, 256), (70, 3, 5), (1, 600), (65, 2, 3, 130)], ids=str)
+def test_a_pallas_kernel_compiles(shape, target):
+    """With resets, and its derivatives, which are the same kernel in the other direction."""
+    needs(target)
+
+    def loss(_, arrays):
+        a, b, reset = arrays
+        return jnp.sin(jaxrnn.linear_scan(a, b, reset=reset, implementation="pallas")[1]).sum()
+
+    floats, flags = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:2], bool)
+    text = compiled(target, jax.grad(loss, 1, allow_int=True), {}, ((floats, floats, flags), 0)).as_text()
+    assert loops(text) == 0
+    assert "custom-call" in text
+
+
 @pytest.mark.parametrize("cell", [S6(16, 4), S4D(16, 4), SLSTM(16, 16, heads=2)], ids=str)
 @pytest.mark.parametrize("target", ["h100", "v5e"])
 def test_other_cells_compile(cell, target):

@@ -16,6 +16,7 @@ from jaxrnn.typing import PyTree
 
 ENGINES = ("scan", "gated_scan", "linear_scan", "matrix_scan")
 IMPLEMENTATIONS = ("native", "xla", "associative", "chunked")  # the fastest that can run first
+NAMED = "pallas"  # runs where it is named: nobody has measured it
 
 Implementation = str | Mapping[str, str] | None
 
@@ -133,6 +134,7 @@ class Walk:
         cell: object,
         elsewhere: str | None = None,
         without_kernel: str | None = None,
+        no_pallas: str | None = "no Pallas kernel computes it",
     ) -> tuple[str, Mapping[str, str]]:
         """Returns the implementation of `engine` that runs (the named one, else the fastest), and why the others do
         not.
@@ -143,6 +145,7 @@ class Walk:
           cell: The cell whose recurrence it is, for messages.
           elsewhere: The fastest implementation where there is no CPU, if that is not the first.
           without_kernel: The fastest one on a CPU where the kernel cannot run, if that is not the first.
+          no_pallas: The reason why no Pallas kernel runs this call, or None.
 
         Raises:
           ValueError: If the named implementation cannot run this call; the message says why, and which ones can.
@@ -152,10 +155,10 @@ class Walk:
             refusals = {"native": "the kernels are compiled for the CPU"} | dict(refusals)
         name = self.named(engine)
         supported = [each for each in IMPLEMENTATIONS if each not in refusals]
-        if name is not None and name in refusals:
+        refusal = no_pallas if name == NAMED else None if name is None else refusals.get(name)
+        if refusal is not None:
             raise ValueError(
-                f"implementation: {engine} cannot run {cell!r} as {name!r}: {refusals[name]}; "
-                f"supported here: {supported}"
+                f"implementation: {engine} cannot run {cell!r} as {name!r}: {refusal}; supported here: {supported}"
             )
         fastest = elsewhere if not on_cpu else without_kernel if "native" in refusals else None
         return name or (fastest if fastest in supported else supported[0]), refusals
@@ -189,8 +192,8 @@ def checked(implementation: Any) -> str | tuple[tuple[str, str], ...] | None:
     else:
         names = () if implementation is None else (implementation,)
     for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS} or None, got {name!r}")
+        if name not in (*IMPLEMENTATIONS, NAMED):
+            raise ValueError(f"implementation: expected one of {(*IMPLEMENTATIONS, NAMED)} or None, got {name!r}")
     return implementation
 
 

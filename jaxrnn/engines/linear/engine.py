@@ -51,7 +51,8 @@ def linear_scan(
         last state is that of the whole.
       implementation: None for the fastest; "native" is one pass of a compiled kernel (float32 or float64, on the CPU),
         "xla" goes step by step, "associative" takes logarithmically many parallel passes, and "chunked" does so in
-        chunks, one after another.
+        chunks, one after another. "pallas" is one pass on a TPU or, from Hopper on, an NVIDIA GPU (real numbers, sums
+        in float32); it was compiled for them and run by interpreters, not measured. On a CPU it is interpreted.
 
     Returns:
       The last state, with b's shape without time, and all states, with the shape of b.
@@ -115,7 +116,10 @@ def linear_form(walk: Walk, shape: Sequence[Any], *dtypes, owner: object = "line
     """
     refusal = library.absent() if library.takes(*dtypes) else no_kernel_for(*dtypes)
     refusals = ({} if refusal is None else {"native": refusal}) | refusals_of_sizes(shape)
-    chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE)
+    wide = sorted({jnp.dtype(dtype).name for dtype in dtypes} - {"bfloat16", "float16", "float32"})
+    no_pallas = f"the Pallas kernels compute in float32, not in {' and '.join(wide)}" if wide else None
+    no_pallas = refusals_of_sizes(shape).get("native", no_pallas)
+    chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE, no_pallas=no_pallas)
     walk.record("linear_scan", chosen, refusals, cell=owner)
     return walk.form("linear_scan", chosen, refusals)
 

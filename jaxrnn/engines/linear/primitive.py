@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrnn.engines.arrays import evaluated, varying_like
 from jaxrnn.engines.cpu import library
+from jaxrnn.engines.linear import pallas
 from jaxrnn.engines.partition import Factors, axes, lowering
 
 ELSEWHERE = "associative"  # what None means on accelerators
@@ -206,14 +207,29 @@ def _batched(arrays, axes, **options):
     return results, [1, 0]
 
 
-def _rule(name: str):
+def _rule(function):
     def run(*arrays, reverse, shifted, form):
-        return FORMS[name](*arrays, reverse=reverse, shifted=shifted)
+        return function(*arrays, reverse=reverse, shifted=shifted)
 
     return mlir.lower_fun(run, multiple_results=True)
 
 
-_RULES = {name: _rule(name) for name in FORMS}
+_PALLAS = {
+    "tpu": functools.partial(pallas.scan, kernel=pallas.on_tpu),
+    "cuda": functools.partial(pallas.scan, kernel=pallas.on_gpu),
+    "cpu": functools.partial(pallas.scan, kernel=functools.partial(pallas.on_tpu, interpret=True)),
+}
+
+
+def _by_pallas(ctx, *operands, **options):
+    platforms = ctx.module_context.platforms
+    if len(platforms) != 1 or platforms[0] not in _PALLAS:
+        names = ", ".join(platforms)
+        raise ValueError(f"implementation: 'pallas' is compiled for one of {list(_PALLAS)}, and this is for {names}")
+    return _rule(_PALLAS[platforms[0]])(ctx, *operands, **options)
+
+
+_RULES = {name: _rule(form) for name, form in FORMS.items()} | {"pallas": _by_pallas}
 
 
 def _elsewhere(ctx, *operands, form, **options):
