@@ -27,6 +27,7 @@ PINS = {
 
 # Cells, and the most sums: one of all gradients, and one of complex states.
 DIVIDED = [(LSTM(16, 16), 1), (MGU(16, 16), 1), (MinGRU(16, 16), 1), (LRU(16, 16), 2), (GatedDeltaNet(16, 2, 8, 8), 1)]
+DIVIDED += [(S6(16, 4), 1), (S4D(16, 4), 1), (SLSTM(16, 16, heads=2), 1), (LSTM(16, 16, peephole=True), 1)]
 
 
 def needs(target):

@@ -11,6 +11,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn.engines.cpu import library
+from jaxrnn.engines.diagonal import programs
 
 X64 = True
 
@@ -237,3 +238,37 @@ def test_irregular_times_have_no_kernel():
         cell, cell.init(jax.random.key(0), jnp.float32), None, jnp.zeros((5, 4), jnp.float32)
     ).calls
     assert (call.implementation, "complex64" in call.refused["native"]) == ("xla", True)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_program_of_other_platforms_is_the_derivative(fixed, members):
+    """Chunk by chunk, with flags, in both directions; a chunk is not full."""
+    rng, (steps, rows, states, channels) = np.random.default_rng(0), (70, 4, 3, 5)
+
+    def drawn(*shape):
+        return jnp.asarray(rng.normal(size=shape) / 2)
+
+    twice, x = (members, 2 * states, channels), drawn(steps, rows, channels)
+    flags = {name: jnp.asarray(rng.random((steps, rows)) < part) for name, part in (("valid", 0.8), ("start", 0.1))}
+    if fixed:
+        state = rows, 2 * states, channels
+        problem = programs.Problem(x, drawn(*twice), drawn(*twice), drawn(*twice), drawn(*state), fresh=drawn(*state))
+    else:
+        state, own = (rows, states, channels), (steps, rows, states)
+        a, step = -jnp.abs(drawn(members, states, channels)), drawn(*x.shape)
+        problem = programs.Problem(x, a, drawn(*own), drawn(*own), drawn(*state), step, fresh=drawn(*state))
+    problem = problem._replace(**flags)
+    wrt = tuple(name for name, each in problem._asdict().items() if each is not None and name not in flags)
+    given = {name: getattr(problem, name) for name in wrt}
+    cotangents = drawn(*x.shape), drawn(*state)
+    for reverse in (False, True):
+
+        def run(given, reverse=reverse):
+            return programs.forward(problem._replace(**given), reverse=reverse)[:2]
+
+        expected = jax.vjp(run, given)[1](cotangents)[0]
+        kept = programs.forward(problem, reverse=reverse, save=True)
+        found = programs.backward(problem, kept, *cotangents, reverse=reverse, wrt=wrt)
+        for name in wrt:
+            np.testing.assert_allclose(getattr(found, name), expected[name], 1e-9, 1e-9, err_msg=name)

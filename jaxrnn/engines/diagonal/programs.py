@@ -146,7 +146,12 @@ def backward(
     steps, rest = _chunks(problem, reverse)
     flags = {name: steps.pop(name) for name in ("valid", "start") if name in steps}
     d_ys = _chunks(problem._replace(x=d_ys), reverse)[0]["x"]
-    weights = [name for name, each in rest._asdict().items() if each is not None and name != "h"]
+    # Of every row: else devices that divide the rows would add up the cotangents of weights at every chunk.
+    rows = problem.x.shape[1]
+    weights = {name: getattr(rest, name) for name in ("a", "b", "c", "fresh") if getattr(rest, name) is not None}
+    by_row = {
+        name: jnp.broadcast_to(_of_rows(each, rows)[0], (rows, *each.shape[1:])) for name, each in weights.items()
+    }
 
     def body(state, inputs):
         d_h, d_weights = state
@@ -155,11 +160,14 @@ def backward(
         def run(h, weights, steps):
             return _chunk(rest._replace(h=h, **weights, **steps, **flags))
 
-        d_h, more, d_steps = jax.vjp(run, h, {name: getattr(rest, name) for name in weights}, steps)[1]((d_h, d_ys))
+        d_h, more, d_steps = jax.vjp(run, h, by_row, steps)[1]((d_h, d_ys))
         return (d_h, jax.tree.map(jnp.add, d_weights, more)), d_steps
 
-    first = d_last, {name: jnp.zeros_like(getattr(rest, name)) for name in weights}
+    first = d_last, jax.tree.map(jnp.zeros_like, by_row)
     (d_h, d_weights), found = lax.scan(body, first, (kept.kept, steps, flags, d_ys), reverse=True)
     whole = {name: _whole(each, problem.x.shape[0], reverse) for name, each in found.items()}
-    found = problem._replace(h=d_h, **d_weights, **whole)
+    for name, each in weights.items():
+        members = each.shape[0]
+        whole[name] = d_weights[name].reshape(members, rows // members, *each.shape[1:]).sum(1)
+    found = problem._replace(h=d_h, **whole)
     return found._replace(**{name: None for name in Problem._fields if name not in wrt})
