@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(config, items):
     unasked = {tier for tier in ("full", "accelerator") if tier not in (config.option.markexpr or "")}
 
     def waits(item):
-        return any(tier in item.keywords for tier in unasked)
+        return any(item.get_closest_marker(tier) for tier in unasked)
 
     config.hook.pytest_deselected(items=[item for item in items if waits(item)])
     items[:] = [item for item in items if not waits(item)]

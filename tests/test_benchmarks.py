@@ -24,6 +24,7 @@ SCRIPTS = {
     "streaming": f"--cells lstm --units 4 --contestants {OURS} empty",
     "dtypes": "--cells GRU S6 GLA --shape 2,3,4,16 --contestants float32 float64",
     "step": "--cells GLA S6 GRU --size 3",
+    "accelerator": "--quick --cells LSTM LRU --dtypes float32",
     "training": f"--cells gru --shapes 2,5,16,24 --contestants {OURS} torch",
     "compile_time": f"--cells gru --shape 2,3,3,4 --contestants {OURS}",
     "memory": f"--steps 9 --rows 2 --inputs 3 --units 4 --contestants {OURS}-remat torch",

@@ -1,5 +1,9 @@
 """Gradients in half precision over long sequences: what is summed over the steps is summed in at least float32."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,3 +230,20 @@ def test_a_gradient_of_weights_is_one_product_after_the_loop():
         loops = [line for line in text.splitlines() if "stablehlo.while" in line]
         assert len(loops) == 2
         assert loops[1].count(f"tensor<{size}xf32>") == read, f"{cell}: {loops[1]}"
+
+
+AS_USERS_COMPILE = """
+import jax, jax.numpy as jnp, jaxrnn
+for cell in (jaxrnn.SLSTM(8, 64, heads=4), jaxrnn.RGLRU(64, blocks=4)):
+    params = cell.init(jax.random.key(0), jnp.bfloat16)
+    xs = jnp.ones((50, 8, cell.input_size), jnp.bfloat16)
+    loss = lambda params: jaxrnn.scan(cell, params, None, xs, implementation="xla")[1].astype(jnp.float32).sum()
+    jax.block_until_ready(jax.jit(lambda params: (jax.grad(loss)(params), jax.jvp(loss, (params,), (params,))))(params))
+    jax.block_until_ready(jax.jit(lambda params, x: jaxrnn.step(cell, params, None, x))(params, xs[0]))
+"""
+
+
+def test_products_by_block_run_as_users_compile():
+    """Without the flags of these tests, XLA on the CPU has no product of bfloat16 by block."""
+    run = [sys.executable, "-c", AS_USERS_COMPILE]
+    subprocess.run(run, check=True, env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, timeout=300)

@@ -59,8 +59,9 @@ def parser(file: str, doc: str | None, contestants: Iterable[str]) -> argparse.A
     return made
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, platform: str | None = "cpu") -> argparse.Namespace:
     """The arguments, after the machine's line was printed; `contestants` are those that are here, `absent` the others.
+    JAX runs on the platform, or where that is None, on the one that it finds.
 
     On the command line, fewer threads than CPUs start the process anew on as many CPUs, since JAX takes all it may use.
     """
@@ -75,8 +76,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     if args.threads < len(cpus):
         os.sched_setaffinity(0, cpus[: args.threads])
         os.execv(sys.executable, sys.orig_argv)
-    if argv is None:
-        jax.config.update("jax_platforms", "cpu")
+    if argv is None and platform is not None:
+        jax.config.update("jax_platforms", platform)
     reasons = {name: absent(name) for name in args.contestants}
     args.absent = {name: reason for name, reason in reasons.items() if reason}
     args.contestants = [name for name in args.contestants if name not in args.absent]

@@ -14,6 +14,7 @@ from jaxrnn.cells.linear import LinearCell, linear_step
 from jaxrnn.engines.arrays import accumulator, lifted
 from jaxrnn.engines.elementwise.engine import UnitWeights
 from jaxrnn.engines.elementwise.programs import Unit
+from jaxrnn.engines.product import block_dot
 from jaxrnn.typing import DTypeLike, Noise
 
 POWER = 8.0  # c of the paper
@@ -177,9 +178,7 @@ def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Noise =
 
 def _sums(params, x):
     """x w_r and x w_i, in at least float32."""
-    wide, (blocks, rows, _) = accumulator(x.dtype), params.w_x.shape
-    by_block = x.reshape(*x.shape[:-1], blocks, rows)
-    u = jnp.einsum("...nd,nde->...ne", by_block, params.w_x, preferred_element_type=wide)
+    u = block_dot(x, params.w_x).reshape(*x.shape[:-1], params.w_x.shape[0], -1)
     return [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
 
 

@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.extend.core.primitives import dot_general_p
 from jax.interpreters import ad, batching, mlir
 
-from jaxrnn.engines.arrays import accumulator, evaluated, varying_like
+from jaxrnn.engines.arrays import accumulator, cast, evaluated, varying_like
 
 
 def dot(x: Array, w: Array) -> Array:
@@ -23,6 +23,22 @@ def dot(x: Array, w: Array) -> Array:
     if x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"x: expected (..., {w.shape[0]}) for weights of shape {w.shape}, got {x.shape}")
     return product_p.bind(*varying_like((x, w)), dtype=accumulator(x.dtype), sharding=None)
+
+
+def block_dot(x: Array, w: Array) -> Array:
+    """Computes x w for a block-diagonal w (N, D/N, K/N): (..., K) of (..., D), accumulated in at least float32."""
+    blocks, rows, columns = w.shape
+    wide = accumulator(x.dtype)
+
+    def by_block(x, w):
+        return jnp.einsum("...nd,nde->...ne", x, w, preferred_element_type=wide)
+
+    operands = x.reshape(*x.shape[:-1], blocks, rows), w
+    if x.dtype == wide:
+        product = by_block(*operands)
+    else:  # XLA on the CPU has no such product of bfloat16
+        product = lax.platform_dependent(*operands, cpu=lambda *both: by_block(*cast(both, wide)), default=by_block)
+    return product.reshape(*x.shape[:-1], blocks * columns)
 
 
 def _contracted(x: Array, w: Array) -> tuple:

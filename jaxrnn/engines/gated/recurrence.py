@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, select
 from jaxrnn.engines.loop import time_loop
-from jaxrnn.engines.product import dot
+from jaxrnn.engines.product import block_dot, dot
 from jaxrnn.engines.walk import Flags
 from jaxrnn.typing import DTypeLike, PyTree
 
@@ -54,10 +53,7 @@ def recurrent_product(s: Array, w_h: Array) -> Array:
         return s.astype(wide) * lifted(w_h.astype(wide), s)
     if w_h.ndim == 2:
         return dot(s, w_h)
-    blocks, rows, columns = w_h.shape
-    s = s.reshape(*s.shape[:-1], blocks, rows)
-    v = jnp.einsum("...ni,nij->...nj", s, w_h, preferred_element_type=wide)
-    return v.reshape(*v.shape[:-2], blocks * columns)
+    return block_dot(s, w_h)
 
 
 def input_product(weights: GatedWeights, x: Array, dtype: DTypeLike, wide: DTypeLike) -> Array:
