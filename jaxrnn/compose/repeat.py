@@ -79,18 +79,27 @@ class Repeat(Layer):
 
     def _run(self, params, x, keys, walk):
         """Returns the outputs (*batch, n, ...) for x (*batch, ...)."""
-        ndim = jax.tree.leaves(x)[0].ndim - jax.tree.leaves(self.cell.input_ndim)[0]
+        leaf = jax.tree.leaves(x)[0]
+        ndim = leaf.ndim - jax.tree.leaves(self.cell.input_ndim)[0]
+        # Engines make one axis of all rows, so those that devices divide must come before time.
+        last = ndim - 1 if any(axis is not None for axis in jax.typeof(leaf).sharding.spec[1:ndim]) else 0
+
+        def moved(tree, source, target):
+            return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, source, target), tree)
 
         def run(x, key=None):
             xs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *x.shape)), x)
             return walked(self.cell, params, None, xs, key, walk)[1]
 
-        if keys is not None:  # each row draws its own noise
+        x = moved(x, 0, last)
+        if keys is None:
+            ys = run(x)
+            ys = ys if self.cell.ends_time else moved(ys, 0, ndim)
+        else:  # each row draws its own noise
             for _ in range(ndim):
                 run = jax.vmap(run)
-            return run(x, keys)
-        ys = run(x)
-        return ys if self.cell.ends_time else jax.tree.map(lambda y: jnp.moveaxis(y, 0, ndim), ys)
+            ys = run(x, moved(keys, 0, last))
+        return moved(ys, last, 0)
 
     def parts(self, params, given=None):
         return (Part("cell", self.cell, params, given),)
