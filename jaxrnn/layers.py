@@ -147,7 +147,7 @@ class Embed(Layer[EmbedParams]):
             rows = wide.at[tokens].get(out_sharding=sharding.update(spec=PartitionSpec(*sharding.spec, None)))
         else:
             rows = wide[tokens]
-        return select(known, rows.astype(w.dtype), jnp.full_like(rows, jnp.nan, w.dtype))
+        return jnp.where(known[..., None], rows.astype(w.dtype), jnp.nan)  # no array of NaN, which debuggers stop at
 
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         return carry, walk.without_padding(self.apply(params, xs))
