@@ -10,7 +10,7 @@ and the rows are summed at the end.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jaxrnn.engines.gated.recurrence import (
     GatedWeights,
     How,
     Problem,
+    Read,
     Recurrence,
     input_product,
     masked,
@@ -78,23 +79,8 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
     every = Recurrence(cell.update, _over_rows(cell.second_input, 1, (None, 0, 0, 0, 0)), cell.recurrent_state)
     before = carries_before(problem, states, how.reverse)
     u = input_product(weights, problem.xs, dtype, wide)
-    (theta, *reads), (all_s, all_mid) = products(every, weights, before, u, mask, dtype, wide)
-    _, _, v, w = reads
-
-    def total(like, *terms):
-        """The sum of the terms whose tangents are there; None like what is not there."""
-        found = [multiply(each).astype(wide) for each, multiply in terms if each is not None]
-        return functools.reduce(jnp.add, found) if found else jax.tree.map(jnp.zeros_like, like)
-
-    d_u = total(
-        u,
-        (moved.xs, lambda d: dot(d, weights.w_x)),
-        (d_weights.w_x, lambda d: dot(problem.xs, d)),
-        (d_weights.b, lambda d: lifted(d.astype(wide), u)),
-    )
-    d_v = total(v, (d_weights.w_h, lambda d: recurrent_product(all_s, d)))
-    d_w = total(w, (d_weights.w_2, lambda d: dot(all_mid, d)))
-
+    (theta, *reads), read = products(every, weights, before, u, mask, dtype, wide)
+    d_products = _tangents_of_products(problem, moved.xs, d_weights, reads[1:], read)
     state = getattr(problem.carry, cell.recurrent_state)
     ndim = state.ndim - 1
 
@@ -132,12 +118,33 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
         step,
         (d_theta, d_mask),
         d_carry,
-        (tuple(reads), problem.stay, (d_u, d_v, d_w)),
+        (tuple(reads), problem.stay, d_products),
         fresh=d_fresh,
         flags=problem.flags,
         reverse=how.reverse,
         platform=how.platform,
     )
+
+
+def _tangents_of_products(
+    problem: Problem, d_xs, d_weights: GatedWeights, of_steps: Sequence[Any], read: Read
+) -> tuple:
+    """The tangents of u, v and w of all steps, as far as they come from xs and weights."""
+
+    def total(like, *terms):
+        """The sum of the terms whose tangents are there; None like what is not there."""
+        found = [multiply(each).astype(like.dtype) for each, multiply in terms if each is not None]
+        return functools.reduce(jnp.add, found) if found else jax.tree.map(jnp.zeros_like, like)
+
+    u, v, w = of_steps
+    d_u = total(
+        u,
+        (d_xs, lambda d: dot(d, problem.weights.w_x)),
+        (d_weights.w_x, lambda d: dot(problem.xs, d)),
+        (d_weights.b, lambda d: lifted(d.astype(u.dtype), u)),
+    )
+    d_v = total(v, (d_weights.w_h, lambda d: recurrent_product(read.s, d)))
+    return d_u, d_v, total(w, (d_weights.w_2, lambda d: dot(read.mid, d)))
 
 
 def _over_rows(function: Any, ndim: int, axes: Any = 0) -> Callable[..., PyTree]:

@@ -83,7 +83,8 @@ def _weights(kind: str, arrays: Read | Moving) -> GatedWeights:
 def _problem(kind: str, read: Read) -> Problem:
     weights, flags = _weights(kind, read), (flag if flag.size else None for flag in (read.valid, read.start))
     carry = _Carry(read.h, _there(read.c))
-    fresh = _Carry(read.fresh_h, _there(read.fresh_c)) if read.fresh_h.shape[-1] else carry
+    # Invalid steps are computed from the fresh carry.
+    fresh = _Carry(read.fresh_h, _there(read.fresh_c)) if read.fresh_h.shape[-1] else zeros(carry)
     weights = weights if weights.theta is not None else weights._replace(theta=())
     return Problem(read.xs, weights, carry, fresh, None, None, *flags)
 

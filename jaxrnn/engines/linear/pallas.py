@@ -7,6 +7,7 @@ A row of steps is (R, D): all axes of b but time, the leading ones as one.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -112,7 +113,6 @@ def on_tpu(a, b, h, *cut, reverse: bool, shifted: bool, interpret: Any = False) 
 
 def on_gpu(a, b, h, *cut, reverse: bool, shifted: bool, interpret: Any = None) -> Array:
     """All h, (T, R, D) float32. A block of threads walks over time, with the state of its columns in registers."""
-    from jax.experimental.pallas import ds
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     length, columns = b.shape[0], math.prod(b.shape[1:])
@@ -125,40 +125,8 @@ def on_gpu(a, b, h, *cut, reverse: bool, shifted: bool, interpret: Any = None) -
 
     arrays = [padded(array) for array in (a, b, *cut)]
     h = jnp.pad(h.reshape(columns), (0, missing))
-    blocks = len(arrays[0]) // size
-
-    def kernel(*refs):
-        sources, (h, out), (*buffers, state, results, first, ready) = (
-            refs[: len(arrays)],
-            refs[len(arrays) : len(arrays) + 2],
-            refs[len(arrays) + 2 :],
-        )
-        here = ds(lax.axis_index("columns") * LANES, LANES)
-        plgpu.copy_gmem_to_smem(h.at[here], state, first)
-        plgpu.barrier_wait(first)
-
-        def block(k, c):
-            steps = ds((blocks - 1 - k if reverse else k) * size, size)
-            for source, buffer in zip(sources, buffers, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[steps, here], buffer, ready)
-            plgpu.barrier_wait(ready)
-
-            def body(i, c):
-                t = size - 1 - i if reverse else i
-                a, b, *flag = (buffer[t] for buffer in buffers)
-                results[t], c = _step(a, flag[0] if flag else None, b, c, shifted)
-                return c
-
-            c = lax.fori_loop(0, size, body, c)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(results, out.at[steps, here])
-            plgpu.wait_smem_to_gmem(0)
-            return c
-
-        lax.fori_loop(0, blocks, block, state[...])
-
     found = plgpu.kernel(
-        kernel,
+        functools.partial(_walk, count=len(arrays), blocks=len(arrays[0]) // size, reverse=reverse, shifted=shifted),
         out_type=jax.ShapeDtypeStruct(arrays[1].shape, b.dtype),
         grid=((columns + missing) // LANES,),
         grid_names=("columns",),
@@ -173,3 +141,38 @@ def on_gpu(a, b, h, *cut, reverse: bool, shifted: bool, interpret: Any = None) -
     )(*arrays, h)
     found = found[-length:] if reverse else found[:length]
     return found[:, :columns].reshape(b.shape)
+
+
+def _walk(*refs, count: int, blocks: int, reverse: bool, shifted: bool) -> None:
+    """What a block of threads does: `count` arrays (T, C), h (C,) and the result, then what it has on the chip."""
+    from jax.experimental.pallas import ds
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    sources, (h, out), (*buffers, state, results, first, ready) = (
+        refs[:count],
+        refs[count : count + 2],
+        refs[count + 2 :],
+    )
+    here, size = ds(lax.axis_index("columns") * LANES, LANES), results.shape[0]
+    plgpu.copy_gmem_to_smem(h.at[here], state, first)
+    plgpu.barrier_wait(first)
+
+    def block(k, c):
+        steps = ds((blocks - 1 - k if reverse else k) * size, size)
+        for source, buffer in zip(sources, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[steps, here], buffer, ready)
+        plgpu.barrier_wait(ready)
+
+        def body(i, c):
+            t = size - 1 - i if reverse else i
+            a, b, *flag = (buffer[t] for buffer in buffers)
+            results[t], c = _step(a, flag[0] if flag else None, b, c, shifted)
+            return c
+
+        c = lax.fori_loop(0, size, body, c)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(results, out.at[steps, here])
+        plgpu.wait_smem_to_gmem(0)
+        return c
+
+    lax.fori_loop(0, blocks, block, state[...])

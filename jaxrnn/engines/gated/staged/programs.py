@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn.engines.gated import derivative
-from jaxrnn.engines.gated.programs import count_members
+from jaxrnn.engines.gated.programs import count_members, zeros
 from jaxrnn.engines.gated.recurrence import How, Problem, time_steps
 from jaxrnn.engines.gated.staged.rule import FAMILIES, Rule
 from jaxrnn.typing import PyTree
@@ -79,7 +79,8 @@ def _how(call: Call, reverse: bool, problem: Problem) -> How:
 
 
 def _with_fresh(problem: Problem) -> Problem:
-    return problem if problem.fresh is not None else problem._replace(fresh=problem.carry)
+    """Invalid steps are computed from the fresh carry, which is zeros where the call has none."""
+    return problem if problem.fresh is not None else problem._replace(fresh=zeros(problem.carry))
 
 
 def _forward_one(call: Call, reverse: bool, problem: Problem, *, save: bool) -> Result:
