@@ -20,6 +20,7 @@ from tiers import mostly_in_full
 import jaxrnn
 from jaxrnn import GRU, LSTM, Elman, LearnedCarry
 from jaxrnn.engines.cpu import library as native
+from jaxrnn.engines.gated import programs
 
 ABSENT = native.absent()
 needed = pytest.mark.skipif(ABSENT is not None, reason=f"no compiled kernels: {ABSENT}")
@@ -682,3 +683,31 @@ def test_a_call_that_gets_no_threads_runs_on_its_own():
     command = ["bash", "-c", 'ulimit -s 1048576 && exec "$0" -c "$1"', sys.executable, STARVED]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.stdout == "done\n", run.stderr
+
+
+def test_a_carry_of_an_empty_row_reaches_no_gradient_on_other_platforms():
+    """The program of the backward pass reads no carry at an invalid step."""
+    steps, rows, inputs, units = 5, 2, 3, 4
+
+    def drawn(*shape):
+        return jnp.asarray(RNG.normal(size=(1, *shape)), jnp.float32)
+
+    carry, none = drawn(rows, units).at[0, 1].set(jnp.nan), jnp.zeros((1, rows, 0))
+    read = programs.Read(
+        xs=drawn(steps, rows, inputs),
+        w_x=drawn(inputs, 4 * units),
+        w_h=drawn(units, 4 * units),
+        h=carry,
+        c=carry,
+        fresh_h=none,
+        fresh_c=none,
+        valid=jnp.stack([jnp.ones(steps, bool), jnp.zeros(steps, bool)], 1)[None],
+        start=jnp.zeros((1, steps, 0), bool),
+        b=drawn(4 * units),
+        b_hn=jnp.zeros((1, 0)),
+    )
+    options = {"kind": "lstm", "directions": (False,), "batch_major": False, "named": False}
+    ys, h, c, *kept = programs.forward(*read, save=True, **options)
+    cotangents = [jnp.ones_like(each) for each in (ys, h, c)]
+    found = programs.backward(*read, ys, *kept, *cotangents, wrt=("xs", "weights", "b"), **options)
+    assert all(jnp.isfinite(each).all() for each in found)
