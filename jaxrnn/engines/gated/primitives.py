@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated import programs
+from jaxrnn.engines.gated.layout import Layout, together
 from jaxrnn.engines.gated.programs import (
     INPUTS,
     OUTPUTS,
@@ -286,16 +287,12 @@ class Layer(NamedTuple):
     reverse: bool
 
 
-def _together(arrays):
-    return arrays[0][None] if len(arrays) == 1 else jnp.stack(arrays)
-
-
 def _weight(arrays, dtype):
     """Joins one weight of all layers: zeros where some lack it, no elements where all do."""
     one = next((array for array in arrays if array is not None), None)
     if one is None:
         return jnp.zeros((1, 0), dtype)
-    return _together([jnp.zeros_like(one) if array is None else array for array in arrays])
+    return together(*(jnp.zeros_like(one) if array is None else array for array in arrays))
 
 
 def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
@@ -307,49 +304,36 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
       xs: The inputs, (T, *batch, D).
       walk: The walk of the first recurrence; with `remat_every`, of all.
     """
-    named = walk.named("gated_scan") is not None
-    batch = xs.shape[1:-1]
-    rows, members, size = math.prod(batch), len(layers), layers[0].weights[2].shape[0]
-    by_batch = walk.batch_major and bool(batch)
+    named, layout = walk.named("gated_scan") is not None, Layout(xs.shape[1:-1], walk.batch_major and xs.ndim > 2)
+    members, size = len(layers), layers[0].weights[2].shape[0]
     directions = tuple(layer.reverse for layer in layers)
 
     def carries(trees, present=True):
         """Returns h and c, without elements where they are absent."""
-        arrays = [_together(each).reshape(members, rows, size) for each in zip(*trees, strict=True)]
+        arrays = [layout.rows(*each) for each in zip(*trees, strict=True)]
         arrays += [arrays[0][:1, :, :0]] * (2 - len(arrays))
         return arrays if present else [array[..., :0] for array in arrays]
 
-    def sequence(arrays, *last):
-        """Brings (T, *batch, *last), of each recurrence or of all, to the layout of the call. An axis is moved before
-        another one is put in front, so that XLA sees it move back.
-        """
-        if by_batch:
-            arrays = [jnp.moveaxis(array, 0, len(batch)) for array in arrays]
-        length = arrays[0].shape[len(batch) if by_batch else 0]
-        return _together(arrays).reshape(len(arrays), *((rows, length) if by_batch else (length, rows)), *last)
-
-    def flags(arrays, length):
-        if arrays is not None:
-            return sequence(arrays)
-        return jnp.zeros((1, rows, 0) if by_batch else (1, length, 0), bool)
+    def flags(arrays, like):
+        return jnp.zeros((*like.shape[:2], 0), bool) if arrays is None else layout.sequence(arrays)
 
     w_x, b, w_h, b_hn = (_weight(arrays, xs.dtype) for arrays in zip(*(each.weights for each in layers), strict=True))
 
     def run(_, state, inputs):
         xs, valid, start = inputs
-        length = xs.shape[0]
+        xs = layout.sequence([xs], xs.shape[-1])
         h, c = carries(state)
         fresh_h, fresh_c = carries([layer.fresh for layer in layers], start is not None)
         read = Read(
-            xs=sequence([xs], xs.shape[-1]),
+            xs=xs,
             w_x=w_x,
             w_h=w_h,
             h=h,
             c=c,
             fresh_h=fresh_h,
             fresh_c=fresh_c,
-            valid=flags(None if valid is None else [valid], length),
-            start=flags(start, length),
+            valid=flags(None if valid is None else [valid], xs),
+            start=flags(start, xs),
             b=b,
             b_hn=b_hn,
         )
@@ -358,15 +342,13 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
             *read,
             kind=kind,
             directions=directions,
-            batch_major=by_batch,
+            batch_major=layout.by_batch,
             named=named,
             save=False,
         )
-        states = [array.reshape(members, *batch, size) for array in (h, c)[: len(state[0])]]
+        states = [array.reshape(members, *layout.batch, size) for array in (h, c)[: len(state[0])]]
         new = tuple(tuple(each[m] for each in states) for m in range(members))
-        if by_batch:
-            return new, tuple(jnp.moveaxis(ys[m].reshape(*batch, length, size), len(batch), 0) for m in range(members))
-        return new, tuple(ys[m].reshape(length, *batch, size) for m in range(members))
+        return new, tuple(layout.back(ys[m]) for m in range(members))
 
     valid, reset = walk.valid, walk.reset
     start = None if reset is None else [starts(reset, valid, reverse) for reverse in directions]

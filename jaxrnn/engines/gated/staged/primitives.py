@@ -8,7 +8,6 @@ where the three primitives and their arrays are described.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
 from jaxrnn.engines.cpu import library
+from jaxrnn.engines.gated.layout import Layout, together
 from jaxrnn.engines.gated.primitives import FEW
 from jaxrnn.engines.gated.programs import count_members
 from jaxrnn.engines.gated.recurrence import GatedWeights
@@ -282,57 +282,34 @@ def scan(
       rates: See `How`.
       stay: For every leaf of the carry which entries stay, (T, *batch, ...), or None; for all recurrences.
     """
-    batch = xs.shape[1:-1]
-    rows, members, by_batch = math.prod(batch), len(layers), walk.batch_major and bool(batch)
+    layout, members = Layout(xs.shape[1:-1], walk.batch_major and xs.ndim > 2), len(layers)
     directions = tuple(layer.reverse for layer in layers)
-    call = Call(cell, rule, rates, directions, by_batch, walk.named("gated_scan") is not None)
-
-    def together(*leaves):
-        return leaves[0][None] if len(leaves) == 1 else jnp.stack(leaves)
-
-    def of_rows(*leaves):
-        return together(*leaves).reshape(members, rows, leaves[0].shape[-1])
-
-    def sequence(arrays, *last):
-        """Brings (T, *batch, *last), of each recurrence or of all, to the layout of the call. An axis is moved before
-        another one is put in front, so that XLA sees it move back.
-        """
-        if by_batch:
-            arrays = [jnp.moveaxis(array, 0, len(batch)) for array in arrays]
-        length = arrays[0].shape[len(batch) if by_batch else 0]
-        return together(*arrays).reshape(len(arrays), *((rows, length) if by_batch else (length, rows)), *last)
-
-    def back(array, length):
-        """Of one recurrence."""
-        if by_batch:
-            return jnp.moveaxis(array.reshape(*batch, length, array.shape[-1]), len(batch), 0)
-        return array.reshape(length, *batch, array.shape[-1])
-
-    masks = [layer.mask for layer in layers]
+    call = Call(cell, rule, rates, directions, layout.by_batch, walk.named("gated_scan") is not None)
+    masks: list[Any] = [layer.mask for layer in layers]
 
     def entries(stay, leaf):
-        return sequence([jnp.broadcast_to(stay.astype(bool), (stay.shape[0], *leaf.shape))], leaf.shape[-1])
+        return layout.sequence([jnp.broadcast_to(stay.astype(bool), (stay.shape[0], *leaf.shape))], leaf.shape[-1])
 
     def run(_, state, inputs):
         xs, valid, start, stay = inputs
         problem = Problem(
-            xs=sequence([xs], xs.shape[-1]),
+            xs=layout.sequence([xs], xs.shape[-1]),
             weights=jax.tree.map(together, *(layer.weights for layer in layers)),
-            carry=jax.tree.map(of_rows, *state),
-            fresh=None if start is None else jax.tree.map(of_rows, *(layer.fresh for layer in layers)),
-            mask=None if masks[0] is None else of_rows(*masks),
+            carry=jax.tree.map(layout.rows, *state),
+            fresh=None if start is None else jax.tree.map(layout.rows, *(layer.fresh for layer in layers)),
+            mask=None if masks[0] is None else layout.rows(*masks),
             stay=None
             if stay is None
             else [entries(*each) for each in zip(stay, jax.tree.leaves(state[0]), strict=True)],
-            valid=None if valid is None else sequence([valid]),
-            start=None if start is None else sequence(start),
+            valid=None if valid is None else layout.sequence([valid]),
+            start=None if start is None else layout.sequence(start),
         )
         found = _bind(forward_p, problem, call=call, save=False, wrt=())
         ys, *leaves = found
-        states = [leaf.reshape(members, *batch, leaf.shape[-1]) for leaf in leaves]
+        states = [leaf.reshape(members, *layout.batch, leaf.shape[-1]) for leaf in leaves]
         structure = jax.tree.structure(state[0])
         new = tuple(jax.tree.unflatten(structure, [each[m] for each in states]) for m in range(members))
-        return new, tuple(back(ys[m], xs.shape[0]) for m in range(members))
+        return new, tuple(layout.back(ys[m]) for m in range(members))
 
     valid, reset = walk.valid, walk.reset
     start = None if reset is None else [starts(reset, valid, reverse) for reverse in directions]
