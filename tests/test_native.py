@@ -519,7 +519,7 @@ def test_two_devices_divide_the_rows(half):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
 @pytest.mark.parametrize("sanitizer", sanitize.SANITIZERS)
 def test_sanitizers_find_nothing(sanitizer):
-    assert "0 wrong" in sanitize.run(sanitizer, 100, "g++")
+    assert "0 wrong" in sanitize.run(sanitizer, 100, "g++", "baseline")
 
 
 @pytest.mark.full

@@ -76,6 +76,16 @@ def test_a_cell(cell):
     close(*both(run))
 
 
+def test_a_mesh_of_explicit_axes():
+    (a, b, h), *_ = draw((7, 2, 5), (7, 2, 5))
+
+    def run(name):
+        return jax.jit(lambda *arrays: jaxrnn.linear_scan(*arrays, implementation=name))(a, b, h)
+
+    with jax.set_mesh(jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))):
+        close(*both(run))
+
+
 def test_nobody_takes_it_unnamed():
     cell, xs = jaxrnn.MinGRU(3, 5), jnp.ones((7, 2, 3))
     for platform in ("cpu", "gpu", "tpu"):

@@ -178,7 +178,8 @@ def rg_lru_step(params: RGLRUParams, carry: RGLRUCarry, x: Array, noise: Noise =
 
 def _sums(params, x):
     """x w_r and x w_i, in at least float32."""
-    u = block_dot(x, params.w_x).reshape(*x.shape[:-1], params.w_x.shape[0], -1)
+    blocks, size, _ = params.w_x.shape
+    u = block_dot(x, params.w_x).reshape(*x.shape[:-1], blocks, 2 * size)
     return [part.reshape(x.shape) for part in jnp.split(u, 2, axis=-1)]
 
 

@@ -1,7 +1,8 @@
 // The instruction sets that kernels are compiled for, and the choice among them when the program runs.
 
 #pragma once
-#if defined(__x86_64__) && !defined(__clang__)  // which has no target for a part of a file
+// clang has no target for a part of a file.
+#if defined(__x86_64__) && !defined(__clang__) && !defined(JAXRNN_BASELINE)
 #define JAXRNN_CHOICE
 #include <immintrin.h>
 #endif

@@ -226,7 +226,10 @@ def _by_pallas(ctx, *operands, **options):
     if len(platforms) != 1 or platforms[0] not in _PALLAS:
         names = ", ".join(platforms)
         raise ValueError(f"implementation: 'pallas' is compiled for one of {list(_PALLAS)}, and this is for {names}")
-    return _rule(_PALLAS[platforms[0]])(ctx, *operands, **options)
+    # A kernel runs on one device, or in `shard_map`: it knows no mesh.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        ctx = ctx.replace(avals_in=[jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in])
+        return _rule(_PALLAS[platforms[0]])(ctx, *operands, **options)
 
 
 _RULES = {name: _rule(form) for name, form in FORMS.items()} | {"pallas": _by_pallas}
