@@ -87,6 +87,32 @@ def test_a_pallas_kernel_compiles(shape, target):
     assert "custom-call" in text
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        LSTM(16, 512),
+        LSTM(16, 5),
+        GRU(16, 130),
+        GRU(16, 256, reset_after=False),
+        *(Elman(16, 16, activation=name) for name in ("tanh", "relu")),
+    ],
+    ids=str,
+)
+def test_a_pallas_kernel_of_gates_compiles(cell):
+    """With resets, forward and backward: the only loops are those of the two kernels."""
+    needs("v5e")
+
+    def loss(params, arrays):
+        xs, reset = arrays
+        return jnp.sin(jaxrnn.scan(cell, params, None, xs, reset=reset, implementation="pallas")[1]).sum()
+
+    arrays = jax.ShapeDtypeStruct((70, 130, 16), jnp.float32), jax.ShapeDtypeStruct((70, 130), bool)
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    text = compiled("v5e", jax.grad(loss), params, (arrays, 1)).as_text()
+    assert loops(text) == 0
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
 @pytest.mark.parametrize("cell", [S6(16, 4), S4D(16, 4), SLSTM(16, 16, heads=2)], ids=str)
 @pytest.mark.parametrize("target", ["h100", "v5e"])
 def test_other_cells_compile(cell, target):

@@ -236,7 +236,11 @@ def test_a_cell_is_frozen_and_a_list_becomes_a_tuple():
             "implementation: expected engines among .* got 'gru_scan'",
         ),
         ({"implementation": {"gated_scan": "fast"}}, ValueError, "got 'fast'"),
-        ({"implementation": "pallas"}, ValueError, "gated_scan cannot run .* as 'pallas': no Pallas kernel"),
+        (
+            {"cell": GRU(2, 3, activation="relu"), "implementation": "pallas"},
+            ValueError,
+            "gated_scan cannot run .* as 'pallas': no Pallas kernel computes this GRU",
+        ),
         ({"implementation": "chunked"}, ValueError, "gated_scan cannot run .* as 'chunked': .*supported here: .*xla"),
         ({"implementation": {"gated_scan": "associative"}}, ValueError, "not linear"),
     ],

@@ -88,6 +88,17 @@ def lowering(
     return rule
 
 
+def on_one_device(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """The lowering rule of a function that knows no mesh, as kernels in Pallas do: on one device, or in `shard_map`."""
+
+    def rule(ctx, *operands, **options):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            ctx = ctx.replace(avals_in=[aval.update(sharding=None) for aval in ctx.avals_in])
+            return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **options)
+
+    return rule
+
+
 def _x64() -> bool:
     return jnp.result_type(float) == jnp.float64
 

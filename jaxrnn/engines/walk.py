@@ -215,6 +215,13 @@ def no_kernel_for(*dtypes: Any) -> str:
     return f"the kernels compute in float32 or in float64, not in {names}"
 
 
+def no_pallas_for(shape: Sequence[Any], *dtypes: Any) -> str | None:
+    """Says why no Pallas kernel takes sequences (T, ...) of this shape and arrays of `dtypes`, or None."""
+    wide = sorted({jnp.dtype(dtype).name for dtype in dtypes} - {"bfloat16", "float16", "float32"})
+    reason = f"the Pallas kernels compute in float32, not in {' and '.join(wide)}" if wide else None
+    return refusals_of_sizes(shape).get("native", reason)
+
+
 def refusals_of_sizes(shape: Sequence[Any]) -> dict[str, str]:
     """The implementations that cannot run a sequence (T, ...) of this shape because `jax.export` was given symbols for
     sizes, and why.

@@ -76,11 +76,8 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
     """
     cell, dtype, wide, weights, mask = how.cell, how.dtype, how.wide, problem.weights, problem.mask
     d_weights = GatedWeights._make([None] * 5) if moved.weights is None else moved.weights
-    every = Recurrence(cell.update, _over_rows(cell.second_input, 1, (None, 0, 0, 0, 0)), cell.recurrent_state)
-    before = carries_before(problem, states, how.reverse)
-    u = input_product(weights, problem.xs, dtype, wide)
-    (theta, *reads), read = products(every, weights, before, u, mask, dtype, wide)
-    d_products = _tangents_of_products(problem, moved.xs, d_weights, reads[1:], read)
+    (theta, *reads), read = arguments(how, problem, states)
+    d_products = tangents_of_products(problem, moved.xs, d_weights, reads[1:], read)
     state = getattr(problem.carry, cell.recurrent_state)
     ndim = state.ndim - 1
 
@@ -113,7 +110,7 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
     d_theta = jax.tree.map(by_row, cast(whole(d_weights.theta, theta), wide))
     d_carry, d_fresh = whole(moved.carry, problem.carry), whole(moved.fresh, problem.fresh)
     # Else devices that divide the rows would add up their cotangents at every step.
-    d_theta, d_carry, d_fresh, d_mask = varying_like((d_theta, d_carry, d_fresh, moved.mask), u)
+    d_theta, d_carry, d_fresh, d_mask = varying_like((d_theta, d_carry, d_fresh, moved.mask), reads[1])
     return time_loop(
         step,
         (d_theta, d_mask),
@@ -126,9 +123,16 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
     )
 
 
-def _tangents_of_products(
-    problem: Problem, d_xs, d_weights: GatedWeights, of_steps: Sequence[Any], read: Read
-) -> tuple:
+def arguments(how: How, problem: Problem, states: PyTree) -> tuple[tuple, Read]:
+    """Returns the arguments of `update` at all steps, (θ, carry, u, v, w), and the inputs of the products."""
+    cell, dtype, wide = how.cell, how.dtype, how.wide
+    every = Recurrence(cell.update, _over_rows(cell.second_input, 1, (None, 0, 0, 0, 0)), cell.recurrent_state)
+    before = carries_before(problem, states, how.reverse)
+    u = input_product(problem.weights, problem.xs, dtype, wide)
+    return products(every, problem.weights, before, u, problem.mask, dtype, wide)
+
+
+def tangents_of_products(problem: Problem, d_xs, d_weights: GatedWeights, of_steps: Sequence[Any], read: Read) -> tuple:
     """The tangents of u, v and w of all steps, as far as they come from xs and weights."""
 
     def total(like, *terms):

@@ -11,13 +11,13 @@ from jax import Array
 
 from jaxrnn.engines.arrays import cast
 from jaxrnn.engines.cpu import library
-from jaxrnn.engines.gated import primitives
+from jaxrnn.engines.gated import pallas, primitives
 from jaxrnn.engines.gated.derivative import gated_recurrence
 from jaxrnn.engines.gated.recurrence import GatedRecurrence, GatedWeights, How, Problem, dtypes
 from jaxrnn.engines.gated.staged import primitives as staged
 from jaxrnn.engines.gated.staged.rule import Given, Rule
 from jaxrnn.engines.loop import in_chunks
-from jaxrnn.engines.walk import HALF, Walk, kernel_dtype, no_kernel_for, refusals_of_sizes
+from jaxrnn.engines.walk import HALF, NAMED, Walk, kernel_dtype, no_kernel_for, no_pallas_for, refusals_of_sizes
 from jaxrnn.typing import PyTree
 
 REFUSALS = {
@@ -120,7 +120,8 @@ def gated_scan_both(cell: GatedCell, weights, carry, xs, *, fresh, noise, walk: 
 
 def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     """Returns a function that runs recurrences of one cell by a compiled kernel, or None if no kernel is chosen."""
-    found = kernel_dtype(walk, xs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(carries)))
+    dtypes = [xs.dtype, *(leaf.dtype for leaf in jax.tree.leaves(carries))]
+    found = jnp.float32 if walk.named("gated_scan") == NAMED else kernel_dtype(walk, *dtypes)
     weights = weights if found is None else cast(weights, found)
     kernels: list[Any] = [cell.kernel(each) for each in weights]
     plain = kernels[0] is not None and all(noise.silent for noise in noises)
@@ -131,11 +132,12 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     if refusal is None and unnamed and _short(rule if isinstance(rule, Rule) else None, xs):
         refusal = "the loop runs one step of it faster"
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
-    chosen, refusals = walk.choose("gated_scan", refusals, cell=cell)
-    if chosen == "native" or len(weights) == 1:  # else each of the two says so itself
+    no_pallas = _no_pallas(type(cell), kernels[0] if plain else None, xs.shape, dtypes)
+    chosen, refusals = walk.choose("gated_scan", refusals, cell=cell, no_pallas=no_pallas)
+    if chosen != "xla" or len(weights) == 1:  # else each of the two says so itself
         for _ in weights:
             walk.record("gated_scan", chosen, refusals, cell=cell)
-    if chosen != "native":
+    if chosen == "xla":
         return None
 
     def run(carry, xs, fresh, directions):
@@ -185,6 +187,13 @@ def _changed(kind: type) -> str | None:
 
     changed = any(depth(name) < depth("rule") for name in ("update", "second_input", "weights"))
     return f"no kernel computes what {kind.__name__} does" if changed else None
+
+
+def _no_pallas(kind: type, kernel: Kernel | None, shape, dtypes) -> str | None:
+    """Returns the reason why the Pallas kernel does not run a call, or None."""
+    if kernel is None:
+        return f"no Pallas kernel computes this {kind.__name__}, or its noise"
+    return _changed(kind) or no_pallas_for(shape, *dtypes) or pallas.refusal(*kernel.w_h.shape)
 
 
 def _refusal(arrays, plain: bool, walk: Walk) -> str | None:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
 from jaxrnn.engines.cpu import library
-from jaxrnn.engines.gated import programs
+from jaxrnn.engines.gated import pallas, programs
 from jaxrnn.engines.gated.layout import Layout, together
 from jaxrnn.engines.gated.programs import (
     INPUTS,
@@ -36,7 +36,7 @@ from jaxrnn.engines.gated.programs import (
     zeros,
 )
 from jaxrnn.engines.loop import in_chunks
-from jaxrnn.engines.partition import MEMBERS, ROWS, Factors, axes, lowering
+from jaxrnn.engines.partition import MEMBERS, ROWS, Factors, axes, lowering, on_one_device
 from jaxrnn.engines.walk import Walk, starts
 from jaxrnn.typing import PyTree
 
@@ -47,6 +47,7 @@ forward_p = Primitive("jaxrnn_gated_forward")
 tangent_p = Primitive("jaxrnn_gated_tangent")
 backward_p = Primitive("jaxrnn_gated_backward")
 _REFERENCE = {forward_p: programs.forward, tangent_p: programs.tangent, backward_p: programs.backward}
+_PALLAS = {forward_p: pallas.forward, backward_p: pallas.backward}
 _OPTIONS = ("kind", "directions", "batch_major", "named", "save", "wrt")
 
 
@@ -202,13 +203,21 @@ def _by_xla(primitive):
 
 
 def _elsewhere(primitive):
-    """Returns the lowering rule for platforms without a kernel."""
+    """Returns the lowering rule for platforms without a compiled kernel."""
     by_xla = _by_xla(primitive)
 
     def rule(ctx, *operands, **options):
-        if options["named"]:
-            platforms = ", ".join(ctx.module_context.platforms)
-            raise ValueError(f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}")
+        platforms = ", ".join(ctx.module_context.platforms)
+        match options["named"]:
+            case "pallas":
+                if platforms not in ("cpu", "tpu"):
+                    raise ValueError(f"implementation: 'pallas' is compiled for a TPU, and this is for {platforms}")
+                run = functools.partial(_PALLAS[primitive], interpret=platforms == "cpu")
+                return on_one_device(run)(ctx, *operands, **options)
+            case "native":
+                raise ValueError(
+                    f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}"
+                )
         return by_xla(ctx, *operands, **options)
 
     return rule
@@ -232,7 +241,7 @@ def _factors(primitive, avals_in, avals_out, options) -> Factors:
 
 
 def _on_cpu(primitive):
-    by_xla = _by_xla(primitive)
+    by_xla, interpreted = _by_xla(primitive), _elsewhere(primitive)
 
     def alone(ctx, *operands, kind, directions, batch_major, named, **options):
         names, _ = _names(primitive)
@@ -259,7 +268,12 @@ def _on_cpu(primitive):
             whole[k] = value
         return whole
 
-    return lowering(primitive, alone, by_xla, functools.partial(_factors, primitive))
+    compiled = lowering(primitive, alone, by_xla, functools.partial(_factors, primitive))
+
+    def rule(ctx, *operands, **options):
+        return (interpreted if options["named"] == "pallas" else compiled)(ctx, *operands, **options)
+
+    return rule
 
 
 for _primitive in _REFERENCE:
@@ -304,7 +318,7 @@ def scan(kind: str, layers: Sequence[Layer], xs: Array, walk: Walk) -> list:
       xs: The inputs, (T, *batch, D).
       walk: The walk of the first recurrence; with `remat_every`, of all.
     """
-    named, layout = walk.named("gated_scan") is not None, Layout(xs.shape[1:-1], walk.batch_major and xs.ndim > 2)
+    named, layout = walk.named("gated_scan"), Layout(xs.shape[1:-1], walk.batch_major and xs.ndim > 2)
     members, size = len(layers), layers[0].weights[2].shape[0]
     directions = tuple(layer.reverse for layer in layers)
 

@@ -25,7 +25,9 @@ from jaxrnn.engines.gated.recurrence import GatedWeights, How, Problem, Recurren
 from jaxrnn.typing import PyTree
 
 
-class _Carry(NamedTuple):
+class Carry(NamedTuple):
+    """The carry of every kind."""
+
     h: Array
     c: Array | None
 
@@ -37,11 +39,11 @@ def _recurrence(kind: str) -> Recurrence:
         i, f, g, o = jnp.split(u + v, 4, axis=-1)
         c = jax.nn.sigmoid(f) * carry.c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return _Carry(h, c), h
+        return Carry(h, c), h
 
     def elman(theta, carry, u, v, w):
         h = jnp.tanh(u + v) if kind == "elman_tanh" else jax.nn.relu(u + v)
-        return _Carry(h, None), h
+        return Carry(h, None), h
 
     def gates(u, v):
         size = u.shape[-1] // 3
@@ -53,7 +55,7 @@ def _recurrence(kind: str) -> Recurrence:
             q = v[..., 2 * z.shape[-1] :]
             w = r * (q + lifted(theta, q) if len(theta) else q)
         h = (1 - z) * jnp.tanh(u[..., 2 * z.shape[-1] :] + w) + z * carry.h
-        return _Carry(h, None), h
+        return Carry(h, None), h
 
     def reset(theta, carry, s, u, v):
         return gates(u, v)[0] * s
@@ -67,35 +69,39 @@ def zeros(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _there(array: Array | None) -> Any:
+def there(array: Array | None) -> Any:
+    """The array, or None where it has no columns."""
     return array if array is not None and array.shape[-1] else None
 
 
-def _weights(kind: str, arrays: Read | Moving) -> GatedWeights:
+def weights_of(kind: str, arrays: Read | Moving) -> GatedWeights:
     """The weights of a kind, or their tangents; those that have no columns are None."""
-    w_x, w_h, b, b_hn = map(_there, (arrays.w_x, arrays.w_h, arrays.b, arrays.b_hn))
+    w_x, w_h, b, b_hn = map(there, (arrays.w_x, arrays.w_h, arrays.b, arrays.b_hn))
     first, second = w_h, None
     if kind == "gru_before" and w_h is not None:
         first, second = jnp.split(w_h, [2 * w_h.shape[0]], axis=1)
     return GatedWeights(w_x, b, first, second, b_hn)
 
 
-def _problem(kind: str, read: Read) -> Problem:
-    weights, flags = _weights(kind, read), (flag if flag.size else None for flag in (read.valid, read.start))
-    carry = _Carry(read.h, _there(read.c))
+def problem_of(kind: str, read: Read) -> Problem:
+    """The recurrence of one member."""
+    weights, flags = weights_of(kind, read), (flag if flag.size else None for flag in (read.valid, read.start))
+    carry = Carry(read.h, there(read.c))
     # Invalid steps are computed from the fresh carry.
-    fresh = _Carry(read.fresh_h, _there(read.fresh_c)) if read.fresh_h.shape[-1] else zeros(carry)
+    fresh = Carry(read.fresh_h, there(read.fresh_c)) if read.fresh_h.shape[-1] else zeros(carry)
     weights = weights if weights.theta is not None else weights._replace(theta=())
     return Problem(read.xs, weights, carry, fresh, None, None, *flags)
 
 
-def _how(kind: str, read: Read, reverse: bool) -> How:
+def how_of(kind: str, read: Read, reverse: bool) -> How:
+    """What its loop is told."""
     return How(_recurrence(kind), read.xs.dtype, read.xs.dtype, reverse)
 
 
-def _forward_one(*arrays, kind, reverse, save):
+def forward_one(*arrays, kind, reverse, save, loop=time_steps):
+    """Runs `loop` for one member whose sequences are time-major."""
     read = Read(*arrays)
-    carry, ys, states = time_steps(_how(kind, read, reverse), _problem(kind, read), save)
+    carry, ys, states = loop(how_of(kind, read, reverse), problem_of(kind, read), save)
     nothing = ys[..., :0]
     if not save:
         return ys, carry.h, read.c if carry.c is None else carry.c, nothing, nothing
@@ -109,10 +115,10 @@ def _tangent_one(*arrays, kind, reverse):
     count = len(Fixed._fields)
     fixed, moving = Fixed(*arrays[:count]), Moving(*arrays[count:])
     read = Read(*fixed[: len(Read._fields)])
-    carry, fresh = _Carry(moving.h, _there(moving.c)), _Carry(moving.fresh_h, _there(moving.fresh_c))
-    moved = Problem(_there(moving.xs), _weights(kind, moving), carry, fresh if moving.fresh_h.shape[-1] else None)
-    states = _Carry(fixed.ys, _there(fixed.cs))
-    new, ys = derivative.tangent(_how(kind, read, reverse), _problem(kind, read), states, moved)
+    carry, fresh = Carry(moving.h, there(moving.c)), Carry(moving.fresh_h, there(moving.fresh_c))
+    moved = Problem(there(moving.xs), weights_of(kind, moving), carry, fresh if moving.fresh_h.shape[-1] else None)
+    states = Carry(fixed.ys, there(fixed.cs))
+    new, ys = derivative.tangent(how_of(kind, read, reverse), problem_of(kind, read), states, moved)
     return ys, new.h, moving.c if new.c is None else new.c
 
 
@@ -212,7 +218,7 @@ def row_axis(name: str, batch_major: bool) -> int | None:
     return None
 
 
-def _members(name, function):
+def by_members(name, function):
     """Extends `function`, for one member whose sequences are time-major, to all members."""
     inputs, outputs = INPUTS[name], OUTPUTS[name]
 
@@ -252,7 +258,7 @@ def count_members(sizes: Iterable[int]) -> int:
     return counts.pop() if counts else 1
 
 
-forward, tangent = _members("forward", _forward_one), _members("tangent", _tangent_one)
+forward, tangent = by_members("forward", forward_one), by_members("tangent", _tangent_one)
 
 
 def backward(*arrays, wrt, **options):

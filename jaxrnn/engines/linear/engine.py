@@ -14,7 +14,7 @@ from jaxrnn.engines.arrays import accumulator, select, zero_where_not
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.linear.primitive import ELSEWHERE, bind
 from jaxrnn.engines.sequence_parallel import added, check_axis_name, part, states
-from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for, refusals_of_sizes
+from jaxrnn.engines.walk import Flags, Implementation, Walk, checked, no_kernel_for, no_pallas_for, refusals_of_sizes
 from jaxrnn.typing import Bools, PyTree
 
 
@@ -116,9 +116,7 @@ def linear_form(walk: Walk, shape: Sequence[Any], *dtypes, owner: object = "line
     """
     refusal = library.absent() if library.takes(*dtypes) else no_kernel_for(*dtypes)
     refusals = ({} if refusal is None else {"native": refusal}) | refusals_of_sizes(shape)
-    wide = sorted({jnp.dtype(dtype).name for dtype in dtypes} - {"bfloat16", "float16", "float32"})
-    no_pallas = f"the Pallas kernels compute in float32, not in {' and '.join(wide)}" if wide else None
-    no_pallas = refusals_of_sizes(shape).get("native", no_pallas)
+    no_pallas = no_pallas_for(shape, *dtypes)
     chosen, refusals = walk.choose("linear_scan", refusals, cell=owner, elsewhere=ELSEWHERE, no_pallas=no_pallas)
     walk.record("linear_scan", chosen, refusals, cell=owner)
     return walk.form("linear_scan", chosen, refusals)

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxrnn.engines.arrays import evaluated, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.linear import pallas
-from jaxrnn.engines.partition import Factors, axes, lowering
+from jaxrnn.engines.partition import Factors, axes, lowering, on_one_device
 
 ELSEWHERE = "associative"  # what None means on accelerators
 CHUNK = 128  # steps that "chunked" computes at once
@@ -207,11 +207,15 @@ def _batched(arrays, axes, **options):
     return results, [1, 0]
 
 
-def _rule(function):
+def _of_form(function):
     def run(*arrays, reverse, shifted, form):
         return function(*arrays, reverse=reverse, shifted=shifted)
 
-    return mlir.lower_fun(run, multiple_results=True)
+    return run
+
+
+def _rule(function):
+    return mlir.lower_fun(_of_form(function), multiple_results=True)
 
 
 _PALLAS = {
@@ -226,10 +230,7 @@ def _by_pallas(ctx, *operands, **options):
     if len(platforms) != 1 or platforms[0] not in _PALLAS:
         names = ", ".join(platforms)
         raise ValueError(f"implementation: 'pallas' is compiled for one of {list(_PALLAS)}, and this is for {names}")
-    # A kernel runs on one device, or in `shard_map`: it knows no mesh.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        ctx = ctx.replace(avals_in=[jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in])
-        return _rule(_PALLAS[platforms[0]])(ctx, *operands, **options)
+    return on_one_device(_of_form(_PALLAS[platforms[0]]))(ctx, *operands, **options)
 
 
 _RULES = {name: _rule(form) for name, form in FORMS.items()} | {"pallas": _by_pallas}
