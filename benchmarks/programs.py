@@ -6,8 +6,9 @@
 The forward pass and a training step (the sum of squares of all outputs, and the gradient of all weights) of one layer,
 compiled for an H100 (which needs jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12) or a TPU v5e (libtpu),
 alone or for four of them that divide the rows. Counted are loops; the device's kernels in the bodies of all loops,
-which it launches at every step; collectives outside loops, and inside; and the bytes of temporary arrays, where the
-compiler names them. No time is measured.
+which it launches at every step; all kernels of all steps; collectives outside loops, and inside; the bytes of temporary
+arrays, where the compiler names them; and the bytes that all kernels of all steps read and write in a device's main
+memory, arrays that a TPU's compiler keeps in a core's own not counted. No time is measured.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from helpers import contest
-from helpers.compiled import collectives, inside_loops, kernels_in_loops
+from helpers.compiled import collectives, inside_loops, kernels_in_loops, work
 from helpers.contest import Table
 from helpers.targets import TARGETS, absent, compiled
 
@@ -33,7 +34,13 @@ CELLS = {
     "MGU": lambda d, h: jaxrnn.MGU(d, h),
     "SLSTM": lambda d, h: jaxrnn.SLSTM(d, h, heads=4),
     "MinGRU": lambda d, h: jaxrnn.MinGRU(d, h),
+    "MinLSTM": lambda d, h: jaxrnn.MinLSTM(d, h),
+    "SRU": lambda d, h: jaxrnn.SRU(d, h),
+    "QRNN": lambda d, h: jaxrnn.QRNN(d, h),
+    "HGRN": lambda d, h: jaxrnn.HGRN(d, h),
+    "RGLRU": lambda d, h: jaxrnn.RGLRU(d),
     "LRU": lambda d, h: jaxrnn.LRU(d, h),
+    "S5": lambda d, h: jaxrnn.S5(d, h),
     "S6": lambda d, h: jaxrnn.S6(d, 16),
     "S4D": lambda d, h: jaxrnn.S4D(d, 16),
     "GatedDeltaNet": lambda d, h: jaxrnn.GatedDeltaNet(d, 2, h // 2, h // 2),
@@ -57,12 +64,15 @@ def figures(made: Any) -> dict[str, Any]:
     outside = {name: count - inside[name] for name, count in collectives(text).items()}
     loops = kernels_in_loops(text)
     memory = made.memory_analysis()
+    instructions, moved = work(text)
     return {
         "loops": len(loops),
         "kernels": sum(loops),
         "outside": {name: count for name, count in outside.items() if count},
         "inside": {name: count for name, count in inside.items() if count},
         "temporary": getattr(memory, "temp_size_in_bytes", 0),
+        "run": instructions,
+        "moved": moved,
     }
 
 
@@ -82,7 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     reasons = {name: absent(name) for name in args.targets}
     print(*filter(None, reasons.values()), sep="\n")
     targets = [name for name, why in reasons.items() if why is None]
-    columns = "loops", "kernels in loops", "collectives", "collectives in loops", "temporary, MB"
+    columns = (
+        "loops",
+        "kernels in loops",
+        "kernels run",
+        "collectives",
+        "collectives in loops",
+        "temporary, MB",
+        "moved, MB",
+    )
     table, found = Table("target", "cell", "implementation", "pass", *columns), []
     for target in targets:
         for name in args.cells:
@@ -96,9 +114,10 @@ def main(argv: list[str] | None = None) -> int:
                     found.append(
                         {"target": target, "cell": name, "implementation": implementation, "pass": part, **each}
                     )
-                    megabytes = each["temporary"] / 1e6
-                    given = said(each["outside"]), said(each["inside"]), megabytes
-                    table.add(target, name, implementation, part, each["loops"], each["kernels"], *given)
+                    table.add(
+                        *(target, name, implementation, part, each["loops"], each["kernels"], each["run"]),
+                        *(said(each["outside"]), said(each["inside"]), each["temporary"] / 1e6, each["moved"] / 1e6),
+                    )
 
     def draw(figure):
         axes = figure.subplots()

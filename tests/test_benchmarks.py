@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import work
 
 from jaxrnn.engines.cpu import library as native
 
@@ -193,3 +194,51 @@ def test_a_release_has_lost_nothing_to_itself(load, capsys, path):
     data = json.loads(path.read_text())
     assert load("compare").main([str(path), str(path)]) == 0
     assert f"0 of {len(data['rows'])} shares fell" in capsys.readouterr().out
+
+
+PROGRAM = """
+%cut (p: f32[5,4], i: s32[]) -> f32[1,4] {
+  %p = f32[5,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %piece = f32[1,4]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,4}
+}
+
+%put (p: f32[5,4], x: f32[1,4], i: s32[]) -> f32[5,4] {
+  %p = f32[5,4]{1,0} parameter(0)
+  %x = f32[1,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %put = f32[5,4]{1,0} dynamic-update-slice(%p, %x, %i, %i)
+}
+
+%more (t: (s32[], f32[5,4])) -> pred[] {
+  %t = (s32[], f32[5,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (t: (s32[], f32[5,4])) -> (s32[], f32[5,4]) {
+  %t = (s32[], f32[5,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %all = f32[5,4]{1,0} get-tuple-element(%t), index=1
+  %piece = f32[1,4]{1,0} fusion(%all, %i), kind=kLoop, calls=%cut
+  %near = f32[1,4]{1,0:T(1,128)S(1)} negate(%piece)
+  %new = f32[5,4]{1,0} fusion(%all, %near, %i), kind=kLoop, calls=%put
+  ROOT %both = (s32[], f32[5,4]{1,0}) tuple(%i, %new)
+}
+
+ENTRY %main (x: f32[5,4]) -> f32[5,4] {
+  %x = f32[5,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %double = f32[5,4]{1,0} add(%x, %x)
+  %first = (s32[], f32[5,4]{1,0}) tuple(%zero, %double)
+  %loop = (s32[], f32[5,4]{1,0}) while(%first), condition=%more, body=%body
+  ROOT %last = f32[5,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_what_a_program_moves():
+    """Parts of arrays that are cut and updated, an array in a core's memory, steps of a loop."""
+    cut, negate, put = 16 + 4 + 16, 16 + 0, 4 + 16
+    assert work(PROGRAM) == (1 + 5 * 3, 3 * 80 + 5 * (cut + negate + put))
