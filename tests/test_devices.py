@@ -11,7 +11,7 @@ from members import MEMBERS, draw_params, draw_x, floats
 import jaxrnn
 
 # What reads x by its own index, and what has time among its rows.
-UNDIVIDED = ["two_inputs", "pool_repeat"]
+UNDIVIDED = ["two_inputs"]
 FEW = ["lstm", "mgu", "min_gru"]
 SOME = ["gru", "min_gru", "mlstm", "stack", "zoneout"]
 

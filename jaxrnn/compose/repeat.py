@@ -84,8 +84,8 @@ class Repeat(Layer):
         # Engines make one axis of all rows, so those that devices divide must come before time.
         last = ndim - 1 if any(axis is not None for axis in jax.typeof(leaf).sharding.spec[1:ndim]) else 0
 
-        def moved(tree, source, target):
-            return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, source, target), tree)
+        def moved(tree, source, target):  # a key of one row has no axis
+            return tree if source == target else jax.tree.map(lambda leaf: jnp.moveaxis(leaf, source, target), tree)
 
         def run(x, key=None):
             xs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *x.shape)), x)

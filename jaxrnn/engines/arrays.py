@@ -163,6 +163,37 @@ def lifted(array: Array, like: Array) -> Array:
     return jnp.broadcast_to(array, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
+def repeated(array: Array, like: Array, axis: int) -> Array:
+    """`array` for every index of an axis of `like`, in front, which devices divide as they divide that axis."""
+    shape, sharding = (like.shape[axis], *array.shape), jax.typeof(like).sharding
+    if sharding.spec[axis] is None:
+        return jnp.broadcast_to(array, shape)
+    spec = PartitionSpec(sharding.spec[axis], *jax.typeof(array).sharding.spec)
+    return jnp.broadcast_to(array, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def folded(array: Array, axis: int) -> Array:
+    """One axis of two, of which devices may divide the first."""
+    first, second = array.shape[axis : axis + 2]
+    return _reshaped(array, axis, 2, (first * second,))
+
+
+def unfolded(array: Array, axis: int, count: int) -> Array:
+    """What was folded: the axis of size `count`, and the other one behind it."""
+    return _reshaped(array, axis, 1, (count, array.shape[axis] // count))
+
+
+def _reshaped(array: Array, axis: int, of: int, sizes: tuple[int, ...]) -> Array:
+    """`array` with `sizes` in place of some axes; the first of them is divided as the first of those was."""
+    sharding = jax.typeof(array).sharding
+    shape = (*array.shape[:axis], *sizes, *array.shape[axis + of :])
+    if all(each is None for each in sharding.spec):
+        return array.reshape(shape)
+    own = sharding.spec[axis], *[None] * (len(sizes) - 1)
+    spec = PartitionSpec(*sharding.spec[:axis], *own, *sharding.spec[axis + of :])
+    return array.reshape(shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
 def select(flag: Array, on: Any, off: Any) -> PyTree:
     """Returns `on` where `flag` (a prefix of the leaves' axes) is true, else `off`. It is a selection, so NaN does not
     cross.

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
+from jaxrnn.engines.arrays import evaluated, folded, mapped_over_nothing, repeated, unfolded, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.partition import MEMBERS, ROWS, Factors, axes, lowering
 from jaxrnn.typing import PyTree
@@ -156,7 +156,8 @@ class Recurrence:
 
     def _batched(self, primitive, arrays, axes, *, tree, **options):
         """The new axis becomes one of rows; and of members, where weights or their cotangents differ."""
-        count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        mapped = next((array, axis) for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        count = mapped[0].shape[mapped[1]]
         if count == 0:
             return mapped_over_nothing(primitive, arrays, axes, tree=tree, **options)
         tree_of_arrays = jax.tree.unflatten(tree, arrays)
@@ -172,17 +173,13 @@ class Recurrence:
                 return array
             place = int(name in timed)
             if axis is None:
-                array, axis = jax.numpy.broadcast_to(array[None], (count, *array.shape)), 0
-            array = jax.numpy.moveaxis(array, axis, place)
-            return array.reshape(*array.shape[:place], count * array.shape[place + 1], *array.shape[place + 2 :])
+                array, axis = repeated(array, *mapped), 0
+            return folded(jax.numpy.moveaxis(array, axis, place), place)
 
-        folded = [fold(*each) for each in zip(arrays, axes, names, strict=True)]
-        found = primitive.bind(*varying_like(folded), tree=tree, **options)
-        places = [int(name in timed) for name in _names(self._results(primitive, folded, tree, **options))]
-        return [
-            array.reshape(*array.shape[:at], count, array.shape[at] // count, *array.shape[at + 1 :])
-            for array, at in zip(found, places, strict=True)
-        ], places
+        given = [fold(*each) for each in zip(arrays, axes, names, strict=True)]
+        found = primitive.bind(*varying_like(given), tree=tree, **options)
+        places = [int(name in timed) for name in _names(self._results(primitive, given, tree, **options))]
+        return [unfolded(*each, count) for each in zip(found, places, strict=True)], places
 
     def _jvp_by_xla(self, primitive, primals, tangents, options):
         """Differentiates the program."""

@@ -63,7 +63,7 @@ def _complex(parts: Array) -> Array:
 def _of_rows(weight: Array, rows: int) -> Array:
     """(1, R or 1, N, D) of (M, N, D)."""
     members = weight.shape[0]
-    return weight[None] if members == 1 else jnp.repeat(weight, rows // members, axis=0)[None]
+    return weight[None] if members in (1, rows) else jnp.repeat(weight, rows // members, axis=0)[None]
 
 
 def _chunk(problem: Problem) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
+from jaxrnn.engines.arrays import evaluated, folded, mapped_over_nothing, repeated, unfolded, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated import pallas, programs
 from jaxrnn.engines.gated.layout import Layout, together
@@ -95,7 +95,8 @@ def _batched(primitive):
 
     def rule(arrays, axes, **options):
         axis_of = functools.partial(row_axis, batch_major=options["batch_major"])
-        count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        mapped = next((array, axis) for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        count = mapped[0].shape[mapped[1]]
         if count == 0:
             return mapped_over_nothing(primitive, arrays, axes, **options)
         members = count_members(a.shape[1 if axis == 0 else 0] for a, axis in zip(arrays, axes, strict=True))
@@ -109,23 +110,17 @@ def _batched(primitive):
             if axis is None:
                 if place is None or (by_member and shared and array.shape[0] == 1):
                     return array
-                array, axis = jnp.broadcast_to(array[None], (count, *array.shape)), 0
+                array, axis = repeated(array, *mapped), 0
             array = jnp.moveaxis(array, axis, place)
             if by_member and array.shape[1] != members:
                 array = jnp.broadcast_to(array, (count, members, *array.shape[2:]))
-            return array.reshape(*array.shape[:place], count * array.shape[place + 1], *array.shape[place + 2 :])
+            return folded(array, place)
 
         fixed = len(Fixed._fields) if primitive is not forward_p else len(arrays)
-        folded = [fold(*each, k < fixed) for k, each in enumerate(zip(arrays, axes, inputs, strict=True))]
+        given = [fold(*each, k < fixed) for k, each in enumerate(zip(arrays, axes, inputs, strict=True))]
         places = [0 if by_member else axis_of(name) for name in outputs]
-        results = _bind(primitive, *folded, **options)
-        unfolded = [
-            array
-            if place is None
-            else array.reshape(*array.shape[:place], count, array.shape[place] // count, *array.shape[place + 1 :])
-            for array, place in zip(results, places, strict=True)
-        ]
-        return unfolded, places
+        results = zip(_bind(primitive, *given, **options), places, strict=True)
+        return [array if place is None else unfolded(array, place, count) for array, place in results], places
 
     return rule
 

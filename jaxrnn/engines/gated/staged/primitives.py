@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jaxrnn.engines.arrays import evaluated, mapped_over_nothing, varying_like
+from jaxrnn.engines.arrays import evaluated, folded, mapped_over_nothing, repeated, unfolded, varying_like
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.gated.layout import Layout, together
 from jaxrnn.engines.gated.primitives import FEW
@@ -93,7 +93,8 @@ def _abstract(primitive, *avals, tree, call, **options):
 def _batched(primitive, arrays, axes, *, tree, call, wrt, **options):
     """The new axis becomes one of members where weights differ, else of rows."""
     names, fixed = names_of(jax.tree.unflatten(tree, arrays)), _fixed(tree) or len(arrays)
-    count = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+    mapped = next((array, axis) for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+    count = mapped[0].shape[mapped[1]]
     if count == 0:
         return mapped_over_nothing(primitive, arrays, axes, tree=tree, call=call, wrt=wrt, **options)
     members = count_members(a.shape[1 if axis == 0 else 0] for a, axis in zip(arrays, axes, strict=True))
@@ -105,23 +106,17 @@ def _batched(primitive, arrays, axes, *, tree, call, wrt, **options):
         if axis is None:
             if place is None or (by_member and shared and array.shape[0] == 1):
                 return array
-            array, axis = jnp.broadcast_to(array[None], (count, *array.shape)), 0
+            array, axis = repeated(array, *mapped), 0
         array = jnp.moveaxis(array, axis, place)
         if by_member and array.shape[1] != members:
             array = jnp.broadcast_to(array, (count, members, *array.shape[2:]))
-        return array.reshape(*array.shape[:place], count * array.shape[place + 1], *array.shape[place + 2 :])
+        return folded(array, place)
 
-    folded = [fold(*each, k < fixed) for k, each in enumerate(zip(arrays, axes, names, strict=True))]
+    given = [fold(*each, k < fixed) for k, each in enumerate(zip(arrays, axes, names, strict=True))]
     options |= {"tree": tree, "call": call, "wrt": wrt}
-    found = primitive.bind(*varying_like(folded), **options)
-    places = [0 if by_member else row_axis(name, call) for name in names_of(_outputs(primitive, folded, **options))]
-    unfolded = [
-        array
-        if at is None
-        else array.reshape(*array.shape[:at], count, array.shape[at] // count, *array.shape[at + 1 :])
-        for array, at in zip(found, places, strict=True)
-    ]
-    return unfolded, places
+    places = [0 if by_member else row_axis(name, call) for name in names_of(_outputs(primitive, given, **options))]
+    found = zip(primitive.bind(*varying_like(given), **options), places, strict=True)
+    return [array if place is None else unfolded(array, place, count) for array, place in found], places
 
 
 def _fixed(tree) -> int:
