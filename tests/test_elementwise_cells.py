@@ -97,7 +97,7 @@ def test_values_and_gradients_are_those_of_the_loop(name, reverse):
 
 
 @kernel_needed
-@pytest.mark.parametrize("name", mostly_in_full(list(CELLS), "min_lstm"))
+@pytest.mark.parametrize("name", mostly_in_full(list(CELLS), "min_gru"))
 def test_higher_derivatives_and_members(name):
     layer, arrays, drawn = draw(name, 9, (2,))
     carry = single(arrays[1])
