@@ -164,9 +164,21 @@ def test_what_no_kernel_computes():
     with pytest.raises(ValueError, match="100 MiB of recurrent weights do not fit into the 96 MiB"):
         jax.eval_shape(lambda p: jaxrnn.scan(LSTM(3, 2560), p, None, jnp.ones((7, 3)), implementation="pallas"), large)
     params = LSTM(3, 5).init(jax.random.key(0))
+    with pytest.raises(ValueError, match="it is compiled for a TPU, not for gpu"):
+        jaxrnn.explain(LSTM(3, 5), params, None, jnp.ones((7, 3)), platform="gpu", implementation="pallas")
     run = jax.jit(lambda xs: jaxrnn.scan(LSTM(3, 5), params, None, xs, implementation="pallas")[1])
     with pytest.raises(ValueError, match="'pallas' is compiled for a TPU, and this is for cuda"):
         run.trace(jnp.ones((7, 3))).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("cell", [jaxrnn.MinGRU(3, 5), GRU(3, 5)], ids=str)
+def test_a_program_with_x64_for_a_tpu(cell):
+    """Its kernels have no numbers of 64 bits."""
+    with jax.enable_x64(True):
+        params, xs = cell.init(jax.random.key(0), jnp.float32), jnp.ones((70, 2, 3), jnp.float32)
+        run = jax.grad(lambda p, xs: jaxrnn.scan(cell, p, None, xs, implementation="pallas")[1].sum())
+        lowered = jax.jit(run).trace(params, xs).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
 
 
 @pytest.mark.parametrize("cell", [jaxrnn.MinGRU(3, 5), GRU(3, 5)], ids=str)

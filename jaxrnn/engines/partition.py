@@ -89,10 +89,13 @@ def lowering(
 
 
 def on_one_device(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """The lowering rule of a function that knows no mesh, as kernels in Pallas do: on one device, or in `shard_map`."""
+    """The lowering rule of a function that knows no mesh and no numbers of 64 bits, as kernels in Pallas do: it runs on
+    one device, or in `shard_map`.
+    """
+    no_mesh = jax.sharding.AbstractMesh((), ())
 
     def rule(ctx, *operands, **options):
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        with jax.sharding.use_abstract_mesh(no_mesh), jax.enable_x64(False):
             ctx = ctx.replace(avals_in=[aval.update(sharding=None) for aval in ctx.avals_in])
             return mlir.lower_fun(function, multiple_results=True)(ctx, *operands, **options)
 

@@ -132,7 +132,7 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
     if refusal is None and unnamed and _short(rule if isinstance(rule, Rule) else None, xs):
         refusal = "the loop runs one step of it faster"
     refusals = REFUSALS if refusal is None else REFUSALS | {"native": refusal}
-    no_pallas = _no_pallas(type(cell), kernels[0] if plain else None, xs.shape, dtypes)
+    no_pallas = _no_pallas(type(cell), kernels[0] if plain else None, xs.shape, dtypes, walk)
     chosen, refusals = walk.choose("gated_scan", refusals, cell=cell, no_pallas=no_pallas)
     if chosen != "xla" or len(weights) == 1:  # else each of the two says so itself
         for _ in weights:
@@ -189,8 +189,10 @@ def _changed(kind: type) -> str | None:
     return f"no kernel computes what {kind.__name__} does" if changed else None
 
 
-def _no_pallas(kind: type, kernel: Kernel | None, shape, dtypes) -> str | None:
+def _no_pallas(kind: type, kernel: Kernel | None, shape, dtypes, walk: Walk) -> str | None:
     """Returns the reason why the Pallas kernel does not run a call, or None."""
+    if walk.platform not in (None, "cpu", "tpu"):
+        return f"it is compiled for a TPU, not for {walk.platform}"
     if kernel is None:
         return f"no Pallas kernel computes this {kind.__name__}, or its noise"
     return _changed(kind) or no_pallas_for(shape, *dtypes) or pallas.refusal(*kernel.w_h.shape)

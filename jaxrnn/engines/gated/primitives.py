@@ -197,23 +197,26 @@ def _by_xla(primitive):
     return mlir.lower_fun(_REFERENCE[primitive], multiple_results=True)
 
 
-def _elsewhere(primitive):
-    """Returns the lowering rule for platforms without a compiled kernel."""
-    by_xla = _by_xla(primitive)
-
+def _by_pallas(primitive):
     def rule(ctx, *operands, **options):
         platforms = ", ".join(ctx.module_context.platforms)
-        match options["named"]:
-            case "pallas":
-                if platforms not in ("cpu", "tpu"):
-                    raise ValueError(f"implementation: 'pallas' is compiled for a TPU, and this is for {platforms}")
-                run = functools.partial(_PALLAS[primitive], interpret=platforms == "cpu")
-                return on_one_device(run)(ctx, *operands, **options)
-            case "native":
-                raise ValueError(
-                    f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}"
-                )
-        return by_xla(ctx, *operands, **options)
+        if platforms not in ("cpu", "tpu"):
+            raise ValueError(f"implementation: 'pallas' is compiled for a TPU, and this is for {platforms}")
+        run = functools.partial(_PALLAS[primitive], interpret=platforms == "cpu")
+        return on_one_device(run)(ctx, *operands, **options)
+
+    return rule
+
+
+def _elsewhere(primitive):
+    """Returns the lowering rule for platforms without a compiled kernel."""
+    by_xla, by_pallas = _by_xla(primitive), _by_pallas(primitive)
+
+    def rule(ctx, *operands, **options):
+        if options["named"] == "native":
+            platforms = ", ".join(ctx.module_context.platforms)
+            raise ValueError(f"implementation: 'native' has kernels for the CPU, and this is compiled for {platforms}")
+        return (by_pallas if options["named"] == "pallas" else by_xla)(ctx, *operands, **options)
 
     return rule
 
@@ -236,7 +239,7 @@ def _factors(primitive, avals_in, avals_out, options) -> Factors:
 
 
 def _on_cpu(primitive):
-    by_xla, interpreted = _by_xla(primitive), _elsewhere(primitive)
+    by_xla, by_pallas = _by_xla(primitive), _by_pallas(primitive)
 
     def alone(ctx, *operands, kind, directions, batch_major, named, **options):
         names, _ = _names(primitive)
@@ -266,7 +269,7 @@ def _on_cpu(primitive):
     compiled = lowering(primitive, alone, by_xla, functools.partial(_factors, primitive))
 
     def rule(ctx, *operands, **options):
-        return (interpreted if options["named"] == "pallas" else compiled)(ctx, *operands, **options)
+        return (by_pallas if options["named"] == "pallas" else compiled)(ctx, *operands, **options)
 
     return rule
 
