@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from members import weighted_sum
+from tiers import mostly_in_full
 
 import jaxrnn
 from jaxrnn import KDA, RWKV7, S4D, DeltaNet, GatedDeltaNet
@@ -142,7 +143,7 @@ def test_values_of_every_option(cell, dtype):
             close(found, expected, 5e-5 if dtype == jnp.float32 else 1e-11)
 
 
-@some
+@pytest.mark.parametrize("cell", mostly_in_full(SOME, SOME[1], SOME[4]), ids=name)
 def test_gradients(cell):
     """Those of the kernel's step are those of numbers beside it, to the second order."""
     with jax.enable_x64(True):

@@ -94,9 +94,7 @@ KINDS = list(itertools.product((None, "one", "rows"), ("add", "delta", "low rank
 SIZES = [(0, (2,), 3, 4), (1, (), 5, 2), (7, (2, 3), 4, 6), (64, (3,), 17, 3), (65, (2, 1), 3, 19), (40, (0, 2), 3, 2)]
 
 
-@pytest.mark.parametrize(
-    "implementation", ["chunked", *NATIVE, *(pytest.param(x, marks=pytest.mark.full) for x in ("xla", None))]
-)
+@pytest.mark.parametrize("implementation", [*NATIVE, *in_full(["chunked", "xla", None])])
 @pytest.mark.parametrize(
     ("decay", "update"),
     [kind if kind in KINDS[4:5] else pytest.param(*kind, marks=pytest.mark.full) for kind in KINDS],
