@@ -20,43 +20,8 @@
 
 namespace jaxrnn::JAXRNN_NUMBERS {
 
-#define JAXRNN_WIDTH 16
-namespace baseline {
-#include "simd.h"
-#include "team.h"
-#include "tile.h"
-#include "units.h"
-#include "elementwise.h"
-}  // namespace baseline
-#undef JAXRNN_WIDTH
-
-#if defined(JAXRNN_CHOICE)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define JAXRNN_WIDTH 32
-namespace avx2 {
-#include "simd.h"
-#include "team.h"
-#include "tile.h"
-#include "units.h"
-#include "elementwise.h"
-}  // namespace avx2
-#undef JAXRNN_WIDTH
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
-#define JAXRNN_WIDTH 64
-namespace avx512 {
-#include "simd.h"
-#include "team.h"
-#include "tile.h"
-#include "units.h"
-#include "elementwise.h"
-}  // namespace avx512
-#undef JAXRNN_WIDTH
-#pragma GCC pop_options
-#endif
+#define JAXRNN_KERNELS "elementwise_kernels.h"
+#include "instruction_sets.h"
 
 void elementwise(const ElementwiseProblem& p, int threads) {
 #if defined(JAXRNN_CHOICE)

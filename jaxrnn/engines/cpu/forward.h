@@ -49,7 +49,7 @@ class ForwardRun : Cell<K> {
           if (!worker.by_rows) worker.barrier.wait();
           if constexpr (BEFORE) {
             for (long j = blocks.begin; j < blocks.end; ++j)
-              tiles<SUMS>(rows, [&](auto count, long r) {
+              tiles<ROWS<1>>(rows, [&](auto count, long r) {
                 second_product<decltype(count)::value>(chunk, k, t, j, r, from, to);
               });
             if (!worker.by_rows) worker.barrier.wait();

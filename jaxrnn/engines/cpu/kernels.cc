@@ -43,46 +43,13 @@ void each_kind(const F& f) {
   f(std::integral_constant<Kind, Kind::kGruBefore>{});
 }
 
-#define JAXRNN_WIDTH 16
-namespace baseline {
-#include "simd.h"
-#include "team.h"
-#include "tile.h"
-#include "pointwise.h"
-#include "forward.h"
-#include "backward.h"
-#include "linear.h"
-#include "columns.h"
-#include "matrix.h"
-#include "matrix_backward.h"
-#include "diagonal.h"
-#include "step.h"
-#include "table.h"
-}  // namespace baseline
-#undef JAXRNN_WIDTH
+#define JAXRNN_KERNELS "table.h"
+#include "instruction_sets.h"
 
 #if defined(JAXRNN_CHOICE)
+#define JAXRNN_WIDTH 16
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
-#define JAXRNN_WIDTH 32
-namespace avx2 {
-#include "simd.h"
-#include "team.h"
-#include "tile.h"
-#include "pointwise.h"
-#include "forward.h"
-#include "backward.h"
-#include "linear.h"
-#include "columns.h"
-#include "matrix.h"
-#include "matrix_backward.h"
-#include "diagonal.h"
-#include "step.h"
-#include "table.h"
-}  // namespace avx2
-#undef JAXRNN_WIDTH
-
-#define JAXRNN_WIDTH 16
 namespace fma {
 #include "simd.h"
 #include "team.h"
@@ -90,26 +57,6 @@ namespace fma {
 #include "pointwise.h"
 #include "step.h"
 }  // namespace fma
-#undef JAXRNN_WIDTH
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
-#define JAXRNN_WIDTH 64
-namespace avx512 {
-#include "simd.h"
-#include "team.h"
-#include "tile.h"
-#include "pointwise.h"
-#include "forward.h"
-#include "backward.h"
-#include "linear.h"
-#include "columns.h"
-#include "matrix.h"
-#include "matrix_backward.h"
-#include "diagonal.h"
-#include "table.h"
-}  // namespace avx512
 #undef JAXRNN_WIDTH
 #pragma GCC pop_options
 #endif

@@ -337,7 +337,7 @@ class StagedForwardRun : Staged<F> {
     if constexpr (BEFORE) {
       constexpr int N = F::GATES - 1;
       for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
-        tiles<SUMS>(chunk.rows, [&](auto count, long row) {
+        tiles<ROWS<1>>(chunk.rows, [&](auto count, long row) {
           constexpr int R = decltype(count)::value;
           const Real* s[R];
           Vec a[R][1];

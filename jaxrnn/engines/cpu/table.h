@@ -1,5 +1,20 @@
 // The kernels of one instruction set.
 
+#include "simd.h"
+#include "team.h"
+#include "tile.h"
+#include "pointwise.h"
+#include "forward.h"
+#include "backward.h"
+#include "linear.h"
+#include "columns.h"
+#include "matrix.h"
+#include "matrix_backward.h"
+#include "diagonal.h"
+#if JAXRNN_WIDTH < 64
+#include "step.h"
+#endif
+
 template <Kind K>
 inline void run_forward(const Sizes& n, const Forward& p, int threads) {
   ForwardRun<K>(n, p, threads).run();

@@ -5,8 +5,9 @@ constexpr int SUMS = 24;  // and V weights, and a broadcast number, in 32 regist
 #else
 constexpr int SUMS = 12;
 #endif
+// Rows of a tile: with more of them its product would be no faster.
 template <int V>
-constexpr int ROWS = SUMS / V;
+constexpr int ROWS = std::min(SUMS / V, 12);
 
 // sums[r] += Σ_k a[r][k] w[k]. CHAINS sums at once for every number, where one alone would wait for itself.
 template <int R, int V, int CHAINS = 1>
