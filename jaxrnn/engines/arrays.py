@@ -112,16 +112,28 @@ def widened(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """Returns `tree` with its floating and complex leaves in at least float32, and a function back to its own dtypes.
 
     If a loop reads a tree in this form and converts it back inside, its cotangents are summed over the steps in that
-    dtype.
+    dtype. Only cotangents are cast at the steps: the loop reads the values of `tree`.
     """
+    values = lax.stop_gradient(tree)
 
     def widen(leaf):
         return leaf.astype(accumulator(leaf.dtype)) if inexact(leaf) else leaf
 
     def back(wide):
-        return jax.tree.map(lambda wide, leaf: wide.astype(leaf.dtype) if inexact(leaf) else wide, wide, tree)
+        return jax.tree.map(lambda wide, leaf: wide if wide.dtype == leaf.dtype else _as(leaf, wide), wide, values)
 
     return jax.tree.map(widen, tree), back
+
+
+@jax.custom_jvp
+def _as(narrow: Array, wide: Array) -> Array:
+    """`wide` in the dtype of `narrow`, whose values it has."""
+    return narrow
+
+
+@_as.defjvp
+def _as_jvp(primals, tangents):
+    return primals[0], tangents[1].astype(primals[0].dtype)
 
 
 def cast_like(new: PyTree, old: PyTree, *, owner: str) -> PyTree:

@@ -29,14 +29,15 @@ def time_loop(
     """Runs `lax.scan` of `step(params, carry, x) -> (carry, y)`; cotangents of params are summed in at least float32.
 
     With `prepare`, it runs `step(params, carry, prepare(params, x))`, and the platform decides: a CPU prepares step by
-    step, so that the result is in its cache; accelerators prepare all steps at once, in one large product.
+    step, so that the result is in its cache; accelerators prepare all steps at once, in one large product. GPUs write
+    results of one shape and dtype as one array, since each is a kernel of its own.
 
     An invalid step is computed from the fresh carry and discarded by selection. So no value that the carry holds there
     reaches a gradient.
     """
     wide, back = widened((params, fresh))
 
-    def scan(carry, inputs, ahead=None, within=None):
+    def scan(carry, inputs, ahead=None, within=None, stacked=False):
         def body(carry, inputs):
             params, fresh = back(wide)
             x, valid, follows = inputs
@@ -44,17 +45,27 @@ def time_loop(
             new, y = step(params, carry if follows is None else select(follows, carry, fresh), x)
             if valid is not None:
                 new, y = select(valid, new, carry), zero_where_not(valid, y)
-            return new, y
+            return new, jnp.stack(jax.tree.leaves(y)) if stacked else y
 
         xs, flags = inputs
         xs = xs if ahead is None else ahead(params, xs)
         return lax.scan(body, carry, (xs, flags.valid, flags.follows), reverse=reverse)
 
+    def scan_stacked(carry, inputs):
+        _, ys = jax.eval_shape(all_at_once, carry, inputs)
+        leaves, structure = jax.tree.flatten(ys)
+        if len({(leaf.shape, leaf.dtype) for leaf in leaves}) != 1:
+            return all_at_once(carry, inputs)
+        last, whole = all_at_once(carry, inputs, stacked=True)
+        # Of whatever reads a part of it later, none keeps all of it in memory.
+        parts = lax.optimization_barrier([whole[:, k] for k in range(len(leaves))])
+        return last, jax.tree.unflatten(structure, parts)
+
     inputs = xs, flags
     if prepare is None:
         return scan(carry, inputs)
     each, all_at_once = functools.partial(scan, within=prepare), functools.partial(scan, ahead=prepare)
-    return by_platform(platform, carry, inputs, cpu=each, default=all_at_once)
+    return by_platform(platform, carry, inputs, cpu=each, cuda=scan_stacked, default=all_at_once)
 
 
 def in_chunks(

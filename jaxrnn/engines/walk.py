@@ -235,12 +235,12 @@ def refusals_of_sizes(shape: Sequence[Any]) -> dict[str, str]:
 
 
 def by_platform(
-    platform: str | None, *operands: Any, cpu: Callable[..., PyTree], default: Callable[..., PyTree]
+    platform: str | None, *operands: Any, default: Callable[..., PyTree], **each: Callable[..., PyTree]
 ) -> PyTree:
     """Runs `lax.platform_dependent`, or only the branch for `platform` where it is known."""
     if platform is None:
-        return lax.platform_dependent(*operands, cpu=cpu, default=default)
-    return (cpu if platform == "cpu" else default)(*operands)
+        return lax.platform_dependent(*operands, default=default, **each)
+    return each.get(platform, default)(*operands)
 
 
 def starts(reset: Array | None, valid: Array | None, reverse: bool) -> Array | None:

@@ -34,6 +34,7 @@ from jaxrnn.engines.gated.recurrence import (
 )
 from jaxrnn.engines.loop import time_loop
 from jaxrnn.engines.product import dot
+from jaxrnn.engines.walk import by_platform
 from jaxrnn.typing import PyTree
 
 
@@ -85,42 +86,69 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
         rows = state[..., 0]
         return lifted(leaf, rows.reshape(rows.shape + (1,) * leaf.ndim))
 
-    # Computed again in the backward pass, else its part that moves nothing were a loop of its own.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(d_constant, d_carry, inputs):
-        d_theta, d_mask = d_constant
-        (carry, u, v, w), stay, (d_u, d_v, d_w) = inputs
-        old, d_carry = d_carry, cast(d_carry, wide)
-        s, d_s = (masked(getattr(each, cell.recurrent_state), mask) for each in (carry, d_carry))
-        if d_mask is not None:
-            d_s = d_s + getattr(carry, cell.recurrent_state) * d_mask.astype(wide)
-        d_v = d_v + recurrent_product(d_s.astype(dtype), weights.w_h).astype(wide)
-        rows = jax.tree.map(by_row, theta)
-        if w is not None:
-            second_input = _over_rows(cell.second_input, ndim)
-            _, d_mid = jax.jvp(second_input, (rows, carry, s, u, v), (d_theta, d_carry, d_s, d_u, d_v))
-            d_w = d_w + dot(d_mid.astype(dtype), weights.w_2).astype(wide)
-        update = functools.partial(_over_rows(functools.partial(updated, how), ndim), stay=stay)
-        _, (d_new, d_y) = jax.jvp(update, (rows, carry, u, v, w), (d_theta, d_carry, d_u, d_v, d_w))
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), d_new, old), d_y.astype(dtype)
+    wide_w_h, wide_w_2 = cast((weights.w_h, weights.w_2), wide)  # here, else at every step
+    leaves, structure = jax.tree.flatten(problem.carry)
+
+    def loop(moves, d_products, stacked=False):
+        """The loop; `stacked`: its state is one array, else a GPU would copy each of many."""
+        d_theta, d_carry, d_fresh, d_mask = moves
+
+        def packed(d_carry):
+            """The carry and, for the product, its h: so the transposed loop need not add cotangents after its own."""
+            whole = jnp.stack(jax.tree.leaves(d_carry), axis=-2) if stacked else d_carry
+            return whole, getattr(d_carry, cell.recurrent_state)
+
+        def unpacked(whole):
+            return jax.tree.unflatten(structure, [whole[..., k, :] for k in range(len(leaves))]) if stacked else whole
+
+        # Computed again in the backward pass, else its part that moves nothing were a loop of its own.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def step(d_constant, state, inputs):
+            d_theta, d_mask = d_constant
+            (carry, u, v, w), stay, (d_u, d_v, d_w) = inputs
+            d_carry, d_copy = unpacked(state[0]), state[1]
+            h = getattr(carry, cell.recurrent_state)
+
+            def read(d_h):
+                return masked(d_h, mask) if d_mask is None else masked(d_h, mask) + h * d_mask
+
+            d_v = d_v + recurrent_product(read(d_copy), wide_w_h)
+            rows = jax.tree.map(by_row, theta)
+            if w is not None:
+                primals = rows, carry, masked(h, mask), u, v
+                d_s = read(getattr(d_carry, cell.recurrent_state))
+                _, d_mid = jax.jvp(_over_rows(cell.second_input, ndim), primals, (d_theta, d_carry, d_s, d_u, d_v))
+                d_w = d_w + dot(d_mid, wide_w_2)
+            update = functools.partial(_over_rows(functools.partial(updated, how), ndim), stay=stay)
+            _, (d_new, d_y) = jax.jvp(update, (rows, carry, u, v, w), (d_theta, d_carry, d_u, d_v, d_w))
+            return packed(d_new), d_y.astype(dtype)
+
+        (d_last, d_copy), d_ys = time_loop(
+            step,
+            (d_theta, d_mask),
+            packed(d_carry),
+            (tuple(reads), problem.stay, d_products),
+            fresh=packed(d_fresh),
+            flags=problem.flags,
+            reverse=how.reverse,
+            platform=how.platform,
+        )
+        # So the cotangent of the other h is 0 if no gate reads it.
+        return unpacked(d_last)._replace(**{cell.recurrent_state: d_copy}), d_ys
 
     def whole(each, like):
         return jax.tree.map(jnp.zeros_like, like) if each is None else each
 
-    d_theta = jax.tree.map(by_row, cast(whole(d_weights.theta, theta), wide))
+    d_theta = jax.tree.map(by_row, whole(d_weights.theta, theta))
     d_carry, d_fresh = whole(moved.carry, problem.carry), whole(moved.fresh, problem.fresh)
     # Else devices that divide the rows would add up their cotangents at every step.
-    d_theta, d_carry, d_fresh, d_mask = varying_like((d_theta, d_carry, d_fresh, moved.mask), reads[1])
-    return time_loop(
-        step,
-        (d_theta, d_mask),
-        d_carry,
-        (tuple(reads), problem.stay, d_products),
-        fresh=d_fresh,
-        flags=problem.flags,
-        reverse=how.reverse,
-        platform=how.platform,
-    )
+    moves = varying_like(cast((d_theta, d_carry, d_fresh, moved.mask), wide), reads[1])
+    if len(leaves) > 2 and len({each.shape for each in leaves}) == 1:
+        stacked = functools.partial(loop, stacked=True)
+        d_last, d_ys = by_platform(how.platform, moves, d_products, cuda=stacked, default=loop)
+    else:
+        d_last, d_ys = loop(moves, d_products)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), d_last, problem.carry), d_ys
 
 
 def arguments(how: How, problem: Problem, states: PyTree) -> tuple[tuple, Read]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax import Array
+from jax import Array, lax
 
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, select
 from jaxrnn.engines.loop import time_loop
@@ -69,16 +69,27 @@ class Read(NamedTuple):
     mid: Any
 
 
-def products(cell, weights: GatedWeights, carry, u, mask, dtype, wide):
-    """Returns the arguments of `update`, in the wide dtype, and the inputs of the products; `weights` have `dtype`."""
+def products(cell, weights: GatedWeights, carry, u, mask, dtype, wide, s=None):
+    """Returns the arguments of `update`, in the wide dtype, and the inputs of the products; `weights` have `dtype`, and
+    so has s, if it is known.
+    """
+    s = first_input(cell, carry, mask, dtype, wide) if s is None else s
     carry, theta = cast(carry, wide), cast(weights.theta, wide)
-    s = masked(getattr(carry, cell.recurrent_state), mask)
-    narrow = s.astype(dtype)
-    v = recurrent_product(narrow, weights.w_h).astype(wide)
+    v = _alone(recurrent_product(s, weights.w_h).astype(wide))
     if weights.w_2 is None:
-        return (theta, carry, u, v, None), Read(narrow, None)
-    mid = cell.second_input(theta, carry, s, u, v).astype(dtype)
-    return (theta, carry, u, v, dot(mid, weights.w_2).astype(wide)), Read(narrow, mid)
+        return (theta, carry, u, v, None), Read(s, None)
+    mid = cell.second_input(theta, carry, masked(getattr(carry, cell.recurrent_state), mask), u, v).astype(dtype)
+    return (theta, carry, u, v, _alone(dot(mid, weights.w_2).astype(wide))), Read(s, mid)
+
+
+def first_input(cell, carry, mask, dtype, wide) -> Array:
+    """Returns s, what the recurrent product reads of a carry."""
+    return masked(getattr(carry, cell.recurrent_state).astype(wide), mask).astype(dtype)
+
+
+def _alone(product: Array) -> Array:
+    """Keeps the sum that a product is a term of from cuBLAS, which would copy the other term first: another kernel."""
+    return lax.platform_dependent(product, cuda=lax.optimization_barrier, default=lambda product: product)
 
 
 def masked(s: Array, mask: Array | None) -> Array:
@@ -193,23 +204,29 @@ def time_steps(how: How, problem: Problem, keep: bool = False) -> tuple[PyTree, 
         x, stay = inputs
         return input_product(weights, x, dtype, wide), stay
 
-    def step(constant, carry, inputs):
-        weights, mask = constant
-        u, stay = inputs
-        reads, _ = products(how.cell, weights, carry, u, mask, dtype, wide)
-        new, y = updated(how, *reads, stay)
-        new = cast_like(new, carry, owner=type(how.cell).__name__)
-        return new, (y.astype(dtype), new if keep else None)
+    def with_input(carry, mask):
+        """A carry, and s where that is another array: else casts were kernels of their own on a GPU."""
+        s = first_input(how.cell, carry, mask, dtype, wide)
+        same = mask is None and getattr(carry, how.cell.recurrent_state).dtype == dtype
+        return carry, None if same else s
 
-    carry, (ys, states) = time_loop(
+    def step(constant, state, inputs):
+        (weights, mask), (carry, s), (u, stay) = constant, state, inputs
+        reads, _ = products(how.cell, weights, carry, u, mask, dtype, wide, s)
+        new, y = updated(how, *reads, stay)
+        y = None if keep and y is getattr(new, how.cell.recurrent_state) else y.astype(dtype)
+        new = cast_like(new, carry, owner=type(how.cell).__name__)
+        return with_input(new, mask), (y, new if keep else None)
+
+    (carry, _), (ys, states) = time_loop(
         step,
         (problem.weights, problem.mask),
-        problem.carry,
+        with_input(problem.carry, problem.mask),
         (problem.xs, problem.stay),
-        fresh=problem.fresh,
+        fresh=with_input(problem.fresh, problem.mask),
         flags=problem.flags,
         reverse=how.reverse,
         platform=how.platform,
         prepare=prepare,
     )
-    return carry, ys, states
+    return carry, getattr(states, how.cell.recurrent_state).astype(dtype) if ys is None else ys, states
