@@ -107,8 +107,8 @@ TRAPS = {
     ),
     "products summed in half precision": (
         "engines/product.py",
-        "return product_p.bind(*varying_like((x, w)), dtype=accumulator(x.dtype), sharding=None)",
-        "return product_p.bind(*varying_like((x, w)), dtype=x.dtype, sharding=None)",
+        "return product_p.bind(*varying_like((x, w)), count=1, dtype=accumulator(x.dtype), sharding=None)",
+        "return product_p.bind(*varying_like((x, w)), count=1, dtype=x.dtype, sharding=None)",
         "test_time.py::test_half_precision_products_are_summed_in_float32",
     ),
     "a bias that one direction takes from the other": (
@@ -122,6 +122,12 @@ TRAPS = {
         "return leaf.astype(accumulator(leaf.dtype)) if inexact(leaf) else leaf\n\n    def back",
         "return leaf\n\n    def back",
         "test_half_gradients.py::test_gradients_of_a_long_sequence[own-bf16]",
+    ),
+    "devices that divide gates where they divide columns": (
+        "engines/gated/gates.py",
+        "return jnp.stack(jnp.split(columns, count, axis=-1), axis=-2)",
+        "return columns.reshape(_shape_apart(columns.shape, count))",
+        "test_devices.py::test_units_divided_by_jit[gru-xla]",
     ),
     "a gradient of recurrent weights that counts twice": (
         "engines/gated/derivative.py",
@@ -155,8 +161,8 @@ TRAPS = {
     ),
     "the gates of an LSTM in another order": (
         "cells/lstm.py",
-        "*i, f, g, o = jnp.split",
-        "*i, g, f, o = jnp.split",
+        "*i, f, g, o = gates_of",
+        "*i, g, f, o = gates_of",
         "test_oracles.py::test_scan_is_the_oracle[LSTM plain]",
     ),
     "a forget gate that is closed at first": (
