@@ -123,12 +123,6 @@ TRAPS = {
         "return leaf\n\n    def back",
         "test_half_gradients.py::test_gradients_of_a_long_sequence[own-bf16]",
     ),
-    "devices that divide gates where they divide columns": (
-        "engines/gated/gates.py",
-        "return jnp.stack(jnp.split(columns, count, axis=-1), axis=-2)",
-        "return columns.reshape(_shape_apart(columns.shape, count))",
-        "test_devices.py::test_units_divided_by_jit[gru-xla]",
-    ),
     "a gradient of recurrent weights that counts twice": (
         "engines/gated/derivative.py",
         "lambda d: recurrent_product(read.s, d)",
