@@ -5,10 +5,10 @@
 
 The forward pass and a training step (the sum of squares of all outputs, and the gradient of all weights) of one layer,
 compiled for an H100 (which needs jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12) or a TPU v5e (libtpu),
-alone or for four of them that divide the rows. Counted are loops; the device's kernels in the bodies of all loops,
-which it launches at every step; all kernels of all steps; collectives outside loops, and inside; the bytes of temporary
-arrays, where the compiler names them; and the bytes that all kernels of all steps read and write in a device's main
-memory, arrays that a TPU's compiler keeps in a core's own not counted. No time is measured.
+alone or for four of them that divide the rows, the columns of weights, or both. Counted are loops; the device's kernels
+in the bodies of all loops, which it launches at every step; all kernels of all steps; collectives outside loops, and
+inside; the bytes of temporary arrays, where the compiler names them; and the bytes that all kernels of all steps read
+and write in a device's main memory, without arrays that a TPU's compiler keeps in a core's own. No time is measured.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--implementations", nargs="+", default=["None"], metavar="NAME", help="(default: None)")
     parser.add_argument("--shape", default="128,32,128,128", metavar="T,B,D,H", help="(default: 128,32,128,128)")
+    parser.add_argument("--divided", choices=["rows", "columns", "both"], default="rows", help="(default: rows)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = contest.parse(parser, argv)
     steps, rows, inputs, units = map(int, args.shape.split(","))
@@ -110,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             for implementation in args.implementations:
                 for part in args.contestants:
                     function = program(cell, part, None if implementation == "None" else implementation)
-                    each = figures(compiled(target, function, params, (xs, 1)))
+                    placed = xs, None if args.divided == "columns" else 1
+                    each = figures(compiled(target, function, params, placed, columns=args.divided != "rows"))
                     found.append(
                         {"target": target, "cell": name, "implementation": implementation, "pass": part, **each}
                     )

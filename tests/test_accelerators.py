@@ -75,6 +75,21 @@ def test_devices_exchange_gradients_once(cell, sums, target):
     assert not any(found.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "products"), [("Elman", 1), ("LSTM", 1), ("LSTM peephole", 1), ("GRU", 1), ("MGU", 2)]
+)
+def test_devices_exchange_states_of_units(name, products):
+    """Columns of weights are divided: a step gathers what a product reads, and sums its cotangent."""
+    needs("4 h100")
+    cell, *_ = PINS[name]
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((T, B, 16), jnp.float32)
+    text = compiled("4 h100", training(cell), params, (xs, None), columns=True).as_text()
+    found = collectives(inside_loops(text))
+    assert found["all-to-all"] == found["collective-permute"] == 0
+    assert sum(found.values()) <= 2 * products
+
+
 @pytest.mark.parametrize("target", ["h100", "v5e"])
 @pytest.mark.parametrize("shape", [(128, 4, 256), (70, 3, 5), (1, 600), (65, 2, 3, 130)], ids=str)
 def test_a_pallas_kernel_compiles(shape, target):

@@ -130,6 +130,62 @@ def test_weights_divided_by_jit(name, kind, implementation):
     )
 
 
+# Gated cells with an even number of units, and how many products of a step read the state.
+GATED: dict[str, tuple[jaxrnn.Cell, int]] = {
+    "elman": (jaxrnn.Elman(3, 4), 1),
+    "gru": (jaxrnn.GRU(3, 4), 1),
+    "gru_reset_before": (jaxrnn.GRU(3, 4, reset_after=False), 2),
+    "lstm": (jaxrnn.LSTM(3, 4), 1),
+    "lstm_coupled": (jaxrnn.LSTM(3, 4, coupled=True, peephole=True), 1),
+    "lstm_projection": (jaxrnn.LSTM(3, 4, projection_size=2), 2),
+    "mgu": (jaxrnn.MGU(3, 4), 2),
+    "recurrent_dropout": (jaxrnn.RecurrentDropout(jaxrnn.LSTM(3, 4), 0.3), 1),
+    "zoneout": (jaxrnn.Zoneout(jaxrnn.GRU(3, 4), 0.2), 1),
+}
+
+
+def columns_divided(params, mesh):
+    return jax.tree.map(lambda leaf: put(leaf, mesh, *[None] * (leaf.ndim - 1), "units"), params)
+
+
+@pytest.mark.usefixtures("x64")  # in which a mesh that nobody names is not known to kernels, and XLA's programs run
+@pytest.mark.parametrize("implementation", ["xla", None])
+@pytest.mark.parametrize("name", ["gru", *full(name for name in GATED if name != "gru")])
+def test_units_divided_by_jit(name, implementation):
+    """Every device has its units of all gates: the state is gathered at a step, and its cotangent summed."""
+    cell, products = GATED[name]
+    params, xs = drawn(cell, 3, 5, 4, dtype=np.float64)
+
+    def run(params, xs):
+        return (jnp.sin(jaxrnn.scan(cell, params, None, xs, implementation=implementation)[1]) ** 2).sum()
+
+    mesh = mesh_of({"units": 2})
+    divided = columns_divided(params, mesh), put(xs, mesh)
+    _, several = compared(jax.value_and_grad(run), (params, xs), divided)
+    inside = collectives(inside_loops(several))
+    assert loops(several) == 2
+    assert inside["all-gather"] + inside["all-reduce"] + inside["reduce-scatter"] <= 2 * products
+    assert inside["all-to-all"] == inside["collective-permute"] == 0
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", ["xla", *full([None])])
+@pytest.mark.parametrize("name", ["lstm", *full(["gru", "gru_reset_before", "mgu", "lstm_coupled"])])
+def test_rows_and_columns_divided_by_jit(name, implementation):
+    """The same devices divide rows and the columns of weights, which are gathered once."""
+    cell, _ = GATED[name]
+    params, xs = drawn(cell, 3, 5, 4, dtype=np.float64)
+
+    def run(params, xs):
+        return (jnp.sin(jaxrnn.scan(cell, params, None, xs, implementation=implementation)[1]) ** 2).sum()
+
+    mesh = mesh_of({"units": 2})
+    divided = columns_divided(params, mesh), put(xs, mesh, None, "units")
+    _, several = compared(jax.value_and_grad(run), (params, xs), divided)
+    assert loops(several) == 2
+    assert not any(collectives(inside_loops(several)).values())
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [*SOME, *full(name for name in MEMBERS if name not in (*SOME, *UNDIVIDED))])
 @pytest.mark.parametrize("devices", [2, *full([1])])

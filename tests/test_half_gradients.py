@@ -219,7 +219,7 @@ def test_an_update_with_a_derivative_of_its_own(batch):
 def test_a_gradient_of_weights_is_one_product_after_the_loop():
     """Nothing of the size of a weight is carried from step to step in the backward pass."""
     # The weights of the recurrent products, of this size, are read there; no sum of their cotangents is.
-    for cell, size, read in ((LSTM(5, 7, peephole=True), "7x28", 1), (MGU(5, 7), "7x7", 2), (IndRNN(5, 7), "5x7", 0)):
+    for cell, size, read in ((LSTM(5, 7, peephole=True), "7x4x7", 1), (MGU(5, 7), "7x7", 2), (IndRNN(5, 7), "5x7", 0)):
         params = cell.init(jax.random.key(0))
         run = jax.jit(
             jax.grad(

@@ -102,18 +102,25 @@ def devices(name: str) -> list[Any]:
     return described.devices[: target.devices]
 
 
-def compiled(name: str, function: Callable[..., Any], params: Any, *rows: tuple[Any, int]) -> Any:
+def compiled(
+    name: str, function: Callable[..., Any], params: Any, *rows: tuple[Any, int | None], columns: bool = False
+) -> Any:
     """`function(params, *arrays)` compiled for a target, and traced as where its platform is the default. Params are
-    whole on every device; each of `rows` is a tree of shapes and its axis of rows, which is divided.
+    whole on every device, or with `columns` their last axis is divided; each of `rows` is a tree of shapes and its axis
+    of rows, which is divided, or None.
     """
     mesh = Mesh(np.array(devices(name)), ("devices",))
 
-    def placed(tree, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    def placed(tree, axis):
+        def place(leaf):
+            place = axis if axis is None else axis % leaf.ndim
+            spec = PartitionSpec() if place is None else PartitionSpec(*[None] * place, "devices")
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    divided = (placed(tree, PartitionSpec(*[None] * axis, "devices")) for tree, axis in rows)
+        return jax.tree.map(place, tree)
+
+    divided = (placed(*each) for each in rows)
     target = TARGETS[name]
     with mock.patch.object(jax, "default_backend", return_value=BACKENDS[target.platform]):
-        traced = jax.jit(function).trace(placed(params, PartitionSpec()), *divided)
+        traced = jax.jit(function).trace(placed(params, -1 if columns else None), *divided)
     return traced.lower(lowering_platforms=(target.platform,)).compile(compiler_options=target.options)

@@ -62,6 +62,11 @@ class GatedCell(Cell[Params, Carry]):
         product w.
         """
 
+    @property
+    def gates_apart(self) -> bool:
+        """Whether `update` and `second_input` also take u and v with gates on an axis of their own, (..., gates, H)."""
+        return False
+
     def kernel(self, weights: GatedWeights) -> Kernel | None:
         """Returns the compiled kernel that is made for this cell, or None."""
         return None

@@ -16,6 +16,7 @@ from jaxrnn.cells.gated import GatedCell, centred, clipped, mask_of, normalize, 
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
 from jaxrnn.engines.gated.engine import Kernel
+from jaxrnn.engines.gated.gates import gates_of
 from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
 from jaxrnn.engines.gated.staged.rule import Given
 from jaxrnn.typing import DTypeLike, Noise
@@ -146,6 +147,10 @@ class GRU(GatedCell[GRUParams, GRUCarry]):
     def weights(self, params: GRUParams) -> GatedWeights:
         return _weights(params, self.reset_after)
 
+    @property
+    def gates_apart(self) -> bool:
+        return not self.layer_norm
+
     def kernel(self, weights: GatedWeights) -> Kernel | None:
         if not plain(dataclasses.replace(self, reset_after=True)):
             return None
@@ -174,8 +179,7 @@ class GRU(GatedCell[GRUParams, GRUCarry]):
 
     def gates(self, params: GRUParams, carry: GRUCarry, x: Array, noise: Noise = None) -> GRUGates:
         """The activated gates of one step."""
-        theta, _, u, v, w = self.products(params, carry, x, noise)
-        return _gates(*self._activations, theta, u, v, w)
+        return _gates(*self._activations, *self.products(params, carry, x, noise))
 
     def update(self, theta, carry, u, v, w):
         return _update(*self._activations, theta, carry, u, v, w)
@@ -289,29 +293,23 @@ def _normalized(theta, u, v, w):
     return u, normalize(v) * lifted(gain_v, v), None if w is None else normalize(w) * lifted(gain_w, w)
 
 
-def _reset(φ, u, v):
-    size = u.shape[-1] // 3
-    return φ(u[..., :size] + v[..., :size])
-
-
 def _second_input(φ, theta, carry, s, u, v):
     u, v, _ = _normalized(theta, u, v, None)
-    return _reset(φ, u, v) * s
+    return φ(gates_of(u, s)[0] + gates_of(v, s)[0]) * s
 
 
-def _gates(φ, ψ, theta, u, v, w) -> GRUGates:
+def _gates(φ, ψ, theta, carry, u, v, w) -> GRUGates:
     """Without a second product w, the reset gate acts after the one product v."""
     u, v, w = _normalized(theta, u, v, w)
-    _, u_z, u_n = jnp.split(u, 3, axis=-1)
-    r, size = _reset(φ, u, v), u_z.shape[-1]
-    z = φ(u_z + v[..., size : 2 * size])
+    (u_r, u_z, u_n), (v_r, v_z, *v_n) = gates_of(u, carry.h), gates_of(v, carry.h)
+    r, z = φ(u_r + v_r), φ(u_z + v_z)
     if w is None:
-        v_n = v[..., 2 * size :]
+        (v_n,) = v_n
         w = r * (v_n if theta.b_hn is None else v_n + lifted(theta.b_hn, v_n))
     return GRUGates(r, z, ψ(u_n + w))
 
 
 def _update(φ, ψ, theta, carry, u, v, w):
-    _, z, n = _gates(φ, ψ, theta, u, v, w)
+    _, z, n = _gates(φ, ψ, theta, carry, u, v, w)
     h = (1 - z) * n + z * carry.h
     return GRUCarry(h), h

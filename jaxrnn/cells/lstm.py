@@ -16,6 +16,7 @@ from jaxrnn.cells.gated import GatedCell, centred, clip, clipped, mask_of, norma
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
 from jaxrnn.engines.arrays import lifted
 from jaxrnn.engines.gated.engine import Kernel
+from jaxrnn.engines.gated.gates import gates_of
 from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
 from jaxrnn.engines.gated.staged.rule import Given
 from jaxrnn.typing import DTypeLike, Noise
@@ -176,6 +177,10 @@ class LSTM(GatedCell[LSTMParams, LSTMCarry]):
 
     def weights(self, params: LSTMParams) -> GatedWeights:
         return _weights(params)
+
+    @property
+    def gates_apart(self) -> bool:
+        return not self.layer_norm
 
     def kernel(self, weights: GatedWeights) -> Kernel | None:
         return Kernel("lstm", weights.w_h) if plain(self) else None
@@ -347,7 +352,7 @@ def lstm_gates(rule: LSTMRule, theta: LSTMTheta, carry: LSTMCarry, u: Array, v: 
         u, v = normalize(u) * lifted(theta.norm.x, u), normalize(v) * lifted(theta.norm.h, v)
     if theta.b is not None:
         u = u + lifted(theta.b, u)
-    *i, f, g, o = jnp.split(u + v, 3 if rule.coupled else 4, axis=-1)
+    *i, f, g, o = gates_of(u + v, carry.c)
 
     def gate(pre, row, c):
         return rule.φ(pre if theta.peephole is None else pre + lifted(theta.peephole[row], c) * c)

@@ -11,6 +11,7 @@ from jax import Array
 from jaxrnn import check
 from jaxrnn.cells.gated import GatedCell, mask_of, rule_of
 from jaxrnn.cells.initializers import lecun_normal, orthogonal
+from jaxrnn.engines.gated.gates import gates_of
 from jaxrnn.engines.gated.recurrence import GatedWeights, Recurrence, gated_step
 from jaxrnn.engines.gated.staged.rule import Given
 from jaxrnn.typing import DTypeLike, Noise
@@ -83,6 +84,10 @@ class MGU(GatedCell[MGUParams, MGUCarry]):
 
     def weights(self, params: MGUParams) -> GatedWeights:
         return _weights(params)
+
+    @property
+    def gates_apart(self) -> bool:
+        return True
 
     def rule(self):
         return rule_of("mgu", gate="sigmoid", candidate="tanh")
@@ -158,7 +163,7 @@ def _weights(params):
 
 
 def _second_input(theta, carry, s, u, v):
-    u_f, _ = jnp.split(u, 2, axis=-1)
+    u_f, _ = gates_of(u, v)
     return _forget(u_f, v) * s
 
 
@@ -167,7 +172,7 @@ def _forget(u_f, v):
 
 
 def _gates(u, v, w) -> MGUGates:
-    u_f, u_n = jnp.split(u, 2, axis=-1)
+    u_f, u_n = gates_of(u, v)
     return MGUGates(_forget(u_f, v), jnp.tanh(u_n + w))
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -84,6 +84,19 @@ def lowering(
         found = factors(ctx.avals_in, ctx.avals_out, options)
         run = _divided(functools.partial(primitive.bind, **options), ctx.avals_in, ctx.avals_out, found)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+    return rule
+
+
+def on_known_devices(primitive: Primitive, alone: Callable[..., Array], divided: Callable[..., Array]):
+    """The lowering rule of a primitive that is `alone` on one device and inside of one, and `divided` where XLA divides
+    the program among several.
+    """
+    _on_known_devices.add(primitive)
+
+    def rule(ctx, *operands, **options):
+        several = getattr(ctx.module_context.axis_context, "num_devices", 1) not in (None, 1)
+        return mlir.lower_fun(divided if several else alone, multiple_results=False)(ctx, *operands, **options)
 
     return rule
 

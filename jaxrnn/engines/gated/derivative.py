@@ -25,6 +25,7 @@ from jaxrnn.engines.gated.recurrence import (
     Problem,
     Read,
     Recurrence,
+    by_gate,
     input_product,
     masked,
     products,
@@ -75,8 +76,10 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
       states: The carry after every valid step.
       moved: The tangents of the arrays, also those of the weights one by one; None where they do not move.
     """
-    cell, dtype, wide, weights, mask = how.cell, how.dtype, how.wide, problem.weights, problem.mask
     d_weights = GatedWeights._make([None] * 5) if moved.weights is None else moved.weights
+    d_weights = by_gate(how, d_weights, problem.weights)
+    problem = problem._replace(weights=by_gate(how, problem.weights, problem.weights))
+    cell, dtype, wide, weights, mask = how.cell, how.dtype, how.wide, problem.weights, problem.mask
     (theta, *reads), read = arguments(how, problem, states)
     d_products = tangents_of_products(problem, moved.xs, d_weights, reads[1:], read)
     state = getattr(problem.carry, cell.recurrent_state)

@@ -39,10 +39,15 @@ class Kernel(NamedTuple):
 class GatedCell(GatedRecurrence, Protocol):
     """The interface that the engine needs of a cell.
 
+    gates_apart: whether `update` and `second_input` also take u and v as (..., gates, H).
+
     `kernel` returns the compiled kernel that is made for this cell, or None. `rule` returns what the kernel with
     options does for it, or the reason why it does not compute it, and `arrange` the arrays that it takes, a linear
     function of the weights.
     """
+
+    @property
+    def gates_apart(self) -> bool: ...
 
     def kernel(self, weights: GatedWeights) -> Kernel | None: ...
 
@@ -97,7 +102,8 @@ def gated_scan(
         (result,) = kernel([carry], xs, [fresh], [walk.reverse])
         return result
 
-    how = How(cell, dtype, wide, walk.reverse, walk.platform, noise.rates)
+    own = cell.gates_apart and _changed(type(cell)) is None
+    how = How(cell, dtype, wide, walk.reverse, walk.platform, noise.rates, own)
 
     def scan(constant, carry, inputs):
         weights, fresh, mask = constant

@@ -21,6 +21,7 @@ from jax import Array
 
 from jaxrnn.engines.arrays import lifted
 from jaxrnn.engines.gated import derivative
+from jaxrnn.engines.gated.gates import gates_of
 from jaxrnn.engines.gated.recurrence import GatedWeights, How, Problem, Recurrence, time_steps
 from jaxrnn.typing import PyTree
 
@@ -36,7 +37,7 @@ def _recurrence(kind: str) -> Recurrence:
     """What a kind does after its products; θ is b_hn, or ()."""
 
     def lstm(theta, carry, u, v, w):
-        i, f, g, o = jnp.split(u + v, 4, axis=-1)
+        i, f, g, o = gates_of(u + v, carry.h)
         c = jax.nn.sigmoid(f) * carry.c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return Carry(h, c), h
@@ -45,20 +46,17 @@ def _recurrence(kind: str) -> Recurrence:
         h = jnp.tanh(u + v) if kind == "elman_tanh" else jax.nn.relu(u + v)
         return Carry(h, None), h
 
-    def gates(u, v):
-        size = u.shape[-1] // 3
-        return jnp.split(jax.nn.sigmoid(u[..., : 2 * size] + v[..., : 2 * size]), 2, axis=-1)
-
     def gru(theta, carry, u, v, w):
-        r, z = gates(u, v)
+        (u_r, u_z, u_n), (v_r, v_z, *q) = gates_of(u, carry.h), gates_of(v, carry.h)
+        r, z = jax.nn.sigmoid(u_r + v_r), jax.nn.sigmoid(u_z + v_z)
         if kind == "gru":
-            q = v[..., 2 * z.shape[-1] :]
+            (q,) = q
             w = r * (q + lifted(theta, q) if len(theta) else q)
-        h = (1 - z) * jnp.tanh(u[..., 2 * z.shape[-1] :] + w) + z * carry.h
+        h = (1 - z) * jnp.tanh(u_n + w) + z * carry.h
         return Carry(h, None), h
 
     def reset(theta, carry, s, u, v):
-        return gates(u, v)[0] * s
+        return jax.nn.sigmoid(gates_of(u, s)[0] + gates_of(v, s)[0]) * s
 
     update = {"lstm": lstm, "elman_tanh": elman, "elman_relu": elman}.get(kind, gru)
     return Recurrence(update, reset)
@@ -95,7 +93,7 @@ def problem_of(kind: str, read: Read) -> Problem:
 
 def how_of(kind: str, read: Read, reverse: bool) -> How:
     """What its loop is told."""
-    return How(_recurrence(kind), read.xs.dtype, read.xs.dtype, reverse)
+    return How(_recurrence(kind), read.xs.dtype, read.xs.dtype, reverse, apart=True)
 
 
 def forward_one(*arrays, kind, reverse, save, loop=time_steps):

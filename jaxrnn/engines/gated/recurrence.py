@@ -15,6 +15,7 @@ import jax
 from jax import Array, lax
 
 from jaxrnn.engines.arrays import accumulator, cast, cast_like, compute_dtype, lifted, select
+from jaxrnn.engines.gated.gates import apart
 from jaxrnn.engines.loop import time_loop
 from jaxrnn.engines.product import block_dot, dot
 from jaxrnn.engines.walk import Flags
@@ -47,13 +48,12 @@ class GatedRecurrence(Protocol):
 
 
 def recurrent_product(s: Array, w_h: Array) -> Array:
-    """Computes s w_h, for a dense, block-diagonal or diagonal w_h."""
+    """Computes s w_h, for a dense, block-diagonal or diagonal w_h; a dense one may have gates apart."""
     wide = accumulator(s.dtype)
     if w_h.ndim == 1:
         return s.astype(wide) * lifted(w_h.astype(wide), s)
-    if w_h.ndim == 2:
-        return dot(s, w_h)
-    return block_dot(s, w_h)
+    blocks, rows, *columns = w_h.shape
+    return block_dot(s, w_h) if columns and blocks * rows == s.shape[-1] else dot(s, w_h)
 
 
 def input_product(weights: GatedWeights, x: Array, dtype: DTypeLike, wide: DTypeLike) -> Array:
@@ -139,7 +139,7 @@ def gated_step(
 
 class How(NamedTuple):
     """The arguments of the time loop that are not arrays. rates: for every leaf of the carry the part of it that stays
-    in expectation, or None where all is new.
+    in expectation, or None where all is new. apart: whether the cell takes products with gates apart.
     """
 
     cell: GatedRecurrence | Recurrence
@@ -148,6 +148,7 @@ class How(NamedTuple):
     reverse: bool
     platform: str | None = None
     rates: tuple[float, ...] | None = None
+    apart: bool = False
 
 
 def zoned(old: PyTree, new: PyTree, rates: Sequence[float | None], stay: PyTree | None) -> PyTree:
@@ -195,6 +196,15 @@ def updated(how: How, theta, carry, u, v, w, stay) -> tuple[PyTree, Array]:
     return new, getattr(new, how.cell.recurrent_state)
 
 
+def by_gate(how: How, weights: GatedWeights, like: GatedWeights) -> GatedWeights:
+    """`weights`, or their tangents, as the loop takes them: with gates apart, of the sizes that `like` has."""
+    if not how.apart:
+        return weights
+    size = (like.w_h if like.w_2 is None else like.w_2).shape[0]
+    w_x, b, w_h = (None if each is None else apart(each, size) for each in weights[:3])
+    return weights._replace(w_x=w_x, b=b, w_h=w_h)
+
+
 def time_steps(how: How, problem: Problem, keep: bool = False) -> tuple[PyTree, Array, PyTree]:
     """Runs the time loop: (carry, ys, with `keep` the carry after every valid step)."""
     dtype, wide = how.dtype, how.wide
@@ -220,7 +230,7 @@ def time_steps(how: How, problem: Problem, keep: bool = False) -> tuple[PyTree, 
 
     (carry, _), (ys, states) = time_loop(
         step,
-        (problem.weights, problem.mask),
+        (by_gate(how, problem.weights, problem.weights), problem.mask),
         with_input(problem.carry, problem.mask),
         (problem.xs, problem.stay),
         fresh=with_input(problem.fresh, problem.mask),

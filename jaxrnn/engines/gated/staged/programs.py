@@ -75,7 +75,7 @@ def only(problem: Problem, names) -> Problem:
 
 
 def _how(call: Call, reverse: bool, problem: Problem) -> How:
-    return How(call.cell, problem.xs.dtype, problem.xs.dtype, reverse, rates=call.rates)
+    return How(call.cell, problem.xs.dtype, problem.xs.dtype, reverse, rates=call.rates, apart=call.cell.gates_apart)
 
 
 def _with_fresh(problem: Problem) -> Problem:
