@@ -3,7 +3,7 @@
 #define JAXRNN_WIDTH 16
 #if defined(JAXRNN_CHOICE)
 #pragma GCC push_options
-#pragma GCC optimize("O1")  // for processors from before 2013, compiled in half the time
+#pragma GCC optimize("O1")  // for processors from before 2013: less to compile
 #endif
 namespace baseline {
 #include JAXRNN_KERNELS
