@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxrnn.engines.cpu import library
 from jaxrnn.engines.diagonal import programs
-from jaxrnn.engines.diagonal.programs import CHUNK, Problem, Result, steps_of
+from jaxrnn.engines.diagonal.programs import Problem, Result, chunk_size, steps_of
 from jaxrnn.engines.primitives import Recurrence
 
 LINE, GROUP = 16, 256  # channels of a block, and of the largest group of blocks, which is a task of one thread
@@ -33,7 +33,7 @@ def _native_forward(problem: Problem, shapes: Result, *, reverse: bool) -> Resul
     call = jax.ffi.ffi_call(
         library.target("jaxrnn_diagonal_forward", problem.x.dtype), tuple(like(each) for each in shapes)
     )
-    ys, last, kept = call(*_given(problem), reverse=reverse, chunk=np.int64(CHUNK))
+    ys, last, kept = call(*_given(problem), reverse=reverse, chunk=np.int64(chunk_size(problem.x.shape[0])))
     return Result(ys, last, None if shapes.kept is None else kept)
 
 
@@ -50,7 +50,8 @@ def _native_backward(
         of_b = jax.ShapeDtypeStruct((groups, *b.shape), b.dtype)
     shapes = like(x if "x" in wrt else None), of_rows, of_b, of_b, like(h), like(step), like(problem.fresh)
     call = jax.ffi.ffi_call(library.target("jaxrnn_diagonal_backward", x.dtype), shapes)
-    found = call(*_given(problem), kept.kept, d_ys, d_last, reverse=reverse, chunk=np.int64(CHUNK))
+    chunk = np.int64(chunk_size(x.shape[0]))
+    found = call(*_given(problem), kept.kept, d_ys, d_last, reverse=reverse, chunk=chunk)
     d_x, d_a, d_b, d_c, d_h, d_step, d_fresh = found
 
     def of_members(array):

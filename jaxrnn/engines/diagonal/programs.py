@@ -19,8 +19,6 @@ from jaxrnn.engines.arrays import select, zero_where_not
 from jaxrnn.engines.linear.engine import linear_recurrence
 from jaxrnn.engines.walk import Flags
 
-CHUNK = 64  # steps of a chunk; the states between chunks are what the backward pass keeps
-
 
 class Problem(NamedTuple):
     """What a call reads, in float32 or float64; an absent array is None.
@@ -87,12 +85,19 @@ def _chunk(problem: Problem) -> tuple[Array, Array]:
     return last, ys
 
 
+def chunk_size(length: int) -> int:
+    """The steps of a chunk. The backward pass keeps the states between chunks, and holds those of one chunk: the longer
+    the sequence, the longer the chunks that take the least memory.
+    """
+    return min(32 if length <= 1024 else 64, length)
+
+
 def _chunks(problem: Problem, reverse: bool) -> tuple[dict[str, Array], Problem]:
     """The arrays of steps (chunks, C, ...) in the order in which they are processed, with invalid steps at the end; and
     the problem without them.
     """
     length = problem.x.shape[0]
-    size = min(CHUNK, length)
+    size = chunk_size(length)
     names = [name for name in steps_of(problem) if getattr(problem, name) is not None]
     steps = {name: getattr(problem, name) for name in names}
     if length % size and problem.valid is None:
