@@ -131,8 +131,8 @@ TRAPS = {
     ),
     "a mask on the carry and not on what the product reads": (
         "engines/gated/recurrence.py",
-        "s = masked(getattr(carry, cell.recurrent_state), mask)",
-        "s = masked(getattr(carry, cell.recurrent_state), mask); carry = carry._replace(**{cell.recurrent_state: s})",
+        "carry, theta = cast(carry, wide), cast(weights.theta, wide)",
+        "carry, theta = cast(carry._replace(**{cell.recurrent_state: s}), wide), cast(weights.theta, wide)",
         "test_noise.py::test_recurrent_dropout_masks_the_product_and_not_the_carry",
     ),
     "zoneout that does not reach the output": (
