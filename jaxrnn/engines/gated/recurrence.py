@@ -224,7 +224,9 @@ def time_steps(how: How, problem: Problem, keep: bool = False) -> tuple[PyTree, 
         (weights, mask), (carry, s), (u, stay) = constant, state, inputs
         reads, _ = products(how.cell, weights, carry, u, mask, dtype, wide, s)
         new, y = updated(how, *reads, stay)
-        y = None if keep and y is getattr(new, how.cell.recurrent_state) else y.astype(dtype)
+        # y is not written twice where the carry has all of it.
+        kept = keep and y is getattr(new, how.cell.recurrent_state)
+        y = None if kept and getattr(carry, how.cell.recurrent_state).dtype in (dtype, wide) else y.astype(dtype)
         new = cast_like(new, carry, owner=type(how.cell).__name__)
         return with_input(new, mask), (y, new if keep else None)
 
