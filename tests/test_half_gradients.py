@@ -183,6 +183,18 @@ def test_a_gated_cell_of_ones_own(mode):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-4, 2e-5), found, expected)
 
 
+@pytest.mark.parametrize("cell", [LSTM(3, 5), MGU(3, 5)], ids=str)
+def test_a_narrower_carry_rounds_no_output_of_a_derivative(cell):
+    """A carry in bfloat16 between outputs in float32: what is kept of the steps for the derivative is the carry."""
+    params, xs = redraw(cell.init(jax.random.key(0)), 1), jax.random.normal(jax.random.key(2), (7, 2, 3))
+    carry = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), cell.initial_carry(params, (2,)))
+
+    def outputs(params):
+        return jaxrnn.scan(cell, params, carry, xs, implementation=LOOPS)[1]
+
+    np.testing.assert_array_equal(jax.vjp(outputs, params)[0], outputs(params))
+
+
 @jax.custom_vjp
 def spike(x):
     return (x > 0).astype(x.dtype)
