@@ -79,79 +79,84 @@ def tangent(how: How, problem: Problem, states: PyTree, moved: Problem) -> tuple
     d_weights = GatedWeights._make([None] * 5) if moved.weights is None else moved.weights
     d_weights = by_gate(how, d_weights, problem.weights)
     problem = problem._replace(weights=by_gate(how, problem.weights, problem.weights))
-    cell, dtype, wide, weights, mask = how.cell, how.dtype, how.wide, problem.weights, problem.mask
-    (theta, *reads), read = arguments(how, problem, states)
-    d_products = tangents_of_products(problem, moved.xs, d_weights, reads[1:], read)
-    state = getattr(problem.carry, cell.recurrent_state)
-    ndim = state.ndim - 1
-
-    def by_row(leaf):
-        rows = state[..., 0]
-        return lifted(leaf, rows.reshape(rows.shape + (1,) * leaf.ndim))
-
-    wide_w_h, wide_w_2 = cast((weights.w_h, weights.w_2), wide)  # here, else at every step
-    leaves, structure = jax.tree.flatten(problem.carry)
-
-    def loop(moves, d_products, stacked=False):
-        """The loop; `stacked`: its state is one array, else a GPU would copy each of many."""
-        d_theta, d_carry, d_fresh, d_mask = moves
-
-        def packed(d_carry):
-            """The carry and, for the product, its h: so the transposed loop need not add cotangents after its own."""
-            whole = jnp.stack(jax.tree.leaves(d_carry), axis=-2) if stacked else d_carry
-            return whole, getattr(d_carry, cell.recurrent_state)
-
-        def unpacked(whole):
-            return jax.tree.unflatten(structure, [whole[..., k, :] for k in range(len(leaves))]) if stacked else whole
-
-        # Computed again in the backward pass, else its part that moves nothing were a loop of its own.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def step(d_constant, state, inputs):
-            d_theta, d_mask = d_constant
-            (carry, u, v, w), stay, (d_u, d_v, d_w) = inputs
-            d_carry, d_copy = unpacked(state[0]), state[1]
-            h = getattr(carry, cell.recurrent_state)
-
-            def read(d_h):
-                return masked(d_h, mask) if d_mask is None else masked(d_h, mask) + h * d_mask
-
-            d_v = d_v + recurrent_product(read(d_copy), wide_w_h)
-            rows = jax.tree.map(by_row, theta)
-            if w is not None:
-                primals = rows, carry, masked(h, mask), u, v
-                d_s = read(getattr(d_carry, cell.recurrent_state))
-                _, d_mid = jax.jvp(_over_rows(cell.second_input, ndim), primals, (d_theta, d_carry, d_s, d_u, d_v))
-                d_w = d_w + dot(d_mid, wide_w_2)
-            update = functools.partial(_over_rows(functools.partial(updated, how), ndim), stay=stay)
-            _, (d_new, d_y) = jax.jvp(update, (rows, carry, u, v, w), (d_theta, d_carry, d_u, d_v, d_w))
-            return packed(d_new), d_y.astype(dtype)
-
-        (d_last, d_copy), d_ys = time_loop(
-            step,
-            (d_theta, d_mask),
-            packed(d_carry),
-            (tuple(reads), problem.stay, d_products),
-            fresh=packed(d_fresh),
-            flags=problem.flags,
-            reverse=how.reverse,
-            platform=how.platform,
-        )
-        # So the cotangent of the other h is 0 if no gate reads it.
-        return unpacked(d_last)._replace(**{cell.recurrent_state: d_copy}), d_ys
+    given, read = arguments(how, problem, states)
+    d_products = tangents_of_products(problem, moved.xs, d_weights, given[2:], read)
 
     def whole(each, like):
         return jax.tree.map(jnp.zeros_like, like) if each is None else each
 
-    d_theta = jax.tree.map(by_row, whole(d_weights.theta, theta))
+    d_theta = _by_row(whole(d_weights.theta, given[0]), getattr(problem.carry, how.cell.recurrent_state))
     d_carry, d_fresh = whole(moved.carry, problem.carry), whole(moved.fresh, problem.fresh)
     # Else devices that divide the rows would add up their cotangents at every step.
-    moves = varying_like(cast((d_theta, d_carry, d_fresh, moved.mask), wide), reads[1])
+    moves = varying_like(cast((d_theta, d_carry, d_fresh, moved.mask), how.wide), given[2])
+    loop = functools.partial(_tangent_loop, how, problem, given)
+    leaves = jax.tree.leaves(problem.carry)
     if len(leaves) > 2 and len({each.shape for each in leaves}) == 1:
         stacked = functools.partial(loop, stacked=True)
         d_last, d_ys = by_platform(how.platform, moves, d_products, cuda=stacked, default=loop)
     else:
         d_last, d_ys = loop(moves, d_products)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), d_last, problem.carry), d_ys
+
+
+def _by_row(theta: PyTree, state: Array) -> PyTree:
+    """θ with the axes of the rows of a state in front, each of size 1."""
+    rows = state[..., 0]
+    return jax.tree.map(lambda leaf: lifted(leaf, rows.reshape(rows.shape + (1,) * leaf.ndim)), theta)
+
+
+def _tangent_loop(how: How, problem: Problem, given: tuple, moves: tuple, d_products: tuple, stacked: bool = False):
+    """The loop of `tangent`: (d_carry, d_ys) from the arguments of `update` at all steps, the tangents of (θ, carry,
+    fresh carry, mask) and those of the products. `stacked`: its state is one array, else a GPU would copy each of many.
+    """
+    cell, dtype, wide, mask = how.cell, how.dtype, how.wide, problem.mask
+    (theta, *reads), (d_theta, d_carry, d_fresh, d_mask) = given, moves
+    w_h, w_2 = cast((problem.weights.w_h, problem.weights.w_2), wide)  # here, else at every step
+    state = getattr(problem.carry, cell.recurrent_state)
+    leaves, structure = jax.tree.flatten(problem.carry)
+
+    def packed(d_carry):
+        """The carry and, for the product, its h: so the transposed loop need not add cotangents after its own."""
+        whole = jnp.stack(jax.tree.leaves(d_carry), axis=-2) if stacked else d_carry
+        return whole, getattr(d_carry, cell.recurrent_state)
+
+    def unpacked(whole):
+        return jax.tree.unflatten(structure, [whole[..., k, :] for k in range(len(leaves))]) if stacked else whole
+
+    # Computed again in the backward pass, else its part that moves nothing were a loop of its own.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(d_constant, d_state, inputs):
+        d_theta, d_mask = d_constant
+        (carry, u, v, w), stay, (d_u, d_v, d_w) = inputs
+        d_carry, d_copy = unpacked(d_state[0]), d_state[1]
+        h = getattr(carry, cell.recurrent_state)
+
+        def read(d_h):
+            return masked(d_h, mask) if d_mask is None else masked(d_h, mask) + h * d_mask
+
+        d_v = d_v + recurrent_product(read(d_copy), w_h)
+        rows, ndim = _by_row(theta, state), state.ndim - 1
+        if w is not None:
+            primals = rows, carry, masked(h, mask), u, v
+            d_s = read(getattr(d_carry, cell.recurrent_state))
+            _, d_mid = jax.jvp(_over_rows(cell.second_input, ndim), primals, (d_theta, d_carry, d_s, d_u, d_v))
+            d_w = d_w + dot(d_mid, w_2)
+        update = functools.partial(_over_rows(functools.partial(updated, how), ndim), stay=stay)
+        _, (d_new, d_y) = jax.jvp(update, (rows, carry, u, v, w), (d_theta, d_carry, d_u, d_v, d_w))
+        return packed(d_new), d_y.astype(dtype)
+
+    (d_last, d_copy), d_ys = time_loop(
+        step,
+        (d_theta, d_mask),
+        packed(d_carry),
+        (tuple(reads), problem.stay, d_products),
+        fresh=packed(d_fresh),
+        flags=problem.flags,
+        reverse=how.reverse,
+        platform=how.platform,
+    )
+    # So the cotangent of the other h is 0 if no gate reads it.
+    return unpacked(d_last)._replace(**{cell.recurrent_state: d_copy}), d_ys
 
 
 def arguments(how: How, problem: Problem, states: PyTree) -> tuple[tuple, Read]:
