@@ -79,6 +79,12 @@ class Scratch {
     next_ += rounded(floats);
     return p;
   }
+  // Where the rows of an array begin.
+  const Real** rows(const Real* first, long count, long stride) {
+    const Real** at = reinterpret_cast<const Real**>(take(count * sizeof(Real*) / sizeof(Real)));
+    for (long r = 0; r < count; ++r) at[r] = first + r * stride;
+    return at;
+  }
   static long rounded(long floats) { return (floats + 15) / 16 * 16; }
 
  private:
