@@ -3,8 +3,8 @@
 
 constexpr int OUT = 4;  // vectors of a block of what a product with a transposed weight gives
 
-// to[m] = begin + Σ_k rows[m][k] w[k] for some rows of `to`, `stride` apart. The sums of a row that is `alone` would wait
-// for themselves, so that there are two of each.
+// to[m] = begin + Σ_k rows[m][k] w[k], where rows of `to` are `stride` apart. The sums of a row that is alone would wait for
+// themselves, so that there are two of each.
 template <int V>
 void product(const Real* const* rows, long count, Range k, const Real* w, const Real* begin, Real* to, long stride,
              bool alone = false) {
@@ -36,4 +36,53 @@ inline void squares(const Real* a, long stride, long width, long panels, long ve
       }
     to[m] = sum_of(sum);
   }
+}
+
+// Rows of which each panel holds some numbers: where the first is, what lies between two panels and two rows, and how many.
+struct Panels {
+  const Real* first;
+  long stride, width, each;
+};
+
+// to[m] = Σ_j d[j][m] w[j] over some panels, and a block's columns of it, of which `columns` are there; w is transposed.
+inline void product_of_panels(const Panels& d, Range panels, const Real* w, long count, Real* const* to, long column,
+                              long columns, bool alone = false) {
+  auto give = [&](long m, const Vec* sums) {
+    for (int v = 0; v < OUT; ++v)
+      if (const long n = columns - v * LANES; n > 0) store(to[m] + column + v * LANES, sums[v], n);
+  };
+  if (alone) {
+    Vec sums[2][OUT] = {};
+    w += panels.begin * d.each * OUT * LANES;
+    for (long j = panels.begin; j < panels.end; ++j)
+      for (long k = 0; k < d.each; k += 2)
+        for (int chain = 0; chain < 2; ++chain, w += OUT * LANES)
+          for (int v = 0; v < OUT; ++v) sums[chain][v] += d.first[j * d.stride + k + chain] * load(w + v * LANES);
+    for (int v = 0; v < OUT; ++v) sums[0][v] += sums[1][v];
+    return give(0, sums[0]);
+  }
+  tiles<ROWS<OUT>>({0, count}, [&](auto size, long m) {
+    constexpr int R = decltype(size)::value;
+    Vec sums[R][OUT] = {};
+    times<R>(d.first + m * d.width, d.stride, d.width, panels, d.each, w, sums);
+    for (int r = 0; r < R; ++r) give(m + r, sums[r]);
+  });
+}
+
+// sums[k] += Σ_m rows[m][k] d[m] for some k: rows of `sums` are `step` apart, those of d `stride`.
+template <int V>
+void gram(const Real* const* rows, long count, Range k, const Real* d, long stride, Real* sums, long step) {
+  tiles<ROWS<V>>(k, [&](auto size, long first) {
+    accumulate<decltype(size)::value, V>(rows, first, count, d, stride, sums + first * step, step);
+  });
+}
+
+// sums += Σ_m d[m].
+template <int V>
+void add_rows(const Real* d, long count, long stride, Real* sums) {
+  Vec s[V];
+  for (int v = 0; v < V; ++v) s[v] = load(sums + v * LANES);
+  for (long m = 0; m < count; ++m, d += stride)
+    for (int v = 0; v < V; ++v) s[v] += load(d + v * LANES);
+  for (int v = 0; v < V; ++v) store(sums + v * LANES, s[v]);
 }

@@ -368,7 +368,7 @@ class StagedForwardRun : Staged<F> {
   const StagedForward& p_;
   long most_rows_, at_once_, u_size_;
   const Real** x_rows_;
-  const Real **read_rows_[2], **mid_rows_;
+  Real **read_rows_[2], **mid_rows_;
   Real *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *sums_, *projected_, *u_;
   Real *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_;  // of every thread, of norms
 };

@@ -80,8 +80,8 @@ class Scratch {
     return p;
   }
   // Where the rows of an array begin.
-  const Real** rows(const Real* first, long count, long stride) {
-    const Real** at = reinterpret_cast<const Real**>(take(count * sizeof(Real*) / sizeof(Real)));
+  Real** rows(Real* first, long count, long stride) {
+    Real** at = reinterpret_cast<Real**>(take(count * sizeof(Real*) / sizeof(Real)));
     for (long r = 0; r < count; ++r) at[r] = first + r * stride;
     return at;
   }
