@@ -3,26 +3,30 @@
 
 constexpr int OUT = 4;  // vectors of a block of what a product with a transposed weight gives
 
-// to[m] = begin + Σ_k rows[m][k] w[k], where rows of `to` are `stride` apart. The sums of a row that is alone would wait for
-// themselves, so that there are two of each.
+// to[m] = begin + Σ_k rows[m][k] w[k], where rows of `to` are `stride` apart. Or of the first row, which is alone.
 template <int V>
 void product(const Real* const* rows, long count, Range k, const Real* w, const Real* begin, Real* to, long stride,
              bool alone = false) {
-  auto tile = [&](auto size, auto chains, long m) {
+  auto first = [&](int v) { return begin ? load(begin + v * LANES) : Vec{}; };
+  w += k.begin * V * LANES;
+  if (alone) {
+    Vec sums[2][V] = {};
+    multiply_row(rows[0] + k.begin, k.size(), w, sums);
+    for (int v = 0; v < V; ++v) store(to + v * LANES, first(v) + sums[0][v] + sums[1][v]);
+    return;
+  }
+  tiles<ROWS<V>>({0, count}, [&](auto size, long m) {
     constexpr int R = decltype(size)::value;
     const Real* a[R];
     Vec sums[R][V];
     for (int r = 0; r < R; ++r) {
       a[r] = rows[m + r] + k.begin;
-      for (int v = 0; v < V; ++v) sums[r][v] = begin ? load(begin + v * LANES) : Vec{};
+      for (int v = 0; v < V; ++v) sums[r][v] = first(v);
     }
-    multiply<R, V, decltype(chains)::value>(a, k.size(), w + k.begin * V * LANES, sums);
+    multiply<R, V>(a, k.size(), w, sums);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) store(to + (m + r) * stride + v * LANES, sums[r][v]);
-  };
-  constexpr std::integral_constant<int, 1> one{};
-  if (alone) tile(one, std::integral_constant<int, 2>{}, 0l);
-  else tiles<ROWS<V>>({0, count}, [&](auto size, long m) { tile(size, one, m); });
+  });
 }
 
 // The squares of every row, added up: `vectors` of it in each panel.
@@ -44,7 +48,8 @@ struct Panels {
   long stride, width, each;
 };
 
-// to[m] = Σ_j d[j][m] w[j] over some panels, and a block's columns of it, of which `columns` are there; w is transposed.
+// to[m] = Σ_j d[j][m] w[j] over some panels, from a column on, of which `columns` follow; w[j] is a block of a transposed
+// weight. Or of the first row, which is alone.
 inline void product_of_panels(const Panels& d, Range panels, const Real* w, long count, Real* const* to, long column,
                               long columns, bool alone = false) {
   auto give = [&](long m, const Vec* sums) {
@@ -53,11 +58,8 @@ inline void product_of_panels(const Panels& d, Range panels, const Real* w, long
   };
   if (alone) {
     Vec sums[2][OUT] = {};
-    w += panels.begin * d.each * OUT * LANES;
     for (long j = panels.begin; j < panels.end; ++j)
-      for (long k = 0; k < d.each; k += 2)
-        for (int chain = 0; chain < 2; ++chain, w += OUT * LANES)
-          for (int v = 0; v < OUT; ++v) sums[chain][v] += d.first[j * d.stride + k + chain] * load(w + v * LANES);
+      multiply_row(d.first + j * d.stride, d.each, w + j * d.each * OUT * LANES, sums);
     for (int v = 0; v < OUT; ++v) sums[0][v] += sums[1][v];
     return give(0, sums[0]);
   }

@@ -62,7 +62,7 @@ inline void in_turns(long tasks, long work, int threads, const F& task) {
 // Memory of one call, aligned, kept by the thread for the next.
 class Scratch {
  public:
-  explicit Scratch(long floats) {
+  __attribute__((noinline)) explicit Scratch(long floats) {
     thread_local std::unique_ptr<char[]> memory;
     thread_local size_t size = 0;
     const size_t bytes = floats * sizeof(Real) + 64;
