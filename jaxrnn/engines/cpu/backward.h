@@ -15,7 +15,7 @@ class BackwardRun : Cell<K> {
     at_once_ = std::max(1l, std::min(n_.steps, 256 / B));
     const long rows = at_once_ * B;
     Scratch scratch(width_ * G + (p_.d_xs ? inputs_.blocks() * inputs_.width() * G : 0) + weights +
-                    3 * Scratch::rounded(B * width_) + 2 * rows * G + Scratch::rounded(rows * H) + D + H + 512);
+                    4 * Scratch::rounded(B * width_) + 2 * B + 2 * rows * G + Scratch::rounded(rows * H) + D + H + 512);
     w_h_ = scratch.take(width_ * G);
     w_hn_ = w_h_ + width_ * panels_ * 2 * LANES;
     w_x_ = p_.d_xs ? scratch.take(inputs_.blocks() * inputs_.width() * G) : nullptr;
@@ -26,6 +26,8 @@ class BackwardRun : Cell<K> {
     d_h_ = scratch.take(B * width_);
     d_c_ = scratch.take(B * width_);
     through_ = scratch.take(B * width_);
+    products_ = scratch.take(B * width_);
+    product_rows_ = scratch.rows(products_, B, width_);
     d_u_ = scratch.take(rows * G);
     d_v_ = AFTER ? scratch.take(rows * G) : d_u_;
     reset_ = scratch.take(rows * H);
@@ -46,15 +48,10 @@ class BackwardRun : Cell<K> {
           for (long b = rows.begin; b < rows.end; ++b) gates(chunk, k, m + b, b, blocks);
           if (!worker.by_rows) worker.barrier.wait();
           if constexpr (BEFORE) {
-            each_tile(rows, blocks, [&](auto count, long j, long b) {
-              reset<decltype(count)::value>(chunk, k, m + b, j, b);
-            });
+            for (long j = blocks.begin; j < blocks.end; ++j) reset(chunk, k, j, rows);
             if (!worker.by_rows) worker.barrier.wait();
           }
-          each_tile(rows, blocks, [&](auto count, long j, long b) {
-            if (count == 1 && n_.rows == 1) carry<1, 2>(chunk, k, m + b, j, b);
-            else carry<decltype(count)::value, 1>(chunk, k, m + b, j, b);
-          });
+          for (long j = blocks.begin; j < blocks.end; ++j) carry(chunk, k, j, rows);
         }
         worker.barrier.wait();
         if (p_.d_w_x) weights(chunk, worker.part(panels_));
@@ -66,19 +63,11 @@ class BackwardRun : Cell<K> {
   }
 
  private:
-  static constexpr int OUT = 4;  // vectors of a block of what a product with a transposed weight gives
-
   // Steps whose cotangents d_u and d_v lie in memory, (panel, row of the chunk, width).
   struct Chunk {
     long first, last;
     long steps() const { return last - first; }
   };
-
-  template <class F>
-  void each_tile(Range rows, Range blocks, const F& f) const {
-    for (long j = blocks.begin; j < blocks.end; ++j)
-      tiles<ROWS<OUT>>(rows, [&](auto count, long b) { f(count, j, b); });
-  }
 
   void prepare(Range rows, const Worker& worker) {
     const long D = n_.inputs, H = n_.units, G = GATES * H, size = H * sizeof(Real);
@@ -202,68 +191,59 @@ class BackwardRun : Cell<K> {
     }
   }
 
-  // sums += the vectors [first, first + count) of rows m, ... of all panels, times a packed transposed weight.
-  template <int R, int CHAINS = 1>
-  void times(const Real* base, const Chunk& chunk, long m, long first, long count, const Real* w, Vec (&sums)[R][OUT]) const {
-    const Real* a[R];
-    for (long j = 0; j < panels_; ++j, w += count * LANES * OUT * LANES) {
-      for (int r = 0; r < R; ++r)
-        a[r] = base + (j * chunk.steps() * n_.rows + m + r) * panel_ + first * LANES;
-      multiply<R, OUT, CHAINS>(a, count * LANES, w, sums);
+  // The vectors [first, first + count) of rows m, … of a chunk in all panels.
+  Panels panels(Real* base, const Chunk& chunk, long m, long first, long count) const {
+    return {panel(base, chunk, 0, m) + first * LANES, chunk.steps() * n_.rows * panel_, panel_, count * LANES};
+  }
+  // Those of step k times block j of a packed transposed weight.
+  void multiply(Real* base, const Chunk& chunk, long k, long j, Range rows, long first, long count, const Real* w) const {
+    const Panels d = panels(base, chunk, (k - chunk.first) * n_.rows + rows.begin, first, count);
+    product_of_panels(d, {0, panels_}, w + j * panels_ * count * LANES * OUT * LANES, rows.size(),
+                      product_rows_ + rows.begin, units_.unit(j, 0), units_.units(), n_.rows == 1);
+  }
+  // f(row, step's place, unit, lanes, product) for the vectors of block j, where there is a step.
+  template <class F>
+  JAXRNN_INLINE void each_product(long k, long j, Range rows, const F& f) const {
+    for (long b = rows.begin; b < rows.end; ++b) {
+      const long at = n_.at(n_.time(k), b);
+      for (int v = 0; valid(at) && v < OUT; ++v)
+        if (const long unit = units_.unit(j, v), n = units_.lanes(j, v); n > 0)
+          f(b, at, unit, n, load(products_ + b * width_ + unit));
     }
   }
 
   // Of a GRU that resets before the product: the cotangent of r h, and of r.
-  template <int R>
-  void reset(const Chunk& chunk, long k, long m, long j, long row) const {
-    const long H = n_.units;
-    Vec sums[R][OUT] = {};
-    times<R>(d_u_, chunk, m, 2, 1, w_hn_ + j * panels_ * LANES * OUT * LANES, sums);
-    for (int r = 0; r < R; ++r) {
-      const long b = row + r, at = n_.at(n_.time(k), b);
-      if (!valid(at)) continue;
-      const Real* before = h_before(k, b);
-      for (int v = 0; v < OUT; ++v) {
-        const long unit = units_.unit(j, v), n = units_.lanes(j, v);
-        if (n == 0) continue;
-        const Vec gate = load(p_.kept + at * KEPT * H + unit, n), h = load(before + unit, n);
-        store(panel(d_u_, chunk, unit / LANES, m + r), sums[r][v] * h * gate * (1.0f - gate));
-        store(reset_ + (m + r) * H + unit, gate * h, n);
-        Real* through = through_ + b * width_ + unit;
-        store(through, load(through) + sums[r][v] * gate);
-      }
-    }
+  void reset(const Chunk& chunk, long k, long j, Range rows) const {
+    const long H = n_.units, m = (k - chunk.first) * n_.rows;
+    multiply(d_u_, chunk, k, j, rows, 2, 1, w_hn_);
+    each_product(k, j, rows, [&](long b, long at, long unit, long n, Vec d) {
+      const Vec gate = load(p_.kept + at * KEPT * H + unit, n), h = load(h_before(k, b) + unit, n);
+      store(panel(d_u_, chunk, unit / LANES, m + b), d * h * gate * (1.0f - gate));
+      store(reset_ + (m + b) * H + unit, gate * h, n);
+      Real* through = through_ + b * width_ + unit;
+      store(through, load(through) + d * gate);
+    });
   }
 
   // The cotangent of the carry before the step.
-  template <int R, int CHAINS>
-  void carry(const Chunk& chunk, long k, long m, long j, long row) const {
-    const long H = n_.units, count = BEFORE ? 2 : V;
-    Vec sums[R][OUT] = {};
-    times<R, CHAINS>(d_v_, chunk, m, 0, count, w_h_ + j * panels_ * count * LANES * OUT * LANES, sums);
-    for (int r = 0; r < R; ++r) {
-      const long b = row + r, at = n_.at(n_.time(k), b);
-      if (!valid(at)) continue;
-      for (int v = 0; v < OUT; ++v) {
-        const long unit = units_.unit(j, v), n = units_.lanes(j, v);
-        if (n == 0) continue;
-        Real* d_h = d_h_ + b * width_ + unit;
-        const Vec d_before = sums[r][v] + load(through_ + b * width_ + unit);
-        if (start(at)) {
-          Real* fresh = p_.d_fresh_h + b * H + unit;
-          store(fresh, load(fresh, n) + d_before, n);
-          store(d_h, Vec{});
-        } else {
-          store(d_h, d_before);
-        }
+  void carry(const Chunk& chunk, long k, long j, Range rows) const {
+    multiply(d_v_, chunk, k, j, rows, 0, BEFORE ? 2 : V, w_h_);
+    each_product(k, j, rows, [&](long b, long at, long unit, long n, Vec d) {
+      d += load(through_ + b * width_ + unit);
+      if (start(at)) {
+        Real* fresh = p_.d_fresh_h + b * n_.units + unit;
+        store(fresh, load(fresh, n) + d, n);
+        d = Vec{};
       }
-    }
+      store(d_h_ + b * width_ + unit, d);
+    });
   }
+
+  static constexpr long AT_ONCE = 128;  // rows of a chunk
 
   // d_w_x += xsᵀ d_u, d_w_h += sᵀ d_v, d_b += Σ d_u over the rows of a chunk.
   void weights(const Chunk& chunk, Range panels) const {
     const long D = n_.inputs, H = n_.units, B = n_.rows, count = chunk.steps() * B;
-    constexpr long AT_ONCE = 128;
     const Real *x[AT_ONCE], *s[AT_ONCE], *reset[AT_ONCE];
     for (long begin = 0; begin < count; begin += AT_ONCE) {
       const long size = std::min(AT_ONCE, count - begin);
@@ -278,49 +258,36 @@ class BackwardRun : Cell<K> {
       }
       for (long j = panels.begin; j < panels.end; ++j) {
         const Real *d_u = panel(d_u_, chunk, j, begin), *d_v = panel(d_v_, chunk, j, begin);
-        one_weight<V>(x, D, size, d_u, d_w_x_ + j * panel_ * D);
+        gram<V>(x, size, {0, D}, d_u, panel_, d_w_x_ + j * panel_ * D, panel_);
         Real* w_h = d_w_h_ + j * panel_ * H;
         if constexpr (BEFORE) {
-          one_weight<2>(s, H, size, d_u, w_h);
-          one_weight<1>(reset, H, size, d_u + 2 * LANES, w_h + 2 * LANES);
+          gram<2>(s, size, {0, H}, d_u, panel_, w_h, panel_);
+          gram<1>(reset, size, {0, H}, d_u + 2 * LANES, panel_, w_h + 2 * LANES, panel_);
         } else {
-          one_weight<V>(s, H, size, d_v, w_h);
+          gram<V>(s, size, {0, H}, d_v, panel_, w_h, panel_);
         }
-        bias(d_u, size, d_b_ + j * panel_);
-        if (AFTER) bias(d_v, size, d_b_hn_ + j * panel_);
+        add_rows<V>(d_u, size, panel_, d_b_ + j * panel_);
+        if (AFTER) add_rows<V>(d_v, size, panel_, d_b_hn_ + j * panel_);
       }
     }
   }
 
-  template <int VECTORS>
-  void one_weight(const Real* const* a, long rows, long count, const Real* d, Real* sums) const {
-    tiles<ROWS<VECTORS>>({0, rows}, [&](auto tile, long k) {
-      accumulate<decltype(tile)::value, VECTORS>(a, k, count, d, panel_, sums + k * panel_, panel_);
-    });
-  }
-
-  void bias(const Real* d, long count, Real* sums) const {
-    Vec s[V];
-    for (int v = 0; v < V; ++v) s[v] = load(sums + v * LANES);
-    for (long i = 0; i < count; ++i, d += panel_)
-      for (int v = 0; v < V; ++v) s[v] += load(d + v * LANES);
-    for (int v = 0; v < V; ++v) store(sums + v * LANES, s[v]);
-  }
-
   // d_xs = d_u w_xᵀ.
   void inputs(const Chunk& chunk, Range rows) const {
-    const long D = n_.inputs;
-    each_tile(rows, {0, inputs_.blocks()}, [&](auto tile, long j, long m) {
-      constexpr int R = decltype(tile)::value;
-      Vec sums[R][OUT] = {};
-      times<R>(d_u_, chunk, m, 0, V, w_x_ + j * panels_ * panel_ * OUT * LANES, sums);
-      const uint32_t first = static_cast<uint32_t>(m), B = static_cast<uint32_t>(n_.rows);
-      for (uint32_t r = 0; r < R; ++r) {
-        Real* d_x = p_.d_xs + n_.at(n_.time(chunk.first + (first + r) / B), (first + r) % B) * D;
-        for (int v = 0; v < OUT; ++v)
-          if (const long n = inputs_.lanes(j, v)) store(d_x + inputs_.unit(j, v), sums[r][v], n);
+    const long D = n_.inputs, B = n_.rows;
+    Real* d_x[AT_ONCE];
+    for (long begin = rows.begin; begin < rows.end; begin += AT_ONCE) {
+      const long size = std::min(AT_ONCE, rows.end - begin);
+      long k = chunk.first + begin / B, b = begin % B;
+      for (long i = 0; i < size; ++i) {
+        d_x[i] = p_.d_xs + n_.at(n_.time(k), b) * D;
+        if (++b == B) b = 0, ++k;
       }
-    });
+      const Panels d = panels(d_u_, chunk, begin, 0, V);
+      for (long j = 0; j < inputs_.blocks(); ++j)
+        product_of_panels(d, {0, panels_}, w_x_ + j * panels_ * panel_ * OUT * LANES, size, d_x, inputs_.unit(j, 0),
+                          D - inputs_.unit(j, 0));
+    }
   }
 
   const Sizes n_;
@@ -330,5 +297,6 @@ class BackwardRun : Cell<K> {
   const Team team_;
   std::vector<int32_t> before_;
   long at_once_;
-  Real *w_h_, *w_hn_, *w_x_, *d_w_x_, *d_w_h_, *d_b_, *d_b_hn_, *d_h_, *d_c_, *through_, *d_u_, *d_v_, *reset_, *nothing_;
+  Real** product_rows_;
+  Real *w_h_, *w_hn_, *w_x_, *d_w_x_, *d_w_h_, *d_b_, *d_b_hn_, *d_h_, *d_c_, *through_, *products_, *d_u_, *d_v_, *reset_, *nothing_;
 };

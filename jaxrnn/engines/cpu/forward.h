@@ -14,7 +14,9 @@ class ForwardRun : Cell<K> {
     const long floats = team_.by_rows ? blocks_ * block : (blocks_ + parts - 1) / parts * block;
     at_once_ = steps_at_once(n_, most_rows_, floats, 32);
     u_size_ = Scratch::rounded(at_once_ * most_rows_ * floats);
-    Scratch scratch(blocks_ * block * (n_.inputs + n_.units + 2) + 6 * Scratch::rounded(B * width_) + parts * (u_size_ + 2 * at_once_ * most_rows_) + 256);
+    sums_size_ = Scratch::rounded(std::max(most_rows_, blocks_) * FIRST * LANES);
+    Scratch scratch(blocks_ * block * (n_.inputs + n_.units + 2) + 6 * Scratch::rounded(B * width_) + 2 * B +
+                    parts * (u_size_ + sums_size_ + 2 * (at_once_ + 1) * most_rows_) + 512);
     x_ = scratch.take(blocks_ * block * n_.inputs);
     h_ = scratch.take(blocks_ * block * n_.units);
     h_n_ = h_ + blocks_ * 2 * LANES * n_.units;
@@ -22,7 +24,10 @@ class ForwardRun : Cell<K> {
     b_hn_ = scratch.take(width_);
     for (Real** state : {&state_[0], &state_[1], &c_, &z_, &reset_}) *state = scratch.take(B * width_);
     u_ = scratch.take(parts * u_size_);
+    sums_ = scratch.take(parts * sums_size_);
     x_rows_ = reinterpret_cast<const Real**>(scratch.take(2 * parts * at_once_ * most_rows_));
+    h_rows_ = reinterpret_cast<const Real**>(scratch.take(2 * parts * most_rows_));
+    reset_rows_ = scratch.rows(reset_, B, width_);
   }
 
   void run() {
@@ -31,27 +36,16 @@ class ForwardRun : Cell<K> {
       prepare(worker.part(n_.rows), worker.part(blocks_));
       worker.barrier.wait();
       for (long first = 0; first < n_.steps; first += at_once_) {
-        const Chunk chunk{first, std::min(at_once_, n_.steps - first), rows, blocks, u_ + worker.number * u_size_,
-                          x_rows_ + worker.number * at_once_ * most_rows_};
+        const int number = worker.number;
+        const Chunk chunk{first, std::min(at_once_, n_.steps - first), rows, blocks, u_ + number * u_size_,
+                          sums_ + number * sums_size_, x_rows_ + number * at_once_ * most_rows_,
+                          h_rows_ + number * most_rows_};
         project(chunk);
         for (long k = first; k < first + chunk.steps; ++k) {
-          const long t = n_.time(k);
-          const Real* from = state_[k & 1];
-          Real* to = state_[~k & 1];
-          if (n_.rows == 1) {
-            tiles<4>(blocks, [&](auto count, long j) { one_row<decltype(count)::value>(chunk, k, t, j, from, to); });
-          } else {
-            for (long j = blocks.begin; j < blocks.end; ++j)
-              tiles<ROWS<FIRST>>(rows, [&](auto count, long r) {
-                one_block<decltype(count)::value>(chunk, k, t, j, r, from, to);
-              });
-          }
+          step(chunk, k);
           if (!worker.by_rows) worker.barrier.wait();
           if constexpr (BEFORE) {
-            for (long j = blocks.begin; j < blocks.end; ++j)
-              tiles<ROWS<1>>(rows, [&](auto count, long r) {
-                second_product<decltype(count)::value>(chunk, k, t, j, r, from, to);
-              });
+            second_step(chunk, k);
             if (!worker.by_rows) worker.barrier.wait();
           }
         }
@@ -67,8 +61,8 @@ class ForwardRun : Cell<K> {
   struct Chunk {
     long first, steps;
     Range rows, blocks;
-    Real* u;
-    const Real** x;  // where the inputs of every row lie
+    Real *u, *sums;       // and the products with h of some rows or blocks
+    const Real **x, **h;  // where the inputs of every row lie, and what it reads of h
     long at(long j, long k, long row) const {
       return ((j - blocks.begin) * steps + k - first) * rows.size() + row - rows.begin;
     }
@@ -117,16 +111,8 @@ class ForwardRun : Cell<K> {
     for (long k = chunk.first; k < chunk.first + chunk.steps; ++k)
       for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(n_.time(k), b) * n_.inputs;
     for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
-      tiles<ROWS<V>>({0, chunk.steps * B}, [&](auto count, long m) {
-        constexpr int R = decltype(count)::value;
-        Vec a[R][V];
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) a[r][v] = load(bias_ + j * block + v * LANES);
-        multiply<R, V>(chunk.x + m, n_.inputs, x_ + j * block * n_.inputs, a);
-        Real* u = chunk.u + ((j - chunk.blocks.begin) * chunk.steps * B + m) * block;
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) store(u + r * block + v * LANES, a[r][v]);
-      });
+      product<V>(chunk.x, chunk.steps * B, {0, n_.inputs}, x_ + j * block * n_.inputs, bias_ + j * block,
+                 chunk.u + (j - chunk.blocks.begin) * chunk.steps * B * block, block);
   }
 
   bool valid(long at) const { return !p_.valid || p_.valid[at]; }
@@ -134,60 +120,45 @@ class ForwardRun : Cell<K> {
     return p_.start && p_.start[n_.at(t, r)] ? p_.fresh_h + r * n_.units : state + r * width_;
   }
 
-  // Vectors of units of some rows: a block of several rows, or several blocks of a single row.
-  template <int R>
-  struct Places {
-    long block[R], row[R];
-  };
-
-  template <int R>
-  void one_block(const Chunk& chunk, long k, long t, long j, long row, const Real* from, Real* to) const {
-    const Real* s[R];
-    Vec a[R][FIRST];
-    Places<R> places;
-    for (int r = 0; r < R; ++r) {
-      s[r] = before(from, t, row + r);
-      sums(chunk, k, j, row + r, a[r]);
-      places.block[r] = j, places.row[r] = row + r;
+  // The products of a block's rows with h and the gates of some rows at once; of a single row, those of some blocks.
+  void step(const Chunk& chunk, long k) const {
+    const Range rows = chunk.rows, blocks = chunk.blocks;
+    const bool alone = n_.rows == 1;
+    for (long r = rows.begin; r < rows.end; ++r) chunk.h[r - rows.begin] = before(state_[k & 1], n_.time(k), r);
+    auto multiply = [&](long j, long at) {
+      product<FIRST>(chunk.h, rows.size(), {0, n_.units}, h_ + j * FIRST * LANES * n_.units, nullptr,
+                     chunk.sums + at * FIRST * LANES, FIRST * LANES, alone);
+    };
+    for (long j = blocks.begin; j < blocks.end; ++j) {
+      multiply(j, alone ? j - blocks.begin : 0);
+      if (alone) continue;
+      tiles<4>({0, rows.size()}, [&](auto count, long at) {
+        gates<decltype(count)::value>(chunk, k, j, rows.begin + at, chunk.sums + at * FIRST * LANES, false);
+      });
     }
-    multiply<R, FIRST>(s, n_.units, h_ + j * FIRST * LANES * n_.units, a);
-    gates<R>(chunk, k, t, places, a, from, to);
+    if (!alone) return;
+    tiles<4>({0, blocks.size()}, [&](auto count, long at) {
+      gates<decltype(count)::value>(chunk, k, blocks.begin + at, 0, chunk.sums + at * FIRST * LANES, true);
+    });
   }
 
+  // The gates and what follows from them; of a GRU that resets before the product, r and z only. They are those of rows
+  // of block j, from `row` on, or of blocks of a row, from j on.
   template <int R>
-  void one_row(const Chunk& chunk, long k, long t, long j, const Real* from, Real* to) const {
-    const Real* s[1] = {before(from, t, 0)};
-    Vec a[R][FIRST];
-    Places<R> places;
-    for (int r = 0; r < R; ++r) {
-      Vec one[1][FIRST];
-      sums(chunk, k, j + r, 0, one[0]);
-      multiply<1, FIRST, 2>(s, n_.units, h_ + (j + r) * FIRST * LANES * n_.units, one);
-      for (int v = 0; v < FIRST; ++v) a[r][v] = one[0][v];
-      places.block[r] = j + r, places.row[r] = 0;
-    }
-    gates<R>(chunk, k, t, places, a, from, to);
-  }
-
-  // What the product with h is added to.
-  JAXRNN_INLINE void sums(const Chunk& chunk, long k, long j, long row, Vec* a) const {
-    const Real* u = chunk.u + chunk.at(j, k, row) * layout_.width();
-    for (int v = 0; v < FIRST; ++v) a[v] = AFTER && v == 2 ? load(b_hn_ + j * LANES) : load(u + v * LANES);
-  }
-
-  // The gates and what follows from them; of a GRU that resets before the product, r and z only.
-  template <int R>
-  JAXRNN_INLINE void gates(const Chunk& chunk, long k, long t, const Places<R>& places, Vec (&a)[R][FIRST],
-                           const Real* from, Real* to) const {
+  void gates(const Chunk& chunk, long k, long j0, long row, const Real* sums, bool of_blocks) const {
     constexpr int N = GATES == 1 ? V : 1;  // vectors of y
-    const long H = n_.units;
-    const Real* h[R];
-    Vec y[R][N], c[R], before_[R], candidate[R];
+    const long H = n_.units, t = n_.time(k);
+    const Real *from = state_[k & 1], *h[R], *u[R];
+    Real* to = state_[~k & 1];
+    Vec a[R][FIRST], y[R][N], c[R], before_[R], candidate[R];
     bool fresh[R];
     for (int r = 0; r < R; ++r) {
-      h[r] = before(from, t, places.row[r]);
-      fresh[r] = h[r] != from + places.row[r] * width_;
-      const long j = places.block[r], b = places.row[r], unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+      const long j = j0 + of_blocks * r, b = row + !of_blocks * r, unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+      h[r] = before(from, t, b);
+      u[r] = chunk.u + chunk.at(j, k, b) * layout_.width();
+      for (int v = 0; v < FIRST; ++v)
+        a[r][v] = load(sums + (r * FIRST + v) * LANES) + (AFTER && v == 2 ? load(b_hn_ + j * LANES) : load(u[r] + v * LANES));
+      fresh[r] = h[r] != from + b * width_;
       if constexpr (LSTM) c[r] = fresh[r] ? load(p_.fresh_c + b * H + unit, n) : load(c_ + b * width_ + unit);
       if constexpr (GATES == 3) before_[r] = load(h[r] + unit, n);
     }
@@ -197,8 +168,7 @@ class ForwardRun : Cell<K> {
       for (int r = 0; r < R; ++r) y[r][0] = last[r];
     } else if constexpr (AFTER) {
       Vec u_n[R], last[R];
-      for (int r = 0; r < R; ++r)
-        u_n[r] = load(chunk.u + chunk.at(places.block[r], k, places.row[r]) * layout_.width() + 2 * LANES);
+      for (int r = 0; r < R; ++r) u_n[r] = load(u[r] + 2 * LANES);
       gru<R>(a, u_n, before_, candidate, last);
       for (int r = 0; r < R; ++r) y[r][0] = last[r];
     } else if constexpr (BEFORE) {
@@ -211,7 +181,7 @@ class ForwardRun : Cell<K> {
       }
     }
     for (int r = 0; r < R; ++r) {
-      const long j = places.block[r], b = places.row[r], at = n_.at(t, b);
+      const long j = j0 + of_blocks * r, b = row + !of_blocks * r, at = n_.at(t, b);
       const bool live = valid(at);
       for (int v = 0; v < N; ++v) {
         const long unit = layout_.unit(j, v), n = layout_.lanes(j, v);
@@ -245,24 +215,30 @@ class ForwardRun : Cell<K> {
   }
 
   // n = tanh(u_n + (r h) w_hn), and the new state.
-  template <int R>
-  void second_product(const Chunk& chunk, long k, long t, long j, long row, const Real* from, Real* to) const {
-    const long H = n_.units, unit = layout_.unit(j, 0), n = layout_.lanes(j, 0), block = layout_.width();
-    const Real *a[R], *u = chunk.u + chunk.at(j, k, row) * block + 2 * LANES;
-    Vec sums[R][1];
-    for (int r = 0; r < R; ++r) {
-      a[r] = reset_ + (row + r) * width_;
-      sums[r][0] = load(u + r * block);
+  void second_step(const Chunk& chunk, long k) const {
+    const Range rows = chunk.rows;
+    for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j) {
+      product<1>(reset_rows_ + rows.begin, rows.size(), {0, n_.units}, h_n_ + j * LANES * n_.units, nullptr, chunk.sums,
+                 LANES, n_.rows == 1);
+      tiles<4>({0, rows.size()}, [&](auto count, long at) {
+        second_gates<decltype(count)::value>(chunk, k, j, rows.begin + at, chunk.sums + at * LANES);
+      });
     }
-    multiply<R, 1>(a, H, h_n_ + j * LANES * H, sums);
+  }
+  template <int R>
+  JAXRNN_INLINE void second_gates(const Chunk& chunk, long k, long j, long row, const Real* sums) const {
+    const long H = n_.units, t = n_.time(k), unit = layout_.unit(j, 0), n = layout_.lanes(j, 0), block = layout_.width();
+    const Real* u = chunk.u + chunk.at(j, k, row) * block + 2 * LANES;
+    Vec candidate[R];
+    for (int r = 0; r < R; ++r) candidate[r] = tangent(load(sums + r * LANES) + load(u + r * block));
     for (int r = 0; r < R; ++r) {
       const long b = row + r, at = n_.at(t, b);
       if (!valid(at)) continue;
-      const Vec z = load(z_ + b * width_ + unit), h = load(before(from, t, b) + unit, n), candidate = tangent(sums[r][0]);
-      const Vec y = (1.0f - z) * candidate + z * h;
-      if (p_.kept) store(p_.kept + at * KEPT * H + 2 * H + unit, candidate, n);
+      const Vec z = load(z_ + b * width_ + unit), h = load(before(state_[k & 1], t, b) + unit, n);
+      const Vec y = (1.0f - z) * candidate[r] + z * h;
+      if (p_.kept) store(p_.kept + at * KEPT * H + 2 * H + unit, candidate[r], n);
       store(p_.ys + at * H + unit, y, n);
-      store(to + b * width_ + unit, y);
+      store(state_[~k & 1] + b * width_ + unit, y);
     }
   }
 
@@ -271,7 +247,8 @@ class ForwardRun : Cell<K> {
   const Layout layout_;
   const long blocks_, width_;
   const Team team_;
-  long most_rows_, at_once_, u_size_;
-  const Real** x_rows_;
-  Real *x_, *h_, *h_n_, *bias_, *b_hn_, *state_[2], *c_, *z_, *reset_, *u_;
+  long most_rows_, at_once_, u_size_, sums_size_;
+  const Real **x_rows_, **h_rows_;
+  Real** reset_rows_;
+  Real *x_, *h_, *h_n_, *bias_, *b_hn_, *state_[2], *c_, *z_, *reset_, *u_, *sums_;
 };

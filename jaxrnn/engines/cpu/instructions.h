@@ -12,6 +12,8 @@
 
 // A call of a function of vectors would cost more than the function.
 #define JAXRNN_INLINE inline __attribute__((always_inline))
+// A copy for every caller would only be more to compile.
+#define JAXRNN_APART inline __attribute__((noinline))
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross the boundary of a file
 

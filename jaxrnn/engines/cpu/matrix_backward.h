@@ -33,7 +33,7 @@ struct PanelShape {
     }
   }
   // From K rows of V numbers, and back; what is beyond them is 0.
-  void take(Real* panel, const Real* p, long K, long V) const {
+  JAXRNN_APART void take(Real* panel, const Real* p, long K, long V) const {
     each_square([&](long i, long j, long at, long height) {
       Vec x[LANES];
       for (long l = 0; l < LANES; ++l) x[l] = i + l < K ? load(p + (i + l) * V + j, columns - j) : Vec{};
@@ -41,7 +41,7 @@ struct PanelShape {
       for (long l = 0; l < LANES; ++l) store(panel + at + l * height, x[l]);
     });
   }
-  void give(const Real* panel, Real* p, long K, long V, bool add) const {
+  JAXRNN_APART void give(const Real* panel, Real* p, long K, long V, bool add) const {
     each_square([&](long i, long j, long at, long height) {
       Vec x[LANES];
       for (long l = 0; l < LANES; ++l) x[l] = load(panel + at + l * height);

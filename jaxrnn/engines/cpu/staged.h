@@ -12,14 +12,15 @@ class Staged {
   static constexpr bool BEFORE = F::FIRST == F::GATES - 1 && F::FIRST > 0;  // a reset gate, then a second product
   static constexpr bool APART = F::SUMS > F::GATES;  // the last gate reads its products with x and h by themselves
   static constexpr int GROUPS = F::GATES == 1 ? 4 : 1;  // vectors of units of a block
-  static constexpr int V = GROUPS * F::GATES, VF = GROUPS * F::FIRST, VS = GROUPS * F::SUMS;  // vectors of a block
+  static constexpr int V = GROUPS * F::GATES, VF = GROUPS * F::FIRST;  // vectors of a block
   static constexpr int E = F::STATES - 1;
+  static constexpr bool NORM = LSTM || (BEFORE && F::GATES == 3) || APART;  // what may have a norm
 
   Staged(const StagedInputs& p, int threads)
       : in_(p), n_(p.n), rule_(p.rule), S_(p.outputs), H_(p.n.units), B_(p.n.rows), layout_{H_, F::GATES, V},
         out_{S_, 1, 4}, blocks_(layout_.blocks()), width_(blocks_ * layout_.units()),
         s_width_(out_.blocks() * out_.units()),
-        team_(team(n_, (F::FIRST * S_ + (BEFORE ? H_ : rule_.projected ? S_ : 0)) * H_ + H_, blocks_, threads)) {}
+        team_(team(n_, (F::FIRST * S_ + (BEFORE ? H_ : projected() ? S_ : 0)) * H_ + H_, blocks_, threads)) {}
 
   const StagedInputs& in_;
   const Sizes& n_;
@@ -29,6 +30,8 @@ class Staged {
   const long blocks_, width_, s_width_;
   const Team team_;
 
+  bool norm() const { return NORM && rule_.norm; }
+  bool projected() const { return LSTM && rule_.projected; }
   long time(long k) const { return n_.time(k); }
   bool valid(long at) const { return !in_.valid || in_.valid[at]; }
   bool starts(long k, long row) const {
@@ -64,7 +67,7 @@ class Staged {
       if (n == 0) continue;
       Batch<F, BACK> b(rule_);
       for (int k = 0; k < F::THETA; ++k) b.theta[k] = load(theta + k * width_ + unit);
-      if (LSTM && rule_.norm) {
+      if (LSTM && norm()) {
         b.gain = load(theta + gain_c() * width_ + unit);
         b.bias = load(theta + (gain_c() + 1) * width_ + unit);
       }

@@ -6,19 +6,19 @@ class StagedBackwardRun : Staged<F> {
   using Base = Staged<F>;
   using Base::LSTM, Base::BEFORE, Base::APART, Base::GROUPS, Base::V, Base::VF, Base::E;
   using Base::n_, Base::rule_, Base::S_, Base::H_, Base::B_, Base::layout_, Base::out_, Base::blocks_, Base::width_;
-  using Base::s_width_, Base::team_, Base::time, Base::valid, Base::wait, Base::heads;
-  static constexpr int OUT = 4, GATES = F::GATES, FIRST = F::FIRST;
+  using Base::s_width_, Base::team_, Base::time, Base::valid, Base::wait, Base::heads, Base::norm, Base::projected;
+  static constexpr int GATES = F::GATES, FIRST = F::FIRST;
 
  public:
   StagedBackwardRun(const StagedBackward& p, int threads)
       : Base(p, threads), p_(p), units_{H_, 1, OUT}, inputs_{p.n.inputs, 1, OUT} {
     const long D = n_.inputs, G = blocks_ * V * LANES, parts = team_.threads, K = rule_.theta();
-    const long weights = p_.weights ? 1 : 0, second = BEFORE ? GROUPS * LANES * blocks_ : rule_.projected ? s_width_ : 0;
+    const long weights = p_.weights ? 1 : 0, second = BEFORE ? GROUPS * LANES * blocks_ : projected() ? s_width_ : 0;
     at_once_ = std::max(1l, std::min(n_.steps, 256 / B_));
     const long rows = at_once_ * B_, in = p_.d_xs ? inputs_.blocks() * inputs_.units() : 0;
     Scratch scratch(s_width_ * G + units_.blocks() * units_.units() * second + in * G +
                     weights * (G * (D + S_ + 1) + second * H_) +
-                    B_ * (4 * s_width_ + 2 * units_.blocks() * units_.units() + (E + 6) * width_) + 5 * rows * G +
+                    B_ * (5 * s_width_ + 2 * units_.blocks() * units_.units() + (E + 6) * width_ + 4) + 5 * rows * G +
                     rows * (second + H_ + S_ + 32) + K * width_ * (parts + 1) + parts * (4 + 2 * LANES) * B_ + 64 * parts + D + S_ + H_ + 2048);
     w_h_ = scratch.take(FIRST ? s_width_ * G : 0);
     w_2_ = scratch.take(units_.blocks() * units_.units() * second);
@@ -34,14 +34,17 @@ class StagedBackwardRun : Staged<F> {
     d_read_ = scratch.take(B_ * std::max(s_width_, width_));
     for (int e = 0; e < E; ++e) d_rest_[e] = scratch.take(B_ * width_);
     d_mid_ = scratch.take(B_ * units_.blocks() * units_.units());
+    mid_rows_ = scratch.rows(d_mid_, B_, mid_width());
+    carried_ = scratch.take(B_ * s_width_);
+    carried_rows_ = scratch.rows(carried_, B_, s_width_);
     work_ = scratch.take(2 * B_ * width_);
     normal_ = scratch.take(B_ * width_);
     d_u_ = scratch.take(rows * G);
     d_v_ = APART ? scratch.take(rows * G) : d_u_;
-    n_u_ = rule_.norm ? scratch.take(rows * G) : d_u_;
-    n_v_ = rule_.norm ? scratch.take(rows * G) : d_v_;
+    n_u_ = norm() ? scratch.take(rows * G) : d_u_;
+    n_v_ = norm() ? scratch.take(rows * G) : d_v_;
     for (Real*& each : along_) each = scratch.take(parts * B_ * LANES);
-    d_second_ = scratch.take(rule_.projected ? rows * s_width_ : 0);
+    d_second_ = scratch.take(projected() ? rows * s_width_ : 0);
     mids_ = scratch.take(second ? rows * H_ : 0);
     reads_ = scratch.take(p_.mask ? rows * S_ : 0);
     nothing_ = scratch.take(std::max({D, S_, H_}));
@@ -58,8 +61,8 @@ class StagedBackwardRun : Staged<F> {
         const Chunk chunk{std::max(0l, last - at_once_), last};
         for (long k = last - 1; k >= chunk.first; --k) step(chunk, k, w);
         w.barrier.wait();
-        if (p_.weights) weights(chunk, w.part(blocks_), w.part(rule_.projected ? out_.blocks() : 0));
-        if (rule_.norm) gains(chunk, w, w.part(blocks_));
+        if (p_.weights) weights(chunk, w.part(blocks_), w.part(projected() ? out_.blocks() : 0));
+        if (norm()) gains(chunk, w, w.part(blocks_));
         if (p_.d_xs) inputs(chunk, w.part(chunk.steps() * B_));
         w.barrier.wait();
       }
@@ -82,6 +85,9 @@ class StagedBackwardRun : Staged<F> {
   Real* n_u(const Chunk& chunk, long j, long m) const { return panel(n_u_, chunk, B_, V * LANES, j, m); }
   Real* n_v(const Chunk& chunk, long j, long m) const { return panel(n_v_, chunk, B_, V * LANES, j, m); }
   Real* d_second(const Chunk& chunk, long j, long m) const { return panel(d_second_, chunk, B_, OUT * LANES, j, m); }
+  Panels panels_of(const Chunk& chunk, const Real* first, long width, long each) const {
+    return {first, chunk.steps() * B_ * width, width, each};
+  }
   const Real* kept(long at) const { return p_.kept + at * rule_.kept(H_); }
   const Real* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
 
@@ -90,7 +96,7 @@ class StagedBackwardRun : Staged<F> {
     const Range blocks = w.part(blocks_), units = w.part(units_.blocks()), out = w.part(out_.blocks());
     if (FIRST) pack_transposed(p_.w_h, columns, layout_, 0, VF, out_, out, w_h_);
     if (BEFORE) pack_transposed(p_.w_h, columns, layout_, GATES - 1, GATES, units_, units, w_2_);
-    if (rule_.projected) pack_transposed(p_.w_2, S_, out_, 0, OUT, units_, units, w_2_);
+    if (projected()) pack_transposed(p_.w_2, S_, out_, 0, OUT, units_, units, w_2_);
     if (p_.d_xs) pack_transposed(p_.w_x, G, layout_, 0, V, inputs_, w.part(inputs_.blocks()), w_x_);
     auto zero = [](Real* to, Range part, long each) {
       std::memset(to + part.begin * each, 0, part.size() * each * sizeof(Real));
@@ -98,7 +104,7 @@ class StagedBackwardRun : Staged<F> {
     if (p_.weights) {
       zero(d_w_x_, blocks, V * LANES * D), zero(d_w_h_, blocks, V * LANES * S_), zero(d_b_, blocks, V * LANES);
       if (BEFORE) zero(d_w_2_, blocks, LANES * H_);
-      if (rule_.projected) zero(d_w_2_, out, OUT * LANES * H_);
+      if (projected()) zero(d_w_2_, out, OUT * LANES * H_);
     }
     if (w.number == 0) this->pad_theta(theta_);
     for (Real* each : along_) zero(each, {w.number, w.number + 1}, B_ * LANES);
@@ -128,7 +134,7 @@ class StagedBackwardRun : Staged<F> {
     unpack(d_w_x_, D, G, layout_, blocks, p_.d_w_x);
     if (FIRST) unpack(d_w_h_, S_, columns, Layout{H_, FIRST, VF}, blocks, p_.d_w_h);
     if (BEFORE) unpack(d_w_2_, H_, columns, Layout{H_, 1, GROUPS}, blocks, p_.d_w_h + FIRST * H_);
-    if (rule_.projected) unpack(d_w_2_, H_, S_, out_, w.part(out_.blocks()), p_.d_w_2);
+    if (projected()) unpack(d_w_2_, H_, S_, out_, w.part(out_.blocks()), p_.d_w_2);
     if (p_.d_b) unpack(d_b_, 1, G, layout_, blocks, p_.d_b);
     const Range theta = w.part(rule_.theta());
     for (long k = theta.begin; p_.d_theta && k < theta.end; ++k)
@@ -163,32 +169,26 @@ class StagedBackwardRun : Staged<F> {
     return before(k, b, p_.rests, p_.rest, p_.fresh_rest, E * H_);
   }
 
-  template <class Work>
-  void each_tile(Range rows, Range blocks, const Work& work) const {
-    for (long j = blocks.begin; j < blocks.end; ++j)
-      tiles<ROWS<OUT>>(rows, [&](auto count, long row) { work(count, j, row); });
-  }
-
   void step(const Chunk& chunk, long k, const Worker& w) {
     const Range units = w.blocks(units_.blocks()), out = w.blocks(out_.blocks());
     const long scale = units_.units() / layout_.units();
     const Place at{chunk, k, (k - chunk.first) * B_, w, w.rows(B_),
                    {std::min(units.begin * scale, blocks_), std::min(units.end * scale, blocks_)}};
-    if (rule_.projected) {
+    if (projected()) {
       project(at, out);
       wait(w);
       transposed(at, units);
     }
     if constexpr (BEFORE) {
       second_gates(at);
-      if (rule_.norm) second_norm(at);
+      if (norm()) second_norm(at);
       wait(w);
       transposed(at, units);
     }
     if constexpr (LSTM)
-      if (rule_.norm) output_norm(at);
+      if (norm()) output_norm(at);
     gates(at);
-    if (rule_.norm) norms(at);
+    if (norm()) norms(at);
     wait(w);
     carry(at, out);
     wait(w);
@@ -225,16 +225,12 @@ class StagedBackwardRun : Staged<F> {
 
   // The cotangent of what the second product reads.
   void transposed(const Place& p, Range units) const {
-    const long each = BEFORE ? LANES : OUT * LANES, panels = BEFORE ? blocks_ : out_.blocks();
-    const long width = BEFORE ? V * LANES : OUT * LANES;
-    each_tile(p.rows, units, [&](auto count, long j, long row) {
-      constexpr int R = decltype(count)::value;
-      Vec sums[R][OUT] = {};
-      const Real* d = BEFORE ? n_v(p.chunk, 0, p.m + row) + (GATES - 1) * LANES : d_second(p.chunk, 0, p.m + row);
-      times<R>(d, p.chunk.steps() * B_ * width, width, {0, panels}, each, w_2_ + j * panels * each * OUT * LANES, sums);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < OUT; ++v) store(d_mid_ + (row + r) * mid_width() + units_.unit(j, v), sums[r][v]);
-    });
+    const long each = BEFORE ? LANES : OUT * LANES, panels = BEFORE ? blocks_ : out_.blocks(), m = p.m + p.rows.begin;
+    const Panels d = BEFORE ? panels_of(p.chunk, n_v(p.chunk, 0, m) + (GATES - 1) * LANES, V * LANES, each)
+                            : panels_of(p.chunk, d_second(p.chunk, 0, m), each, each);
+    for (long j = units.begin; j < units.end; ++j)
+      product_of_panels(d, {0, panels}, w_2_ + j * panels * each * OUT * LANES, p.rows.size(), mid_rows_ + p.rows.begin,
+                        units_.unit(j, 0), units_.units());
   }
   long mid_width() const { return units_.blocks() * units_.units(); }
 
@@ -248,10 +244,10 @@ class StagedBackwardRun : Staged<F> {
   JAXRNN_INLINE void look_ahead(const Place& p, long row, long unit) const {
     if (p.k == 0) return;
     const long next = n_.at(time(p.k - 1), row);
-    const int vectors = rule_.norm ? 2 * GATES + LSTM : F::SUMS;
+    const int vectors = norm() ? 2 * GATES + LSTM : F::SUMS;
     for (int q = 0; q < vectors; ++q) __builtin_prefetch(kept(next) + q * H_ + unit);
     for (int e = 0; e < E; ++e) __builtin_prefetch(p_.rests + (next * E + e) * H_ + unit);
-    if (!rule_.projected) __builtin_prefetch(p_.d_ys + next * S_ + unit), __builtin_prefetch(p_.ys + next * S_ + unit);
+    if (!projected()) __builtin_prefetch(p_.d_ys + next * S_ + unit), __builtin_prefetch(p_.ys + next * S_ + unit);
   }
 
   // The sums of the gates [first, last), and what else the gates of some rows read; and what is asked of them.
@@ -262,7 +258,7 @@ class StagedBackwardRun : Staged<F> {
       const Real* kept_here = kept(at(p, row)) + unit;
       look_ahead(p, row, unit);
       for (int q = first; q < last; ++q) {
-        if (!rule_.norm) {
+        if (!norm()) {
           b.a[q][i] = load(kept_here + q * H_, n);
           continue;
         }
@@ -280,14 +276,14 @@ class StagedBackwardRun : Staged<F> {
         b.through[e + 1][i] = z * d;
         b.d_s[e + 1][i] = (1.0f - z) * d;
       }
-      if (LSTM && rule_.norm) {
+      if (LSTM && norm()) {
         b.mean[i] = splat(stats(at(p, row))[2]), b.scale[i] = splat(stats(at(p, row))[3]);
         b.c[i] = load(kept_here + 2 * GATES * H_, n);
       }
     }
   }
   Vec d_output(const Place& p, long row, long unit, long n) const {
-    if (rule_.projected) return load(d_mid_ + row * mid_width() + unit);
+    if (projected()) return load(d_mid_ + row * mid_width() + unit);
     return valid(at(p, row)) ? d_new(p, row, unit, n) : Vec{};
   }
 
@@ -301,7 +297,7 @@ class StagedBackwardRun : Staged<F> {
           if (BEFORE) {
             b.d_y[i] = load(d_mid_ + row * mid_width() + unit);
             b.d_a[F::FIRST > 0 ? F::FIRST - 1 : 0][i] = load(work_ + row * width_ + unit);
-          } else if (LSTM && rule_.norm) {
+          } else if (LSTM && norm()) {
             b.d_y[i] = load(work_ + row * width_ + unit);
             b.d_a[GATES - 1][i] = load(work_ + (B_ + row) * width_ + unit);
           } else {
@@ -312,7 +308,7 @@ class StagedBackwardRun : Staged<F> {
           F::back_first(b);
         } else if constexpr (LSTM) {
           F::first(b);
-          if (!rule_.norm) F::back_output(b);
+          if (!norm()) F::back_output(b);
           F::back_gates(b);
         } else {
           F::back(b);
@@ -335,9 +331,9 @@ class StagedBackwardRun : Staged<F> {
       const Vec of_u = live ? b.d_a[APART && q == 2 ? 3 : q][i] : Vec{}, of_v = live ? b.d_a[q][i] : Vec{};
       store(u + q * LANES, of_u);
       if (APART) store(v + q * LANES, of_v);
-      if (rule_.norm && live) along(p, row, unit, n, q, of_u, of_v);
+      if (norm() && live) along(p, row, unit, n, q, of_u, of_v);
     }
-    if (BEFORE || (rule_.projected && !rule_.norm)) store(mids_ + m * H_ + unit, live ? b.y[i] : Vec{}, n);
+    if (BEFORE || (projected() && !norm())) store(mids_ + m * H_ + unit, live ? b.y[i] : Vec{}, n);
     if (!live) return;
     for (int q = 0; q < F::THETA; ++q) add_theta(p.worker, q, unit, b.d_theta[q][i]);
     if (!LSTM) {
@@ -368,7 +364,7 @@ class StagedBackwardRun : Staged<F> {
             const long row = row0 + i;
             const Vec d = valid(at(p, row)) ? b.d_a[GATES - 1][i] : Vec{};
             store(d_u(p.chunk, j, p.m + row) + (GATES - 1) * LANES, d);
-            if (rule_.norm && valid(at(p, row))) along(p, row, unit, n, GATES - 1, d, d);
+            if (norm() && valid(at(p, row))) along(p, row, unit, n, GATES - 1, d, d);
             Real* through = through_ + row * s_width_ + unit;
             store(through, load(through) + b.d_s[0][i]);
             store(work_ + row * width_ + unit, b.d_a[F::UPDATE][i]);
@@ -479,7 +475,7 @@ class StagedBackwardRun : Staged<F> {
           store(normal_ + place, normal);
           partial_[2][p.worker.number * B_ + row] += sum_of(d);
           partial_[3][p.worker.number * B_ + row] += sum_of(d * normal);
-          if (rule_.projected) store(mids_ + (p.m + row) * H_ + unit, live ? b.y[i] : Vec{}, n);
+          if (projected()) store(mids_ + (p.m + row) * H_ + unit, live ? b.y[i] : Vec{}, n);
           if (!live) continue;
           add_theta(p.worker, this->gain_c(), unit, b.d_y[i] * normal);
           add_theta(p.worker, this->gain_c() + 1, unit, b.d_y[i]);
@@ -500,23 +496,18 @@ class StagedBackwardRun : Staged<F> {
 
   // The cotangent of h before the step.
   void carry(const Place& p, Range out) const {
-    constexpr long each = (VF > 0 ? VF : 1) * LANES;
-    const long width = V * LANES;
-    each_tile(p.rows, out, [&](auto count, long j, long row) {
-      constexpr int R = decltype(count)::value;
-      Vec sums[R][OUT] = {};
-      if constexpr (VF > 0) {
-        const Range units = rule_.heads == 1 ? Range{0, H_} : heads(j * out_.units(), out_.units());
-        const Range panels{units.begin / layout_.units(), (units.end - 1) / layout_.units() + 1};
-        const Real *d = n_v(p.chunk, 0, p.m + row), *w = w_h_ + j * blocks_ * each * OUT * LANES;
-        const long stride = p.chunk.steps() * B_ * width;
-        if constexpr (R == 1) times<1, 2>(d, stride, width, panels, each, w, sums);
-        else times<R>(d, stride, width, panels, each, w, sums);
-      }
-      for (int r = 0; r < R; ++r) carry_row(p, j, row + r, sums[r]);
-    });
+    constexpr long each = VF * LANES;
+    const Panels d = panels_of(p.chunk, n_v(p.chunk, 0, p.m + p.rows.begin), V * LANES, each);
+    for (long j = out.begin; j < out.end; ++j) {
+      const Range units = rule_.heads == 1 ? Range{0, H_} : heads(j * out_.units(), out_.units());
+      if constexpr (VF > 0)
+        product_of_panels(d, {units.begin / layout_.units(), (units.end - 1) / layout_.units() + 1},
+                          w_h_ + j * blocks_ * each * OUT * LANES, p.rows.size(), carried_rows_ + p.rows.begin,
+                          out_.unit(j, 0), out_.units(), B_ == 1);
+      for (long row = p.rows.begin; row < p.rows.end; ++row) carry_row(p, j, row);
+    }
   }
-  void carry_row(const Place& p, long j, long row, Vec (&sums)[OUT]) const {
+  void carry_row(const Place& p, long j, long row) const {
     const bool live = valid(at(p, row));
     for (int v = 0; v < OUT; ++v) {
       const long unit = out_.unit(j, v), n = out_.lanes(j, v), place = row * s_width_ + unit;
@@ -524,7 +515,9 @@ class StagedBackwardRun : Staged<F> {
       const Vec mask = p_.mask ? load(p_.mask + row * S_ + unit, n) : splat(1.0f);
       if (p_.mask) store(reads_ + (p.m + row) * S_ + unit, live ? load(h_before(p.k, row) + unit, n) * mask : Vec{}, n);
       if (!live) continue;
-      Vec d = (LSTM ? sums[v] : sums[v] + load(d_read_ + place)) * mask + load(through_ + place);
+      Vec d = VF > 0 ? load(carried_ + place) : Vec{};
+      if (!LSTM) d += load(d_read_ + place);
+      d = d * mask + load(through_ + place);
       if (start(at(p, row))) {
         Real* fresh = p_.d_fresh_h + row * S_ + unit;
         store(fresh, load(fresh, n) + d, n);
@@ -534,10 +527,11 @@ class StagedBackwardRun : Staged<F> {
     }
   }
 
+  static constexpr long MOST = 128;  // rows of a chunk at once
+
   // d_w_x += xsᵀ d_u, d_w_h += sᵀ d_v, d_b += Σ d_u and those of the second product, over the rows of a chunk.
   void weights(const Chunk& chunk, Range blocks, Range out) const {
     const long D = n_.inputs, count = chunk.steps() * B_;
-    constexpr long MOST = 128;
     const Real *x[MOST], *s[MOST], *mid[MOST];
     for (long begin = 0; begin < count; begin += MOST) {
       const long size = std::min(MOST, count - begin);
@@ -550,55 +544,40 @@ class StagedBackwardRun : Staged<F> {
       }
       for (long j = blocks.begin; j < blocks.end; ++j) {
         const Real *u = n_u(chunk, j, begin), *v = n_v(chunk, j, begin);
-        one_weight<V>(x, {0, D}, size, u, V * LANES, d_w_x_ + j * V * LANES * D);
+        gram<V>(x, size, {0, D}, u, V * LANES, d_w_x_ + j * V * LANES * D, V * LANES);
         if constexpr (VF > 0)
-          one_weight<VF>(s, heads(j * layout_.units(), layout_.units()), size, v, V * LANES, d_w_h_ + j * VF * LANES * S_);
+          gram<VF>(s, size, heads(j * layout_.units(), layout_.units()), v, V * LANES, d_w_h_ + j * VF * LANES * S_, VF * LANES);
         if constexpr (BEFORE)
-          one_weight<1>(mid, {0, H_}, size, v + (GATES - 1) * LANES, V * LANES, d_w_2_ + j * LANES * H_);
-        if (p_.d_b) bias(u, size, d_b_ + j * V * LANES);
+          gram<1>(mid, size, {0, H_}, v + (GATES - 1) * LANES, V * LANES, d_w_2_ + j * LANES * H_, LANES);
+        if (p_.d_b) add_rows<V>(u, size, V * LANES, d_b_ + j * V * LANES);
       }
-      for (long j = out.begin; rule_.projected && j < out.end; ++j)
-        one_weight<OUT>(mid, {0, H_}, size, d_second(chunk, j, begin), OUT * LANES, d_w_2_ + j * OUT * LANES * H_);
+      for (long j = out.begin; projected() && j < out.end; ++j)
+        gram<OUT>(mid, size, {0, H_}, d_second(chunk, j, begin), OUT * LANES, d_w_2_ + j * OUT * LANES * H_, OUT * LANES);
     }
-  }
-
-  template <int VECTORS>
-  void one_weight(const Real* const* a, Range rows, long count, const Real* d, long stride, Real* sums) const {
-    tiles<ROWS<VECTORS>>(rows, [&](auto tile, long k) {
-      accumulate<decltype(tile)::value, VECTORS>(a, k, count, d, stride, sums + k * VECTORS * LANES, VECTORS * LANES);
-    });
-  }
-
-  void bias(const Real* d, long count, Real* sums) const {
-    Vec s[V];
-    for (int v = 0; v < V; ++v) s[v] = load(sums + v * LANES);
-    for (long i = 0; i < count; ++i, d += V * LANES)
-      for (int v = 0; v < V; ++v) s[v] += load(d + v * LANES);
-    for (int v = 0; v < V; ++v) store(sums + v * LANES, s[v]);
   }
 
   // d_xs = d_u w_xᵀ.
   void inputs(const Chunk& chunk, Range rows) const {
     const long D = n_.inputs, width = V * LANES;
-    each_tile(rows, {0, inputs_.blocks()}, [&](auto tile, long j, long m) {
-      constexpr int R = decltype(tile)::value;
-      Vec sums[R][OUT] = {};
-      times<R>(n_u(chunk, 0, m), chunk.steps() * B_ * width, width, {0, blocks_}, width,
-               w_x_ + j * blocks_ * width * OUT * LANES, sums);
-      for (int r = 0; r < R; ++r) {
-        Real* d_x = p_.d_xs + n_.at(time(chunk.first + (m + r) / B_), (m + r) % B_) * D;
-        for (int v = 0; v < OUT; ++v)
-          if (const long n = inputs_.lanes(j, v)) store(d_x + inputs_.unit(j, v), sums[r][v], n);
-      }
-    });
+    Real* d_x[MOST];
+    for (long begin = rows.begin; begin < rows.end; begin += MOST) {
+      const long size = std::min(MOST, rows.end - begin);
+      for (long i = 0; i < size; ++i)
+        d_x[i] = p_.d_xs + n_.at(time(chunk.first + (begin + i) / B_), (begin + i) % B_) * D;
+      const Panels d = panels_of(chunk, n_u(chunk, 0, begin), width, width);
+      for (long j = 0; j < inputs_.blocks(); ++j)
+        product_of_panels(d, {0, blocks_}, w_x_ + j * blocks_ * width * OUT * LANES, size, d_x, inputs_.unit(j, 0),
+                          D - inputs_.unit(j, 0));
+    }
   }
 
   const StagedBackward& p_;
   const Layout units_, inputs_;
+  Real **mid_rows_, **carried_rows_;
   std::vector<int32_t> before_;
   long at_once_;
   Real *w_h_, *w_2_, *w_x_, *d_w_x_, *d_w_h_, *d_w_2_, *d_b_, *theta_, *d_theta_;
-  Real *d_h_, *through_, *d_read_, *d_rest_[E > 0 ? E : 1], *d_mid_, *work_, *normal_;
+  Real *d_h_, *through_, *d_read_, *d_rest_[E > 0 ? E : 1], *d_mid_, *carried_, *work_, *normal_;
   Real *d_u_, *d_v_, *n_u_, *n_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4], *along_[2];
 };
 

@@ -5,9 +5,9 @@
 template <class F>
 class StagedForwardRun : Staged<F> {
   using Base = Staged<F>;
-  using Base::LSTM, Base::BEFORE, Base::APART, Base::GROUPS, Base::V, Base::VF, Base::VS, Base::E;
+  using Base::LSTM, Base::BEFORE, Base::APART, Base::GROUPS, Base::V, Base::VF, Base::E;
   using Base::n_, Base::rule_, Base::S_, Base::H_, Base::B_, Base::layout_, Base::out_, Base::blocks_, Base::width_;
-  using Base::s_width_, Base::team_, Base::time, Base::valid, Base::starts, Base::wait, Base::heads;
+  using Base::s_width_, Base::team_, Base::time, Base::valid, Base::starts, Base::wait, Base::heads, Base::norm, Base::projected;
 
  public:
   StagedForwardRun(const StagedForward& p, int threads) : Base(p, threads), p_(p) {
@@ -16,10 +16,10 @@ class StagedForwardRun : Staged<F> {
     const long floats = team_.by_rows ? blocks_ * block : (blocks_ + parts - 1) / parts * block;
     at_once_ = steps_at_once(n_, most_rows_, floats, 32);
     u_size_ = Scratch::rounded(at_once_ * most_rows_ * floats);
-    const long second = BEFORE ? width_ * H_ : rule_.projected ? s_width_ * H_ : 0, chunk = at_once_ * most_rows_;
+    const long second = BEFORE ? width_ * H_ : projected() ? s_width_ * H_ : 0, chunk = at_once_ * most_rows_;
     Scratch scratch(blocks_ * (block * (D + 1) + VF * LANES * S_) + second + rule_.theta() * width_ +
-                    B_ * (4 * s_width_ + (E + 1) * width_ + blocks_ * VS * LANES) +
-                    parts * (u_size_ + (4 + LANES) * chunk + (LANES + 5) * B_ + 128) + 1024);
+                    B_ * (5 * s_width_ + (E + 1) * width_ + blocks_ * block + 6) +
+                    parts * (u_size_ + 4 * chunk + 4 * B_ + 128) + 1024);
     x_ = scratch.take(blocks_ * block * D);
     h_ = scratch.take(blocks_ * VF * LANES * S_);
     second_ = scratch.take(second);
@@ -31,10 +31,12 @@ class StagedForwardRun : Staged<F> {
     }
     for (int e = 0; e < E; ++e) rest_[e] = scratch.take(B_ * width_);
     mid_ = scratch.take(B_ * width_);
-    a_ = scratch.take(blocks_ * B_ * VS * LANES);
+    sums_ = scratch.take(blocks_ * B_ * block);
+    projected_ = scratch.take(projected() ? B_ * s_width_ : 0);
+    for (int k = 0; k < 2; ++k) read_rows_[k] = scratch.rows(read_[k], B_, s_width_);
+    mid_rows_ = scratch.rows(mid_, B_, width_);
     u_ = scratch.take(parts * u_size_);
     x_rows_ = reinterpret_cast<const Real**>(scratch.take(2 * parts * chunk));
-    squares_ = scratch.take(parts * LANES * std::max(chunk, B_));
     of_u_ = scratch.take(parts * chunk), scale_u_ = scratch.take(parts * chunk);
     for (Real** each : {&of_v_, &scale_v_, &of_w_, &of_c_}) *each = scratch.take(parts * B_);
   }
@@ -61,14 +63,15 @@ class StagedForwardRun : Staged<F> {
     Range rows, blocks;
     Real* u;
     const Real** x;
-    Real* at(long j, long m, long width) const { return u + ((j - blocks.begin) * steps * rows.size() + m) * width; }
-    Real* at(long j, long k, long row, long width) const {
-      return at(j, (k - first) * rows.size() + row - rows.begin, width);
-    }
+    long count() const { return steps * rows.size(); }
+    long at(long k, long row) const { return (k - first) * rows.size() + row - rows.begin; }
   };
 
-  // The sums of a row in a block.
-  Real* sums(long j, long row) const { return a_ + (j * B_ + row) * VS * LANES; }
+  // Vectors of a row in a block: the products with x, and those with h.
+  Real* of_x(const Chunk& chunk, long j, long m) const {
+    return chunk.u + ((j - chunk.blocks.begin) * chunk.count() + m) * V * LANES;
+  }
+  Real* of_h(long j, long row) const { return sums_ + (j * B_ + row) * V * LANES; }
   Real* kept(long at) const { return p_.kept ? p_.kept + at * rule_.kept(H_) : nullptr; }
   Real* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
 
@@ -81,7 +84,7 @@ class StagedForwardRun : Staged<F> {
       pack(p_.w_h, S_, BEFORE ? columns : F::FIRST * H_, Layout{H_, F::FIRST, VF}, blocks, h_);
       if (BEFORE) pack(p_.w_h + F::FIRST * H_, H_, columns, Layout{H_, 1, GROUPS}, blocks, second_);
     }
-    if (rule_.projected) pack(p_.w_2, H_, S_, out_, w.part(out_.blocks()), second_);
+    if (projected()) pack(p_.w_2, H_, S_, out_, w.part(out_.blocks()), second_);
     if (p_.b) pack(p_.b, 1, G, layout_, blocks, bias_);
     else std::memset(bias_ + blocks.begin * V * LANES, 0, blocks.size() * V * LANES * sizeof(Real));
     if (w.number == 0) this->pad_theta(theta_);
@@ -98,9 +101,6 @@ class StagedForwardRun : Staged<F> {
       }
       std::memset(mid_ + r * width_, 0, width_ * sizeof(Real));
     }
-    // A thread that is alone takes those of all.
-    const Range own = w.part(team_.threads * LANES * std::max(at_once_ * most_rows_, B_));
-    std::memset(squares_ + own.begin, 0, own.size() * sizeof(Real));
   }
 
   // What a worker has written of the last carry.
@@ -114,23 +114,7 @@ class StagedForwardRun : Staged<F> {
     }
   }
 
-  // The squares of numbers of some rows, added up by every worker as they come; then of every row the sum over workers,
-  // by `partial`, and from it 1 / √(mean + ε). Between the two all must have written theirs.
-  Real* squares(const Worker& w) const { return squares_ + w.number * LANES * std::max(at_once_ * most_rows_, B_); }
-  template <int N>
-  JAXRNN_INLINE static void add_squares(Real* squares, const Vec (&a)[N]) {
-    Vec sum = load(squares);
-    for (int v = 0; v < N; ++v) sum += a[v] * a[v];
-    store(squares, sum);
-  }
-  void hand_in(const Worker& w, Range rows, Real* partial, long stride) const {
-    Real* own = squares(w);
-    for (long m = rows.begin; m < rows.end; ++m) {
-      partial[w.number * stride + m] = sum_of(load(own + m * LANES));
-      store(own + m * LANES, Vec{});
-    }
-    wait(w);
-  }
+  // Of every row the sum of what all workers have found for it in their units, which they write first, to `partial`.
   Real together(const Worker& w, const Real* partial, long stride, long m) const {
     if (w.by_rows) return partial[w.number * stride + m];
     Real sum = 0;
@@ -143,27 +127,19 @@ class StagedForwardRun : Staged<F> {
 
   // u = x w_x + b; with a norm only x w_x, and its scale.
   void project(const Chunk& chunk, const Worker& w) {
-    const long block = layout_.width(), B = chunk.rows.size(), count = chunk.steps * B;
+    const long block = layout_.width(), B = chunk.rows.size(), count = chunk.count(), D = n_.inputs;
     const Real** x = chunk.x;
     for (long k = chunk.first; k < chunk.first + chunk.steps; ++k)
-      for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(time(k), b) * n_.inputs;
+      for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(time(k), b) * D;
     for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
-      tiles<ROWS<V>>({0, count}, [&](auto tile, long m) {
-        constexpr int R = decltype(tile)::value;
-        Vec a[R][V];
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) a[r][v] = load(bias_ + j * block + v * LANES);
-        multiply<R, V>(chunk.x + m, n_.inputs, x_ + j * block * n_.inputs, a);
-        for (int r = 0; r < R; ++r) {
-          for (int v = 0; v < V; ++v) store(chunk.at(j, m + r, block) + v * LANES, a[r][v]);
-          if (rule_.norm) add_squares(squares(w) + (m + r) * LANES, a[r]);
-        }
-      });
-    if (!rule_.norm) return;
-    hand_in(w, {0, count}, of_u_, at_once_ * most_rows_);
-    Real* scales = scale_u_ + w.number * at_once_ * most_rows_;
+      product<V>(chunk.x, count, {0, D}, x_ + j * block * D, bias_ + j * block, of_x(chunk, j, 0), block);
+    if (!norm()) return;
+    const long most = at_once_ * most_rows_;
+    squares(chunk.u, count * block, block, chunk.blocks.size(), V, count, of_u_ + w.number * most);
+    wait(w);
+    Real* scales = scale_u_ + w.number * most;
     for (long m = 0; m < count; ++m) {
-      scales[m] = scale(w, of_u_, at_once_ * most_rows_, m, F::GATES * H_);
+      scales[m] = scale(w, of_u_, most, m, F::GATES * H_);
       if (p_.kept && chunk.blocks.begin == 0)
         stats(n_.at(time(chunk.first + m / B), chunk.rows.begin + m % B))[0] = scales[m];
     }
@@ -172,11 +148,14 @@ class StagedForwardRun : Staged<F> {
   void step(const Chunk& chunk, long k, const Worker& w) {
     const Range rows = chunk.rows, blocks = chunk.blocks;
     for (long j = blocks.begin; j < blocks.end; ++j) {
-      products(chunk, k, j, w);
-      if (!rule_.norm) first(chunk, k, j, w);
+      if constexpr (VF > 0) {
+        product<VF>(read_rows_[k & 1] + rows.begin, rows.size(), heads(j * layout_.units(), layout_.units()),
+                    h_ + j * S_ * VF * LANES, nullptr, of_h(j, rows.begin), V * LANES, B_ == 1);
+      }
+      if (!norm()) first(chunk, k, j, w);
     }
-    if (rule_.norm) {
-      hand_in(w, rows, of_v_, B_);
+    if (norm()) {
+      find_squares(w, rows, blocks, 0, F::FIRST, of_v_);
       for (long row = rows.begin; row < rows.end; ++row) {
         const Real found = scale_v_[w.number * B_ + row] = scale(w, of_v_, B_, row, F::FIRST * H_);
         if (p_.kept && blocks.begin == 0) stats(n_.at(time(k), row))[1] = found;
@@ -184,42 +163,19 @@ class StagedForwardRun : Staged<F> {
       for (long j = blocks.begin; j < blocks.end; ++j) first(chunk, k, j, w);
       if (LSTM) normalized_output(k, w, rows, blocks);
     }
-    if (BEFORE || rule_.projected) {
+    if (BEFORE || projected()) {
       wait(w);
       second_product(chunk, k, w);
     }
     wait(w);
   }
 
-  // Sums of a block: u + s w_h, or without u where a norm is between.
-  void products(const Chunk& chunk, long k, long j, const Worker& w) const {
-    const long block = layout_.width();
-    const Real* from = read_[k & 1];
-    const Range part = heads(j * layout_.units(), layout_.units());
-    auto tile = [&](auto count, auto chains, long row) {
-      constexpr int R = decltype(count)::value, W = VF > 0 ? VF : 1;
-      const Real* s[R];
-      Vec a[R][W];
-      for (int r = 0; r < R; ++r) {
-        s[r] = from + (row + r) * s_width_ + part.begin;
-        const Real* u = chunk.at(j, k, row + r, block);
-        for (int v = 0; v < W; ++v) a[r][v] = rule_.norm || (APART && v == 2) ? Vec{} : load(u + v * LANES);
-        if (APART && !rule_.norm) a[r][W - 1] = load(theta_ + layout_.unit(j, 0));
-      }
-      if constexpr (VF > 0)
-        multiply<R, W, decltype(chains)::value>(s, part.size(), h_ + (j * S_ + part.begin) * VF * LANES, a);
-      for (int r = 0; r < R; ++r) {
-        const Real* u = chunk.at(j, k, row + r, block);
-        Real* to = sums(j, row + r);
-        for (int v = 0; v < W; ++v) store(to + v * LANES, a[r][v]);
-        for (int v = W; v < VS; ++v) store(to + v * LANES, load(u + (APART ? 2 : v) * LANES));
-        if (rule_.norm) add_squares(squares(w) + (row + r) * LANES, a[r]);
-      }
-    };
-    using One = std::integral_constant<int, 1>;
-    using Two = std::integral_constant<int, 2>;
-    if (B_ == 1) return tile(One{}, Two{}, 0l);
-    tiles<ROWS<(VF > 0 ? VF : 4)>>(chunk.rows, [&](auto count, long row) { tile(count, One{}, row); });
+  // Of the products with h, some vectors of every block.
+  void find_squares(const Worker& w, Range rows, Range blocks, long first, long vectors, Real* partial) const {
+    const long block = V * LANES;
+    squares(of_h(blocks.begin, rows.begin) + first * LANES, B_ * block, block, blocks.size(), vectors, rows.size(),
+            partial + w.number * B_ + rows.begin);
+    wait(w);
   }
 
   // From a product and its scale what is kept of it, and what the gates read of it: v̂ = scale v and v̂ γ.
@@ -228,19 +184,28 @@ class StagedForwardRun : Staged<F> {
     if (kept) store(kept + place * H_ + unit, normal, n);
     return normal * load(theta_ + gain * width_ + unit);
   }
-  // The sums of the gates [first, last) of a row, of products that are normalised.
+  // The sums of the gates [first, last) for some rows, from their products; with a norm these have scales.
   template <class B>
-  void normalized_sums(const Chunk& chunk, long k, long j, long row, long unit, long n, const Worker& w, Real scale,
-                       B& b, int i, int first, int last) const {
-    Real* to = kept(n_.at(time(k), row));
-    const Real *u = chunk.at(j, k, row, layout_.width()), *v = sums(j, row);
-    const Real of_u = scale_u_[w.number * at_once_ * most_rows_ + (k - chunk.first) * chunk.rows.size() + row - chunk.rows.begin];
-    for (int q = first; q < last; ++q) {
-      const Vec x = normalized(to, q, this->gain_x() + q, load(u + q * LANES), of_u, unit, n) +
-                    load(theta_ + (this->shift() + q) * width_ + unit);
-      const Vec h = normalized(to, F::GATES + q, this->gain_h() + q, load(v + q * LANES), scale, unit, n);
-      if (APART && q == 2) b.a[2][i] = h + load(theta_ + unit), b.a[F::SUMS - 1][i] = x;
-      else b.a[q][i] = x + h;
+  void gate_sums(const Chunk& chunk, long k, long j, long row0, long unit, long n, int g, const Worker& w,
+                 const Real* scales, B& b, int first, int last) const {
+    const Real* scales_u = scale_u_ + w.number * at_once_ * most_rows_;
+    for (int i = 0; i < b.n; ++i) {
+      const long row = row0 + i, m = chunk.at(k, row);
+      const Real *u = of_x(chunk, j, m) + g * LANES, *v = of_h(j, row) + g * LANES;
+      Real* to = kept(n_.at(time(k), row));
+      for (int q = first; q < last; ++q) {
+        Vec x = load(u + q * LANES), h = F::FIRST > 0 ? load(v + q * LANES) : Vec{};
+        if (norm()) {
+          x = normalized(to, q, this->gain_x() + q, x, scales_u[m], unit, n);
+          x += load(theta_ + (this->shift() + q) * width_ + unit);
+          h = normalized(to, F::GATES + q, this->gain_h() + q, h, scales[row], unit, n);
+        }
+        if (APART && q == 2) b.a[2][i] = h + load(theta_ + unit), b.a[F::SUMS - 1][i] = x;
+        else b.a[q][i] = x + h;
+        if (!to || norm()) continue;
+        store(to + q * H_ + unit, b.a[q][i], n);
+        if (APART && q == 2) store(to + 3 * H_ + unit, x, n);
+      }
     }
   }
 
@@ -248,31 +213,23 @@ class StagedForwardRun : Staged<F> {
   void first(const Chunk& chunk, long k, long j, const Worker& w) const {
     const long t = time(k);
     this->template batches<false>(chunk.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
+      gate_sums(chunk, k, j, row0, unit, n, g, w, scale_v_ + w.number * B_, b, 0, BEFORE ? F::FIRST : F::GATES);
       for (int i = 0; i < b.n; ++i) {
         const long row = row0 + i;
-        Real* a = sums(j, row) + g * LANES;
-        if (rule_.norm) {
-          const Real scale = scale_v_[w.number * B_ + row];
-          normalized_sums(chunk, k, j, row, unit, n, w, scale, b, i, 0, F::FIRST);
-        } else {
-          for (int q = 0; q < F::SUMS; ++q) b.a[q][i] = load(a + q * LANES);
-        }
         if (!LSTM) b.s[0][i] = load(state_[k & 1] + row * s_width_ + unit);
         if (BEFORE || F::FIRST == 0) b.read[i] = load(read_[k & 1] + row * s_width_ + unit);
         for (int e = 0; e < E; ++e) b.s[e + 1][i] = load(rest_[e] + row * width_ + unit);
-        if (p_.kept && !rule_.norm)
-          for (int q = 0; q < F::SUMS; ++q) store(kept(n_.at(t, row)) + q * H_ + unit, b.a[q][i], n);
       }
       F::first(b);
       if constexpr (LSTM) {
         for (int i = 0; i < b.n; ++i) {
           rest_after(k, row0 + i, 0, unit, n, b.c[i]);
-          if (!rule_.norm) continue;
+          if (!norm()) continue;
           if (p_.kept) store(kept(n_.at(t, row0 + i)) + 2 * F::GATES * H_ + unit, b.c[i], n);
-          store(sums(j, row0 + i), b.c[i]);
-          store(sums(j, row0 + i) + F::O * LANES, b.a[F::O][i]);
+          store(of_h(j, row0 + i), b.c[i]);
+          store(of_h(j, row0 + i) + F::O * LANES, b.a[F::O][i]);
         }
-        if (rule_.norm) return;
+        if (norm()) return;
         F::output(b, false);
         hand_on(k, row0, unit, n, b);
       } else {
@@ -281,7 +238,7 @@ class StagedForwardRun : Staged<F> {
         if constexpr (BEFORE) {
           for (int i = 0; i < b.n; ++i) {
             store(mid_ + (row0 + i) * width_ + unit, b.y[i]);
-            store(sums(j, row0 + i) + (F::FIRST - 1) * LANES, b.a[F::FIRST - 1][i]);
+            store(of_h(j, row0 + i) + (F::FIRST - 1) * LANES, b.a[F::FIRST - 1][i]);
           }
         } else {
           for (int i = 0; i < b.n; ++i) h_after(k, row0 + i, unit, n, b.y[i]);
@@ -294,7 +251,7 @@ class StagedForwardRun : Staged<F> {
   template <class B>
   void hand_on(long k, long row0, long unit, long n, const B& b) const {
     for (int i = 0; i < b.n; ++i) {
-      if (rule_.projected) store(mid_ + (row0 + i) * width_ + unit, b.y[i]);
+      if (projected()) store(mid_ + (row0 + i) * width_ + unit, b.y[i]);
       else h_after(k, row0 + i, unit, n, b.y[i]);
     }
   }
@@ -307,7 +264,7 @@ class StagedForwardRun : Staged<F> {
         for (long row = rows.begin; row < rows.end; ++row) {
           Vec sum{};
           for (long j = blocks.begin; j < blocks.end; ++j)
-            sum += part(row, load(sums(j, row), layout_.lanes(j, 0)), layout_.lanes(j, 0));
+            sum += part(row, load(of_h(j, row), layout_.lanes(j, 0)), layout_.lanes(j, 0));
           partial[w.number * B_ + row] = sum_of(sum);
         }
         wait(w);
@@ -321,8 +278,8 @@ class StagedForwardRun : Staged<F> {
         this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
           for (int i = 0; i < b.n; ++i) {
             const long row = row0 + i, at = n_.at(time(k), row);
-            b.c[i] = load(sums(j, row));
-            b.a[F::O][i] = load(sums(j, row) + F::O * LANES);
+            b.c[i] = load(of_h(j, row));
+            b.a[F::O][i] = load(of_h(j, row) + F::O * LANES);
             const Real mean = together(w, of_w_, B_, row) / size, found = scale(w, of_c_, B_, row, H_);
             b.mean[i] = splat(mean), b.scale[i] = splat(found);
             if (p_.kept && j == 0) stats(at)[2] = mean, stats(at)[3] = found;
@@ -334,55 +291,42 @@ class StagedForwardRun : Staged<F> {
   }
 
   void second_product(const Chunk& chunk, long k, const Worker& w) {
+    const Range rows = chunk.rows, blocks = chunk.blocks;
+    auto multiply = [&](auto vectors, long j, Real* to, long stride) {
+      constexpr int N = decltype(vectors)::value;
+      product<N>(mid_rows_ + rows.begin, rows.size(), {0, H_}, second_ + j * N * LANES * H_, nullptr, to, stride);
+    };
     if constexpr (BEFORE) {
       constexpr int N = F::GATES - 1;
-      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
-        tiles<ROWS<1>>(chunk.rows, [&](auto count, long row) {
-          constexpr int R = decltype(count)::value;
-          const Real* s[R];
-          Vec a[R][1];
-          for (int r = 0; r < R; ++r) {
-            s[r] = mid_ + (row + r) * width_;
-            a[r][0] = rule_.norm ? Vec{} : load(sums(j, row + r) + N * LANES);
-          }
-          multiply<R, 1>(s, H_, second_ + j * LANES * H_, a);
-          for (int r = 0; r < R; ++r) {
-            store(sums(j, row + r) + N * LANES, a[r][0]);
-            if (rule_.norm) add_squares(squares(w) + (row + r) * LANES, a[r]);
-          }
-        });
-      if (rule_.norm) hand_in(w, chunk.rows, of_w_, B_);
-      for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
-        this->template batches<false>(chunk.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
+      for (long j = blocks.begin; j < blocks.end; ++j)
+        multiply(std::integral_constant<int, 1>{}, j, of_h(j, rows.begin) + N * LANES, V * LANES);
+      if (norm()) {
+        find_squares(w, rows, blocks, N, 1, of_w_);
+        for (long row = rows.begin; row < rows.end; ++row) {
+          const Real found = scale_v_[w.number * B_ + row] = scale(w, of_w_, B_, row, H_);
+          if (p_.kept && blocks.begin == 0) stats(n_.at(time(k), row))[2] = found;
+        }
+      }
+      for (long j = blocks.begin; j < blocks.end; ++j)
+        this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
+          gate_sums(chunk, k, j, row0, unit, n, 0, w, scale_v_ + w.number * B_, b, N, N + 1);
           for (int i = 0; i < b.n; ++i) {
-            const long row = row0 + i;
-            b.a[F::UPDATE][i] = load(sums(j, row) + F::UPDATE * LANES);
-            if (rule_.norm) {
-              const Real found = scale(w, of_w_, B_, row, H_);
-              if (p_.kept && j == 0) stats(n_.at(time(k), row))[2] = found;
-              normalized_sums(chunk, k, j, row, unit, n, w, found, b, i, N, N + 1);
-            } else {
-              b.a[N][i] = load(sums(j, row) + N * LANES);
-            }
-            b.s[0][i] = load(state_[k & 1] + row * s_width_ + unit);
-            if (p_.kept && !rule_.norm) store(kept(n_.at(time(k), row)) + N * H_ + unit, b.a[N][i], n);
+            b.a[F::UPDATE][i] = load(of_h(j, row0 + i) + F::UPDATE * LANES);
+            b.s[0][i] = load(state_[k & 1] + (row0 + i) * s_width_ + unit);
           }
           F::second(b);
           for (int i = 0; i < b.n; ++i) h_after(k, row0 + i, unit, n, b.y[i]);
         });
     } else {
       const Range own = w.blocks(out_.blocks());
-      for (long j = own.begin; j < own.end; ++j)
-        tiles<ROWS<4>>(chunk.rows, [&](auto count, long row) {
-          constexpr int R = decltype(count)::value;
-          const Real* s[R];
-          Vec a[R][4] = {};
-          for (int r = 0; r < R; ++r) s[r] = mid_ + (row + r) * width_;
-          multiply<R, 4>(s, H_, second_ + j * 4 * LANES * H_, a);
-          for (int r = 0; r < R; ++r)
-            for (int v = 0; v < 4; ++v)
-              if (const long n = out_.lanes(j, v)) h_after(k, row + r, out_.unit(j, v), n, a[r][v]);
-        });
+      for (long j = own.begin; j < own.end; ++j) {
+        multiply(std::integral_constant<int, OUT>{}, j, projected_ + rows.begin * s_width_ + out_.unit(j, 0), s_width_);
+        for (long row = rows.begin; row < rows.end; ++row)
+          for (int v = 0; v < OUT; ++v) {
+            const long unit = out_.unit(j, v), n = out_.lanes(j, v);
+            if (n) h_after(k, row, unit, n, load(projected_ + row * s_width_ + unit));
+          }
+      }
     }
   }
 
@@ -424,6 +368,7 @@ class StagedForwardRun : Staged<F> {
   const StagedForward& p_;
   long most_rows_, at_once_, u_size_;
   const Real** x_rows_;
-  Real *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *a_, *u_;
-  Real *squares_, *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_;  // of every thread, of norms
+  Real **read_rows_[2], **mid_rows_;
+  Real *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *sums_, *projected_, *u_;
+  Real *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_;  // of every thread, of norms
 };

@@ -3,6 +3,7 @@
 #include "simd.h"
 #include "team.h"
 #include "tile.h"
+#include "products.h"
 #include "activations.h"
 #include "families.h"
 #include "staged.h"

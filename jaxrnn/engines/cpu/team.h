@@ -62,7 +62,7 @@ inline void in_turns(long tasks, long work, int threads, const F& task) {
 // Memory of one call, aligned, kept by the thread for the next.
 class Scratch {
  public:
-  explicit Scratch(long floats) {
+  __attribute__((noinline)) explicit Scratch(long floats) {
     thread_local std::unique_ptr<char[]> memory;
     thread_local size_t size = 0;
     const size_t bytes = floats * sizeof(Real) + 64;
@@ -78,6 +78,12 @@ class Scratch {
     Real* p = next_;
     next_ += rounded(floats);
     return p;
+  }
+  // Where the rows of an array begin.
+  Real** rows(Real* first, long count, long stride) {
+    Real** at = reinterpret_cast<Real**>(take(count * sizeof(Real*) / sizeof(Real)));
+    for (long r = 0; r < count; ++r) at[r] = first + r * stride;
+    return at;
   }
   static long rounded(long floats) { return (floats + 15) / 16 * 16; }
 

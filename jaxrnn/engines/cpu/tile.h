@@ -9,37 +9,32 @@ constexpr int SUMS = 12;
 template <int V>
 constexpr int ROWS = std::min(SUMS / V, 12);
 
-// sums[r] += Σ_k a[r][k] w[k]. CHAINS sums at once for every number, where one alone would wait for itself.
-template <int R, int V, int CHAINS = 1>
+// sums[r] += Σ_k a[r][k] w[k].
+template <int R, int V>
 JAXRNN_INLINE void multiply(const Real* const* a, long length, const Real* w, Vec (&sums)[R][V]) {
-  if constexpr (CHAINS > 1) {
-    Vec more[CHAINS][R][V] = {};
-    long k = 0;
-    for (; k + CHAINS <= length; k += CHAINS)
-#pragma GCC unroll 8
-      for (int chain = 0; chain < CHAINS; ++chain, w += V * LANES)
-        for (int r = 0; r < R; ++r)
+  for (long k = 0; k < length; ++k, w += V * LANES) {
+    Vec b[V];
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) more[chain][r][v] += a[r][k + chain] * load(w + v * LANES);
-    for (long rest = length % CHAINS; rest > 0; --rest, ++k, w += V * LANES)
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) more[0][r][v] += a[r][k] * load(w + v * LANES);
-    for (int chain = 0; chain < CHAINS; ++chain)
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] += more[chain][r][v];
-  } else {
-    for (long k = 0; k < length; ++k, w += V * LANES) {
-      Vec b[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = load(w + v * LANES);
+    for (int v = 0; v < V; ++v) b[v] = load(w + v * LANES);
 #pragma GCC unroll 24
-      for (int r = 0; r < R; ++r) {
-        Vec x = splat(a[r][k]);
+    for (int r = 0; r < R; ++r) {
+      Vec x = splat(a[r][k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[r][v] += x * b[v];
-      }
+      for (int v = 0; v < V; ++v) sums[r][v] += x * b[v];
     }
   }
+}
+
+// The same of a single row, where one sum would wait for itself: two in turns.
+template <int V>
+JAXRNN_INLINE void multiply_row(const Real* a, long length, const Real* w, Vec (&sums)[2][V]) {
+  long k = 0;
+  for (; k + 2 <= length; k += 2)
+#pragma GCC unroll 2
+    for (int turn = 0; turn < 2; ++turn, w += V * LANES)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[turn][v] += a[k + turn] * load(w + v * LANES);
+  for (int v = 0; k < length && v < V; ++v) sums[0][v] += a[k] * load(w + v * LANES);
 }
 
 // sums[i] += Σ_n a[n][i] panel[n]: some rows of aᵀ panel, of which `stride` floats lie between two rows.
@@ -70,12 +65,12 @@ JAXRNN_INLINE void accumulate(const Real* const* a, long from, long count, const
 }
 
 // Σ over panels of the vectors there, `each` numbers of rows `width` apart, times a packed transposed weight.
-template <int R, int CHAINS = 1, int V>
+template <int R, int V>
 inline void times(const Real* d, long stride, long width, Range panels, long each, const Real* w, Vec (&sums)[R][V]) {
   const Real* a[R];
   for (long j = panels.begin; j < panels.end; ++j) {
     for (int r = 0; r < R; ++r) a[r] = d + j * stride + r * width;
-    multiply<R, V, CHAINS>(a, each, w + j * each * V * LANES, sums);
+    multiply<R, V>(a, each, w + j * each * V * LANES, sums);
   }
 }
 
@@ -116,7 +111,7 @@ struct Layout {
 };
 
 // Blocks of w (rows, stride): for every row the vectors of the block, 0 beyond the units.
-inline void pack(const Real* w, long rows, long stride, const Layout& layout, Range blocks, Real* out) {
+JAXRNN_APART void pack(const Real* w, long rows, long stride, const Layout& layout, Range blocks, Real* out) {
   out += blocks.begin * rows * layout.width();
   for (long j = blocks.begin; j < blocks.end; ++j)
     for (long k = 0; k < rows; ++k)
@@ -125,7 +120,7 @@ inline void pack(const Real* w, long rows, long stride, const Layout& layout, Ra
 }
 
 // And back.
-inline void unpack(const Real* in, long rows, long stride, const Layout& layout, Range blocks, Real* w) {
+JAXRNN_APART void unpack(const Real* in, long rows, long stride, const Layout& layout, Range blocks, Real* w) {
   in += blocks.begin * rows * layout.width();
   for (long j = blocks.begin; j < blocks.end; ++j)
     for (long k = 0; k < rows; ++k)
@@ -135,7 +130,7 @@ inline void unpack(const Real* in, long rows, long stride, const Layout& layout,
 
 // Blocks of wᵀ: its rows are the columns of w (.., stride), in the order of the vectors [first, last) of `columns`; its
 // columns, the rows of w, are those of `layout`.
-inline void pack_transposed(const Real* w, long stride, const Layout& columns, long first, long last,
+JAXRNN_APART void pack_transposed(const Real* w, long stride, const Layout& columns, long first, long last,
                             const Layout& layout, Range blocks, Real* out) {
   const long rows = columns.blocks() * (last - first) * LANES, width = layout.width();
   std::memset(out + blocks.begin * rows * width, 0, blocks.size() * rows * width * sizeof(Real));
