@@ -144,8 +144,18 @@ GATED: dict[str, tuple[jaxrnn.Cell, int]] = {
 }
 
 
-def columns_divided(params, mesh):
-    return jax.tree.map(lambda leaf: put(leaf, mesh, *[None] * (leaf.ndim - 1), "units"), params)
+def trained_by_columns(cell, implementation, *rows):
+    """The text of a training step on devices that divide the columns of weights, and `rows` of xs."""
+    params, xs = drawn(cell, 3, 5, 4, dtype=np.float64)
+
+    def run(params, xs):
+        return (jnp.sin(jaxrnn.scan(cell, params, None, xs, implementation=implementation)[1]) ** 2).sum()
+
+    mesh = mesh_of({"units": 2})
+    columns = jax.tree.map(lambda leaf: put(leaf, mesh, *[None] * (leaf.ndim - 1), "units"), params)
+    _, several = compared(jax.value_and_grad(run), (params, xs), (columns, put(xs, mesh, *rows)))
+    assert loops(several) == 2
+    return several
 
 
 @pytest.mark.usefixtures("x64")  # in which a mesh that nobody names is not known to kernels, and XLA's programs run
@@ -154,16 +164,7 @@ def columns_divided(params, mesh):
 def test_units_divided_by_jit(name, implementation):
     """Every device has its units of all gates: the state is gathered at a step, and its cotangent summed."""
     cell, products = GATED[name]
-    params, xs = drawn(cell, 3, 5, 4, dtype=np.float64)
-
-    def run(params, xs):
-        return (jnp.sin(jaxrnn.scan(cell, params, None, xs, implementation=implementation)[1]) ** 2).sum()
-
-    mesh = mesh_of({"units": 2})
-    divided = columns_divided(params, mesh), put(xs, mesh)
-    _, several = compared(jax.value_and_grad(run), (params, xs), divided)
-    inside = collectives(inside_loops(several))
-    assert loops(several) == 2
+    inside = collectives(inside_loops(trained_by_columns(cell, implementation)))
     assert inside["all-gather"] + inside["all-reduce"] + inside["reduce-scatter"] <= 2 * products
     assert inside["all-to-all"] == inside["collective-permute"] == 0
 
@@ -174,16 +175,7 @@ def test_units_divided_by_jit(name, implementation):
 def test_rows_and_columns_divided_by_jit(name, implementation):
     """The same devices divide rows and the columns of weights, which are gathered once."""
     cell, _ = GATED[name]
-    params, xs = drawn(cell, 3, 5, 4, dtype=np.float64)
-
-    def run(params, xs):
-        return (jnp.sin(jaxrnn.scan(cell, params, None, xs, implementation=implementation)[1]) ** 2).sum()
-
-    mesh = mesh_of({"units": 2})
-    divided = columns_divided(params, mesh), put(xs, mesh, None, "units")
-    _, several = compared(jax.value_and_grad(run), (params, xs), divided)
-    assert loops(several) == 2
-    assert not any(collectives(inside_loops(several)).values())
+    assert not any(collectives(inside_loops(trained_by_columns(cell, implementation, None, "units"))).values())
 
 
 @pytest.mark.usefixtures("x64")
@@ -210,6 +202,26 @@ def test_rows_of_an_explicit_mesh(name, devices):
         ys = jax.jit(lambda params, xs: jaxrnn.scan(cell, params, None, xs)[1])(whole, divided)
     at = 0 if cell.ends_time else 1
     assert all(jax.typeof(y).sharding.spec[at] == "rows" for y in jax.tree.leaves(ys))
+    agree(found, expected)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["gru", *full(name for name in MEMBERS if name not in ("gru", *UNDIVIDED))])
+def test_params_that_were_put_on_no_mesh(name):
+    """As `init` returns them; XLA's program, beside rows of an explicit mesh."""
+    cell = MEMBERS[name]
+    params, xs = drawn(cell, 3, 4, 2, dtype=np.float64)
+    loops = {"gated_scan": "xla", "linear_scan": "xla", "matrix_scan": "xla"}
+
+    def run(params, xs):
+        ys = jaxrnn.scan(cell, params, None, xs, implementation=loops)[1]
+        return sum((jnp.sin(y) ** 2).sum() for y in jax.tree.leaves(ys))
+
+    both = jax.jit(jax.value_and_grad(run, (0, 1), allow_int=True))
+    expected = both(params, xs)
+    mesh = mesh_of({"rows": 2}, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        found = both(params, put(xs, mesh, None, "rows"))
     agree(found, expected)
 
 

@@ -178,7 +178,7 @@ def _weights(params):
     return GatedWeights(params.w_x, params.b, params.w_h)
 
 
-def _by_gate(heads, v):
+def _of_gates(heads, v):
     """The four parts of v, whose columns go by head: slices are part of the gates' kernel, but turned on a TPU."""
     *rows, columns = v.shape
 
@@ -193,7 +193,7 @@ def _by_gate(heads, v):
 
 def _gates(heads, carry, u, v):
     """Computes the gates and m'."""
-    i, f, z, o = map(jnp.add, jnp.split(u, 4, axis=-1), _by_gate(heads, v))
+    i, f, z, o = map(jnp.add, jnp.split(u, 4, axis=-1), _of_gates(heads, v))
     kept = jax.nn.log_sigmoid(f) + carry.m
     m = jnp.where(carry.n == 0, i, jnp.maximum(i, kept))
     past = kept - m  # above 0 only where n is 0, and with it what it multiplies

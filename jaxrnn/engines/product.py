@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import dot_general_p
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
 
 from jaxrnn.engines.arrays import accumulator, cast, evaluated, varying_like
 from jaxrnn.engines.partition import on_known_devices
@@ -96,9 +97,12 @@ gram_p = _primitive("gram", _leading)  # x (..., D), d (..., K): xᵀ d
 
 def _bound(primitive: Primitive, x: Array, y: Array, count: int, aval) -> Array:
     """The cotangent of an array of type `aval`: in the wider dtype of both factors, then in its own."""
-    explicit = not aval.sharding.mesh.empty and not aval.sharding.mesh.are_all_axes_auto
     wide = accumulator(x.dtype, y.dtype)
-    factors, sharding = varying_like((x.astype(wide), y.astype(wide))), aval.sharding if explicit else None
+    factors = varying_like((x.astype(wide), y.astype(wide)))
+    # A weight that was put on no mesh has none in its type; what it is multiplied with has.
+    meshes = [jax.typeof(each).sharding.mesh for each in factors]
+    explicit = [mesh for mesh in meshes if not mesh.empty and not mesh.are_all_axes_auto]
+    sharding = NamedSharding(explicit[0], aval.sharding.spec) if explicit else None
     return primitive.bind(*factors, count=count, dtype=wide, sharding=sharding).astype(aval.dtype)
 
 
