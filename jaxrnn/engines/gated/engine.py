@@ -25,6 +25,8 @@ REFUSALS = {
     "chunked": "the recurrence is not linear",
 }
 
+FEW_WEIGHTS = 1 << 17  # recurrent ones of which a kernel's thread takes those of one member: `each_member`
+
 
 class Kernel(NamedTuple):
     """The compiled kernel that computes a cell without options, and the arrays that it takes: w_h (H, G), b_hn (H,) or
@@ -116,7 +118,7 @@ def gated_scan(
 def gated_scan_both(cell: GatedCell, weights, carry, xs, *, fresh, noise, walk: Walk) -> list[tuple[PyTree, Array]]:
     """Runs `gated_scan` for pairs, along the walk and along the opposite one, at once where a kernel can."""
     walks = walk, walk.opposite
-    if walk.remat_every is None:
+    if walk.remat_every is None and not _fills_all_threads(weights[0], walk):
         dtype, _ = dtypes(weights, carry[0], xs)
         kernel = _kernel(cell, [cast(each, dtype) for each in weights], carry, xs.astype(dtype), noise, walk)
         if kernel is not None:
@@ -173,6 +175,11 @@ def _kernel(cell: GatedCell, weights, carries, xs, noises, walk: Walk):
         return [(like(new, old), ys.astype(xs.dtype)) for (new, ys), old in zip(results, carry, strict=True)]
 
     return run_in_one_dtype
+
+
+def _fills_all_threads(weights: GatedWeights, walk: Walk) -> bool:
+    """Whether a kernel gives all threads to one recurrence. Then two at once only copy their weights into one array."""
+    return weights.w_h.size > FEW_WEIGHTS and (walk.platform or jax.default_backend()) == "cpu"
 
 
 def _short(rule: Rule | None, xs: Array) -> bool:
