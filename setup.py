@@ -15,14 +15,8 @@ SOURCES = (  # those that take longest first
     "kernels.cc",
     "staged.cc",
     "elementwise.cc",
-    "binding.cc",
-    "linear_binding.cc",
-    "matrix_binding.cc",
+    "bindings.cc",
     "cell_steps.cc",
-    "cell_steps_binding.cc",
-    "diagonal_binding.cc",
-    "elementwise_binding.cc",
-    "staged_binding.cc",
 )
 
 

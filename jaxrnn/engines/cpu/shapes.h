@@ -14,6 +14,10 @@ using Floats = ffi::Buffer<sizeof(Real) == 8 ? ffi::F64 : ffi::F32>;
 using Flags = ffi::Buffer<ffi::PRED>;
 using Written = ffi::Result<Floats>;
 
+#define ARRAY .Arg<Floats>()
+#define FLAGS .Arg<Flags>()
+#define RESULT .Ret<Floats>()
+
 // What has no elements is absent. The first array that has another shape than expected is named.
 class Shapes {
  public:

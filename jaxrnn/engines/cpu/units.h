@@ -1,7 +1,7 @@
 // The units of linear recurrences, h' = f h + b, with the gates that f and b come from:
 //
 //     minGRU     h' = (1 − i) h + i n,   i = σ(u_0), n = g(u_1)
-//     minLSTM    h' = f h + (1 − f) n,   f = σ(log σ(u_0) − log σ(u_1)), n = g(u_2)
+//     minLSTM    h' = f h + (1 − f) n,   f = σ(u_0) / (σ(u_0) + σ(u_1)), n = g(u_2)
 //     HGRN       h' = f h + (1 − f) n,   f = γ + (1 − γ) σ(u_0), n = silu(u_1)
 //     SRU        h' = f h + (1 − f) n,   n = u_0, f = σ(u_1);        y = r φ(h') + (1 − r) s, r = σ(u_2), s = x or u_3
 //     QRNN       h' = f h + (1 − f) n,   n = tanh(u_0), f = σ(u_1);  y = σ(u_2) h'
@@ -67,12 +67,16 @@ template <bool POSITIVE>
 struct MinLstm : UnitKind<3>, Average {
   Vec falls, rises;  // σ(−u) of the sums of f and i
   JAXRNN_INLINE explicit MinLstm(const Sums<3>& s) {
-    const Softplus forget(-s.u[0]), input(-s.u[1]);
-    const Vec odds = input.y - forget.y, e = decay_of(-absolute(odds));
-    const Vec more = divide(splat(1.0f), 1.0f + e), less = e * more;
-    falls = forget.slope, rises = input.slope;
-    f = odds < 0.0f ? less : more;
-    i = odds < 0.0f ? more : less;
+    // f / i = σ(v) / σ(w), where σ(v) = e^min(v, 0) / (1 + e^−|v|), and the greater exponential divides both.
+    const Vec v = s.u[0], w = s.u[1], zero{}, one = splat(1.0f);
+    const Vec low = v < w ? v : w, high = v < w ? w : v;
+    const Vec less = decay_of((low < zero ? low : zero) - (high < zero ? high : zero));
+    const Vec e_v = decay_of(-absolute(v)), e_w = decay_of(-absolute(w)), more_v = one + e_v, more_w = one + e_w;
+    const Vec a = (v < w ? less : one) * more_w, b = (v < w ? one : less) * more_v;
+    f = divide(a, a + b);
+    i = divide(b, a + b);
+    falls = divide(v < zero ? one : e_v, more_v);
+    rises = divide(w < zero ? one : e_w, more_w);
     n = candidate<POSITIVE>(s.u[2]);
   }
   static JAXRNN_INLINE Vec odds(const Sums<3>& s) { return Softplus(-s.u[1]).y - Softplus(-s.u[0]).y; }

@@ -1,5 +1,6 @@
 // Matrix recurrences as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#pragma once
 #include <initializer_list>
 
 #include "memory.h"
@@ -23,13 +24,13 @@ class Reader : public Shapes {
   }
 };
 
-struct Inputs {
+struct Sequences {
   const Floats &q, &k, &v, &s, &log_decay, &beta, &u, &w;
   const Flags& start;
   const Floats& fresh;
 };
 
-MatrixProblem problem(Reader& read, const Inputs& x, bool reverse, int64_t chunk) {
+MatrixProblem problem(Reader& read, const Sequences& x, bool reverse, int64_t chunk) {
   MatrixProblem p{};
   const auto value = x.v.dimensions(), state = x.s.dimensions();
   if (value.size() != 4 || state.size() != 4 || chunk < 1) return read.fail("v"), p;
@@ -113,16 +114,14 @@ ffi::Error matrix_cotangents(bool reverse, int64_t chunk, Floats q, Floats k, Fl
 
 }  // namespace
 
-#define ARRAY .Arg<Floats>()
-#define RESULT .Ret<Floats>()
-#define PROBLEM                                                                                        \
+#define MATRIX_CALL                                                                                        \
   ffi::Ffi::Bind().Attr<bool>("reverse").Attr<int64_t>("chunk") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY \
-      .Arg<ffi::Buffer<ffi::PRED>>() ARRAY
+      FLAGS ARRAY
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_matrix_forward), matrix_forward, PROBLEM RESULT RESULT RESULT RESULT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_matrix_forward), matrix_forward, MATRIX_CALL RESULT RESULT RESULT RESULT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_matrix_backward), matrix_cotangents,
-                              PROBLEM ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT
+                              MATRIX_CALL ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT
                                   RESULT RESULT);
 #pragma GCC visibility pop
 

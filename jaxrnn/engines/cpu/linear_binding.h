@@ -1,5 +1,6 @@
 // The linear recurrence as a target of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#pragma once
 #include "memory.h"
 #include "problem.h"
 #include "shapes.h"

@@ -1,5 +1,6 @@
 // Linear recurrences of single units as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#pragma once
 #include <initializer_list>
 #include <string>
 
@@ -91,10 +92,7 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, int64_t taps, doub
 
 }  // namespace
 
-#define ARRAY .Arg<Floats>()
-#define FLAGS .Arg<ffi::Buffer<ffi::PRED>>()
-#define RESULT .Ret<Floats>()
-#define PROBLEM                  \
+#define ELEMENTWISE_CALL                  \
   ffi::Ffi::Bind()          \
       .Attr<bool>("reverse")     \
       .Attr<int64_t>("unit")     \
@@ -102,9 +100,9 @@ ffi::Error elementwise_cotangents(bool reverse, int64_t unit, int64_t taps, doub
       .Attr<double>("bound") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS FLAGS ARRAY
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_elementwise_forward), elementwise_forward, PROBLEM RESULT RESULT RESULT RESULT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_elementwise_forward), elementwise_forward, ELEMENTWISE_CALL RESULT RESULT RESULT RESULT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_elementwise_backward), elementwise_cotangents,
-                              PROBLEM ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT);
+                              ELEMENTWISE_CALL ARRAY ARRAY ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT);
 #pragma GCC visibility pop
 
 }  // namespace jaxrnn::JAXRNN_NUMBERS

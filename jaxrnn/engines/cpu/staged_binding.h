@@ -1,5 +1,6 @@
 // Gated recurrences with options as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#pragma once
 #include <cstring>
 #include <limits>
 
@@ -178,7 +179,7 @@ ffi::Error staged_cotangents(ffi::Span<const int64_t> numbers, ffi::Span<const d
 
 }  // namespace
 
-#define JAXRNN_BINDING                              \
+#define STAGED_CALL                              \
   ffi::Ffi::Bind()                             \
       .Attr<ffi::Span<const int64_t>>("numbers") \
       .Attr<ffi::Span<const double>>("values")  \
@@ -191,8 +192,8 @@ ffi::Error staged_cotangents(ffi::Span<const int64_t> numbers, ffi::Span<const d
       .RemainingRets()
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_staged_forward), staged_forward, JAXRNN_BINDING);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_staged_backward), staged_cotangents, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_staged_forward), staged_forward, STAGED_CALL);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_staged_backward), staged_cotangents, STAGED_CALL);
 #pragma GCC visibility pop
 
 }  // namespace jaxrnn::JAXRNN_NUMBERS

@@ -1,5 +1,6 @@
 // Single steps of cells as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#pragma once
 #include <initializer_list>
 
 #include "cell_steps.h"
@@ -93,8 +94,6 @@ ffi::Error s4d(bool bilinear, Floats x, Floats time, Floats log_decay, Floats fr
 
 }  // namespace
 
-#define ARRAY .Arg<Floats>()
-#define RESULT .Ret<Floats>()
 
 #pragma GCC visibility push(default)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_delta_step), delta,

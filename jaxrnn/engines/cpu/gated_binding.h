@@ -1,5 +1,6 @@
 // The kernels as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#pragma once
 #include <algorithm>
 #include <cstring>
 
@@ -138,7 +139,7 @@ ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, in
 
 }  // namespace
 
-#define JAXRNN_BINDING                     \
+#define GATED_CALL                     \
   ffi::Ffi::Bind()                    \
       .Attr<int64_t>("kind")               \
       .Attr<bool>("batch_major")           \
@@ -150,8 +151,8 @@ ffi::Error gated_backward(int64_t kind, bool batch_major, int64_t directions, in
       .RemainingRets()
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_gated_forward), gated_forward, JAXRNN_BINDING);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_gated_backward), gated_backward, JAXRNN_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_gated_forward), gated_forward, GATED_CALL);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_gated_backward), gated_backward, GATED_CALL);
 
 #ifndef JAXRNN_FLOAT64
 extern "C" {

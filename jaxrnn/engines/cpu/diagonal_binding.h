@@ -1,5 +1,6 @@
 // Diagonal recurrences as targets of the XLA FFI. Every shape is checked here, before a pointer is used.
 
+#pragma once
 #include <algorithm>
 #include <initializer_list>
 
@@ -85,18 +86,15 @@ ffi::Error diagonal_cotangents(bool reverse, int64_t chunk, Floats x, Floats a, 
 
 }  // namespace
 
-#define ARRAY .Arg<Floats>()
-#define FLAGS .Arg<ffi::Buffer<ffi::PRED>>()
-#define RESULT .Ret<Floats>()
-#define PROBLEM           \
+#define DIAGONAL_CALL           \
   ffi::Ffi::Bind()   \
       .Attr<bool>("reverse") \
       .Attr<int64_t>("chunk") ARRAY ARRAY ARRAY ARRAY ARRAY ARRAY FLAGS FLAGS ARRAY
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_diagonal_forward), diagonal_forward, PROBLEM RESULT RESULT RESULT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_diagonal_forward), diagonal_forward, DIAGONAL_CALL RESULT RESULT RESULT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JAXRNN_TARGET(jaxrnn_diagonal_backward), diagonal_cotangents,
-                              PROBLEM ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT);
+                              DIAGONAL_CALL ARRAY ARRAY ARRAY RESULT RESULT RESULT RESULT RESULT RESULT RESULT);
 #pragma GCC visibility pop
 
 }  // namespace jaxrnn::JAXRNN_NUMBERS
