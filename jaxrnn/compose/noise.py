@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.extend.random import threefry2x32_p
 
 from jaxrnn import check
 from jaxrnn.cell import Carry, Params, take_step
@@ -226,9 +229,21 @@ class Zoneout(Wrapper[Params, Carry]):
 
 def _coins(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Draws what is true with probability `rate`, to 16 bits: drawing takes longer than all else that zoneout does."""
-    words = jax.random.bits(key, (*shape[:-1], (shape[-1] + 1) // 2), jnp.uint32)
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : shape[-1]]
-    return halves < round(rate * 2**16)
+    words = _words(key, (*shape[:-1], -(-shape[-1] // 4)))
+    parts = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return jnp.concatenate(parts, axis=-1)[..., : shape[-1]] < round(rate * 2**16)
+
+
+def _words(key: jax.Array, shape: tuple[int, ...]) -> Sequence[jax.Array]:
+    """Draws two arrays of 32 bits. Threefry makes both at once, of which `jax.random.bits` without x64 gives one."""
+    if jax.random.key_impl(key) != "threefry2x32":
+        return tuple(jax.random.bits(key, (2, *shape), jnp.uint32))
+    one, two = jax.random.key_data(key)
+    first, *others = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape)))
+    within = jnp.zeros_like(first)
+    for size, number in zip(shape[1:], others, strict=True):
+        within = within * jnp.uint32(size) + number
+    return threefry2x32_p.bind(one, two, first, within)
 
 
 def _joint(carry: PyTree) -> list[bool]:
