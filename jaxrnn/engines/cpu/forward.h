@@ -125,15 +125,20 @@ class ForwardRun : Cell<K> {
     const Range rows = chunk.rows, blocks = chunk.blocks;
     const bool alone = n_.rows == 1;
     for (long r = rows.begin; r < rows.end; ++r) chunk.h[r - rows.begin] = before(state_[k & 1], n_.time(k), r);
-    auto multiply = [&](long j, long at) {
-      product<FIRST>(chunk.h, rows.size(), {0, n_.units}, h_ + j * FIRST * LANES * n_.units, nullptr,
-                     chunk.sums + at * FIRST * LANES, FIRST * LANES, alone);
+    auto multiply = [&](long j, long row, long count, Real* to) {
+      product<FIRST>(chunk.h + row, count, {0, n_.units}, h_ + j * FIRST * LANES * n_.units, nullptr, to, FIRST * LANES, alone);
     };
     for (long j = blocks.begin; j < blocks.end; ++j) {
-      multiply(j, alone ? j - blocks.begin : 0);
-      if (alone) continue;
-      tiles<4>({0, rows.size()}, [&](auto count, long at) {
-        gates<decltype(count)::value>(chunk, k, j, rows.begin + at, chunk.sums + at * FIRST * LANES, false);
+      if (alone) {
+        multiply(j, 0, 1, chunk.sums + (j - blocks.begin) * FIRST * LANES);
+        continue;
+      }
+      // The gates of a tile wait for their own results, while the processor begins the product of the next one.
+      in_parts({0, rows.size()}, ROWS<FIRST>, [&](long size, long first) {
+        multiply(j, first, size, chunk.sums);
+        tiles<4>({0, size}, [&](auto count, long at) {
+          gates<decltype(count)::value>(chunk, k, j, rows.begin + first + at, chunk.sums + at * FIRST * LANES, false);
+        });
       });
     }
     if (!alone) return;

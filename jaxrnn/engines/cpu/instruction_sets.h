@@ -13,6 +13,7 @@ namespace baseline {
 #if defined(JAXRNN_CHOICE)
 #pragma GCC pop_options
 
+#define JAXRNN_FMA  // which the compiler may not say of a part of a file
 #define JAXRNN_WIDTH 32
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -29,5 +30,6 @@ namespace avx512 {
 #include JAXRNN_KERNELS
 }  // namespace avx512
 #undef JAXRNN_WIDTH
+#undef JAXRNN_FMA
 #pragma GCC pop_options
 #endif

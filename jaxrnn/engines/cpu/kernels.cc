@@ -47,6 +47,7 @@ void each_kind(const F& f) {
 #include "instruction_sets.h"
 
 #if defined(JAXRNN_CHOICE)
+#define JAXRNN_FMA
 #define JAXRNN_WIDTH 16
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -58,6 +59,7 @@ namespace fma {
 #include "step.h"
 }  // namespace fma
 #undef JAXRNN_WIDTH
+#undef JAXRNN_FMA
 #pragma GCC pop_options
 #endif
 

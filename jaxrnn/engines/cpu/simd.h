@@ -22,10 +22,12 @@ JAXRNN_INLINE void store(Real* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 JAXRNN_INLINE Vec masked(unsigned lanes, const Real* p) { return _mm512_maskz_loadu_pd(lanes, p); }
 JAXRNN_INLINE void masked(unsigned lanes, Real* p, Vec v) { _mm512_mask_storeu_pd(p, lanes, v); }
 JAXRNN_INLINE Vec square_root(Vec x) { return _mm512_sqrt_pd(x); }
+JAXRNN_INLINE Vec times_power(Vec x, Vec n) { return _mm512_maskz_scalef_pd(0xff, x, n); }
 #else
 JAXRNN_INLINE Vec masked(unsigned lanes, const Real* p) { return _mm512_maskz_loadu_ps(lanes, p); }
 JAXRNN_INLINE void masked(unsigned lanes, Real* p, Vec v) { _mm512_mask_storeu_ps(p, lanes, v); }
 JAXRNN_INLINE Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
+JAXRNN_INLINE Vec times_power(Vec x, Vec n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
 #endif
 
 JAXRNN_INLINE Vec load(const Real* p, long n) { return n >= LANES ? load(p) : masked((1u << n) - 1, p); }
@@ -118,7 +120,7 @@ JAXRNN_INLINE Vec divide(Vec a, Vec b) {
 
 // The same of sums whose second terms are what the first lost to rounding.
 JAXRNN_INLINE Vec divide(Vec a, Vec a_low, Vec b, Vec b_low) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(JAXRNN_FMA) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   const Vec y = inverse(b), q = a * y;
   return q + y * ((a - b * q) + (a_low - b_low * q));
 #else
@@ -174,15 +176,22 @@ struct Exponential {
   static JAXRNN_INLINE Vec power(Int n) { return (Vec)((n + BIAS) << FRACTION); }
   // n, which is in the lowest bits.
   JAXRNN_INLINE Int whole() const { return (Int)shifted - (Int)splat(NEAREST); }
+  // 2^n x, also where that is subnormal.
+  JAXRNN_INLINE Vec scaled(Vec x) const {
+#if JAXRNN_WIDTH == 64
+    return times_power(x, shifted - NEAREST);
+#else
+    const Int n = whole(), half = n >> 1;  // in two factors
+    return x * power(half) * power(n - half);
+#endif
+  }
 };
 
-// e^-|x| never overflows, and both branches keep their relative accuracy. 2^n in two factors, for subnormal results.
+// e^-|x| never overflows, and both branches keep their relative accuracy.
 JAXRNN_INLINE Vec logistic(Vec x) {
   Vec a = absolute(x);
-  Exponential power(-(a > -LEAST_LOG ? splat(-LEAST_LOG) : a));
-  Int n = power.whole(), half = n >> 1;
-  const Vec sum = power.p + 1.0f, scale = Exponential::power(half), rest = Exponential::power(n - half);
-  const Vec e = sum * scale * rest, e_low = (power.p - (sum - 1.0f)) * scale * rest, d = 1.0f + e;
+  const Exponential power(-(a > -LEAST_LOG ? splat(-LEAST_LOG) : a));
+  const Vec sum = power.p + 1.0f, e = power.scaled(sum), e_low = power.scaled(power.p - (sum - 1.0f)), d = 1.0f + e;
   return divide(x < 0.0f ? e : splat(1.0f), x < 0.0f ? e_low : Vec{}, d, (e - (d - 1.0f)) + e_low);
 }
 
@@ -242,8 +251,7 @@ JAXRNN_INLINE Vec logarithm(Vec x) {
 JAXRNN_INLINE Vec exponential(Vec x) {
   x = x < LEAST_LOG ? splat(LEAST_LOG) : x > MOST_LOG ? splat(MOST_LOG) : x;
   const Exponential power(x);
-  const Int n = power.whole(), half = n >> 1;
-  return (power.p + 1.0f) * Exponential::power(half) * Exponential::power(n - half);
+  return power.scaled(power.p + 1.0f);
 }
 
 // e^x − 1, −1 from `LEAST_LOG` on, infinite from `MOST_LOG` on.

@@ -80,19 +80,25 @@ JAXRNN_INLINE void one_tile(long count, long row, const F& f) {
   else if constexpr (MAX > 1) one_tile<MAX - 1>(count, row, f);
 }
 
-// f(integral_constant of a count, first row) for tiles of nearly equal size, of at most MAX rows.
-template <int MAX, class F>
-JAXRNN_INLINE void tiles(Range rows, const F& f) {
+// f(count, first row) for parts of nearly equal size, of at most `most` rows.
+template <class F>
+JAXRNN_INLINE void in_parts(Range rows, uint32_t most, const F& f) {
   // Of 32 bits, since a division of 64 takes as long as the product of a tile.
-  const uint32_t size = static_cast<uint32_t>(rows.size()), count = (size + MAX - 1) / MAX;
+  const uint32_t size = static_cast<uint32_t>(rows.size()), count = (size + most - 1) / most;
   if (count == 0) return;
   const uint32_t least = size / count, more = size - least * count;
   long row = rows.begin;
   for (uint32_t k = 0; k < count; ++k) {
-    const uint32_t tile = least + (k < more);
-    one_tile<MAX>(tile, row, f);
-    row += tile;
+    const uint32_t part = least + (k < more);
+    f(part, row);
+    row += part;
   }
+}
+
+// The same, where f takes an integral_constant of the count.
+template <int MAX, class F>
+JAXRNN_INLINE void tiles(Range rows, const F& f) {
+  in_parts(rows, MAX, [&](long count, long row) { one_tile<MAX>(count, row, f); });
 }
 
 // Where vector v of block j begins among the columns of a weight with `gates` gates of `size` units each. A block holds
