@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from jaxrnn.engines.arrays import cast_like
-from jaxrnn.engines.loop import in_chunks, time_loop
+from jaxrnn.engines.loop import compiled_once, in_chunks, time_loop
 from jaxrnn.engines.walk import IMPLEMENTATIONS, Walk
 from jaxrnn.foreign_names import check_arguments, method_hint
 from jaxrnn.typing import DTypeLike, Named, Noise, PyTree, WithParams
@@ -147,6 +147,7 @@ class Cell(Generic[Params, Carry], metaclass=CellType):
         """Draws the noise of one call: a part per sequence, and a part per step, which has a leading axis `length`."""
         return None, None
 
+    @compiled_once
     def scan(
         self, params: Params, carry: Carry, xs: PyTree, *, fresh: Carry, noise: Noise, walk: Walk
     ) -> tuple[Carry, PyTree]:

@@ -9,7 +9,21 @@ import pytest
 from members import draw_carry, draw_params, draw_x
 
 import jaxrnn
-from jaxrnn import GRU, LSTM, Bidirectional, Cell, ConvLSTM, MinGRU, Stack
+from jaxrnn import (
+    GRU,
+    LSTM,
+    S6,
+    SLSTM,
+    Bidirectional,
+    Cell,
+    ConvLSTM,
+    Elman,
+    EmitCarry,
+    GatedDeltaNet,
+    MinGRU,
+    Stack,
+    Zoneout,
+)
 from jaxrnn.engines.cpu import library as native
 
 needed = pytest.mark.skipif(native.absent() is not None, reason=f"no compiled kernels: {native.absent()}")
@@ -37,6 +51,31 @@ def test_what_cannot_run_says_so(cell):
         jaxrnn.step(cell, params, None, x, implementation="native")
     with pytest.raises(ValueError, match=r"implementation: expected one of"):
         jaxrnn.step(cell, params, None, x, implementation="fastest")
+
+
+EAGER = [
+    SLSTM(2, 4, heads=2),
+    GRU(2, 3, activation=jnp.sin),
+    ConvLSTM((4,), 2, 3),
+    S6(2, 3),
+    MinGRU(2, 3),
+    GatedDeltaNet(2, heads=2, key_size=2, value_size=3),
+    Zoneout(EmitCarry(LSTM(2, 3)), 0.2),
+    Stack((LSTM(2, 3), Elman(3, 2))),
+]
+
+
+@pytest.mark.parametrize("run", [jaxrnn.step, jaxrnn.scan])
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("cell", EAGER)
+def test_an_eager_call_compiles_once(cell, implementation, run, caplog):
+    params = draw_params(cell, dtype=np.float32)
+    x = draw_x(cell, 0, *([2] if run is jaxrnn.step else [5, 2]), dtype=np.float32)
+    carry, _ = run(cell, params, None, x, implementation=implementation)
+    run(cell, params, carry, x, implementation=implementation)
+    with jax.log_compiles():
+        run(cell, params, carry, x, implementation=implementation)
+    assert not [record for record in caplog.records if "Compiling" in record.message]
 
 
 def test_a_backward_cell_cannot_step():

@@ -15,7 +15,7 @@ from jaxrnn.cells.linear import LinearCell
 from jaxrnn.engines.arrays import cast, compute_dtype, lifted, zero_where_not
 from jaxrnn.engines.diagonal.engine import diagonal_recurrence
 from jaxrnn.engines.linear.engine import kernel_serves
-from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.loop import compiled_once, in_chunks
 from jaxrnn.engines.step import step_serves
 from jaxrnn.engines.walk import kernel_dtype
 from jaxrnn.typing import PyTree
@@ -54,6 +54,7 @@ class DiagonalCell(LinearCell[Params, Carry]):
         """Whether there is a kernel for the recurrence."""
         return True
 
+    @compiled_once
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
         if step_serves(

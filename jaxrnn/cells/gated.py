@@ -16,6 +16,7 @@ from jaxrnn.engines.gated.engine import Kernel, gated_scan, gated_scan_both
 from jaxrnn.engines.gated.engine import Noise as Acting
 from jaxrnn.engines.gated.recurrence import GatedWeights, gated_products, gated_step
 from jaxrnn.engines.gated.staged.rule import Gate, Given, Rule
+from jaxrnn.engines.loop import compiled_once
 from jaxrnn.typing import Noise, PyTree
 
 
@@ -87,6 +88,7 @@ class GatedCell(Cell[Params, Carry]):
         check.params(self, params)
         return gated_step(self, self.weights(params), carry, x, mask_of(noise), owner=type(self).__name__)
 
+    @compiled_once
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         return self.scan_acted_on(params, carry, xs, fresh=fresh, noise=Acting(mask_of(noise)), walk=walk)
 
@@ -95,6 +97,7 @@ class GatedCell(Cell[Params, Carry]):
         check.params(self, params)
         return gated_scan(self, self.weights(params), carry, xs, fresh=fresh, noise=noise, walk=walk)
 
+    @compiled_once
     def scan_both(self, params, carry, xs, *, fresh, noise, walk):
         if type(self).scan is not GatedCell.scan:  # a subclass walks in a way of its own
             return super().scan_both(params, carry, xs, fresh=fresh, noise=noise, walk=walk)

@@ -19,7 +19,7 @@ from jaxrnn.engines.elementwise.engine import UnitWeights, elementwise_recurrenc
 from jaxrnn.engines.elementwise.programs import Unit
 from jaxrnn.engines.linear.engine import kernel_serves, linear_form, linear_recurrence, linear_states
 from jaxrnn.engines.linear.log_space import log_linear_form, log_linear_recurrence
-from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.loop import compiled_once, in_chunks
 from jaxrnn.engines.product import dot
 from jaxrnn.engines.sequence_parallel import part, states
 from jaxrnn.engines.walk import HALF, Flags, kernel_dtype
@@ -99,6 +99,7 @@ class LinearCell(Cell[Params, Carry]):
         begin, window = self.begin if self.begins_apart else None, self.sees_window
         return linear_step(params, carry, x, self.coefficients, output=self.output, begin=begin, sees_window=window)
 
+    @compiled_once
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
         dtype = compute_dtype(xs, params)

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxrnn import check
 from jaxrnn.cell import Carry, Cell, Params
 from jaxrnn.engines.arrays import accumulator, cast, compute_dtype, inexact
-from jaxrnn.engines.loop import in_chunks
+from jaxrnn.engines.loop import compiled_once, in_chunks
 from jaxrnn.engines.matrix import programs
 from jaxrnn.engines.matrix.engine import kernel_in_single, matrix_form, matrix_recurrence, matrix_states
 from jaxrnn.engines.product import dot
@@ -122,6 +122,7 @@ class MatrixCell(Cell[Params, Carry]):
             params, carry, x, self.inputs, output=self.output, follow=self.follow, products=self.products
         )
 
+    @compiled_once
     def scan(self, params, carry: PyTree, xs, *, fresh: PyTree, noise, walk):
         check.params(self, params)
         if step_serves(walk, xs.shape, "matrix_scan", owner=self, unlike=("step", "inputs", "output", "follow")):

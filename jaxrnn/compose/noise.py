@@ -17,6 +17,7 @@ from jaxrnn.compose.wrap import Wrapper
 from jaxrnn.engines.arrays import inexact
 from jaxrnn.engines.gated.engine import Noise as Acting
 from jaxrnn.engines.gated.recurrence import zoned
+from jaxrnn.engines.loop import compiled_once
 from jaxrnn.typing import Noise, PyTree
 
 
@@ -218,6 +219,7 @@ class Zoneout(Wrapper[Params, Carry]):
         new = zoned(carry, new, self._rates(carry)[1], None if noise is None else noise[1].stay)
         return new, y if self.recurrent_state is None else getattr(new, self.recurrent_state).astype(y.dtype)
 
+    @compiled_once
     def scan(self, params, carry, xs, *, fresh, noise, walk):
         inner = self.cell.cell if isinstance(self.cell, RecurrentDropout) else self.cell
         if not isinstance(inner, GatedCell) or type(inner).scan is not GatedCell.scan:

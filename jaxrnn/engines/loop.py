@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,23 @@ def time_loop(
         return scan(carry, inputs)
     each, all_at_once = functools.partial(scan, within=prepare), functools.partial(scan, ahead=prepare)
     return by_platform(platform, carry, inputs, cpu=each, cuda=scan_stacked, default=all_at_once)
+
+
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+def compiled_once(run: Run) -> Run:
+    """Returns `run(static, *trees)` that eager calls with an equal `static` compile once for all arrays of equal shapes.
+    JAX would compile a loop at every call, since its body is a new function each time.
+    """
+    compiled = jax.jit(run, static_argnums=0)
+
+    @functools.wraps(run)
+    def call(static, *trees, **named):
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((trees, named)))
+        return (run if traced else compiled)(static, *trees, **named)
+
+    return cast(Run, call)
 
 
 def in_chunks(
