@@ -73,8 +73,9 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def compiled_once(run: Run) -> Run:
-    """Returns `run(static, *trees)` that eager calls with an equal `static` compile once for arrays of equal shapes. JAX
-    would compile a loop at every call, since its body is a new function each time.
+    """Returns `run(static, *trees)` that eager calls with an equal `static` compile once, for arrays of equal shapes.
+
+    JAX would compile a loop at every call, since its body is a new function each time.
     """
     compiled = jax.jit(run, static_argnums=0)
 
