@@ -98,7 +98,7 @@ class GatedCell(Cell[Params, Carry]):
         return gated_scan(self, self.weights(params), carry, xs, fresh=fresh, noise=noise, walk=walk)
 
     @compiled_once
-    def scan_both(self, params, carry, xs, *, fresh, noise, walk):
+    def scan_both(self, params, carry, xs, *, fresh, noise, walk) -> list[tuple[Carry, PyTree]]:
         if type(self).scan is not GatedCell.scan:  # a subclass walks in a way of its own
             return super().scan_both(params, carry, xs, fresh=fresh, noise=noise, walk=walk)
         for each in params:

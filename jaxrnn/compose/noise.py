@@ -220,7 +220,7 @@ class Zoneout(Wrapper[Params, Carry]):
         return new, y if self.recurrent_state is None else getattr(new, self.recurrent_state).astype(y.dtype)
 
     @compiled_once
-    def scan(self, params, carry, xs, *, fresh, noise, walk):
+    def scan(self, params, carry, xs, *, fresh, noise, walk) -> tuple[Carry, PyTree]:
         inner = self.cell.cell if isinstance(self.cell, RecurrentDropout) else self.cell
         if not isinstance(inner, GatedCell) or type(inner).scan is not GatedCell.scan:
             return super().scan(params, carry, xs, fresh=fresh, noise=noise, walk=walk)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jaxrnn.engines.arrays import select, widened, zero_where_not
 from jaxrnn.engines.walk import Flags, Walk, by_platform
@@ -81,7 +82,7 @@ def compiled_once(run: Run) -> Run:
 
     @functools.wraps(run)
     def call(static, *trees, **named):
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((trees, named)))
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((trees, named)))
         return (run if traced else compiled)(static, *trees, **named)
 
     return cast(Run, call)
