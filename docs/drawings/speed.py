@@ -21,6 +21,7 @@ def draw():
             if value:
                 bars = axes.bar(place, float(value), color=BLUE)
                 axes.bar_label(bars, [value], fontsize=7)
+        axes.margins(y=0.2)
         axes.axhline(1, color="0.45", lw=0.8, ls=":")
         axes.set_title(f"{TITLES[row[MEAN]]}, {row['pass']}")
         axes.set_xticks(np.arange(len(OTHERS)), NAMES, rotation=60, ha="right", fontsize=7)
