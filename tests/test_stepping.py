@@ -55,7 +55,7 @@ def test_what_cannot_run_says_so(cell):
 
 EAGER = [
     SLSTM(2, 4, heads=2),
-    GRU(2, 3, activation=jnp.sin),
+    GRU(2, 3, layer_norm=True),
     ConvLSTM((4,), 2, 3),
     S6(2, 3),
     MinGRU(2, 3),
@@ -76,6 +76,30 @@ def test_an_eager_call_compiles_once(cell, implementation, run, caplog):
     with jax.log_compiles():
         run(cell, params, carry, x, implementation=implementation)
     assert not [record for record in caplog.records if "Compiling" in record.message]
+
+
+@pytest.mark.parametrize("wrap", [lambda cell: cell, EmitCarry, lambda cell: Zoneout(cell, 0.5)])
+def test_an_eager_call_runs_a_class_as_it_is_now(wrap):
+    class Own(Sum):
+        pass
+
+    def last():
+        return jaxrnn.scan(wrap(Own()), (), None, jnp.ones((3, 1)))[0]
+
+    first = last()
+    Own.step = lambda self, params, carry, x, noise=None: (carry + 2 * x, carry)
+    assert last() == 2 * first
+
+
+class Sum(Cell):
+    def init(self, key, dtype=jnp.float32):
+        return ()
+
+    def initial_carry(self, params, batch_shape=()):
+        return jnp.zeros((*batch_shape, 1))
+
+    def step(self, params, carry, x, noise=None):
+        return carry + x, carry
 
 
 def test_a_backward_cell_cannot_step():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -74,18 +75,29 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def compiled_once(run: Run) -> Run:
-    """Returns `run(static, *trees)` that eager calls with an equal `static` compile once, for arrays of equal shapes.
+    """Returns `run(cell, *trees)` that eager calls with an equal cell compile once, for arrays of equal shapes.
 
-    JAX would compile a loop at every call, since its body is a new function each time.
+    JAX would compile a loop at every call, since its body is a new function each time. A cell with code of the user's
+    runs as it is written at every call: a notebook may change the methods of a class.
     """
     compiled = jax.jit(run, static_argnums=0)
 
     @functools.wraps(run)
-    def call(static, *trees, **named):
+    def call(cell, *trees, **named):
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((trees, named)))
-        return (run if traced else compiled)(static, *trees, **named)
+        return (compiled if not traced and _is_ours(cell) else run)(cell, *trees, **named)
 
     return cast(Run, call)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether no part of a cell's configuration is code of the user's."""
+    if isinstance(value, tuple):
+        return all(map(_is_ours, value))
+    if not dataclasses.is_dataclass(value):
+        return not callable(value)
+    ours = type(value).__module__.startswith("jaxrnn.")
+    return ours and all(_is_ours(getattr(value, field.name)) for field in dataclasses.fields(value))
 
 
 def in_chunks(
