@@ -232,8 +232,8 @@ class Zoneout(Wrapper[Params, Carry]):
 def _coins(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Draws what is true with probability `rate`, to 16 bits: drawing takes longer than all else that zoneout does."""
     words = _words(key, (*shape[:-1], -(-shape[-1] // 4)))
-    parts = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return jnp.concatenate(parts, axis=-1)[..., : shape[-1]] < round(rate * 2**16)
+    parts = [half < round(rate * 2**16) for word in words for half in (word & 0xFFFF, word >> 16)]
+    return jnp.concatenate(parts, axis=-1)[..., : shape[-1]]
 
 
 def _words(key: jax.Array, shape: tuple[int, ...]) -> Sequence[jax.Array]:

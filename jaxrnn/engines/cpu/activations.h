@@ -78,13 +78,6 @@ JAXRNN_INLINE N elu_of(N x, Real alpha, Real rate) {  // α (e^{rate x} − 1) b
   return choose(v > 0.0f, x, chain(x, less, rate * (less + alpha)));
 }
 
-// In the order of their names in Python.
-enum Activation {
-  kIdentity, kAffine, kExponential, kRelu, kRelu6, kLeakyRelu, kThresholdedRelu, kElu, kCelu, kSelu, kGelu, kGeluTanh,
-  kSilu, kHardSilu, kMish, kSoftplus, kSquareplus, kSoftshrink, kHardshrink, kTanhshrink, kTanh, kScaledTanh, kHardTanh,
-  kSoftsign, kSigmoid, kLogSigmoid, kHardSigmoid, kKerasHardSigmoid
-};
-
 template <int A, class N>
 JAXRNN_INLINE N activate(N x, Real alpha, Real beta) {
   const Vec v = value(x);
@@ -159,4 +152,15 @@ inline ActivationPass activation_pass_of(int64_t code, std::integer_sequence<int
 
 JAXRNN_INLINE void activate_all(const Choice& f, Vec* x, Vec* slope, int n) {
   activation_pass_of(f.code, std::make_integer_sequence<int, ACTIVATIONS>{})(x, slope, n, f.alpha, f.beta);
+}
+
+// The slopes of activations that tell them by their values.
+JAXRNN_INLINE void slopes_of_values(const Choice& f, const Vec* y, Vec* slope, int n) {
+  const Vec one = splat(1.0f);
+  for (int i = 0; i < n; ++i) {
+    const Vec v = y[i];
+    if (f.code == kSigmoid) slope[i] = v * (one - v);
+    else if (f.code == kTanh) slope[i] = one - v * v;
+    else slope[i] = f.code == kRelu ? (v > 0.0f ? one : Vec{}) : one;
+  }
 }

@@ -3,19 +3,32 @@
 
 constexpr int AT_ONCE = 8;
 
+// A vector of units of a row at a step: the row, the step's place in sequences, the first unit, and how many there are.
+// A step that is not live changes nothing. Backward also where the states before the step lie.
+struct Entry {
+  long row, at, unit, n;
+  bool live;
+  const Real *h, *rest;
+};
+
 // The first of these arrays are filled by the driver, of which it reads what has come in their place.
 template <class F, bool BACK>
 struct Batch {
   const Rule& rule;
+  const Real* own;  // θ, (K, width)
+  const long width;
+  const bool recalled;  // whether the driver has given gates, and not their sums
   int n = 0;
-  explicit Batch(const Rule& r) : rule(r) {}
+  Entry entries[AT_ONCE];
+  Batch(const Rule& r, const Real* theta, long theta_width)
+      : rule(r), own(theta), width(theta_width), recalled(BACK && r.keeps_gates()) {}
+  JAXRNN_INLINE Vec theta(long k, int i) const { return load(own + k * width + entries[i].unit); }
+
   Vec a[F::SUMS][AT_ONCE];        // sums, then gates
   Vec s[F::STATES][AT_ONCE];      // states before the step; forward, then those after it
   Vec read[AT_ONCE];              // h as products read it
   Vec y[AT_ONCE];                 // the new h, or what the second product reads
-  Vec theta[F::THETA ? F::THETA : 1];
-  Vec shift, gain, bias;          // of the norm of c', and its two numbers of every row
-  Vec mean[AT_ONCE], scale[AT_ONCE];
+  Vec mean[AT_ONCE], scale[AT_ONCE];  // of the norm of c'
 
   // Backward: the cotangent of y and, in and out, of the states; of the sums, of the carry where no mask is between, and
   // as products read it; of θ for every vector.
@@ -28,19 +41,33 @@ struct Batch {
   JAXRNN_INLINE Vec* slopes(int k) { return BACK ? slope[k] : nullptr; }
 };
 
-// A gate in place, clipped before it.
+// x within ±bound, with its slope; at the bound that is the mean of both sides.
+JAXRNN_INLINE Dual within(Vec x, Real bound) {
+  const Vec size = absolute(x), one = splat(1.0f);
+  return {size > bound ? with_sign_of(splat(bound), x) : x, size > bound ? Vec{} : size == bound ? 0.5f * one : one};
+}
+
+// A gate in place of its sum, clipped before it. One that is recalled has its slope from itself.
 template <class B>
 JAXRNN_INLINE void gate(B& b, int k, const Choice& f) {
+  if (b.recalled) return slopes_of_values(f, b.a[k], b.slopes(k), b.n);
   const Real bound = b.rule.gate_clip;
   Vec inside[AT_ONCE];
   const bool clipped = bound < std::numeric_limits<Real>::infinity();
   for (int i = 0; clipped && i < b.n; ++i) {
-    const Dual x = between(Dual{b.a[k][i], splat(1.0f)}, -bound, bound);
+    const Dual x = within(b.a[k][i], bound);
     b.a[k][i] = x.x, inside[i] = x.d;
   }
   activate_all(f, b.a[k], b.slopes(k), b.n);
   if (b.slopes(k))
     for (int i = 0; clipped && i < b.n; ++i) b.slopes(k)[i] *= inside[i];
+}
+
+// The same, where more(i) comes to the sum.
+template <class B, class More>
+JAXRNN_INLINE void gate(B& b, int k, const Choice& f, const More& more) {
+  for (int i = 0; !b.recalled && i < b.n; ++i) b.a[k][i] += more(i);
+  gate(b, k, f);
 }
 
 struct Elman {
@@ -61,8 +88,8 @@ struct IndRnn {
   static constexpr int GATES = 1, FIRST = 0, SUMS = 1, STATES = 1, THETA = 1;
   template <class B>
   static void first(B& b) {
-    for (int i = 0; i < b.n; ++i) b.a[0][i] += b.theta[0] * b.read[i];
-    Elman::first(b);
+    gate(b, 0, b.rule.candidate, [&](int i) { return b.theta(0, i) * b.read[i]; });
+    for (int i = 0; i < b.n; ++i) b.y[i] = b.a[0][i];
   }
   template <class B>
   static void back(B& b) {
@@ -70,7 +97,7 @@ struct IndRnn {
     for (int i = 0; i < b.n; ++i) {
       const Vec d = b.d_a[0][i] = b.d_y[i] * b.slope[0][i];
       b.d_s[0][i] = Vec{};
-      b.d_read[i] = d * b.theta[0];
+      b.d_read[i] = d * b.theta(0, i);
       b.d_theta[0][i] = d * b.read[i];
     }
   }
@@ -89,30 +116,35 @@ struct Lstm {
     forget = !COUPLED ? b.a[1][i] : b.rule.input ? 1.0f - one : one;
   }
 
-  // c' as a state, and o.
+  // c' as a state.
   template <class B>
-  static void first(B& b) {
-    for (int k = 0; k < G; ++k) {
-      for (int i = 0; i < b.n; ++i) b.a[k][i] += b.theta[k] * b.s[1][i];
-      gate(b, k, b.rule.gate);
-    }
+  static JAXRNN_INLINE void cell(B& b) {
+    for (int k = 0; k < G; ++k) gate(b, k, b.rule.gate, [&](int i) { return b.theta(k, i) * b.s[1][i]; });
     gate(b, G, b.rule.candidate);
     const Real bound = b.rule.cell_clip;
     for (int i = 0; i < b.n; ++i) {
       Vec in, forget;
       pair(b, i, in, forget);
-      const Dual c = between(Dual{forget * b.s[1][i] + in * b.a[G][i], splat(1.0f)}, -bound, bound);
+      const Dual c = within(forget * b.s[1][i] + in * b.a[G][i], bound);
       b.c[i] = c.x, b.inside[i] = c.d;
-      b.a[O][i] += b.theta[G] * c.x;
     }
-    gate(b, O, b.rule.gate);
+  }
+  template <class B>
+  static JAXRNN_INLINE void output_gate(B& b) {
+    gate(b, O, b.rule.gate, [&](int i) { return b.theta(G, i) * b.c[i]; });
+  }
+  template <class B>
+  static void first(B& b) {
+    cell(b), output_gate(b);
   }
 
-  // y = o χ(c'), where `mean` and `scale` are those of a norm.
+  // y = o χ(c'), where `mean` and `scale` are those of a norm, and its gain and bias the last θ.
+  template <class B>
+  static JAXRNN_INLINE Vec gain(const B& b, int i) { return b.theta(b.rule.theta() - 2, i); }
   template <class B>
   static void output(B& b, bool slopes) {
     for (int i = 0; i < b.n; ++i)
-      b.squashed[i] = b.rule.norm ? (b.c[i] - b.mean[i]) * b.scale[i] * b.gain + b.bias : b.c[i];
+      b.squashed[i] = b.rule.norm ? (b.c[i] - b.mean[i]) * b.scale[i] * gain(b, i) + b.theta(b.rule.theta() - 1, i) : b.c[i];
     activate_all(b.rule.output, b.squashed, slopes ? b.bend : nullptr, b.n);
     for (int i = 0; i < b.n; ++i) b.y[i] = b.a[O][i] * b.squashed[i];
   }
@@ -134,7 +166,7 @@ struct Lstm {
       Vec in, forget;
       pair(b, i, in, forget);
       const Vec before = b.s[1][i], d_o = b.d_a[O][i];
-      const Vec d = (b.d_s[1][i] + b.d_y[i] + d_o * b.theta[G]) * b.inside[i];
+      const Vec d = (b.d_s[1][i] + b.d_y[i] + d_o * b.theta(G, i)) * b.inside[i];
       const Vec d_in = d * b.a[G][i], d_forget = d * before;
       b.d_a[G][i] = d * in * b.slope[G][i];
       if constexpr (COUPLED) {
@@ -145,7 +177,7 @@ struct Lstm {
       }
       Vec d_before = d * forget;
       for (int k = 0; k < G; ++k) {
-        d_before += b.d_a[k][i] * b.theta[k];
+        d_before += b.d_a[k][i] * b.theta(k, i);
         b.d_theta[k][i] = b.d_a[k][i] * before;
       }
       b.d_theta[G][i] = d_o * b.c[i];
@@ -162,8 +194,7 @@ struct Gru {
   static void first(B& b) {
     gate(b, 0, b.rule.gate);
     gate(b, 1, b.rule.gate);
-    for (int i = 0; i < b.n; ++i) b.a[3][i] += b.a[0][i] * b.a[2][i];
-    gate(b, 3, b.rule.candidate);
+    gate(b, 3, b.rule.candidate, [&](int i) { return b.a[0][i] * b.a[2][i]; });
     for (int i = 0; i < b.n; ++i) b.y[i] = (1.0f - b.a[1][i]) * b.a[3][i] + b.a[1][i] * b.s[0][i];
   }
   // Those of the sums of the product with x are 0, 1 and 3; of that with h, 0, 1 and 2.

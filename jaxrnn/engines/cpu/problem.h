@@ -3,6 +3,7 @@
 
 #pragma once
 #include <cstdint>
+#include <limits>
 
 #include "numbers.h"
 
@@ -44,11 +45,18 @@ struct Backward : Inputs {
   Real *d_xs, *d_w_x, *d_w_h, *d_h, *d_c, *d_fresh_h, *d_fresh_c, *d_b, *d_b_hn;
 };
 
-// An activation by its number, and its α and β.
-constexpr int64_t ACTIVATIONS = 28;
+// Activations, in the order of their names in Python.
+enum Activation {
+  kIdentity, kAffine, kExponential, kRelu, kRelu6, kLeakyRelu, kThresholdedRelu, kElu, kCelu, kSelu, kGelu, kGeluTanh,
+  kSilu, kHardSilu, kMish, kSoftplus, kSquareplus, kSoftshrink, kHardshrink, kTanhshrink, kTanh, kScaledTanh, kHardTanh,
+  kSoftsign, kSigmoid, kLogSigmoid, kHardSigmoid, kKerasHardSigmoid,
+  ACTIVATIONS
+};
 struct Choice {
   int64_t code;
   Real alpha, beta;
+  // Whether the value tells the slope.
+  bool tells_slope() const { return code == kIdentity || code == kRelu || code == kTanh || code == kSigmoid; }
 };
 
 // A family of gated cells with options. Those with a coupled gate have one gate less than an LSTM.
@@ -89,8 +97,13 @@ struct Rule {
     return family == Family::kIndRnn || family == Family::kGru ? 1 : lstm() ? gates() - 1 : 0;
   }
   long theta() const { return own_theta() + (norm ? 3 * gates() + (lstm() ? 2 : 0) : 0); }
-  // Numbers that are kept of a step: the sums; or, with a norm, the normalised products with x and h, c' of an LSTM, and
-  // as many more as keep the next step in whole lines of the cache, of which the first are scales and means.
+  // Whether gates are kept of a step, from which a backward pass has all that it needs.
+  bool keeps_gates() const {
+    return family != Family::kSlstm && !norm && gate.tells_slope() && candidate.tells_slope() &&
+           gate_clip == std::numeric_limits<Real>::infinity();
+  }
+  // Numbers that are kept of a step: gates or their sums; or, with a norm, the normalised products with x and h, c' of an
+  // LSTM, and as many more as keep the next step in whole lines of the cache, of which the first are scales and means.
   static constexpr long STATS = 16;
   long before_stats(long units) const { return (2 * gates() + lstm()) * units; }
   long kept(long units) const { return norm ? before_stats(units) + STATS : sums() * units; }

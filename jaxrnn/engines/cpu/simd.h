@@ -50,6 +50,22 @@ JAXRNN_INLINE void store(Real* p, Vec v, long n) {
 }
 #endif
 
+// LANES bytes as numbers. A conversion of vectors is compiled to one of every lane.
+JAXRNN_INLINE Vec of_bytes(const uint8_t* p) {
+#if JAXRNN_WIDTH == 64 && !defined(JAXRNN_FLOAT64)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p));
+  return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+#elif JAXRNN_WIDTH == 64
+  return _mm512_maskz_cvtepi32_pd(0xff, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p))));
+#elif JAXRNN_WIDTH == 32 && !defined(JAXRNN_FLOAT64)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p))));
+#else
+  Vec x;
+  for (long l = 0; l < LANES; ++l) x[l] = p[l];
+  return x;
+#endif
+}
+
 // Lanes of x and y, whose numbers go on from those of x: PLACE::of(l) is what lane l takes.
 template <class PLACE, size_t... l>
 JAXRNN_INLINE Vec pick(Vec x, Vec y, std::index_sequence<l...>) {

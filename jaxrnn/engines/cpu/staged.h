@@ -2,7 +2,13 @@
 
 constexpr Real EPSILON = static_cast<Real>(1e-5);  // of every norm
 
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+// work(rows) for parts whose numbers stay in the first caches from one stage to the next; for all of them where threads
+// wait for each other between stages.
+template <class Work>
+JAXRNN_INLINE void in_groups(const Worker& w, Range rows, const Work& work) {
+  if (!w.by_rows) return work(rows);
+  in_parts(rows, 24, [&](long count, long first) { work(Range{first, first + count}); });
+}
 
 // What both passes know of a family: how its vectors lie, and where its threads work.
 template <class F>
@@ -59,24 +65,35 @@ class Staged {
   long shift() const { return gain_h() + F::GATES; }
   long gain_c() const { return shift() + F::GATES; }
 
-  // Batches of the rows of one vector of units: f(batch, first row, unit, lanes).
-  template <bool BACK, class Work>
-  void batches(Range rows, long j, const Real* theta, const Work& work) const {
-    for (int g = 0; g < GROUPS; ++g) {
-      const long unit = layout_.unit(j, GROUPS == 1 ? 0 : g), n = layout_.lanes(j, GROUPS == 1 ? 0 : g);
-      if (n == 0) continue;
-      Batch<F, BACK> b(rule_);
-      for (int k = 0; k < F::THETA; ++k) b.theta[k] = load(theta + k * width_ + unit);
-      if (LSTM && norm()) {
-        b.gain = load(theta + gain_c() * width_ + unit);
-        b.bias = load(theta + (gain_c() + 1) * width_ + unit);
+  // The units of some rows at step k, row by row, in batches of vectors: work(batch), whose entries say where they are;
+  // of_row(entry) adds what else is known of a row.
+  template <bool BACK, class OfRow, class Work>
+  JAXRNN_INLINE void batches(long k, Range rows, Range blocks, const Real* theta, const OfRow& of_row,
+                             const Work& work) const {
+    const long first = blocks.begin * layout_.units(), last = std::min(blocks.end * layout_.units(), H_);
+    if (first >= last || rows.size() == 0) return;
+    Batch<F, BACK> b(rule_, theta, width_);
+    Entry entry{};
+    auto begin = [&](long row) {
+      const long at = n_.at(time(k), row);
+      entry = {row, at, first, LANES, valid(at), nullptr, nullptr};
+      of_row(entry);
+    };
+    for (begin(rows.begin); entry.row < rows.end;) {
+      for (b.n = 0; b.n < AT_ONCE && entry.row < rows.end;) {
+        entry.n = std::min(LANES, last - entry.unit);
+        b.entries[b.n++] = entry;
+        if ((entry.unit += LANES) < last) continue;
+        if (++entry.row < rows.end) begin(entry.row);
       }
-      for (long first = rows.begin; first < rows.end; first += AT_ONCE) {
-        b.n = static_cast<int>(std::min<long>(AT_ONCE, rows.end - first));
-        work(b, first, unit, n, g);
-      }
+      work(b);
     }
   }
+
+  // Where the vectors of some units are in a row of all blocks; their block, and their place in it.
+  static long in_row(long unit) { return unit * F::GATES; }
+  static long block_of(long unit) { return unit / (GROUPS * LANES); }
+  static long in_block(long unit) { return unit % (GROUPS * LANES) * F::GATES; }
 
   static Int first_lanes(long n) {
     Int lane;
@@ -87,10 +104,10 @@ class Staged {
   // How much of an entry stays: 1 or 0 by flags, or the expectation.
   Vec stays(const uint8_t* flags, long at, Real rate, long n) const {
     if (!flags) return splat(rate);
-    Bytes bytes{};
-    if (n >= LANES) std::memcpy(&bytes, flags + at, LANES);
-    else std::memcpy(&bytes, flags + at, n);
-    return __builtin_convertvector(bytes, Vec);
+    if (n >= LANES) return of_bytes(flags + at);
+    uint8_t bytes[LANES] = {};
+    std::memcpy(bytes, flags + at, n);
+    return of_bytes(bytes);
   }
   Vec h_stays(long at, long unit, long n) const { return stays(in_.stay_h, at * S_ + unit, rule_.stay[0], n); }
   Vec rest_stays(long at, int e, long unit, long n) const {

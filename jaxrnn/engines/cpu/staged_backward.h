@@ -18,8 +18,8 @@ class StagedBackwardRun : Staged<F> {
     const long rows = at_once_ * B_, in = p_.d_xs ? inputs_.blocks() * inputs_.units() : 0;
     Scratch scratch(s_width_ * G + units_.blocks() * units_.units() * second + in * G +
                     weights * (G * (D + S_ + 1) + second * H_) +
-                    B_ * (5 * s_width_ + 2 * units_.blocks() * units_.units() + (E + 6) * width_ + 4) + 5 * rows * G +
-                    rows * (second + H_ + S_ + 32) + K * width_ * (parts + 1) + parts * (4 + 2 * LANES) * B_ + 64 * parts + D + S_ + H_ + 2048);
+                    B_ * (5 * s_width_ + 2 * units_.blocks() * units_.units() + (E + 6) * width_ + 4) + 2 * (rows + 1) * G +
+                    (rows + 1) * (second + H_ + S_ + 32) + K * width_ * (parts + 1) + parts * (4 + 2 * LANES) * B_ + 64 * parts + D + S_ + H_ + 2048);
     w_h_ = scratch.take(FIRST ? s_width_ * G : 0);
     w_2_ = scratch.take(units_.blocks() * units_.units() * second);
     w_x_ = scratch.take(in * G);
@@ -39,12 +39,10 @@ class StagedBackwardRun : Staged<F> {
     carried_rows_ = scratch.rows(carried_, B_, s_width_);
     work_ = scratch.take(2 * B_ * width_);
     normal_ = scratch.take(B_ * width_);
-    d_u_ = scratch.take(rows * G);
-    d_v_ = APART ? scratch.take(rows * G) : d_u_;
-    n_u_ = norm() ? scratch.take(rows * G) : d_u_;
-    n_v_ = norm() ? scratch.take(rows * G) : d_v_;
+    d_u_ = scratch.take((rows + 1) * G);
+    d_v_ = APART || norm() ? scratch.take((rows + 1) * G) : d_u_;
     for (Real*& each : along_) each = scratch.take(parts * B_ * LANES);
-    d_second_ = scratch.take(projected() ? rows * s_width_ : 0);
+    d_second_ = scratch.take(projected() ? (rows + 1) * s_width_ : 0);
     mids_ = scratch.take(second ? rows * H_ : 0);
     reads_ = scratch.take(p_.mask ? rows * S_ : 0);
     nothing_ = scratch.take(std::max({D, S_, H_}));
@@ -62,7 +60,6 @@ class StagedBackwardRun : Staged<F> {
         for (long k = last - 1; k >= chunk.first; --k) step(chunk, k, w);
         w.barrier.wait();
         if (p_.weights) weights(chunk, w.part(blocks_), w.part(projected() ? out_.blocks() : 0));
-        if (norm()) gains(chunk, w, w.part(blocks_));
         if (p_.d_xs) inputs(chunk, w.part(chunk.steps() * B_));
         w.barrier.wait();
       }
@@ -74,19 +71,19 @@ class StagedBackwardRun : Staged<F> {
   struct Chunk {
     long first, last;
     long steps() const { return last - first; }
+    // Rows between two panels: one more than there are, or panels of a power of two would share the same cache sets.
+    long stride(long rows) const { return steps() * rows + 1; }
   };
   // Vectors of every row of a chunk, (block, row, width).
   static Real* panel(Real* base, const Chunk& chunk, long rows, long width, long j, long m) {
-    return base + (j * chunk.steps() * rows + m) * width;
+    return base + (j * chunk.stride(rows) + m) * width;
   }
-  // Of the gates' sums, as they read x and as they read h; and of the products themselves, before their norm.
+  // Of the gates' sums as they read x and as they read h, and then of the products themselves, before their norm.
   Real* d_u(const Chunk& chunk, long j, long m) const { return panel(d_u_, chunk, B_, V * LANES, j, m); }
   Real* d_v(const Chunk& chunk, long j, long m) const { return panel(d_v_, chunk, B_, V * LANES, j, m); }
-  Real* n_u(const Chunk& chunk, long j, long m) const { return panel(n_u_, chunk, B_, V * LANES, j, m); }
-  Real* n_v(const Chunk& chunk, long j, long m) const { return panel(n_v_, chunk, B_, V * LANES, j, m); }
   Real* d_second(const Chunk& chunk, long j, long m) const { return panel(d_second_, chunk, B_, OUT * LANES, j, m); }
   Panels panels_of(const Chunk& chunk, const Real* first, long width, long each) const {
-    return {first, chunk.steps() * B_ * width, width, each};
+    return {first, chunk.stride(B_) * width, width, each};
   }
   const Real* kept(long at) const { return p_.kept + at * rule_.kept(H_); }
   const Real* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
@@ -170,9 +167,12 @@ class StagedBackwardRun : Staged<F> {
   }
 
   void step(const Chunk& chunk, long k, const Worker& w) {
+    in_groups(w, w.rows(B_), [&](Range rows) { step_of(chunk, k, rows, w); });
+  }
+  void step_of(const Chunk& chunk, long k, Range rows, const Worker& w) {
     const Range units = w.blocks(units_.blocks()), out = w.blocks(out_.blocks());
     const long scale = units_.units() / layout_.units();
-    const Place at{chunk, k, (k - chunk.first) * B_, w, w.rows(B_),
+    const Place at{chunk, k, (k - chunk.first) * B_, w, rows,
                    {std::min(units.begin * scale, blocks_), std::min(units.end * scale, blocks_)}};
     if (projected()) {
       project(at, out);
@@ -203,11 +203,18 @@ class StagedBackwardRun : Staged<F> {
   };
   long at(const Place& p, long row) const { return n_.at(time(p.k), row); }
 
+  // The units of a step's rows, with what was before it.
+  template <class Work>
+  JAXRNN_INLINE void each(const Place& p, const Work& work) const {
+    auto before = [&](Entry& e) { e.h = h_before(p.k, e.row), e.rest = rest_before(p.k, e.row); };
+    this->template batches<true>(p.k, p.rows, p.blocks, theta_, before, work);
+  }
+
   // The cotangent of the new h; what stays of h goes on as it is.
-  Vec d_new(const Place& p, long row, long unit, long n) const {
-    const long step = at(p, row), place = row * s_width_ + unit;
-    const Vec d = load(d_h_ + place) + load(p_.d_ys + step * S_ + unit, n);
-    const Vec z = rule_.zoned ? this->h_stays(step, unit, n) : Vec{};
+  JAXRNN_INLINE Vec d_new(long at, long row, long unit, long n) const {
+    const long place = row * s_width_ + unit;
+    const Vec d = load(d_h_ + place) + load(p_.d_ys + at * S_ + unit, n);
+    const Vec z = rule_.zoned ? this->h_stays(at, unit, n) : Vec{};
     store(through_ + place, z * d);
     return (1.0f - z) * d;
   }
@@ -217,16 +224,16 @@ class StagedBackwardRun : Staged<F> {
     for (long j = out.begin; j < out.end; ++j)
       for (long row = p.rows.begin; row < p.rows.end; ++row)
         for (int v = 0; v < OUT; ++v) {
-          const long n = out_.lanes(j, v);
-          const bool live = n && valid(at(p, row));
-          store(d_second(p.chunk, j, p.m + row) + v * LANES, live ? d_new(p, row, out_.unit(j, v), n) : Vec{});
+          const long n = out_.lanes(j, v), step = at(p, row);
+          const bool live = n && valid(step);
+          store(d_second(p.chunk, j, p.m + row) + v * LANES, live ? d_new(step, row, out_.unit(j, v), n) : Vec{});
         }
   }
 
   // The cotangent of what the second product reads.
   void transposed(const Place& p, Range units) const {
     const long each = BEFORE ? LANES : OUT * LANES, panels = BEFORE ? blocks_ : out_.blocks(), m = p.m + p.rows.begin;
-    const Panels d = BEFORE ? panels_of(p.chunk, n_v(p.chunk, 0, m) + (GATES - 1) * LANES, V * LANES, each)
+    const Panels d = BEFORE ? panels_of(p.chunk, d_v(p.chunk, 0, m) + (GATES - 1) * LANES, V * LANES, each)
                             : panels_of(p.chunk, d_second(p.chunk, 0, m), each, each);
     for (long j = units.begin; j < units.end; ++j)
       product_of_panels(d, {0, panels}, w_2_ + j * panels * each * OUT * LANES, p.rows.size(), mid_rows_ + p.rows.begin,
@@ -241,80 +248,87 @@ class StagedBackwardRun : Staged<F> {
   }
 
   // What the next step reads lies on other pages, in more streams than a processor follows by itself.
-  JAXRNN_INLINE void look_ahead(const Place& p, long row, long unit) const {
+  JAXRNN_INLINE void look_ahead(const Place& p, const Entry& e) const {
     if (p.k == 0) return;
-    const long next = n_.at(time(p.k - 1), row);
+    const long next = n_.at(time(p.k - 1), e.row);
+    const Real* from = kept(next) + e.unit;
     const int vectors = norm() ? 2 * GATES + LSTM : F::SUMS;
-    for (int q = 0; q < vectors; ++q) __builtin_prefetch(kept(next) + q * H_ + unit);
-    for (int e = 0; e < E; ++e) __builtin_prefetch(p_.rests + (next * E + e) * H_ + unit);
-    if (!projected()) __builtin_prefetch(p_.d_ys + next * S_ + unit), __builtin_prefetch(p_.ys + next * S_ + unit);
+    for (int q = 0; q < vectors; ++q) __builtin_prefetch(from + q * H_);
+    for (int s = 0; s < E; ++s) __builtin_prefetch(p_.rests + (next * E + s) * H_ + e.unit);
+    if (!projected()) __builtin_prefetch(p_.d_ys + next * S_ + e.unit), __builtin_prefetch(p_.ys + next * S_ + e.unit);
   }
 
-  // The sums of the gates [first, last), and what else the gates of some rows read; and what is asked of them.
+  // Some gates or their sums.
   template <class B>
-  void recall(const Place& p, B& b, long row0, long unit, long n, int first = 0, int last = F::SUMS) const {
+  JAXRNN_INLINE void recall_gates(B& b, int first, int last) const {
     for (int i = 0; i < b.n; ++i) {
-      const long row = row0 + i;
-      const Real* kept_here = kept(at(p, row)) + unit;
-      look_ahead(p, row, unit);
-      for (int q = first; q < last; ++q) {
-        if (!norm()) {
-          b.a[q][i] = load(kept_here + q * H_, n);
-          continue;
-        }
-        const int gate = q < GATES ? q : GATES - 1;
-        const Vec u = load(kept_here + gate * H_, n) * theta(this->gain_x() + gate, unit) + theta(this->shift() + gate, unit);
-        const Vec v = load(kept_here + (GATES + gate) * H_, n) * theta(this->gain_h() + gate, unit);
-        b.a[q][i] = !APART || q < 2 ? u + v : q == 2 ? v + theta(0, unit) : u;
-      }
-      if (!LSTM) b.s[0][i] = load(h_before(p.k, row) + unit, n);
-      if (BEFORE || FIRST == 0) b.read[i] = p_.mask ? b.s[0][i] * load(p_.mask + row * S_ + unit, n) : b.s[0][i];
-      for (int e = 0; e < E; ++e) {
-        b.s[e + 1][i] = load(rest_before(p.k, row) + e * H_ + unit, n);
-        const Vec d = load(d_rest_[e] + row * width_ + unit);
-        const Vec z = rule_.zoned ? this->rest_stays(at(p, row), e, unit, n) : Vec{};
-        b.through[e + 1][i] = z * d;
-        b.d_s[e + 1][i] = (1.0f - z) * d;
-      }
-      if (LSTM && norm()) {
-        b.mean[i] = splat(stats(at(p, row))[2]), b.scale[i] = splat(stats(at(p, row))[3]);
-        b.c[i] = load(kept_here + 2 * GATES * H_, n);
+      const Entry& e = b.entries[i];
+      const Real* from = kept(e.at) + e.unit;
+      for (int q = first; q < last; ++q) b.a[q][i] = norm() ? sum_of_normal(b, i, from, q) : load(from + q * H_, e.n);
+      if (LSTM && norm()) b.c[i] = load(from + 2 * GATES * H_, e.n);
+    }
+  }
+  // What else the gates read, and what is asked of them.
+  template <class B>
+  JAXRNN_INLINE void recall(const Place& p, B& b) const {
+    recall_gates(b, 0, LSTM && norm() ? GATES - 1 : F::SUMS);
+    for (int i = 0; i < b.n; ++i) {
+      const Entry& e = b.entries[i];
+      look_ahead(p, e);
+      if (!LSTM) b.s[0][i] = load(e.h + e.unit, e.n);
+      if (BEFORE || FIRST == 0) b.read[i] = p_.mask ? b.s[0][i] * load(p_.mask + e.row * S_ + e.unit, e.n) : b.s[0][i];
+      for (int s = 0; s < E; ++s) {
+        b.s[s + 1][i] = load(e.rest + s * H_ + e.unit, e.n);
+        const Vec d = load(d_rest_[s] + e.row * width_ + e.unit);
+        const Vec z = rule_.zoned ? this->rest_stays(e.at, s, e.unit, e.n) : Vec{};
+        b.through[s + 1][i] = z * d;
+        b.d_s[s + 1][i] = (1.0f - z) * d;
       }
     }
   }
-  Vec d_output(const Place& p, long row, long unit, long n) const {
-    if (projected()) return load(d_mid_ + row * mid_width() + unit);
-    return valid(at(p, row)) ? d_new(p, row, unit, n) : Vec{};
+  template <class B>
+  JAXRNN_INLINE Vec sum_of_normal(const B& b, int i, const Real* from, int q) const {
+    const Entry& e = b.entries[i];
+    const int gate = q < GATES ? q : GATES - 1;
+    const Vec u = load(from + gate * H_, e.n) * b.theta(this->gain_x() + gate, i) + b.theta(this->shift() + gate, i);
+    const Vec v = load(from + (GATES + gate) * H_, e.n) * b.theta(this->gain_h() + gate, i);
+    return !APART || q < 2 ? u + v : q == 2 ? v + b.theta(0, i) : u;
+  }
+  JAXRNN_INLINE Vec d_output(const Entry& e) const {
+    if (projected()) return load(d_mid_ + e.row * mid_width() + e.unit);
+    return e.live ? d_new(e.at, e.row, e.unit, e.n) : Vec{};
+  }
+  Real* d_sums(Real* base, const Place& p, const Entry& e) const {
+    return panel(base, p.chunk, B_, V * LANES, Base::block_of(e.unit), p.m + e.row) + Base::in_block(e.unit);
   }
 
   // From the cotangents of the gates' results those of their sums, of θ and of the states, where no product is between.
   void gates(const Place& p) const {
-    for (long j = p.blocks.begin; j < p.blocks.end; ++j)
-      this->template batches<true>(p.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
-        recall(p, b, row0, unit, n);
-        for (int i = 0; i < b.n; ++i) {
-          const long row = row0 + i;
-          if (BEFORE) {
-            b.d_y[i] = load(d_mid_ + row * mid_width() + unit);
-            b.d_a[F::FIRST > 0 ? F::FIRST - 1 : 0][i] = load(work_ + row * width_ + unit);
-          } else if (LSTM && norm()) {
-            b.d_y[i] = load(work_ + row * width_ + unit);
-            b.d_a[GATES - 1][i] = load(work_ + (B_ + row) * width_ + unit);
-          } else {
-            b.d_y[i] = d_output(p, row, unit, n);
-          }
-        }
-        if constexpr (BEFORE) {
-          F::back_first(b);
-        } else if constexpr (LSTM) {
-          F::first(b);
-          if (!norm()) F::back_output(b);
-          F::back_gates(b);
+    each(p, [&](auto& b) {
+      recall(p, b);
+      for (int i = 0; i < b.n; ++i) {
+        const Entry& e = b.entries[i];
+        if (BEFORE) {
+          b.d_y[i] = load(d_mid_ + e.row * mid_width() + e.unit);
+          b.d_a[F::FIRST > 0 ? F::FIRST - 1 : 0][i] = load(work_ + e.row * width_ + e.unit);
+        } else if (LSTM && norm()) {
+          b.d_y[i] = load(work_ + e.row * width_ + e.unit);
+          b.d_a[GATES - 1][i] = load(work_ + (B_ + e.row) * width_ + e.unit);
         } else {
-          F::back(b);
+          b.d_y[i] = d_output(e);
         }
-        for (int i = 0; i < b.n; ++i) hand_back(p, b, i, j, row0 + i, unit, n, g);
-      });
+      }
+      if constexpr (BEFORE) {
+        F::back_first(b);
+      } else if constexpr (LSTM) {
+        F::cell(b);
+        if (!norm()) F::output_gate(b), F::back_output(b);
+        F::back_gates(b);
+      } else {
+        F::back(b);
+      }
+      for (int i = 0; i < b.n; ++i) hand_back(p, b, i);
+    });
     // Vectors of the last block that hold no unit.
     for (int g = 0; GROUPS > 1 && p.blocks.end == blocks_ && g < GROUPS; ++g)
       for (long row = p.rows.begin; layout_.lanes(blocks_ - 1, g) == 0 && row < p.rows.end; ++row)
@@ -323,53 +337,54 @@ class StagedBackwardRun : Staged<F> {
   }
 
   template <class B>
-  void hand_back(const Place& p, const B& b, int i, long j, long row, long unit, long n, int g) const {
-    const long m = p.m + row;
-    const bool live = valid(at(p, row));
-    Real *u = d_u(p.chunk, j, m) + g * LANES, *v = d_v(p.chunk, j, m) + g * LANES;
-    for (int q = 0; q < (BEFORE ? FIRST : GATES); ++q) {
-      const Vec of_u = live ? b.d_a[APART && q == 2 ? 3 : q][i] : Vec{}, of_v = live ? b.d_a[q][i] : Vec{};
-      store(u + q * LANES, of_u);
-      if (APART) store(v + q * LANES, of_v);
-      if (norm() && live) along(p, row, unit, n, q, of_u, of_v);
+  JAXRNN_INLINE void hand_back(const Place& p, const B& b, int i) const {
+    constexpr int COUNT = BEFORE ? FIRST : GATES;
+    const Entry& e = b.entries[i];
+    Real *u = d_sums(d_u_, p, e), *v = d_sums(d_v_, p, e);
+    if (!e.live) {
+      for (int q = 0; q < COUNT; ++q) store(u + q * LANES, Vec{}), store(v + q * LANES, Vec{});
+      if (BEFORE || (projected() && !norm())) store(mids_ + (p.m + e.row) * H_ + e.unit, Vec{}, e.n);
+      return;
     }
-    if (BEFORE || (projected() && !norm())) store(mids_ + m * H_ + unit, live ? b.y[i] : Vec{}, n);
-    if (!live) return;
-    for (int q = 0; q < F::THETA; ++q) add_theta(p.worker, q, unit, b.d_theta[q][i]);
+    for (int q = 0; q < COUNT; ++q) {
+      store(u + q * LANES, b.d_a[APART && q == 2 ? 3 : q][i]);
+      if (APART) store(v + q * LANES, b.d_a[q][i]);
+    }
+    if (norm()) along<0, COUNT>(p, b, i);
+    if (BEFORE || (projected() && !norm())) store(mids_ + (p.m + e.row) * H_ + e.unit, b.y[i], e.n);
+    for (int q = 0; q < F::THETA; ++q) add_theta(p.worker, q, e.unit, b.d_theta[q][i]);
     if (!LSTM) {
-      Real *through = through_ + row * s_width_ + unit, *read = d_read_ + row * s_width_ + unit;
+      Real *through = through_ + e.row * s_width_ + e.unit, *read = d_read_ + e.row * s_width_ + e.unit;
       if (!BEFORE) store(through, load(through) + b.d_s[0][i]);
       store(read, b.d_read[i]);
     }
-    for (int e = 0; e < E; ++e) {
-      Vec d = b.d_s[e + 1][i] + b.through[e + 1][i];
-      if (start(at(p, row))) {
-        Real* fresh = p_.d_fresh_rest + (row * E + e) * H_ + unit;
-        store(fresh, load(fresh, n) + d, n);
+    for (int s = 0; s < E; ++s) {
+      Vec d = b.d_s[s + 1][i] + b.through[s + 1][i];
+      if (start(e.at)) {
+        Real* fresh = p_.d_fresh_rest + (e.row * E + s) * H_ + e.unit;
+        store(fresh, load(fresh, e.n) + d, e.n);
         d = Vec{};
       }
-      store(d_rest_[e] + row * width_ + unit, d);
+      store(d_rest_[s] + e.row * width_ + e.unit, d);
     }
   }
 
   // Where a second product is between: the cotangents of its sum and of the update gate.
   void second_gates(const Place& p) const {
     if constexpr (BEFORE) {
-      for (long j = p.blocks.begin; j < p.blocks.end; ++j)
-        this->template batches<true>(p.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
-          recall(p, b, row0, unit, n);
-          for (int i = 0; i < b.n; ++i) b.d_y[i] = d_output(p, row0 + i, unit, n);
-          F::back_second(b);
-          for (int i = 0; i < b.n; ++i) {
-            const long row = row0 + i;
-            const Vec d = valid(at(p, row)) ? b.d_a[GATES - 1][i] : Vec{};
-            store(d_u(p.chunk, j, p.m + row) + (GATES - 1) * LANES, d);
-            if (norm() && valid(at(p, row))) along(p, row, unit, n, GATES - 1, d, d);
-            Real* through = through_ + row * s_width_ + unit;
-            store(through, load(through) + b.d_s[0][i]);
-            store(work_ + row * width_ + unit, b.d_a[F::UPDATE][i]);
-          }
-        });
+      each(p, [&](auto& b) {
+        recall(p, b);
+        for (int i = 0; i < b.n; ++i) b.d_y[i] = d_output(b.entries[i]);
+        F::back_second(b);
+        for (int i = 0; i < b.n; ++i) {
+          const Entry& e = b.entries[i];
+          store(d_sums(d_u_, p, e) + (GATES - 1) * LANES, e.live ? b.d_a[GATES - 1][i] : Vec{});
+          if (norm() && e.live) along<GATES - 1, GATES>(p, b, i);
+          Real* through = through_ + e.row * s_width_ + e.unit;
+          store(through, load(through) + b.d_s[0][i]);
+          store(work_ + e.row * width_ + e.unit, b.d_a[F::UPDATE][i]);
+        }
+      });
     }
   }
 
@@ -382,122 +397,110 @@ class StagedBackwardRun : Staged<F> {
 
   // Through v = v̂ γ, where v̂ = scale · (v − its mean, which the weights are without): for every row the sum of
   // d γ v̂ over gates and units, by every worker, of u and of v.
-  JAXRNN_INLINE void along(const Place& p, long row, long unit, long n, int q, Vec of_u, Vec of_v) const {
-    const Real* normal = kept(at(p, row)) + unit + q * H_;
-    Real* sums[] = {along_[0] + (p.worker.number * B_ + row) * LANES, along_[1] + (p.worker.number * B_ + row) * LANES};
-    store(sums[0], load(sums[0]) + of_u * theta(this->gain_x() + q, unit) * load(normal, n));
-    store(sums[1], load(sums[1]) + of_v * theta(this->gain_h() + q, unit) * load(normal + GATES * H_, n));
+  Real* row_sum(const Place& p, int which, long row) const { return along_[which] + (p.worker.number * B_ + row) * LANES; }
+  template <int FROM, int TO, class B>
+  JAXRNN_INLINE void along(const Place& p, const B& b, int i) const {
+    const Entry& e = b.entries[i];
+    const Real* normal = kept(e.at) + e.unit;
+    Real *u = row_sum(p, 0, e.row), *v = row_sum(p, 1, e.row);
+    Vec of_u{}, of_v{};
+    for (int q = FROM; q < TO; ++q) {
+      of_u += b.d_a[APART && q == 2 ? 3 : q][i] * b.theta(this->gain_x() + q, i) * load(normal + q * H_, e.n);
+      of_v += b.d_a[q][i] * b.theta(this->gain_h() + q, i) * load(normal + (GATES + q) * H_, e.n);
+    }
+    store(u, load(u) + of_u), store(v, load(v) + of_v);
   }
   void hand_in(const Place& p, int which, int slot) const {
     for (long row = p.rows.begin; row < p.rows.end; ++row) {
-      Real* sum = along_[which] + (p.worker.number * B_ + row) * LANES;
+      Real* sum = row_sum(p, which, row);
       partial_[slot][p.worker.number * B_ + row] = sum_of(load(sum));
       store(sum, Vec{});
     }
   }
-  // Then the cotangents of the products for gates [first, last), of which the sum lies in a slot and the scale among the
-  // numbers that are kept; x and h tell whose.
-  template <class Panel>
-  void norm_back(const Place& p, const Panel& d_of, const Panel& n_of, int first, int last, int slot, int stat, long place,
-                 long gain) const {
-    const Real columns = static_cast<Real>((last - first) * H_);
+  // Then the cotangents of the products for gates [FROM, TO), of x or of h, by the sum in a slot and the scale in a place
+  // among the numbers that are kept; and those of gains, and with x of biases.
+  template <int FROM, int TO>
+  void norm_back(const Place& p, bool of_h, int slot, int stat) const {
+    const long H = H_, width = width_, gain = of_h ? this->gain_h() : this->gain_x();
+    const Real *gains = theta_ + gain * width, columns = static_cast<Real>((TO - FROM) * H);
+    Real *d_gains = d_theta_ + (p.worker.number * rule_.theta() + gain) * width;
+    Real *d_biases = d_gains + (this->shift() - gain) * width;
     for (long row = p.rows.begin; row < p.rows.end; ++row) {
-      const bool live = valid(at(p, row));
-      const Real* from = kept(at(p, row));
-      const Real mean = live ? together(p.worker, slot, row) / columns : 0, scale = live ? stats(at(p, row))[stat] : 0;
-      for (long j = p.blocks.begin; j < p.blocks.end; ++j)
-        for (int q = first; q < last; ++q) {
-          const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-          const Vec d = load((this->*d_of)(p.chunk, j, p.m + row) + q * LANES) * theta(gain + q, unit);
-          const Vec normal = load(from + (place + q) * H_ + unit, n);
-          store((this->*n_of)(p.chunk, j, p.m + row) + q * LANES, live ? scale * (d - normal * mean) : Vec{});
+      const long step = at(p, row), m = p.m + row;
+      const bool live = valid(step);
+      const Real* from = kept(step) + (of_h ? GATES * H : 0);
+      const Vec mean = splat(live ? together(p.worker, slot, row) / columns : 0), scale = splat(live ? stats(step)[stat] : 0);
+      for (long j = p.blocks.begin; j < p.blocks.end; ++j) {
+        const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
+        const Real* d = of_h && APART ? d_v(p.chunk, j, m) : d_u(p.chunk, j, m);
+        Real* to = of_h ? d_v(p.chunk, j, m) : d_u(p.chunk, j, m);
+        for (int q = FROM; q < TO; ++q) {
+          const long place = q * width + unit;
+          const Vec of_sum = load(d + q * LANES), normal = live ? load(from + q * H + unit, n) : Vec{};
+          store(d_gains + place, load(d_gains + place) + of_sum * normal);
+          if (!of_h) store(d_biases + place, load(d_biases + place) + of_sum);
+          store(to + q * LANES, scale * (of_sum * load(gains + place) - normal * mean));
         }
+      }
     }
   }
 
   void norms(const Place& p) const {
-    using Run = StagedBackwardRun;
     hand_in(p, 0, 0), hand_in(p, 1, 1);
     wait(p.worker);
-    norm_back(p, &Run::d_u, &Run::n_u, 0, GATES, 0, 0, 0, this->gain_x());
-    norm_back(p, &Run::d_v, &Run::n_v, 0, FIRST, 1, 1, GATES, this->gain_h());
+    norm_back<0, FIRST>(p, true, 1, 1);
+    norm_back<0, GATES>(p, false, 0, 0);
   }
   void second_norm(const Place& p) const {
-    using Run = StagedBackwardRun;
     hand_in(p, 1, 2);
     wait(p.worker);
-    norm_back(p, &Run::d_v, &Run::n_v, GATES - 1, GATES, 2, 2, GATES, this->gain_h());
-  }
-
-  // The cotangents of gains and biases from a chunk, for the units of some blocks.
-  void gains(const Chunk& chunk, const Worker& w, Range blocks) const {
-    for (long j = blocks.begin; j < blocks.end; ++j)
-      for (int q = 0; q < GATES; ++q) {
-        const long unit = layout_.unit(j, 0), n = layout_.lanes(j, 0);
-        const Real *u = d_u(chunk, j, 0) + q * LANES, *v = d_v(chunk, j, 0) + q * LANES;
-        Vec of_x{}, of_h{}, of_b{};
-        for (long k = chunk.first; k < chunk.last; ++k)
-          for (long row = 0; row < B_; ++row, u += V * LANES, v += V * LANES) {
-            const long at = n_.at(time(k), row);
-            if (!valid(at)) continue;
-            const Real* normal = kept(at) + q * H_ + unit;
-            of_x += load(u) * load(normal, n);
-            of_h += load(v) * load(normal + GATES * H_, n);
-            of_b += load(u);
-          }
-        add_theta(w, this->gain_x() + q, unit, of_x);
-        add_theta(w, this->gain_h() + q, unit, of_h);
-        add_theta(w, this->shift() + q, unit, of_b);
-      }
+    norm_back<GATES - 1, GATES>(p, true, 2, 2);
   }
 
   // Through χ and the norm of c': what `gates` begins from.
   void output_norm(const Place& p) const {
     if constexpr (LSTM) {
-      auto each = [&](const auto& work) {
-        for (long j = p.blocks.begin; j < p.blocks.end; ++j) this->template batches<true>(p.rows, j, theta_, work);
-      };
-      for (int slot : {2, 3})
-        for (long row = p.rows.begin; row < p.rows.end; ++row) partial_[slot][p.worker.number * B_ + row] = 0;
-      each([&](auto& b, long row0, long unit, long n, int) {
-        recall(p, b, row0, unit, n, GATES - 1, GATES);
+      each(p, [&](auto& b) {
+        recall_gates(b, GATES - 1, GATES);
         for (int i = 0; i < b.n; ++i) {
-          b.d_y[i] = d_output(p, row0 + i, unit, n);
-          b.a[GATES - 1][i] += b.theta[GATES - 2] * b.c[i];
+          const Entry& e = b.entries[i];
+          b.d_y[i] = d_output(e);
+          b.mean[i] = splat(stats(e.at)[2]), b.scale[i] = splat(stats(e.at)[3]);
         }
-        gate(b, GATES - 1, rule_.gate);
+        F::output_gate(b);
         F::back_output(b);
         for (int i = 0; i < b.n; ++i) {
-          const long row = row0 + i, place = row * width_ + unit;
-          const bool live = valid(at(p, row));
-          const Vec normal = (b.c[i] - b.mean[i]) * b.scale[i], d = b.d_y[i] * b.gain;
+          const Entry& e = b.entries[i];
+          const long place = e.row * width_ + e.unit;
+          const Vec normal = (b.c[i] - b.mean[i]) * b.scale[i], d = b.d_y[i] * F::gain(b, i);
           store(work_ + place, d), store(work_ + B_ * width_ + place, b.d_a[GATES - 1][i]);
           store(normal_ + place, normal);
-          partial_[2][p.worker.number * B_ + row] += sum_of(d);
-          partial_[3][p.worker.number * B_ + row] += sum_of(d * normal);
-          if (projected()) store(mids_ + (p.m + row) * H_ + unit, live ? b.y[i] : Vec{}, n);
-          if (!live) continue;
-          add_theta(p.worker, this->gain_c(), unit, b.d_y[i] * normal);
-          add_theta(p.worker, this->gain_c() + 1, unit, b.d_y[i]);
+          Real *sum = row_sum(p, 0, e.row), *along = row_sum(p, 1, e.row);
+          store(sum, load(sum) + d), store(along, load(along) + d * normal);
+          if (projected()) store(mids_ + (p.m + e.row) * H_ + e.unit, e.live ? b.y[i] : Vec{}, e.n);
+          if (!e.live) continue;
+          add_theta(p.worker, this->gain_c(), e.unit, b.d_y[i] * normal);
+          add_theta(p.worker, this->gain_c() + 1, e.unit, b.d_y[i]);
         }
       });
+      hand_in(p, 0, 2), hand_in(p, 1, 3);
       wait(p.worker);
       const Real size = static_cast<Real>(H_);
-      each([&](auto& b, long row0, long unit, long, int) {
-        for (int i = 0; i < b.n; ++i) {
-          const long row = row0 + i, place = row * width_ + unit;
-          const Real mean = together(p.worker, 2, row) / size, along = together(p.worker, 3, row) / size;
-          const Real scale = stats(at(p, row))[3];
+      for (long row = p.rows.begin; row < p.rows.end; ++row) {
+        const Vec mean = splat(together(p.worker, 2, row) / size), along = splat(together(p.worker, 3, row) / size);
+        const Vec scale = splat(stats(at(p, row))[3]);
+        for (long j = p.blocks.begin; j < p.blocks.end; ++j) {
+          const long place = row * width_ + layout_.unit(j, 0);
           store(work_ + place, scale * (load(work_ + place) - mean - load(normal_ + place) * along));
         }
-      });
+      }
     }
   }
 
   // The cotangent of h before the step.
   void carry(const Place& p, Range out) const {
     constexpr long each = VF * LANES;
-    const Panels d = panels_of(p.chunk, n_v(p.chunk, 0, p.m + p.rows.begin), V * LANES, each);
+    const Panels d = panels_of(p.chunk, d_v(p.chunk, 0, p.m + p.rows.begin), V * LANES, each);
     for (long j = out.begin; j < out.end; ++j) {
       const Range units = rule_.heads == 1 ? Range{0, H_} : heads(j * out_.units(), out_.units());
       if constexpr (VF > 0)
@@ -543,7 +546,7 @@ class StagedBackwardRun : Staged<F> {
         mid[i] = mids_ + (begin + i) * H_;
       }
       for (long j = blocks.begin; j < blocks.end; ++j) {
-        const Real *u = n_u(chunk, j, begin), *v = n_v(chunk, j, begin);
+        const Real *u = d_u(chunk, j, begin), *v = d_v(chunk, j, begin);
         gram<V>(x, size, {0, D}, u, V * LANES, d_w_x_ + j * V * LANES * D, V * LANES);
         if constexpr (VF > 0)
           gram<VF>(s, size, heads(j * layout_.units(), layout_.units()), v, V * LANES, d_w_h_ + j * VF * LANES * S_, VF * LANES);
@@ -564,7 +567,7 @@ class StagedBackwardRun : Staged<F> {
       const long size = std::min(MOST, rows.end - begin);
       for (long i = 0; i < size; ++i)
         d_x[i] = p_.d_xs + n_.at(time(chunk.first + (begin + i) / B_), (begin + i) % B_) * D;
-      const Panels d = panels_of(chunk, n_u(chunk, 0, begin), width, width);
+      const Panels d = panels_of(chunk, d_u(chunk, 0, begin), width, width);
       for (long j = 0; j < inputs_.blocks(); ++j)
         product_of_panels(d, {0, blocks_}, w_x_ + j * blocks_ * width * OUT * LANES, size, d_x, inputs_.unit(j, 0),
                           D - inputs_.unit(j, 0));
@@ -578,7 +581,7 @@ class StagedBackwardRun : Staged<F> {
   long at_once_;
   Real *w_h_, *w_2_, *w_x_, *d_w_x_, *d_w_h_, *d_w_2_, *d_b_, *theta_, *d_theta_;
   Real *d_h_, *through_, *d_read_, *d_rest_[E > 0 ? E : 1], *d_mid_, *carried_, *work_, *normal_;
-  Real *d_u_, *d_v_, *n_u_, *n_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4], *along_[2];
+  Real *d_u_, *d_v_, *d_second_, *mids_, *reads_, *nothing_, *partial_[4], *along_[2];
 };
 
 // f of the family.

@@ -1,5 +1,5 @@
 // Gated recurrences with options, in stages: of every step the products with h of all units, then what the gates do with
-// them, batch by batch of vectors. Threads divide the rows or the units, as those of the plain kernels do. Stages that
+// them, row by row. Threads divide the rows or the units, as those of the plain kernels do. Stages that
 // need all units of a row (norms, second products) begin when every thread has done what comes before.
 
 template <class F>
@@ -19,7 +19,7 @@ class StagedForwardRun : Staged<F> {
     const long second = BEFORE ? width_ * H_ : projected() ? s_width_ * H_ : 0, chunk = at_once_ * most_rows_;
     Scratch scratch(blocks_ * (block * (D + 1) + VF * LANES * S_) + second + rule_.theta() * width_ +
                     B_ * (5 * s_width_ + (E + 1) * width_ + blocks_ * block + 6) +
-                    parts * (u_size_ + 4 * chunk + 4 * B_ + 128) + 1024);
+                    parts * (u_size_ + 4 * chunk + 6 * B_ + 128) + 1024);
     x_ = scratch.take(blocks_ * block * D);
     h_ = scratch.take(blocks_ * VF * LANES * S_);
     second_ = scratch.take(second);
@@ -39,6 +39,7 @@ class StagedForwardRun : Staged<F> {
     x_rows_ = reinterpret_cast<const Real**>(scratch.take(2 * parts * chunk));
     of_u_ = scratch.take(parts * chunk), scale_u_ = scratch.take(parts * chunk);
     for (Real** each : {&of_v_, &scale_v_, &of_w_, &of_c_}) *each = scratch.take(parts * B_);
+    of_rows_ = scratch.take(2 * parts * B_);
   }
 
   void run() {
@@ -57,7 +58,7 @@ class StagedForwardRun : Staged<F> {
   }
 
  private:
-  // Steps whose u lies in memory, (block, step, row, width).
+  // Steps whose u lies in memory, (step, row, block, width).
   struct Chunk {
     long first, steps;
     Range rows, blocks;
@@ -67,11 +68,11 @@ class StagedForwardRun : Staged<F> {
     long at(long k, long row) const { return (k - first) * rows.size() + row - rows.begin; }
   };
 
-  // Vectors of a row in a block: the products with x, and those with h.
-  Real* of_x(const Chunk& chunk, long j, long m) const {
-    return chunk.u + ((j - chunk.blocks.begin) * chunk.count() + m) * V * LANES;
+  // The products with x and those with h: of every row the vectors of all blocks.
+  Real* of_x(const Chunk& chunk, long m, long j) const {
+    return chunk.u + (m * chunk.blocks.size() + j - chunk.blocks.begin) * V * LANES;
   }
-  Real* of_h(long j, long row) const { return sums_ + (j * B_ + row) * V * LANES; }
+  Real* of_h(long row, long j = 0) const { return sums_ + (row * blocks_ + j) * V * LANES; }
   Real* kept(long at) const { return p_.kept ? p_.kept + at * rule_.kept(H_) : nullptr; }
   Real* stats(long at) const { return kept(at) + rule_.before_stats(H_); }
 
@@ -132,10 +133,10 @@ class StagedForwardRun : Staged<F> {
     for (long k = chunk.first; k < chunk.first + chunk.steps; ++k)
       for (long b = chunk.rows.begin; b < chunk.rows.end; ++b) *x++ = p_.xs + n_.at(time(k), b) * D;
     for (long j = chunk.blocks.begin; j < chunk.blocks.end; ++j)
-      product<V>(chunk.x, count, {0, D}, x_ + j * block * D, bias_ + j * block, of_x(chunk, j, 0), block);
+      product<V>(chunk.x, count, {0, D}, x_ + j * block * D, bias_ + j * block, of_x(chunk, 0, j), chunk.blocks.size() * block);
     if (!norm()) return;
     const long most = at_once_ * most_rows_;
-    squares(chunk.u, count * block, block, chunk.blocks.size(), V, count, of_u_ + w.number * most);
+    squares(chunk.u, block, chunk.blocks.size() * block, chunk.blocks.size(), V, count, of_u_ + w.number * most);
     wait(w);
     Real* scales = scale_u_ + w.number * most;
     for (long m = 0; m < count; ++m) {
@@ -146,102 +147,118 @@ class StagedForwardRun : Staged<F> {
   }
 
   void step(const Chunk& chunk, long k, const Worker& w) {
-    const Range rows = chunk.rows, blocks = chunk.blocks;
-    for (long j = blocks.begin; j < blocks.end; ++j) {
-      if constexpr (VF > 0) {
-        product<VF>(read_rows_[k & 1] + rows.begin, rows.size(), heads(j * layout_.units(), layout_.units()),
-                    h_ + j * S_ * VF * LANES, nullptr, of_h(j, rows.begin), V * LANES, B_ == 1);
-      }
-      if (!norm()) first(chunk, k, j, w);
+    in_groups(w, chunk.rows, [&](Range rows) { first_stage(chunk, k, rows, w); });
+    if (BEFORE || projected()) {
+      wait(w);
+      in_groups(w, chunk.rows, [&](Range rows) { second_product(chunk, k, rows, w); });
     }
+    wait(w);
+  }
+
+  void first_stage(const Chunk& chunk, long k, Range rows, const Worker& w) {
+    const Range blocks = chunk.blocks;
+    for (long j = blocks.begin; VF > 0 && j < blocks.end; ++j)
+      if constexpr (VF > 0)
+        product<VF>(read_rows_[k & 1] + rows.begin, rows.size(), heads(j * layout_.units(), layout_.units()),
+                    h_ + j * S_ * VF * LANES, nullptr, of_h(rows.begin, j), blocks_ * V * LANES, B_ == 1);
     if (norm()) {
       find_squares(w, rows, blocks, 0, F::FIRST, of_v_);
       for (long row = rows.begin; row < rows.end; ++row) {
         const Real found = scale_v_[w.number * B_ + row] = scale(w, of_v_, B_, row, F::FIRST * H_);
         if (p_.kept && blocks.begin == 0) stats(n_.at(time(k), row))[1] = found;
       }
-      for (long j = blocks.begin; j < blocks.end; ++j) first(chunk, k, j, w);
-      if (LSTM) normalized_output(k, w, rows, blocks);
     }
-    if (BEFORE || projected()) {
-      wait(w);
-      second_product(chunk, k, w);
-    }
-    wait(w);
+    first(chunk, k, rows, w);
+    if (LSTM && norm()) normalized_output(k, w, rows, blocks);
   }
 
   // Of the products with h, some vectors of every block.
   void find_squares(const Worker& w, Range rows, Range blocks, long first, long vectors, Real* partial) const {
-    const long block = V * LANES;
-    squares(of_h(blocks.begin, rows.begin) + first * LANES, B_ * block, block, blocks.size(), vectors, rows.size(),
-            partial + w.number * B_ + rows.begin);
+    squares(of_h(rows.begin, blocks.begin) + first * LANES, V * LANES, blocks_ * V * LANES, blocks.size(), vectors,
+            rows.size(), partial + w.number * B_ + rows.begin);
     wait(w);
   }
 
-  // From a product and its scale what is kept of it, and what the gates read of it: v̂ = scale v and v̂ γ.
-  Vec normalized(Real* kept, int place, int gain, Vec v, Real scale, long unit, long n) const {
-    const Vec normal = v * scale;
-    if (kept) store(kept + place * H_ + unit, normal, n);
-    return normal * load(theta_ + gain * width_ + unit);
+  template <class Work>
+  JAXRNN_INLINE void each(long k, Range rows, Range blocks, const Work& work) const {
+    this->template batches<false>(k, rows, blocks, theta_, [](Entry&) {}, work);
   }
-  // The sums of the gates [first, last) for some rows, from their products; with a norm these have scales.
+
+  // The sums of the gates [first, last) for some rows, from their products.
   template <class B>
-  void gate_sums(const Chunk& chunk, long k, long j, long row0, long unit, long n, int g, const Worker& w,
-                 const Real* scales, B& b, int first, int last) const {
-    const Real* scales_u = scale_u_ + w.number * at_once_ * most_rows_;
+  JAXRNN_INLINE void gate_sums(const Chunk& chunk, long k, const Worker& w, B& b, int first, int last) const {
     for (int i = 0; i < b.n; ++i) {
-      const long row = row0 + i, m = chunk.at(k, row);
-      const Real *u = of_x(chunk, j, m) + g * LANES, *v = of_h(j, row) + g * LANES;
-      Real* to = kept(n_.at(time(k), row));
+      const Entry& e = b.entries[i];
+      const long m = chunk.at(k, e.row);
+      const Real *u = of_x(chunk, m, 0) + Base::in_row(e.unit), *v = of_h(e.row) + Base::in_row(e.unit);
       for (int q = first; q < last; ++q) {
         Vec x = load(u + q * LANES), h = F::FIRST > 0 ? load(v + q * LANES) : Vec{};
-        if (norm()) {
-          x = normalized(to, q, this->gain_x() + q, x, scales_u[m], unit, n);
-          x += load(theta_ + (this->shift() + q) * width_ + unit);
-          h = normalized(to, F::GATES + q, this->gain_h() + q, h, scales[row], unit, n);
-        }
-        if (APART && q == 2) b.a[2][i] = h + load(theta_ + unit), b.a[F::SUMS - 1][i] = x;
+        if (norm()) normalize(e, w, m, q, x, h);
+        if (APART && q == 2) b.a[2][i] = h + b.theta(0, i), b.a[F::SUMS - 1][i] = x;
         else b.a[q][i] = x + h;
-        if (!to || norm()) continue;
-        store(to + q * H_ + unit, b.a[q][i], n);
-        if (APART && q == 2) store(to + 3 * H_ + unit, x, n);
       }
+    }
+    if (!norm() && !rule_.keeps_gates()) keep(b, first, APART ? F::SUMS : last);
+  }
+  // With a norm, v̂ = scale v is kept of both products, and the gates read v̂ γ; the bias comes to that of x.
+  JAXRNN_INLINE void normalize(const Entry& e, const Worker& w, long m, int q, Vec& x, Vec& h) const {
+    const Real* theta = theta_ + e.unit;
+    x *= scale_u_[w.number * at_once_ * most_rows_ + m];
+    h *= scale_v_[w.number * B_ + e.row];
+    if (p_.kept) {
+      Real* to = kept(e.at) + q * H_ + e.unit;
+      store(to, x, e.n), store(to + F::GATES * H_, h, e.n);
+    }
+    x = x * load(theta + (this->gain_x() + q) * width_) + load(theta + (this->shift() + q) * width_);
+    h = h * load(theta + (this->gain_h() + q) * width_);
+  }
+  // What is kept where there is no norm.
+  template <class B>
+  JAXRNN_INLINE void keep(const B& b, int first, int last) const {
+    if (!p_.kept) return;
+    for (int i = 0; i < b.n; ++i) {
+      const Entry& e = b.entries[i];
+      Real* to = kept(e.at) + e.unit;
+      for (int q = first; q < last; ++q) store(to + q * H_, b.a[q][i], e.n);
     }
   }
 
   // What the gates do.
-  void first(const Chunk& chunk, long k, long j, const Worker& w) const {
-    const long t = time(k);
-    this->template batches<false>(chunk.rows, j, theta_, [&](auto& b, long row0, long unit, long n, int g) {
-      gate_sums(chunk, k, j, row0, unit, n, g, w, scale_v_ + w.number * B_, b, 0, BEFORE ? F::FIRST : F::GATES);
+  void first(const Chunk& chunk, long k, Range rows, const Worker& w) const {
+    const bool keeps_gates = rule_.keeps_gates();
+    each(k, rows, chunk.blocks, [&](auto& b) {
+      gate_sums(chunk, k, w, b, 0, BEFORE ? F::FIRST : F::GATES);
       for (int i = 0; i < b.n; ++i) {
-        const long row = row0 + i;
-        if (!LSTM) b.s[0][i] = load(state_[k & 1] + row * s_width_ + unit);
-        if (BEFORE || F::FIRST == 0) b.read[i] = load(read_[k & 1] + row * s_width_ + unit);
-        for (int e = 0; e < E; ++e) b.s[e + 1][i] = load(rest_[e] + row * width_ + unit);
+        const Entry& e = b.entries[i];
+        if (!LSTM) b.s[0][i] = load(state_[k & 1] + e.row * s_width_ + e.unit);
+        if (BEFORE || F::FIRST == 0) b.read[i] = load(read_[k & 1] + e.row * s_width_ + e.unit);
+        for (int s = 0; s < E; ++s) b.s[s + 1][i] = load(rest_[s] + e.row * width_ + e.unit);
       }
       F::first(b);
+      if (keeps_gates) keep(b, 0, BEFORE ? F::FIRST : F::SUMS);
       if constexpr (LSTM) {
         for (int i = 0; i < b.n; ++i) {
-          rest_after(k, row0 + i, 0, unit, n, b.c[i]);
+          const Entry& e = b.entries[i];
+          rest_after(k, e, 0, b.c[i]);
           if (!norm()) continue;
-          if (p_.kept) store(kept(n_.at(t, row0 + i)) + 2 * F::GATES * H_ + unit, b.c[i], n);
-          store(of_h(j, row0 + i), b.c[i]);
-          store(of_h(j, row0 + i) + F::O * LANES, b.a[F::O][i]);
+          if (p_.kept) store(kept(e.at) + 2 * F::GATES * H_ + e.unit, b.c[i], e.n);
+          Real* to = of_h(e.row) + Base::in_row(e.unit);
+          store(to, b.c[i]), store(to + F::O * LANES, b.a[F::O][i]);
         }
         if (norm()) return;
         F::output(b, false);
-        hand_on(k, row0, unit, n, b);
+        hand_on(k, b);
       } else {
         for (int i = 0; i < b.n; ++i)
-          for (int e = 0; e < E; ++e) rest_after(k, row0 + i, e, unit, n, b.s[e + 1][i]);
+          for (int s = 0; s < E; ++s) rest_after(k, b.entries[i], s, b.s[s + 1][i]);
         if constexpr (BEFORE) {
           for (int i = 0; i < b.n; ++i) {
-            store(mid_ + (row0 + i) * width_ + unit, b.y[i]);
-            store(of_h(j, row0 + i) + (F::FIRST - 1) * LANES, b.a[F::FIRST - 1][i]);
+            const Entry& e = b.entries[i];
+            store(mid_ + e.row * width_ + e.unit, b.y[i]);
+            store(of_h(e.row) + Base::in_row(e.unit) + (F::FIRST - 1) * LANES, b.a[F::FIRST - 1][i]);
           }
         } else {
-          for (int i = 0; i < b.n; ++i) h_after(k, row0 + i, unit, n, b.y[i]);
+          for (int i = 0; i < b.n; ++i) h_after(k, b.entries[i], b.y[i]);
         }
       }
     });
@@ -249,10 +266,11 @@ class StagedForwardRun : Staged<F> {
 
   // y of an LSTM: the new h, or what a projection reads.
   template <class B>
-  void hand_on(long k, long row0, long unit, long n, const B& b) const {
+  JAXRNN_INLINE void hand_on(long k, const B& b) const {
     for (int i = 0; i < b.n; ++i) {
-      if (projected()) store(mid_ + (row0 + i) * width_ + unit, b.y[i]);
-      else h_after(k, row0 + i, unit, n, b.y[i]);
+      const Entry& e = b.entries[i];
+      if (projected()) store(mid_ + e.row * width_ + e.unit, b.y[i]);
+      else h_after(k, e, b.y[i]);
     }
   }
 
@@ -264,7 +282,7 @@ class StagedForwardRun : Staged<F> {
         for (long row = rows.begin; row < rows.end; ++row) {
           Vec sum{};
           for (long j = blocks.begin; j < blocks.end; ++j)
-            sum += part(row, load(of_h(j, row), layout_.lanes(j, 0)), layout_.lanes(j, 0));
+            sum += part(row, load(of_h(row, j), layout_.lanes(j, 0)), layout_.lanes(j, 0));
           partial[w.number * B_ + row] = sum_of(sum);
         }
         wait(w);
@@ -274,24 +292,26 @@ class StagedForwardRun : Staged<F> {
         const Vec centred = c - together(w, of_w_, B_, row) / size;
         return Base::first_lanes(n) ? centred * centred : Vec{};
       });
-      for (long j = blocks.begin; j < blocks.end; ++j)
-        this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
-          for (int i = 0; i < b.n; ++i) {
-            const long row = row0 + i, at = n_.at(time(k), row);
-            b.c[i] = load(of_h(j, row));
-            b.a[F::O][i] = load(of_h(j, row) + F::O * LANES);
-            const Real mean = together(w, of_w_, B_, row) / size, found = scale(w, of_c_, B_, row, H_);
-            b.mean[i] = splat(mean), b.scale[i] = splat(found);
-            if (p_.kept && j == 0) stats(at)[2] = mean, stats(at)[3] = found;
-          }
-          F::output(b, false);
-          hand_on(k, row0, unit, n, b);
-        });
+      for (long row = rows.begin; row < rows.end; ++row) {
+        Real* found = of_rows_ + (w.number * B_ + row) * 2;
+        found[0] = together(w, of_w_, B_, row) / size, found[1] = scale(w, of_c_, B_, row, H_);
+        if (p_.kept && blocks.begin == 0) std::memcpy(stats(n_.at(time(k), row)) + 2, found, 2 * sizeof(Real));
+      }
+      each(k, rows, blocks, [&](auto& b) {
+        for (int i = 0; i < b.n; ++i) {
+          const Entry& e = b.entries[i];
+          const Real *from = of_h(e.row) + Base::in_row(e.unit), *found = of_rows_ + (w.number * B_ + e.row) * 2;
+          b.c[i] = load(from), b.a[F::O][i] = load(from + F::O * LANES);
+          b.mean[i] = splat(found[0]), b.scale[i] = splat(found[1]);
+        }
+        F::output(b, false);
+        hand_on(k, b);
+      });
     }
   }
 
-  void second_product(const Chunk& chunk, long k, const Worker& w) {
-    const Range rows = chunk.rows, blocks = chunk.blocks;
+  void second_product(const Chunk& chunk, long k, Range rows, const Worker& w) {
+    const Range blocks = chunk.blocks;
     auto multiply = [&](auto vectors, long j, Real* to, long stride) {
       constexpr int N = decltype(vectors)::value;
       product<N>(mid_rows_ + rows.begin, rows.size(), {0, H_}, second_ + j * N * LANES * H_, nullptr, to, stride);
@@ -299,7 +319,7 @@ class StagedForwardRun : Staged<F> {
     if constexpr (BEFORE) {
       constexpr int N = F::GATES - 1;
       for (long j = blocks.begin; j < blocks.end; ++j)
-        multiply(std::integral_constant<int, 1>{}, j, of_h(j, rows.begin) + N * LANES, V * LANES);
+        multiply(std::integral_constant<int, 1>{}, j, of_h(rows.begin, j) + N * LANES, blocks_ * V * LANES);
       if (norm()) {
         find_squares(w, rows, blocks, N, 1, of_w_);
         for (long row = rows.begin; row < rows.end; ++row) {
@@ -307,62 +327,64 @@ class StagedForwardRun : Staged<F> {
           if (p_.kept && blocks.begin == 0) stats(n_.at(time(k), row))[2] = found;
         }
       }
-      for (long j = blocks.begin; j < blocks.end; ++j)
-        this->template batches<false>(rows, j, theta_, [&](auto& b, long row0, long unit, long n, int) {
-          gate_sums(chunk, k, j, row0, unit, n, 0, w, scale_v_ + w.number * B_, b, N, N + 1);
-          for (int i = 0; i < b.n; ++i) {
-            b.a[F::UPDATE][i] = load(of_h(j, row0 + i) + F::UPDATE * LANES);
-            b.s[0][i] = load(state_[k & 1] + (row0 + i) * s_width_ + unit);
-          }
-          F::second(b);
-          for (int i = 0; i < b.n; ++i) h_after(k, row0 + i, unit, n, b.y[i]);
-        });
+      const bool keeps_gates = rule_.keeps_gates();
+      each(k, rows, blocks, [&](auto& b) {
+        gate_sums(chunk, k, w, b, N, N + 1);
+        for (int i = 0; i < b.n; ++i) {
+          const Entry& e = b.entries[i];
+          b.a[F::UPDATE][i] = load(of_h(e.row) + Base::in_row(e.unit) + F::UPDATE * LANES);
+          b.s[0][i] = load(state_[k & 1] + e.row * s_width_ + e.unit);
+        }
+        F::second(b);
+        if (keeps_gates) keep(b, N, N + 1);
+        for (int i = 0; i < b.n; ++i) h_after(k, b.entries[i], b.y[i]);
+      });
     } else {
       const Range own = w.blocks(out_.blocks());
       for (long j = own.begin; j < own.end; ++j) {
         multiply(std::integral_constant<int, OUT>{}, j, projected_ + rows.begin * s_width_ + out_.unit(j, 0), s_width_);
         for (long row = rows.begin; row < rows.end; ++row)
           for (int v = 0; v < OUT; ++v) {
-            const long unit = out_.unit(j, v), n = out_.lanes(j, v);
-            if (n) h_after(k, row, unit, n, load(projected_ + row * s_width_ + unit));
+            const long at = n_.at(time(k), row), unit = out_.unit(j, v), n = out_.lanes(j, v);
+            if (n) h_after(k, {row, at, unit, n, valid(at), nullptr, nullptr}, load(projected_ + row * s_width_ + unit));
           }
       }
     }
   }
 
   // The carry after the step: that before the next one.
-  void h_after(long k, long row, long unit, long n, Vec h) const {
-    const long at = n_.at(time(k), row), place = row * s_width_ + unit;
-    const Vec before = load(state_[k & 1] + place);
-    if (!valid(at)) {
-      h = before;
-      store(p_.ys + at * S_ + unit, Vec{}, n);
+  JAXRNN_INLINE void h_after(long k, const Entry& e, Vec h) const {
+    const long place = e.row * s_width_ + e.unit;
+    Real* ys = p_.ys + e.at * S_ + e.unit;
+    if (!e.live) {
+      h = load(state_[k & 1] + place);
+      store(ys, Vec{}, e.n);
     } else {
       if (rule_.zoned) {
-        const Vec z = this->h_stays(at, unit, n);
-        h = z * before + (1.0f - z) * h;
+        const Vec z = this->h_stays(e.at, e.unit, e.n);
+        h = z * load(state_[k & 1] + place) + (1.0f - z) * h;
       }
-      store(p_.ys + at * S_ + unit, h, n);
+      store(ys, h, e.n);
     }
-    if (starts(k + 1, row)) h = load(p_.fresh_h + row * S_ + unit, n);
-    store(state_[~k & 1] + place, h, n);
-    if (p_.mask) store(read_[~k & 1] + place, h * load(p_.mask + row * S_ + unit, n), n);
+    if (starts(k + 1, e.row)) h = load(p_.fresh_h + e.row * S_ + e.unit, e.n);
+    store(state_[~k & 1] + place, h, e.n);
+    if (p_.mask) store(read_[~k & 1] + place, h * load(p_.mask + e.row * S_ + e.unit, e.n), e.n);
   }
 
-  void rest_after(long k, long row, int e, long unit, long n, Vec s) const {
-    const long at = n_.at(time(k), row);
-    Real* state = rest_[e] + row * width_ + unit;
-    if (valid(at)) {
+  // The same of state `number` among the others.
+  JAXRNN_INLINE void rest_after(long k, const Entry& e, int number, Vec s) const {
+    Real* state = rest_[number] + e.row * width_ + e.unit;
+    if (e.live) {
       if (rule_.zoned) {
-        const Vec z = this->rest_stays(at, e, unit, n);
+        const Vec z = this->rest_stays(e.at, number, e.unit, e.n);
         s = z * load(state) + (1.0f - z) * s;
       }
-      if (p_.rests) store(p_.rests + (at * E + e) * H_ + unit, s, n);
+      if (p_.rests) store(p_.rests + (e.at * E + number) * H_ + e.unit, s, e.n);
     } else {
       s = load(state);
     }
-    if (starts(k + 1, row)) s = load(p_.fresh_rest + (row * E + e) * H_ + unit, n);
-    store(state, s, n);
+    if (starts(k + 1, e.row)) s = load(p_.fresh_rest + (e.row * E + number) * H_ + e.unit, e.n);
+    store(state, s, e.n);
   }
 
   const StagedForward& p_;
@@ -370,5 +392,5 @@ class StagedForwardRun : Staged<F> {
   const Real** x_rows_;
   Real **read_rows_[2], **mid_rows_;
   Real *x_, *h_, *second_, *bias_, *theta_, *state_[2], *read_[2], *rest_[E > 0 ? E : 1], *mid_, *sums_, *projected_, *u_;
-  Real *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_;  // of every thread, of norms
+  Real *of_u_, *scale_u_, *of_v_, *scale_v_, *of_w_, *of_c_, *of_rows_;  // of every thread, of norms
 };
