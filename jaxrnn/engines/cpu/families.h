@@ -49,7 +49,7 @@ JAXRNN_INLINE Dual within(Vec x, Real bound) {
 
 // A gate in place of its sum, clipped before it. One that is recalled has its slope from itself.
 template <class B>
-JAXRNN_INLINE void gate(B& b, int k, const Choice& f) {
+JAXRNN_APART void gate(B& b, int k, const Choice& f) {
   if (b.recalled) return slopes_of_values(f, b.a[k], b.slopes(k), b.n);
   const Real bound = b.rule.gate_clip;
   Vec inside[AT_ONCE];

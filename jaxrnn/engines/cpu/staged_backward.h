@@ -270,7 +270,7 @@ class StagedBackwardRun : Staged<F> {
   }
   // What else the gates read, and what is asked of them.
   template <class B>
-  JAXRNN_INLINE void recall(const Place& p, B& b) const {
+  JAXRNN_APART void recall(const Place& p, B& b) const {
     recall_gates(b, 0, LSTM && norm() ? GATES - 1 : F::SUMS);
     for (int i = 0; i < b.n; ++i) {
       const Entry& e = b.entries[i];
